@@ -1,0 +1,6 @@
+"""`python -m qcft`."""
+
+from qcft.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""qcft from Python: what the command line does, without printing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qcft.events import Listener, Watch
+from qcft.pipeline import Run, run_recipe
+from qcft.pipeline.run import finished_run
+from qcft.recipe import Recipe, load_recipe
+from qcft.report.markdown import write_report
+from qcft.store import Store, read_run
+
+
+def run(
+    recipe: str | Path | Recipe,
+    *,
+    set: Mapping[str, Any] | None = None,
+    runs: str | Path = "runs",
+    listener: Listener | None = None,
+) -> Run:
+    """Run a recipe (a file, a built-in name, or one already loaded) to its end; returns its stages and table.
+
+    `set` changes recipe keys: `{"phase2.replay.ratio": 0.1}`. `listener` is called with every event.
+    Raises qcft.QcftError.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, set)
+    return run_watched(loaded, Path(runs), Watch(listener))
+
+
+def run_watched(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = False) -> Run:
+    """Run a recipe and write its report."""
+    done = run_recipe(recipe, runs, watch, exact_name)
+    _report(done)
+    return done
+
+
+def read(name: str | None, runs: str | Path = "runs") -> Run:
+    """A run as it stands, by name or the latest: its done stages and their table. Raises QcftError."""
+    named = read_run(Path(runs), name)
+    return finished_run(named, named.stages, Store(Path(runs)))
+
+
+def _report(run: Run) -> None:
+    named = read_run(run.folder.parent, run.name)
+    write_report(run.folder / "report", named.recipe(), run.table, {s.name: s.folder for s in run.stages.values()})

@@ -1,0 +1,56 @@
+"""The user's cache folder: things that can always be made again, each whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qcft.errors import InputError
+from qcft.files import is_whole, seal
+
+
+def cache_folder() -> Path:
+    """`$QCFT_CACHE`, else qcft's folder in the user's cache folder."""
+    named = os.environ.get("QCFT_CACHE")
+    if named:
+        return Path(named).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "qcft" / "cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "qcft"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcft"
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder `name`, made by `make(empty_folder)` when it is not there or not whole.
+
+    It is made beside its place, listed with sizes and digests, and renamed when whole; one process
+    makes it, others wait.
+    """
+    from filelock import FileLock
+
+    place = cache_folder() / name
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(place) + ".lock"):
+            if is_whole(place):
+                return place
+            work = place.with_name(place.name + ".partial")
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
+            work.mkdir(parents=True)
+            try:
+                make(work)
+                seal(work)
+                work.rename(place)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except PermissionError as error:
+        raise InputError(
+            f"the cache folder {str(cache_folder())!r} cannot be written: {error.strerror}",
+            "name another with the environment variable QCFT_CACHE",
+        ) from None
+    return place

@@ -1,0 +1,227 @@
+"""The command line. Flags are sugar for recipe keys; every body is a few lines."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from qcft.events import Watch
+    from qcft.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Two-phase continual fine-tuning on one GPU, in 4 bits: teach a model languages, see what English it lost, keep it.",
+    epilog="Start with: qcft run quickstart",
+)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. phase2.train.lr=1e-4. Repeatable.")]
+Runs = Annotated[Path, typer.Option("--runs", envvar="QCFT_RUNS", help="Folder that holds the runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps and do nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, or smollm2-135m-instruct.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="[LANG=]PATH", help="Data set: file, folder, hub id, or qcft:NAME. Repeatable, one per language."),
+]
+Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
+Freeze = Annotated[str | None, typer.Option("--freeze", help="Layers without adapters: none, first:N, last:N, layers:0-11,20 ...")]
+As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    """Options before any command; --debug is taken out of the line in `main`."""
+    if version:
+        from qcft import __version__
+
+        typer.echo(f"qcft {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    set_: Set = None,
+    name: As = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a whole recipe: its phases, what is measured between them, the report."""
+    from qcft.recipe import load_recipe, parse_assignments
+
+    changes = parse_assignments(set_ or [])
+    _run(load_recipe(recipe, changes | ({"name": name} if name else {})), runs, dry_run, json_, quiet)
+
+
+@app.command()
+def phase1(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    model: Model = None,
+    data: Data = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")] = None,
+    take: Take = None,
+    freeze: Freeze = None,
+    set_: Set = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the first phase (English, unless --data says LANG=PATH), or take in an adapter."""
+    from qcft.commands import phase1_recipe
+
+    recipe = phase1_recipe(run, model, data or [], adapter, take, freeze, set_ or [])
+    _run(recipe, runs, dry_run, json_, quiet)
+
+
+@app.command()
+def phase2(
+    run: Annotated[str | None, typer.Argument(help="Run with a phase 1 [default: the latest]; a new name with --model.")] = None,
+    model: Model = None,
+    data: Data = None,
+    replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,
+    freeze: Freeze = None,
+    take: Take = None,
+    set_: Set = None,
+    name: As = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge phase 1, mix in replay, train the second phase, and show what was gained and lost."""
+    from qcft.commands import phase2_recipe
+
+    recipe = phase2_recipe(runs, run, model, data or [], replay, freeze, take, name, set_ or [])
+    _run(recipe, runs, dry_run, json_, quiet)
+
+
+@app.command()
+def recipes(
+    show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print one recipe.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the recipes that ship with qcft."""
+    from qcft import console
+    from qcft.commands import recipe_text, recipes_listed
+
+    if show:
+        sys.stdout.write(recipe_text(show))
+        return
+    listed = recipes_listed()
+    if json_:
+        console.print_json(listed)
+    else:
+        console.print_rows(["name", "what it does"], [[r["name"], r["about"]] for r in listed])
+
+
+@app.command()
+def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
+    """List the runs, the latest first."""
+    from qcft import console
+    from qcft.commands import runs_listed
+
+    listed = runs_listed(runs)
+    if json_:
+        console.print_json(listed)
+    else:
+        console.print_rows(["run", "model", "phases", "steps done"], [list(r.values()) for r in listed])
+
+
+@app.command()
+def show(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Show a run's table of stages and languages."""
+    from qcft import api, console
+
+    found = api.read(run, runs)
+    if json_:
+        console.print_json(found.table)
+    else:
+        console.print_table(found.table)
+
+
+def main() -> NoReturn:
+    """The `qcft` command: errors as two lines, exit codes 0, 1, 2, 130 and 143."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    from qcft.errors import QcftError
+
+    try:
+        app()
+    except QcftError as error:
+        if debug:
+            raise
+        _fail(error.message, error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", "the same command goes on from the last whole step or checkpoint", 130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:  # the last line of defence between a user and a traceback
+        if debug:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        _fail(f"unexpected {text[:300]}", "what was done is kept; run again with --debug to see where it comes from", 1)
+    sys.exit(0)
+
+
+def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
+    from qcft import api, console
+    from qcft.commands import plan_listed
+    from qcft.events import Watch
+
+    reporter = console.Reporter(quiet)
+    watch = Watch(reporter)
+    _hear_signals(watch)
+    try:
+        if dry_run:
+            steps = plan_listed(recipe, runs, watch)
+            reporter.close()
+            if json_:
+                console.print_json(steps)
+            else:
+                console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+            return
+        done = api.run_watched(recipe, runs, watch)
+    finally:
+        reporter.close()
+    if json_:
+        console.print_json({"run": done.name, "folder": str(done.folder), **done.table})
+    else:
+        console.print_table(done.table)
+        console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
+
+
+def _hear_signals(watch: Watch) -> None:
+    """The first Ctrl-C or SIGTERM asks the work to stop at a safe point, the second ends it at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if watch.stop_code is not None:
+            raise KeyboardInterrupt
+        watch.ask_to_stop(143 if number == signal.SIGTERM else 130)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def _fail(message: str, hint: str, code: int) -> NoReturn:
+    from qcft.console import print_error
+
+    print_error(message, hint)
+    sys.exit(code)

@@ -1,0 +1,163 @@
+"""What the commands make of their flags: recipes and listings. Prints nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import InputError, nearest
+from qcft.events import Watch
+from qcft.files import read_json
+from qcft.recipe import Recipe, built_in_recipes, parse_assignments, recipe_from
+from qcft.store import NamedRun, list_runs, read_run
+
+LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
+
+
+def phase1_recipe(
+    run: str,
+    model: str | None,
+    data: list[str],
+    adapter: str | None,
+    take: int | None,
+    freeze: str | None,
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft phase1`. Raises InputError."""
+    if model is None:
+        raise InputError("phase1 needs a model", "add --model smollm2-135m-instruct, a hub id, a folder or a .gguf file")
+    if not data and adapter is None:
+        raise InputError("phase1 has no data", "add --data PATH, or --adapter PATH for an adapter you bring")
+    phase: dict[str, Any] = {"name": "phase1"}
+    if data:
+        phase["data"] = _sources(data, take, default_lang="en")
+    if adapter is not None:
+        phase["adapter"] = adapter
+    if freeze is not None:
+        phase["freeze"] = freeze
+    raw = {"name": run, "model": {"name": model}, "phases": [phase]}
+    return recipe_from(raw, parse_assignments(assignments))
+
+
+def phase2_recipe(
+    runs: Path,
+    run: str | None,
+    model: str | None,
+    data: list[str],
+    replay: float | None,
+    freeze: str | None,
+    take: int | None,
+    name: str | None,
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's.
+
+    Raises InputError.
+    """
+    if model is not None:
+        if run is not None and any(found.name == run for found in list_runs(runs)):
+            raise InputError(f"run {run!r} has its own model", "leave --model out, or give a new name")
+        raw: dict[str, Any] = {"name": run or "phase2", "model": {"name": model}, "phases": []}
+    else:
+        found = read_run(runs, run) if run is not None else _latest_with_phase1(runs)
+        raw = found.recipe().model_dump(mode="json")
+        raw["name"] = found.name
+    phase = _second_phase(raw, model is not None)
+    if data:
+        phase["data"] = _sources(data, take, default_lang=None)
+    elif not phase["data"]:
+        raise InputError("phase2 has no data", "add --data LANG=PATH, for example --data es=data/es.jsonl")
+    elif take is not None:
+        phase["data"] = [{**source, "take": take} for source in phase["data"]]
+    if replay is not None:
+        phase["replay"] = {**(phase.get("replay") or {}), "ratio": replay}
+    if freeze is not None:
+        phase["freeze"] = freeze
+    if name is not None:
+        raw["name"] = name
+    return recipe_from(raw, parse_assignments(assignments))
+
+
+def recipes_listed() -> list[dict[str, str]]:
+    """Built-in recipes with the comment that heads them."""
+    listed = []
+    for name, path in built_in_recipes().items():
+        comment = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            comment.append(line.lstrip("# ").strip())
+        listed.append({"name": name, "about": " ".join(comment)})
+    return listed
+
+
+def recipe_text(name: str) -> str:
+    """A built-in recipe as it is written. Raises InputError."""
+    known = built_in_recipes()
+    if name not in known:
+        raise InputError(f"there is no built-in recipe {name!r}", nearest(name, list(known)) + f"there is {', '.join(known)}")
+    return known[name].read_text(encoding="utf-8")
+
+
+def runs_listed(runs: Path) -> list[dict[str, str]]:
+    """Runs with their model, phases and how many of their steps are done."""
+    listed = []
+    for run in list_runs(runs):
+        recipe = run.recipe()
+        done = sum((runs / ".steps" / step / "done.json").is_file() for step in run.stages.values())
+        listed.append(
+            {
+                "run": run.name,
+                "model": recipe.model.name,
+                "phases": ", ".join(phase.name for phase in recipe.phases),
+                "steps done": f"{done} of {len(run.stages)}",
+            }
+        )
+    return listed
+
+
+def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]]:
+    """The steps a recipe comes to, and the state of each."""
+    from qcft.pipeline.run import plan_recipe
+
+    plan, states = plan_recipe(recipe, runs, watch)
+    return [
+        {
+            "id": step.id,
+            "stage": step.stage,
+            "title": step.title,
+            "state": states[step.id],
+            "seconds": (read_json(runs / ".steps" / step.id / "done.json") or {}).get("seconds"),
+        }
+        for step in plan.steps
+    ]
+
+
+def _sources(data: list[str], take: int | None, default_lang: str | None) -> list[dict[str, Any]]:
+    sources = []
+    for given in data:
+        match = LANG_PATH.fullmatch(given)
+        lang, path = (match[1], match[2]) if match else (default_lang, given)
+        sources.append({"path": path, "lang": lang, "take": take})
+    return sources
+
+
+def _second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:
+    """The second phase of a raw recipe, added when it is not there; `only` when there is no first."""
+    phases: list[dict[str, Any]] = raw["phases"]
+    single_second = len(phases) == 1 and phases[0]["name"] == "phase2"
+    position = 0 if only or single_second else 1
+    if len(phases) <= position:
+        phases.append({"name": "phase2", "data": []})
+    return phases[position]
+
+
+def _latest_with_phase1(runs: Path) -> NamedRun:
+    for run in list_runs(runs):
+        if "phase1" in run.stages or len(run.recipe().phases) > 1:
+            return run
+    raise InputError(
+        f"there is no run with a phase 1 in {str(runs)!r}",
+        "start with `qcft phase1 NAME --model M --data D`, or `qcft phase2 NAME --model M --data LANG=PATH`",
+    )

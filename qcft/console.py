@@ -1,0 +1,198 @@
+"""What a person sees: progress, the mix, tables. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
+from qcft.report.cells import change_rows, conclusion, header, stage_rows
+
+WIDE = 130  # columns of a table that goes to a file or a pipe
+QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
+
+
+def stdout() -> Console:
+    """The console for data."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+
+
+def stderr() -> Console:
+    """The console for everything else."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDE)
+
+
+class Reporter:
+    """Listens to the work and shows it: a line per step, one progress bar under them."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = stderr()
+        self.quiet = quiet
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+        self._begun = 0.0
+        self._first = 0.0
+        self._said = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Progress):
+            self._progress(event)
+            return
+        self._clear()
+        if isinstance(event, Note):
+            style = "yellow" if event.level == "warning" else "dim"
+            prefix = "warning: " if event.level == "warning" else ""
+            if not self.quiet or event.level == "warning":
+                self.console.print(Text(f"{prefix}{event.text}", style=style), soft_wrap=True)
+        elif self.quiet:
+            return
+        elif isinstance(event, StepBegun):
+            how = {"new": "", "resumed": "  going on from where it stopped", "reused": "  done before, reused"}[event.state]
+            style = "dim" if event.state == "reused" else "bold"
+            self.console.print(Text(f"[{event.position}/{event.total}] {event.title}{how}", style=style))
+        elif isinstance(event, StepEnded):
+            more = f": {event.summary}" if event.summary else ""
+            self.console.print(Text(f"      {duration(event.seconds)}{more}", style="dim"), soft_wrap=True)
+        elif isinstance(event, Mixed):
+            self.console.print(mix_table(event))
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._clear()
+
+    def _progress(self, event: Progress) -> None:
+        if self.quiet:
+            return
+        now = time.monotonic()
+        if event.label.split(" (")[0] != self._label:
+            self._clear()
+            self._label, self._begun, self._first = event.label.split(" (")[0], now, event.done
+            self._said = now
+        stats = "  ".join(f"{k} {v}" if k in {"loss", "peak"} else v for k, v in event.stats.items())
+        text = f"{self._pace(event, now)}  {stats}".rstrip()
+        if not self.console.is_terminal:
+            if now - self._said > QUIET_SECONDS:
+                self._said = now
+                self.console.print(Text(f"      {event.label}: {_of(event)}  {text}", style="dim"), soft_wrap=True)
+            return
+        if self._bars is None:
+            columns = (TextColumn("      {task.description}"), BarColumn(24), TextColumn("{task.fields[text]}"))
+            self._bars = Bars(*columns, console=self.console, transient=True)
+            self._bars.start()
+            self._task = self._bars.add_task(event.label, total=event.total or None, text="")
+        assert self._task is not None
+        self._bars.update(
+            self._task, description=event.label, completed=event.done, total=event.total or None, text=f"{_of(event)}  {text}"
+        )
+
+    def _pace(self, event: Progress, now: float) -> str:
+        done, seconds = event.done - self._first, now - self._begun
+        if done <= 0 or seconds < 0.5:
+            return ""
+        rate = done / seconds
+        left = f"  {duration((event.total - event.done) / rate)} left" if event.total > event.done else ""
+        return f"{rate:.1f} {event.unit}/s{left}" if rate >= 1 else f"{1 / rate:.1f} s each{left}"
+
+    def _clear(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars, self._task, self._label = None, None, ""
+
+
+def mix_table(mixed: Mixed) -> Table:
+    """Sources, rows, tokens and shares of what a phase trains on."""
+    rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
+    frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
+    title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("source", "rows", "share", "tokens", "share", "answer tokens", "left out"):
+        table.add_column(name, justify="left" if name in {"source", "left out"} else "right")
+    for share in mixed.shares:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in share.left_out.items()) or "-"
+        table.add_row(
+            Text(share.source),
+            f"{share.rows:,}",
+            f"{share.rows / rows:.1%}",
+            f"{share.tokens:,}",
+            f"{share.tokens / tokens:.1%}",
+            f"{share.answer_tokens:,}",
+            Text(left_out),
+        )
+    return table
+
+
+def print_table(table: Mapping[str, Any]) -> None:
+    """The table of stages x languages, the change since phase 1, and what it says."""
+    console = stdout()
+    if not table["stages"]:
+        console.print("nothing is measured yet")
+        return
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, title in enumerate(header(table)):
+        shown.add_column(Text(title), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
+    for row in stage_rows(table):
+        shown.add_row(*(Text(cell) for cell in row))
+    shown.add_section()
+    for row in change_rows(table):
+        shown.add_row(*(Text(cell, style="bold") for cell in row))
+    console.print()
+    console.print(shown)
+    console.print()
+    console.print(
+        "NLL in nats per answer token (lower is better), share of answer tokens right; * English; "
+        "! an English loss whose 95% interval excludes zero",
+        style="dim",
+    )
+    for sentence in conclusion(table):
+        console.print(Text(sentence), soft_wrap=True)
+
+
+def print_rows(titles: list[str], rows: list[list[str]]) -> None:
+    """A plain table on stdout."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    stdout().print(table)
+
+
+def print_json(document: Any) -> None:
+    """A document for scripts, on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_error(message: str, hint: str) -> None:
+    """One line that says what is wrong, one that says what to do."""
+    console = stderr()
+    console.print(Text.assemble(("error: ", "bold red"), _one_line(message)), soft_wrap=True)
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold"), _one_line(hint)), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """`41 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _of(event: Progress) -> str:
+    return f"{event.done:,.0f}/{event.total:,.0f} {event.unit}" if event.total else f"{event.done:,.0f} {event.unit}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

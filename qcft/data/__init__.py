@@ -1,0 +1,1 @@
+"""Data: many formats in, one conversational form out; split, digested, tokenised and mixed."""

@@ -1,0 +1,140 @@
+"""Known shapes of records, recognised by their columns, each turned into a `Row`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qcft.data.rows import Message, Role, Row
+
+Record = Mapping[str, Any]
+
+# What people call the three roles.
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+}
+
+
+class Unusable(ValueError):
+    """A record that cannot train; its text is the reason it is counted under."""
+
+
+def detect_format(columns: set[str]) -> str | None:
+    """The format whose columns these are, or None."""
+    if "messages" in columns:
+        return "messages"
+    if "conversations" in columns:
+        return "sharegpt"
+    if {"instruction", "output"} <= columns:
+        return "alpaca"
+    if {"prompt", "completion"} <= columns:
+        return "prompt-completion"
+    return None
+
+
+def to_row(record: Record, format: str) -> Row:
+    """The record in the one conversational form. Raises Unusable with the reason."""
+    messages = READERS[format](record)
+    return _row(messages, record)
+
+
+def _alpaca(record: Record) -> list[Message]:
+    instruction, extra = _text(record.get("instruction")), _text(record.get("input"))
+    if not instruction.strip() and not extra.strip():
+        raise Unusable("no user turn")
+    user = "\n\n".join(part for part in (instruction, extra) if part.strip())
+    system = _text(record.get("system"))
+    return [
+        *([Message("system", system)] if system.strip() else []),
+        Message("user", user),
+        Message("assistant", _text(record.get("output"))),
+    ]
+
+
+def _sharegpt(record: Record) -> list[Message]:
+    return _turns(record.get("conversations"), record)
+
+
+def _messages(record: Record) -> list[Message]:
+    return _turns(record.get("messages"), record)
+
+
+def _prompt_completion(record: Record) -> list[Message]:
+    prompt, completion = record.get("prompt"), record.get("completion")
+    before = _turns(prompt, record) if isinstance(prompt, list) else [Message("user", _text(prompt))]
+    after = _turns(completion, {}) if isinstance(completion, list) else [Message("assistant", _text(completion))]
+    return [*before, *after]
+
+
+READERS: dict[str, Callable[[Record], list[Message]]] = {
+    "alpaca": _alpaca,
+    "sharegpt": _sharegpt,
+    "messages": _messages,
+    "prompt-completion": _prompt_completion,
+}
+
+# The columns each format needs, for the message when they are missing.
+COLUMNS = {
+    "alpaca": "instruction, input (optional), output",
+    "sharegpt": "conversations",
+    "messages": "messages",
+    "prompt-completion": "prompt, completion",
+}
+
+
+def _turns(value: Any, record: Record) -> list[Message]:
+    if not isinstance(value, list):
+        raise Unusable("no conversation")
+    messages = []
+    system = _text(record.get("system"))
+    if system.strip():
+        messages.append(Message("system", system))
+    for turn in value:
+        if not isinstance(turn, Mapping):
+            raise Unusable("no conversation")
+        name = str(turn.get("role") or turn.get("from") or "").lower()
+        if name not in ROLES:
+            raise Unusable(f"unknown role {name!r}")
+        content = turn.get("content") if "content" in turn else turn.get("value")
+        messages.append(Message(ROLES[name], _text(content)))
+    return messages
+
+
+def _row(messages: list[Message], record: Record) -> Row:
+    """Cut a conversation into prompt and completion, after checking that it can train."""
+    while messages and messages[-1].role != "assistant":
+        messages = messages[:-1]  # a question nobody answered trains nothing
+    first = next((i for i, m in enumerate(messages) if m.role == "user" and m.content.strip()), None)
+    if first is None:
+        raise Unusable("no user turn" if messages else "no answer")
+    answer = next((i for i in range(first, len(messages)) if messages[i].role == "assistant"), len(messages))
+    if any(m.role == "assistant" for m in messages[:first]):
+        raise Unusable("answer before the first user turn")
+    if any(not m.content.strip() for m in messages[answer:] if m.role == "assistant"):
+        raise Unusable("empty answer")
+    identity = record.get("id")
+    return Row(
+        prompt=tuple(messages[:answer]),
+        completion=tuple(messages[answer:]),
+        id=None if identity is None or identity == "" else str(identity),
+    )
+
+
+def _text(value: Any) -> str:
+    """A cell as text; null is empty. Raises Unusable for a cell that holds no text."""
+    if value is None or (isinstance(value, float) and value != value):  # CSV's empty cell is NaN
+        return ""
+    if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
+        return "".join(_text(part.get("text")) for part in value)  # content in typed parts
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise Unusable("no text")

@@ -1,0 +1,72 @@
+"""The one form every data set takes: a conversational prompt and its completion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation. `prompt` ends with the first user turn; `completion` begins with the first
+    assistant turn and holds all that follows. Every assistant turn is trained, nothing else is.
+
+    `id` is shared by the translations of one row, where the data has such ids.
+    """
+
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    id: str | None = None
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation, in order."""
+        return self.prompt + self.completion
+
+    @property
+    def prompt_digest(self) -> str:
+        """Digest of what the user said first (a system turn left aside)."""
+        text = "\n".join(m.content.strip() for m in self.prompt if m.role != "system")
+        return hashlib.sha256(b"prompt:" + text.encode()).hexdigest()
+
+    @property
+    def key(self) -> str:
+        """Digest of the parallel id, or of the prompt where there is none."""
+        if self.id is not None:
+            return hashlib.sha256(b"id:" + self.id.encode()).hexdigest()
+        return self.prompt_digest
+
+    def is_held_out(self, share: float) -> bool:
+        """Whether the row belongs to the held-out `share` of all rows: decided by its key alone, so
+        that translations stay together and every arm sets the same rows aside."""
+        return int(self.key[:13], 16) / 16**13 < share
+
+    def as_dict(self) -> dict[str, object]:
+        """The row as plain data, in TRL's conversational prompt-completion form."""
+        return {
+            "id": self.id,
+            "prompt": [{"role": m.role, "content": m.content} for m in self.prompt],
+            "completion": [{"role": m.role, "content": m.content} for m in self.completion],
+        }
+
+
+def digest_rows(rows: Iterable[Row]) -> str:
+    """A digest of rows and their order."""
+    total = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row.as_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        total.update(line.encode() + b"\n")
+    return total.hexdigest()

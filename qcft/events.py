@@ -1,0 +1,110 @@
+"""What the working rooms tell whoever is watching; they never print.
+
+A listener is any function of one event. `Watch` carries the listener and the wish to stop through the
+rooms: every report of progress is also the place where a wish to stop is heard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qcft.errors import Interrupted
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the user."""
+
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True)
+class StepBegun:
+    """A step of the plan is taken up: made, gone on with, or found done."""
+
+    step: str
+    title: str
+    position: int
+    total: int
+    state: Literal["new", "resumed", "reused"]
+
+
+@dataclass(frozen=True)
+class StepEnded:
+    """A step is done; `seconds` is the time its work took in all."""
+
+    step: str
+    title: str
+    seconds: float
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` `unit`s of one piece of work; `stats` are shown beside the bar."""
+
+    label: str
+    done: float
+    total: float
+    unit: str
+    stats: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """One source's part in what a phase trains on, per epoch."""
+
+    source: str
+    rows: int
+    tokens: int
+    answer_tokens: int
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What a phase trains on, shown before it does."""
+
+    phase: str
+    shares: tuple[SourceShare, ...]
+    steps: int
+    rows_per_step: float
+    frozen: str
+
+
+Event = Note | StepBegun | StepEnded | Progress | Mixed
+Listener = Callable[[Event], None]
+
+
+class Watch:
+    """The listener and the wish to stop, handed down through the rooms."""
+
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._listener = listener
+        self.stop_code: int | None = None
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on to the listener, if there is one."""
+        if self._listener is not None:
+            self._listener(event)
+
+    def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
+        """Tell a line of text."""
+        self.tell(Note(text, level))
+
+    def progress(self, label: str, done: float, total: float, unit: str, **stats: str) -> None:
+        """Tell how far a piece of work is; raises Interrupted if a stop was asked for."""
+        self.check_stop()
+        self.tell(Progress(label, done, total, unit, stats))
+
+    def ask_to_stop(self, exit_code: int = 130) -> None:
+        """Ask the work to end at its next safe point (from a signal handler)."""
+        self.stop_code = exit_code
+
+    def check_stop(self) -> None:
+        """Raise Interrupted if a stop was asked for."""
+        if self.stop_code is not None:
+            raise Interrupted("stopped as asked", "the same command goes on from here", self.stop_code)

@@ -1,0 +1,1 @@
+"""Measuring: what a model knows on held-out rows, and how sure a difference is."""

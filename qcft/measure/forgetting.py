@@ -1,0 +1,87 @@
+"""The table of stages and languages, and what changed since phase 1: from the artefacts of the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qcft.files import read_json
+from qcft.measure.score import RowScore
+from qcft.measure.stats import difference
+from qcft.recipe import Recipe
+
+ENGLISH = "en"
+
+
+def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Stages x held-out groups, as plain data; `folders` maps stages to the folders of their done steps.
+
+    `changes` compares the last stage with phase 1 (the model as it came, where there is one phase only)
+    and with the base as it is loaded, on the same rows and in the same precision: NLL differences in
+    nats per answer token, with a paired 95% interval, and relative to where they start.
+    """
+    stages = [_stage(stage, folder, recipe) for stage, folder in folders.items() if stage.startswith("eval/")]
+    groups = [
+        {"name": name, "phase": g["phase"], "lang": g["lang"], "english": g["lang"] == ENGLISH}
+        for name, g in (stages[0]["groups"].items() if stages else ())
+    ]
+    names = [s["stage"] for s in stages]
+    reference = f"eval/{recipe.phases[0].name}" if len(recipe.phases) > 1 else "eval/base"
+    last = f"eval/{recipe.phases[-1].name}"
+    changes = [
+        _change(stages[names.index(start)], stages[names.index(last)], folders)
+        for start in dict.fromkeys([reference, "eval/base"])
+        if start in names and last in names and start != last
+    ]
+    kept = {
+        stage.removeprefix("kept-"): _metrics(folder) for stage, folder in folders.items() if stage.startswith("kept")
+    }
+    return {
+        "run": recipe.name,
+        "model": recipe.model.name,
+        "unit": "NLL in nats per answer token, share of answer tokens predicted right; lower NLL is better",
+        "groups": groups,
+        "stages": stages,
+        "changes": changes,
+        "kept": kept,
+    }
+
+
+def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    metrics = _metrics(folder)
+    sixteen = stage == "eval/base-16bit" or recipe.model.quantize == "none"
+    word = stage.removeprefix("eval/")
+    phases = [p.name for p in recipe.phases]
+    if word in {"base-16bit", "base"}:
+        name = "base"
+    elif word in phases:
+        name = word
+    else:
+        name = f"{word.removeprefix('merged-')} merged" if word != "merged" else f"{phases[0]} merged"
+    return {
+        "stage": stage,
+        "name": name,
+        "precision": "16 bit" if sixteen else "NF4",
+        "groups": metrics["groups"],
+        "answers": metrics["answers"],
+    }
+
+
+def _change(start: dict[str, Any], end: dict[str, Any], folders: Mapping[str, Path]) -> dict[str, Any]:
+    before, after = (read_json(folders[s["stage"]] / "scores.json") for s in (start, end))
+    groups = {}
+    for name in start["groups"]:
+        change = difference(*([_score(entry) for entry in scores[name]] for scores in (before, after)))
+        groups[name] = {**asdict(change), "relative": change.value / start["groups"][name]["nll"]}
+    return {"from": start["stage"], "from_name": start["name"], "to": end["stage"], "to_name": end["name"], "groups": groups}
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / "done.json")
+    return dict(record["metrics"])
+
+
+def _score(entry: dict[str, Any]) -> RowScore:
+    return RowScore(entry["nll"], entry["tokens"], entry["correct"])

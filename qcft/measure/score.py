@@ -1,0 +1,92 @@
+"""Teacher-forced scores: negative log-likelihood and accuracy of each row's answer tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qcft.data.encode import IGNORED, EncodedRow
+from qcft.events import Watch
+from qcft.models.load import evaluating
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One row: the summed NLL of its answer tokens in nats, how many there are, how many were top-1."""
+
+    nll: float
+    tokens: int
+    correct: int
+
+
+def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch, label: str) -> list[RowScore]:
+    """Score each row's answer tokens, the end-of-turn tokens among them; in the order of `rows`."""
+    scores: dict[int, RowScore] = {}
+    limited = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    with evaluating(model):
+        for chosen in _batches(rows):
+            for i, score in zip(chosen, _score(model, [rows[i] for i in chosen], limited), strict=True):
+                scores[i] = score
+            watch.progress(label, len(scores), len(rows), "rows")
+    return [scores[i] for i in range(len(rows))]
+
+
+def _score(model: PreTrainedModel, rows: list[EncodedRow], limited: bool) -> list[RowScore]:
+    """Score one batch, padded on the right; logits are computed where answers lie and nowhere else."""
+    import torch
+
+    width = max(len(row.input_ids) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[i, :length] = torch.tensor(row.input_ids)
+        labels[i, :length] = torch.tensor(row.labels)
+        mask[i, :length] = 1
+    targets = labels[:, 1:]
+    used = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    first, last = int(used[0]), int(used[-1]) + 1
+    targets = targets[:, first:last]
+    options = {"logits_to_keep": torch.arange(first, last, device=model.device)} if limited else {}
+    logits = model(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **options
+    ).logits
+    if not limited:
+        logits = logits[:, first:last]
+    return [_row_score(logits[i], targets[i]) for i in range(len(rows))]
+
+
+def _row_score(logits: torch.Tensor, targets: torch.Tensor) -> RowScore:
+    import torch
+
+    where = (targets != IGNORED).nonzero().flatten()
+    chosen = logits[where.to(logits.device)].float()
+    wanted = targets[where].to(logits.device)
+    nll = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
+    return RowScore(float(nll), len(where), int((chosen.argmax(dim=-1) == wanted).sum()))
+
+
+def _batches(rows: Sequence[EncodedRow]) -> list[list[int]]:
+    """Indices of rows, longest first, in batches of at most about BATCH_TOKENS padded tokens."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]].input_ids) <= BATCH_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _inner(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal LM inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]

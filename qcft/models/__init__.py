@@ -1,0 +1,1 @@
+"""Models: where weights come from, 4-bit loading, adapters, merging, generation."""

@@ -1,0 +1,162 @@
+"""Loading a model and its tokenizer, in 4 bits or 16, on the GPU or the CPU."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError, QcftError
+from qcft.recipe import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def device() -> str:
+    """Where work runs: the first CUDA device, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16, or fp16 on cards without it."""
+    import torch
+
+    if device() == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a chat template and a pad token. Raises InputError."""
+    from transformers import AutoTokenizer
+
+    from qcft.data.encode import set_chat_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"model: no tokenizer could be read from {str(folder)!r}: {_short(error)}", "the folder needs tokenizer.json"
+        ) from None
+    set_chat_template(tokenizer, model.chat_template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTrainedModel:
+    """A model's weights as the recipe asks (`quantize` overrides it), ready to be trained or measured.
+
+    NF4 with double quantisation and 16-bit compute. The same kernels serve training and measuring: on
+    some CPUs bitsandbytes repacks 4-bit weights in place for evaluation, with other results and no way
+    back to training, so 4-bit modules stay in training mode always (see `evaluating`).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantize = quantize or model.quantize
+    options: dict[str, Any] = {
+        "dtype": compute_dtype(),
+        "use_safetensors": True,
+        "trust_remote_code": model.trust_remote_code,
+        "device_map": {"": device()},
+    }
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    if quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(),
+        )
+    elif device() == "cuda" and _bytes_of(folder) > 0.85 * torch.cuda.mem_get_info()[0]:
+        options["device_map"] = "auto"  # 16 bits do not fit on the card: the rest is held in main memory
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except torch.cuda.OutOfMemoryError:
+        raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise InputError(f"model: {str(folder)!r} cannot be loaded: {_short(error)}", "check the model folder") from None
+    if loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = loaded.config.get_text_config().eos_token_id
+    loaded.generation_config.do_sample = False
+    return loaded
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inference: no gradients, no dropout, and the 4-bit kernels of training (see `load_model`)."""
+    import bitsandbytes as bnb
+    import torch
+
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.training = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.training = True
+
+
+def free_memory() -> None:
+    """Give back what a model that is no longer referred to held."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory() -> tuple[str, int]:
+    """What the peak is of, and its bytes: GPU memory since the last reset, or the process's resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "GPU", torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return "RAM", peak if sys.platform == "darwin" else peak * 1024
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own progress bars and chatter; what matters is told by events."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    for name in ("bitsandbytes", "trl", "accelerate", "peft", "gguf", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)\b")
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,195 @@
+"""Which model a name means, the digest that pins it, and the folder of 16-bit weights it becomes."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qcft.cache import cached_folder
+from qcft.errors import InputError, nearest
+from qcft.events import Watch
+from qcft.files import file_digest
+from qcft.hub import unreachable
+from qcft.models.embedded import EMBEDDED, fetch_embedded
+from qcft.recipe import Model
+
+CONVERTED = 1  # raised when the conversion from GGUF changes
+WHAT = "a folder, a .gguf file, a hub id OWNER/NAME, or an embedded name"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found. `digest` changes when its weights or tokenizer do."""
+
+    name: str
+    kind: Literal["embedded", "gguf", "folder", "hub"]
+    location: str
+    digest: str
+
+
+def resolve(model: Model) -> ModelSource:
+    """Find out what a model's name means, without loading weights. Raises InputError."""
+    name = model.name
+    if name in EMBEDDED:
+        return ModelSource(name, "embedded", name, f"gguf:{EMBEDDED[name].file_sha256}:{CONVERTED}")
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"model: {name!r} is a file, but no .gguf file", f"give {WHAT}")
+        check_gguf(path)
+        return ModelSource(name, "gguf", str(path.resolve()), f"gguf:{file_digest(path)}:{CONVERTED}")
+    if path.is_dir():
+        return ModelSource(name, "folder", str(path.resolve()), _folder_digest(path))
+    if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"model: there is no file or folder {name!r}", f"give {WHAT}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _resolve_hub(model)
+    raise InputError(
+        f"model: {name!r} is no embedded model, file or folder",
+        nearest(name, list(EMBEDDED)) + f"embedded: {', '.join(EMBEDDED)}; or give a folder, a .gguf file or OWNER/NAME",
+    )
+
+
+def weights_folder(source: ModelSource, watch: Watch) -> Path:
+    """The folder with the model's safetensors, config and tokenizer; fetched or converted if need be."""
+    if source.kind == "folder":
+        return Path(source.location)
+    if source.kind == "hub":
+        return _fetch_hub(source, watch)
+    file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
+    digest = source.digest.split(":")[1]
+    return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch))
+
+
+def check_gguf(path: Path) -> None:
+    """Read a GGUF file's header and check that the file holds all it announces. Raises InputError."""
+    from gguf import GGUFReader
+
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(f"model: {str(path)!r} is no GGUF file: it begins otherwise", f"give {WHAT}")
+    try:
+        reader = GGUFReader(path)
+        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError, struct.error, OSError) as error:
+        raise InputError(
+            f"model: {str(path)!r} is truncated or altered ({' '.join(str(error).split())[:80]})", "fetch it again"
+        ) from None
+    if end > path.stat().st_size:
+        raise InputError(
+            f"model: {str(path)!r} is truncated: it ends {end - path.stat().st_size} bytes too early", "fetch it again"
+        )
+
+
+def _convert(file: Path, folder: Path, watch: Watch) -> None:
+    """Dequantise a GGUF file to bf16 safetensors, with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    watch.note(f"converting {file.name} to 16 bit, once")
+    check_gguf(file)
+    place, name = str(file.parent), file.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"model: {file.name!r} cannot be converted: {' '.join(str(error).split())[:160]}",
+            "fetch it again, or use the model's safetensors folder",
+        ) from None
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"model: {file.name!r} is altered: {tensor_name} is not finite", "fetch it again")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _folder_digest(folder: Path) -> str:
+    """A digest over the weights, config and tokenizer of a model folder. Raises InputError."""
+    if not (folder / "config.json").is_file():
+        hint = f"give {WHAT}"
+        if (folder / "adapter_config.json").is_file():
+            hint = "it is an adapter: give its base as the model, and it as the first phase's adapter"
+        raise InputError(f"model: the folder {str(folder)!r} holds no model: no config.json", hint)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise InputError(
+            f"model: the folder {str(folder)!r} holds no safetensors" + (", only pickled weights" if pickled else ""),
+            "qcft reads safetensors or GGUF only, never pickle" if pickled else f"give {WHAT}",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            raise InputError(f"model: {str(index)!r} is not readable", "fetch the model again") from None
+        missing = sorted(named - {w.name for w in weights})
+        if missing:
+            raise InputError(f"model: {str(folder)!r} lacks {missing[0]}", "fetch the model again")
+    for file in weights:
+        _check_safetensors(file)
+    others = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt"})
+    import hashlib
+
+    total = hashlib.sha256()
+    for file in [*weights, *others]:
+        total.update(f"{file.name} {file_digest(file)}\n".encode())
+    return f"folder:{total.hexdigest()}"
+
+
+def _check_safetensors(file: Path) -> None:
+    """Check that a safetensors file is as long as its header says. Raises InputError."""
+    try:
+        with file.open("rb") as stream:
+            size = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(min(size, 1 << 28)))
+        end = 8 + size + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"model: {str(file)!r} is truncated or altered", "fetch the model again") from None
+    if end != file.stat().st_size:
+        raise InputError(f"model: {str(file)!r} is truncated or altered", "fetch the model again")
+
+
+def _resolve_hub(model: Model) -> ModelSource:
+    """Pin a hub id to a commit: asked of the hub, or what is cached when it can't be reached."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = model.name
+    try:
+        commit = HfApi().model_info(name, revision=model.revision, timeout=10).sha
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
+        if not isinstance(cached, str):
+            raise unreachable("model", name, error) from None
+        commit = Path(cached).parent.name
+    return ModelSource(name, "hub", name, f"hub:{name}@{commit}")
+
+
+def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    commit = source.digest.rsplit("@", 1)[1]
+    try:
+        folder = snapshot_download(
+            source.location,
+            revision=commit,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"],
+            # Other layouts of the same weights, as some repositories carry them.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        raise unreachable("model", source.name, error) from None
+    if not any(Path(folder).glob("*.safetensors")):
+        raise InputError(
+            f"model: {source.name!r} has no safetensors on the hub", "qcft reads safetensors or GGUF only, never pickle"
+        )
+    return Path(folder)

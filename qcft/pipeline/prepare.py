@@ -1,0 +1,236 @@
+"""Before any work: find the model, read the data, plan the steps, and check what can be checked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcft.data.encode import EncodedSet, Encoder
+from qcft.data.load import LoadedSource, load_source
+from qcft.data.mix import replay_rows_needed
+from qcft.data.rows import Row, digest_rows
+from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.files import file_digest
+from qcft.models.adapters import CONFIG, WEIGHTS, read_adapter_config
+from qcft.models.sources import ModelSource, resolve, weights_folder
+from qcft.plan import Digests, Plan, make_plan
+from qcft.recipe import Phase, Recipe, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENGLISH = "en"
+SHIPPED_ENGLISH = "qcft:instructions/en"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Held-out rows measured together: those of one phase in one language."""
+
+    phase: str
+    lang: str
+    rows: tuple[Row, ...]
+    system: str | None
+    max_length: int
+    long_rows: str
+
+    @property
+    def name(self) -> str:
+        """`phase2 es`."""
+        return f"{self.phase} {self.lang}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """English rows or prompts that replay is drawn from, and why these."""
+
+    rows: tuple[Row, ...]
+    reason: str
+    left_out: dict[str, int]
+
+
+class Prepared:
+    """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded."""
+
+    def __init__(self, recipe: Recipe, watch: Watch) -> None:
+        self.recipe = recipe
+        self.watch = watch
+        self._loaded: dict[str, LoadedSource] = {}
+        self.model: ModelSource = resolve(recipe.model)
+        self.sources = {phase.name: [self._load(s) for s in phase.sources()] for phase in recipe.phases}
+        self.groups = self._groups()
+        self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
+        self.pools = {p.name: self._pool(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
+        self.plan: Plan = make_plan(recipe, self._digests())
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with the model's 16-bit weights; fetched or converted when first asked for."""
+        return weights_folder(self.model, self.watch)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with the recipe's chat template."""
+        from qcft.models.load import load_tokenizer
+
+        return load_tokenizer(self.folder, self.recipe.model)
+
+    def encoder(self, phase: Phase) -> Encoder:
+        """The phase's way from rows to tokens."""
+        return Encoder(self.tokenizer, phase.system, phase.train.max_length, phase.train.long_rows)
+
+    def encoded(self, phase: Phase) -> list[EncodedSet]:
+        """The phase's training rows as tokens, source by source. Raises InputError when none is left."""
+        encoder = self.encoder(phase)
+        sets = []
+        for source, rows in zip(self.sources[phase.name], self.rows[phase.name], strict=True):
+            encoded = encoder.encode_all(rows)
+            if not encoded.rows:
+                reasons = ", ".join(f"{n} {reason}" for reason, n in encoded.left_out.items())
+                raise InputError(
+                    f"data: none of the {len(rows)} rows of {source.source.path!r} can train ({reasons})",
+                    f"raise {phase.name}.train.max_length or set {phase.name}.train.long_rows to cut",
+                )
+            sets.append(encoded)
+        return sets
+
+    def replay_needed(self, phase: Phase, new_rows: int) -> int:
+        """How many replay rows the phase mixes in beside `new_rows`. Raises InputError if the pool is too small."""
+        assert phase.replay is not None
+        needed = replay_rows_needed(new_rows, phase.replay.ratio)
+        pool = self.pools[phase.name]
+        if needed > len(pool.rows):
+            raise InputError(
+                f"replay: a ratio of {phase.replay.ratio} of {new_rows} new rows needs {needed} replay rows, "
+                f"but there are {len(pool.rows)} ({pool.reason}): {needed - len(pool.rows)} are missing",
+                f"lower {phase.name}.replay.ratio or name more rows in {phase.name}.replay.data",
+            )
+        return needed
+
+    def english_prompts(self) -> list[tuple[Group, Row]]:
+        """The held-out English rows whose prompts every stage answers."""
+        for group in self.groups:
+            if group.lang == ENGLISH:
+                ranked = sorted(group.rows, key=lambda row: row.key)
+                return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
+        return []
+
+    def check(self) -> None:
+        """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
+        from qcft.training.sft import check_settings
+
+        modules_of = _MetaModel(self.folder, self.recipe)
+        for phase in self.recipe.phases:
+            if phase.adapter:
+                continue
+            modules_of.check(phase)
+            check_settings(phase.train)
+            new_rows = sum(len(s.rows) for s in self.encoded(phase))
+            if phase.replay and phase.replay.ratio > 0:
+                self.replay_needed(phase, new_rows)
+
+    def _load(self, source: Source) -> LoadedSource:
+        key = source.model_dump_json()
+        if key not in self._loaded:
+            self._loaded[key] = load_source(source, self.recipe.heldout, self.watch)
+        return self._loaded[key]
+
+    def _groups(self) -> list[Group]:
+        """Held-out rows by phase and language; English that ships with qcft where no source is English."""
+        groups = []
+        for phase in self.recipe.phases:
+            groups += self._grouped(phase.name, self.sources[phase.name], phase)
+        probes = [one for source in self.recipe.probe for one in source.expanded()]
+        if not any(g.lang == ENGLISH for g in groups) and not any(s.lang == ENGLISH for s in probes):
+            probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
+        return groups + self._grouped("probe", [self._load(s) for s in probes], self.recipe.phases[0])
+
+    def _grouped(self, name: str, sources: list[LoadedSource], phase: Phase) -> list[Group]:
+        by_lang: dict[str, list[Row]] = {}
+        for source in sources:
+            by_lang.setdefault(source.lang, []).extend(source.held_out)
+        train = phase.train
+        return [
+            Group(name, lang, tuple(rows), phase.system, train.max_length, train.long_rows)
+            for lang, rows in by_lang.items()
+        ]
+
+    def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
+        """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe."""
+        names = [p.name for p in self.recipe.phases]
+        before = {*names[: names.index(phase.name) + 1], "probe"}
+        held = {row.prompt_digest for group in self.groups if group.phase in before for row in group.rows}
+        return [tuple(r for r in s.rows if r.prompt_digest not in held) for s in self.sources[phase.name]]
+
+    def _pool(self, phase: Phase) -> Pool:
+        """What a phase's replay is drawn from, never a held-out row."""
+        assert phase.replay is not None
+        first = self.recipe.phases[0]
+        if phase.replay.data:
+            loaded = [self._load(one) for source in phase.replay.data for one in source.expanded()]
+            rows, reason = [r for s in loaded for r in s.rows], "rows of replay.data"
+        elif first.name != phase.name and self.sources[first.name]:
+            sources = self.sources[first.name]
+            english = [s for s in sources if s.lang == ENGLISH] or sources
+            rows, reason = [r for s in english for r in s.rows], f"prompts of {first.name}"
+        else:
+            rows = list(self._load(Source(path=SHIPPED_ENGLISH, lang=ENGLISH)).rows)
+            reason = "instructions that ship with qcft: no earlier phase has data"
+        held = {row.prompt_digest for group in self.groups for row in group.rows}
+        free = [r for r in rows if r.prompt_digest not in held]
+        unique = list({r.prompt_digest: r for r in free}.values())
+        left_out = {"held out": len(rows) - len(free), "same prompt twice": len(free) - len(unique)}
+        return Pool(tuple(unique), reason, {k: n for k, n in left_out.items() if n})
+
+    def _digests(self) -> Digests:
+        phases = {}
+        for phase in self.recipe.phases:
+            if phase.adapter:
+                phases[phase.name] = _adapter_digest(Path(phase.adapter).expanduser())
+            else:
+                phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
+        held = hashlib.sha256()
+        for group in self.groups:
+            limits = f"{group.name} {group.system} {group.max_length} {group.long_rows}"
+            held.update(f"{limits} {digest_rows(group.rows)}\n".encode())
+        return Digests(
+            model=self.model.digest,
+            phases=phases,
+            replay={name: digest_rows(pool.rows) for name, pool in self.pools.items()},
+            held_out=held.hexdigest(),
+        )
+
+
+class _MetaModel:
+    """The model's modules without their weights."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        trust = recipe.model.trust_remote_code
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise InputError(
+                f"model: {str(folder)!r} is no causal language model qcft can load: {' '.join(str(error).split())[:160]}",
+                "give a decoder-only model; one with its own code needs model.trust_remote_code",
+            ) from None
+        self.recipe = recipe
+
+    def check(self, phase: Phase) -> None:
+        """Check that the freeze spec and the targets fit the model."""
+        from qcft.layers import adapted_modules
+
+        adapted_modules(self.model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
+
+
+def _adapter_digest(folder: Path) -> str:
+    read_adapter_config(folder)
+    return f"adapter:{file_digest(folder / CONFIG)}:{file_digest(folder / WEIGHTS)}"

@@ -1,0 +1,158 @@
+"""Running a recipe: every step that is not done, in order, and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import QcftError
+from qcft.events import StepBegun, StepEnded, Watch
+from qcft.measure.forgetting import forgetting_table
+from qcft.pipeline.prepare import Prepared
+from qcft.plan import Plan, Step
+from qcft.recipe import Recipe
+from qcft.store import NamedRun, Store, open_run
+from qcft.store.runs import link_stage
+from qcft.store.steps import writable
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: its step, what it measured and where its files are."""
+
+    name: str
+    step: str
+    metrics: Mapping[str, Any]
+    seconds: float
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its stages by name, and the table of stages and languages as plain data."""
+
+    name: str
+    folder: Path
+    stages: Mapping[str, Stage]
+    table: Mapping[str, Any]
+
+
+def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
+    """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
+    prepared, store = Prepared(recipe, watch), Store(runs)
+    return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
+
+
+def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = False) -> Run:
+    """Run a recipe to its end. Done steps are reused, partial ones gone on with.
+
+    Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
+    was asked for.
+    """
+    # A cheap check first: a runs folder that can't be written would waste the reading of the data.
+    writable(runs)
+    prepared, store = Prepared(recipe, watch), Store(runs)
+    plan = prepared.plan
+    records = {step.id: store.done(step.id, watch) for step in plan.steps}
+    if not all(records.values()):
+        _quiet()
+        prepared.check()
+    run = open_run(runs, recipe, plan.stages(), exact_name)
+    if run.name != recipe.name:
+        watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
+    for position, step in enumerate(plan.steps, start=1):
+        record = records[step.id] or _do(step, position, len(plan.steps), prepared, store, watch)
+        if records[step.id]:
+            watch.tell(StepBegun(step.id, step.title, position, len(plan.steps), "reused"))
+        records[step.id] = record
+        link_stage(run, step.stage, store.folder(step.id))
+        if step.kind == "kept":
+            _judge_merge(step, record["metrics"], watch)
+    return finished_run(run, plan.stages(), store)
+
+
+def finished_run(run: NamedRun, stages: Mapping[str, str], store: Store) -> Run:
+    """A run's stages and table, from its done steps."""
+    done = {}
+    for stage, step in stages.items():
+        record = store.done(step)
+        if record is not None:
+            done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
+    table = forgetting_table(run.recipe(), {name: stage.folder for name, stage in done.items()})
+    return Run(run.name, run.folder, done, table)
+
+
+def _do(step: Step, position: int, total: int, prepared: Prepared, store: Store, watch: Watch) -> dict[str, Any]:
+    """Do one step under its lock; another process may have done it meanwhile."""
+    from qcft.pipeline.work import Worker
+
+    before = store.state(step.id)
+    with store.claim(step.id, step.inputs(), watch) as folder:
+        record = store.done(step.id)
+        if record is not None:
+            return record
+        state = "resumed" if before == "partial" else "new"
+        watch.tell(StepBegun(step.id, step.title, position, total, state))
+        begun = time.monotonic()
+        _reset_peak()
+        metrics = Worker(prepared, store, watch).work(step, folder)
+        kind, peak = _peak()
+        record = store.finish(step.id, {**metrics, f"peak_{kind}_bytes": peak}, time.monotonic() - begun)
+    watch.tell(StepEnded(step.id, step.title, record["seconds"], summarise(step, record["metrics"])))
+    return record
+
+
+def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
+    """What a step came to, in a few words."""
+    if step.kind == "probe":
+        return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
+    if step.kind == "train":
+        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+    if step.kind == "replay":
+        return f"{metrics['rows']} rows"
+    if step.kind == "merge":
+        return f"{metrics['merged_weights']} weights changed"
+    if step.kind == "kept":
+        share = metrics["share"]
+        rows = metrics["gain"]["rows"]
+        if share is None:
+            return f"not measurable: a gain of {metrics['gain']['value']:.3f} nats on {rows} rows is too small"
+        return f"{share:.0%} of a gain of {metrics['gain']['value']:.3f} nats, on {rows} rows"
+    return ""
+
+
+def _judge_merge(step: Step, metrics: Mapping[str, Any], watch: Watch) -> None:
+    """Warn or refuse when merging lost what the phase learned."""
+    share, verdict = metrics["share"], metrics["verdict"]
+    if verdict == "low":
+        watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
+    elif verdict == "not measurable, but worse":
+        loss = metrics["loss"]["value"]
+        watch.note(f"merging {step.phase} made its held-out rows {loss:.3f} nats worse", "warning")
+    elif verdict == "lost":
+        raise QcftError(
+            f"merging {step.phase} kept only {share:.0%} of what it learned (at least 50% is asked for)",
+            "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, or use --set model.quantize=none",
+        )
+
+
+def _quiet() -> None:
+    from qcft.models.load import quiet_libraries
+
+    quiet_libraries()
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> tuple[str, int]:
+    from qcft.models.load import peak_memory
+
+    return peak_memory()

@@ -1,0 +1,249 @@
+"""What each kind of step does, from its parents' files to its own. Returns the step's metrics."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import EncodedSet, Encoder
+from qcft.data.mix import mixed_order
+from qcft.data.rows import Row
+from qcft.errors import InputError, QcftError
+from qcft.events import Mixed, SourceShare, Watch
+from qcft.files import read_json, write_json
+from qcft.measure.score import RowScore, score_rows
+from qcft.measure.stats import accuracy, kept, mean_nll
+from qcft.models.adapters import CONFIG, WEIGHTS, add_lora, load_adapter
+from qcft.models.generate import Sampling, answer_prompts
+from qcft.models.load import free_memory, load_model
+from qcft.models.merge import merge_adapter
+from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.replay import choose_rows, generate_rows, read_rows
+from qcft.plan import Step
+from qcft.recipe import Phase, frozen_layers, parse_freeze
+from qcft.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Worker:
+    """Does the steps of one prepared recipe."""
+
+    def __init__(self, prepared: Prepared, store: Store, watch: Watch) -> None:
+        self.prepared = prepared
+        self.recipe = prepared.recipe
+        self.store = store
+        self.watch = watch
+
+    def work(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Do one step in its folder, going on with what a killed process left there."""
+        bodies = {
+            "probe": self.probe,
+            "train": self.train,
+            "adapter": self.take_in,
+            "merge": self.merge,
+            "replay": self.replay,
+            "kept": self.kept,
+        }
+        try:
+            return bodies[step.kind](step, folder)
+        finally:
+            free_memory()
+
+    def probe(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Score every held-out group and answer the English prompts."""
+        model = self._load(step, quantize=step.settings["quantize"])
+        scores: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[str, Any] = {}
+        for group in self.prepared.groups:
+            encoder = Encoder(self.prepared.tokenizer, group.system, group.max_length, group.long_rows)
+            encoded = encoder.encode_all(group.rows)
+            if not encoded.rows:
+                raise InputError(
+                    f"data: none of the {len(group.rows)} held-out rows of {group.name} fits max_length",
+                    "raise train.max_length",
+                )
+            rows = score_rows(model, encoded.encoded, self.watch, f"{step.title}: {group.name}")
+            scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
+            groups[group.name] = {
+                "phase": group.phase,
+                "lang": group.lang,
+                "nll": mean_nll(rows),
+                "accuracy": accuracy(rows),
+                "rows": len(rows),
+                "answer_tokens": sum(s.tokens for s in rows),
+                "left_out": encoded.left_out,
+            }
+        answers = self._answers(model, step)
+        write_json(folder / "scores.json", scores)
+        write_json(folder / "answers.json", answers)
+        return {"groups": groups, "answers": _summary(answers)}
+
+    def train(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Train a phase's adapter on its rows and its replay."""
+        from qcft.layers import adapted_modules
+        from qcft.training.batches import make_batches
+        from qcft.training.sft import train_adapter
+
+        phase = self._phase(step)
+        new, replay = self.prepared.encoded(phase), self._replay_set(phase, step)
+        rows = [r for s in new for r in s.encoded]
+        count, extra = len(rows), len(replay.encoded) if replay else 0
+        rows += replay.encoded if replay else ()
+        seed = self.recipe.seed
+        batches = make_batches(rows, lambda epoch: mixed_order(count, extra, f"{seed}:{epoch}"), phase.train)
+        mixed = self._tell_mix(phase, new, replay, batches.steps, batches.rows / batches.steps)
+        model = self._load(step)
+        modules = adapted_modules(model, self.recipe.lora.targets, phase.freeze, seed)
+        _seed_everything(seed)
+        adapted = add_lora(model, modules, self.recipe.lora)
+        trained = train_adapter(
+            adapted, self.prepared.tokenizer, batches, phase.train, seed, folder, self.watch, f"training {phase.name}"
+        )
+        return {
+            **asdict(trained),
+            "mix": [asdict(share) for share in mixed.shares],
+            "adapted_modules": len(modules),
+            "frozen_layers": _frozen(phase, model, seed),
+            "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        }
+
+    def take_in(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Copy an adapter made elsewhere into the step."""
+        phase = self._phase(step)
+        assert phase.adapter is not None
+        (folder / "adapter").mkdir(exist_ok=True)
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(Path(phase.adapter).expanduser() / name, folder / "adapter" / name)
+        return {"adapter": phase.adapter}
+
+    def merge(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Merge an adapter onto the 16-bit weights it was trained on."""
+        assert step.adapter is not None
+        work, done = folder / "model.partial", folder / "model"
+        for place in (work, done):
+            shutil.rmtree(place, ignore_errors=True)
+        work.mkdir()
+        changed = merge_adapter(self._weights(step), self.store.folder(step.adapter) / "adapter", work, self.watch)
+        self.prepared.tokenizer.save_pretrained(work)  # with the chat template that was trained
+        work.rename(done)
+        return {"merged_weights": changed}
+
+    def replay(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Make the replay rows: answered by the model the phase starts from, or chosen from a data set."""
+        phase = self._phase(step)
+        assert phase.replay is not None
+        pool = self.prepared.pools[phase.name]
+        needed = self.prepared.replay_needed(phase, sum(len(s.rows) for s in self.prepared.encoded(phase)))
+        encoder = self._replay_encoder(phase)
+        if phase.replay.kind == "english":
+            return choose_rows(pool, needed, encoder, self.recipe.seed, folder)
+        self.watch.note(f"replay: {needed} answers to {pool.reason}")
+        model = self._load(step)
+        return generate_rows(model, pool, needed, encoder, phase.replay, self.recipe.seed, folder, self.watch)
+
+    def kept(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Compare base, live adapter and merged model on the phase's held-out rows."""
+        base, live, merged = (read_json(self.store.folder(parent) / "scores.json") for parent in step.parents)
+        own = [g.name for g in self.prepared.groups if g.phase == step.phase] or list(base)
+        a, b, c = ([_score(s) for name in own for s in scores[name]] for scores in (base, live, merged))
+        return {"groups": own, **asdict(kept(a, b, c))}
+
+    def _load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
+        model = load_model(self._weights(step), self.recipe.model, quantize)
+        if step.adapter is not None and step.kind == "probe":
+            return load_adapter(model, self.store.folder(step.adapter) / "adapter")  # type: ignore[return-value]
+        return model
+
+    def _weights(self, step: Step) -> Path:
+        return self.prepared.folder if step.weights is None else self.store.folder(step.weights) / "model"
+
+    def _phase(self, step: Step) -> Phase:
+        assert step.phase is not None
+        return self.recipe.phase(step.phase)
+
+    def _answers(self, model: PreTrainedModel, step: Step) -> list[dict[str, Any]]:
+        prompts = self.prepared.english_prompts()
+        if not prompts:
+            return []
+        group = prompts[0][0]
+        encoder = Encoder(self.prepared.tokenizer, group.system, group.max_length, group.long_rows)
+        answers = answer_prompts(
+            model,
+            self.prepared.tokenizer,
+            [encoder.prompt_ids(row) for _, row in prompts],
+            encoder.end_ids,
+            Sampling(self.recipe.answers.max_new_tokens),
+            batch=16,
+            watch=self.watch,
+            label=f"{step.title}: English answers",
+        )
+        return [
+            {"key": row.key, "prompt": row.prompt[-1].content, **asdict(answer)}
+            for (_, row), answer in zip(prompts, answers, strict=True)
+        ]
+
+    def _replay_encoder(self, phase: Phase) -> Encoder:
+        """Replay speaks under the system prompt of the phase it keeps alive."""
+        train = phase.train
+        return Encoder(self.prepared.tokenizer, self.recipe.phases[0].system, train.max_length, train.long_rows)
+
+    def _replay_set(self, phase: Phase, step: Step) -> EncodedSet | None:
+        if not step.parents:
+            return None
+        rows: list[Row] = read_rows(self.store.folder(step.parents[0]) / "replay.jsonl")
+        encoded = self._replay_encoder(phase).encode_all(rows)
+        if encoded.left_out:
+            raise QcftError(f"replay: {encoded.left_out} cannot train", "please report this")
+        return encoded
+
+    def _tell_mix(
+        self, phase: Phase, new: list[EncodedSet], replay: EncodedSet | None, steps: int, rows_per_step: float
+    ) -> Mixed:
+        shares = []
+        for source, encoded in zip(self.prepared.sources[phase.name], new, strict=True):
+            name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
+            left_out = {**source.left_out}
+            for reason, n in encoded.left_out.items():
+                left_out[reason] = left_out.get(reason, 0) + n
+            shares.append(_share(name, encoded, left_out))
+        if replay is not None:
+            assert phase.replay is not None
+            shares.append(_share(f"replay ({phase.replay.kind})", replay, {}))
+        mixed = Mixed(phase.name, tuple(shares), steps, rows_per_step, phase.freeze)
+        self.watch.tell(mixed)
+        return mixed
+
+
+def _share(name: str, encoded: EncodedSet, left_out: dict[str, int]) -> SourceShare:
+    return SourceShare(name, len(encoded.rows), encoded.tokens, encoded.answer_tokens, left_out)
+
+
+def _summary(answers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not answers:
+        return None
+    return {
+        "rows": len(answers),
+        "mean_tokens": sum(a["tokens"] for a in answers) / len(answers),
+        "finished": sum(a["finished"] for a in answers) / len(answers),
+    }
+
+
+def _score(entry: dict[str, Any]) -> RowScore:
+    return RowScore(entry["nll"], entry["tokens"], entry["correct"])
+
+
+def _frozen(phase: Phase, model: Any, seed: int) -> list[int]:
+    from qcft.layers import decoder_layers
+
+    return sorted(frozen_layers(parse_freeze(phase.freeze), decoder_layers(model)[1], seed))
+
+
+def _seed_everything(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+

@@ -1,0 +1,206 @@
+"""From a recipe and the digests of what it names to the ordered steps that make it up. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qcft.recipe import Phase, Recipe
+
+Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept"]
+
+# Raised when a change to the code changes what a step of that kind results in.
+FORMATS: dict[Kind, int] = {"probe": 1, "train": 1, "adapter": 1, "merge": 1, "replay": 1, "kept": 1}
+
+# Settings of a training that change how it is run or watched, not what comes of it.
+CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing"}
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; each
+    phase's replay rows or prompts; the held-out rows that every stage is measured on."""
+
+    model: str
+    phases: Mapping[str, str]
+    replay: Mapping[str, str]
+    held_out: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work. `weights` is the merge step whose weights are loaded (None: the model as it
+    came), `adapter` the step of the adapter live on them."""
+
+    kind: Kind
+    stage: str
+    title: str
+    phase: str | None
+    weights: str | None
+    adapter: str | None
+    settings: Mapping[str, Any]
+    parents: tuple[str, ...]
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps(self.inputs(), sort_keys=True, separators=(",", ":"))
+        object.__setattr__(self, "id", f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:10]}")
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything that changes the step's result."""
+        return {
+            "kind": self.kind,
+            "format": FORMATS[self.kind],
+            "weights": self.weights,
+            "adapter": self.adapter,
+            "settings": dict(self.settings),
+            "parents": list(self.parents),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps in the order they are done."""
+
+    steps: tuple[Step, ...]
+
+    def stages(self) -> dict[str, str]:
+        """Stage -> step id."""
+        return {step.stage: step.id for step in self.steps}
+
+    def step(self, stage: str) -> Step:
+        """The step of a stage. Raises KeyError."""
+        for step in self.steps:
+            if step.stage == stage:
+                return step
+        raise KeyError(stage)
+
+
+def make_plan(recipe: Recipe, digests: Digests) -> Plan:
+    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn."""
+    return _Planner(recipe, digests).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, digests: Digests) -> None:
+        self.recipe = recipe
+        self.digests = digests
+        self.steps: list[Step] = []
+        model = recipe.model
+        self.model = {
+            "model": digests.model,
+            "attn_implementation": model.attn_implementation,
+            "chat_template": model.chat_template,
+        }
+        self.quantize = model.quantize
+
+    def plan(self) -> Plan:
+        if self.quantize != "none":
+            self.probe("eval/base-16bit", "base, 16 bit", None, None, quantize="none")
+        before = self.probe("eval/base", f"base, {self.precision()}", None, None)
+        weights: str | None = None
+        previous: tuple[Phase, Step, Step, Step] | None = None
+        for phase in self.recipe.phases:
+            if previous is not None:
+                weights, before = self.next_weights(phase, previous)
+            replay = self.replay(phase, weights) if phase.replay and phase.replay.ratio > 0 else None
+            trained = self.adapter(phase) if phase.adapter else self.train(phase, weights, replay)
+            live = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id)
+            previous = (phase, trained, live, before)
+        return Plan(tuple(self.steps))
+
+    def next_weights(self, phase: Phase, previous: tuple[Phase, Step, Step, Step]) -> tuple[str | None, Step]:
+        """The weights a phase loads, and the step that measured them."""
+        if phase.start == "base":
+            return None, self.step_of("eval/base")
+        before, trained, live, base = previous
+        stage = self.numbered("merged", before.name)
+        merged = self.add("merge", stage, f"merge {before.name}", before.name, trained.weights, trained.id, {**self.model})
+        measured = self.probe(f"eval/{stage}", f"{before.name} merged, {self.precision()}", merged.id, None)
+        self.add(
+            "kept", f"kept-{stage}", f"check what merging {before.name} kept", before.name, None, None, {},
+            parents=(base.id, live.id, measured.id),
+        )  # fmt: skip
+        return merged.id, measured
+
+    def probe(self, stage: str, title: str, weights: str | None, adapter: str | None, quantize: str | None = None) -> Step:
+        """A measurement of one stage on all held-out rows."""
+        settings = {
+            **self.model,
+            "quantize": quantize or self.quantize,
+            "held_out": self.digests.held_out,
+            "answers": self.recipe.answers.model_dump(),
+        }
+        return self.add("probe", stage, f"measure {title}", None, weights, adapter, settings)
+
+    def replay(self, phase: Phase, weights: str | None) -> Step:
+        """The rows of replay a phase mixes in."""
+        assert phase.replay is not None
+        settings = {
+            **self.model,
+            "quantize": self.quantize,
+            "seed": self.recipe.seed,
+            "replay": phase.replay.model_dump(exclude={"data"}),
+            "rows": self.digests.replay[phase.name],
+            "beside": self.digests.phases[phase.name],
+            "limits": _limits(phase),
+        }
+        if phase.replay.kind != "generative":
+            weights, settings = None, {k: v for k, v in settings.items() if k != "quantize"}
+        stage = self.numbered("replay", phase.name)
+        title = "generate replay" if phase.replay.kind == "generative" else "choose English replay"
+        return self.add("replay", stage, f"{title} for {phase.name}", phase.name, weights, None, settings)
+
+    def train(self, phase: Phase, weights: str | None, replay: Step | None) -> Step:
+        """The training of a phase's adapter."""
+        settings = {
+            **self.model,
+            "quantize": self.quantize,
+            "seed": self.recipe.seed,
+            "lora": self.recipe.lora.model_dump(),
+            "freeze": phase.freeze,
+            "rows": self.digests.phases[phase.name],
+            "ratio": phase.replay.ratio if phase.replay and replay else 0.0,
+            "limits": _limits(phase),
+            "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
+        }
+        parents = (replay.id,) if replay else ()
+        return self.add("train", phase.name, f"train {phase.name}", phase.name, weights, None, settings, parents)
+
+    def adapter(self, phase: Phase) -> Step:
+        """An adapter made elsewhere, taken in as a phase."""
+        settings = {**self.model, "rows": self.digests.phases[phase.name]}
+        return self.add("adapter", phase.name, f"take in the adapter of {phase.name}", phase.name, None, None, settings)
+
+    def add(
+        self,
+        kind: Kind,
+        stage: str,
+        title: str,
+        phase: str | None,
+        weights: str | None,
+        adapter: str | None,
+        settings: Mapping[str, Any],
+        parents: tuple[str, ...] = (),
+    ) -> Step:
+        step = Step(kind, stage, title, phase, weights, adapter, settings, parents)
+        self.steps.append(step)
+        return step
+
+    def step_of(self, stage: str) -> Step:
+        return next(step for step in self.steps if step.stage == stage)
+
+    def numbered(self, word: str, phase: str) -> str:
+        """`merged` the first time, `merged-NAME` after."""
+        return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
+
+    def precision(self) -> str:
+        return "NF4" if self.quantize == "nf4" else "16 bit"
+
+
+def _limits(phase: Phase) -> dict[str, Any]:
+    """What decides how a phase's rows become tokens."""
+    return {"system": phase.system, "max_length": phase.train.max_length, "long_rows": phase.train.long_rows}

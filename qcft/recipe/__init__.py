@@ -1,0 +1,34 @@
+"""The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
+
+from qcft.recipe.freeze import FreezeSpec, frozen_layers, parse_freeze
+from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.recipe.schema import (
+    Answers,
+    HeldOut,
+    Lora,
+    Model,
+    Phase,
+    Recipe,
+    Replay,
+    Source,
+    Train,
+)
+
+__all__ = [
+    "Answers",
+    "FreezeSpec",
+    "HeldOut",
+    "Lora",
+    "Model",
+    "Phase",
+    "Recipe",
+    "Replay",
+    "Source",
+    "Train",
+    "built_in_recipes",
+    "frozen_layers",
+    "load_recipe",
+    "parse_assignments",
+    "parse_freeze",
+    "recipe_from",
+]

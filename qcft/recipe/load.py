@@ -1,0 +1,256 @@
+"""Reading a recipe: from a file, a built-in name or flags; changed by `--set`; validated as a whole."""
+
+from __future__ import annotations
+
+import copy
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qcft.errors import InputError, nearest
+from qcft.recipe.schema import Recipe
+
+
+def recipes_folder() -> Path:
+    """Where the built-in recipes lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """The names and files of the recipes that ship with qcft."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def load_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, or a built-in one by its name, apply `changes` (`{"phase2.train.lr": 1e-4}`).
+
+    Relative data paths in a file are looked for beside the file first. Raises InputError.
+    """
+    path = _find(str(recipe))
+    raw = _read_yaml(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}", "see `qcft recipes`")
+    _anchor_paths(raw, path.parent)
+    return recipe_from(raw, changes)
+
+
+def recipe_from(raw: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Validate a recipe given as plain data, after applying `changes`. Raises InputError."""
+    raw = copy.deepcopy(raw)
+    if isinstance(raw.get("phases"), dict):
+        raw["phases"] = [
+            {"name": name, **(body if isinstance(body, dict) else {"data": body})}
+            for name, body in raw["phases"].items()
+            if body is not None
+        ]
+    for key, value in (changes or {}).items():
+        _apply(raw, key, value)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise _as_input_error(error, raw) from None
+
+
+def parse_assignments(texts: list[str]) -> dict[str, Any]:
+    """`["phase2.train.lr=1e-4"]` as a mapping; values are read as YAML. Raises InputError."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {text!r} is not KEY=VALUE", "for example --set phase2.train.lr=1e-4")
+        try:
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {text!r}: the value cannot be read: {_one_line(error)}", "quote it") from None
+    return changes
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.resolve()
+    built_in = built_in_recipes()
+    if name in built_in:
+        return built_in[name]
+    if path.is_dir():
+        raise InputError(f"{name!r} is a folder, not a recipe", "give the recipe.yaml inside it")
+    raise InputError(
+        f"there is no recipe {name!r}: neither a file nor a built-in name",
+        nearest(name, list(built_in)) + f"built in: {', '.join(built_in)}",
+    )
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses a key written twice, where PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as YAML: {_one_line(error)}", "see `qcft recipes` for examples") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", "check the path and its permissions") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Make relative data and adapter paths absolute where they lie beside the recipe."""
+
+    def visit(node: Any) -> None:
+        if isinstance(node, list):
+            for item in node:
+                visit(item)
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                if key in {"path", "adapter"} and isinstance(value, str) and (folder / value).exists():
+                    node[key] = str((folder / value).resolve())
+                elif key == "path" and isinstance(value, str) and "{lang}" in value and (folder / value).parent.is_dir():
+                    node[key] = str((folder / value).parent.resolve() / Path(value).name)
+                else:
+                    visit(value)
+
+    visit(raw)
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"]:
+        beside = folder / model["name"]
+        if beside.exists():
+            model["name"] = str(beside.resolve())
+
+
+def _apply(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key. The first word is a recipe key or the name of a phase."""
+    head, *rest = key.split(".")
+    phases = raw.get("phases") if isinstance(raw.get("phases"), list) else []
+    named = [p for p in phases if isinstance(p, dict) and p.get("name") == head]
+    if named and not rest:
+        if value is None:
+            raw["phases"] = [p for p in phases if p is not named[0]]
+        elif isinstance(value, dict):
+            named[0].clear()
+            named[0].update({"name": head, **value})
+        else:
+            raise InputError(f"--set {key}: a phase is a mapping or null, not {value!r}", f"use {head}.KEY=VALUE")
+        return
+    if named:
+        _set_below(named[0], rest, value, key)
+    elif head in Recipe.model_fields:
+        _set_below(raw, [head, *rest], value, key)
+    else:
+        names = [str(p.get("name")) for p in phases if isinstance(p, dict)]
+        known = [*names, *Recipe.model_fields]
+        raise InputError(
+            f"--set {key}: there is no phase or recipe key {head!r}",
+            nearest(head, known) + f"phases: {', '.join(names) or 'none'}; keys: {', '.join(Recipe.model_fields)}",
+        )
+
+
+def _set_below(node: Any, path: list[str], value: Any, key: str) -> None:
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(
+                    f"--set {key}: {part!r} is not an entry of a list of {len(node)}",
+                    f"use 0 to {len(node) - 1}" if node else "the list is empty: set it as a whole",
+                )
+            if last:
+                node[int(part)] = value
+            else:
+                node = node[int(part)]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        else:
+            raise InputError(
+                f"--set {key}: nothing can be set below {'.'.join(path[:i])!r}, which is {node!r}",
+                "set the key itself",
+            )
+
+
+def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
+    first = error.errors(include_url=False)[0]
+    location, kind, given = first["loc"], first["type"], first.get("input")
+    where = _readable(location, raw)
+    if kind == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return InputError(
+            f"recipe: unknown key {where!r}", nearest(str(location[-1]), known) + f"known here: {', '.join(known)}"
+        )
+    if kind == "missing":
+        return InputError(f"recipe: {where!r} is missing", "add it to the recipe, or give it with --set")
+    text = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 and kind != "union" else ""
+    if kind == "value_error":
+        message, _, hint = text.partition(": use ")
+        return InputError(
+            f"recipe: {where + ': ' if where else ''}{message}", f"use {hint}" if hint else "see `qcft recipes --show quickstart`"
+        )
+    if kind in {"less_than_equal", "greater_than_equal"} and where.endswith("replay.ratio"):
+        return InputError(
+            f"recipe: {where}: {given!r} is outside [0, 0.9]", "the ratio is replay's share of the final mix, e.g. 0.2"
+        )
+    return InputError(f"recipe: {where}: {given!r} {text}{more}", f"give {where} a value of that type")
+
+
+def _readable(location: tuple[int | str, ...], raw: dict[str, Any]) -> str:
+    """`('phases', 1, 'train', 'lr')` as `phase2.train.lr`; names of union members are left out."""
+    parts = list(location)
+    if len(parts) >= 2 and parts[0] == "phases" and isinstance(parts[1], int):
+        phases = raw.get("phases")
+        entry = phases[parts[1]] if isinstance(phases, list) and parts[1] < len(phases) else None
+        name = entry.get("name") if isinstance(entry, dict) else None
+        parts = [str(name) if name else f"phases.{parts[1]}", *parts[2:]]
+    return ".".join(str(p) for p in parts if not _is_union_member(str(p)))
+
+
+def _is_union_member(part: str) -> bool:
+    return part in {"bool", "str", "int", "float"} or "[" in part
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys the schema knows at a place."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in {list, typing.Union, types.UnionType}:
+        for argument in typing.get_args(annotation):
+            found = _model_in(argument)
+            if found:
+                return found
+    return None
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

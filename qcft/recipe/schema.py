@@ -1,0 +1,286 @@
+"""The recipe's schema: every key, its type, its default. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from qcft.errors import InputError
+from qcft.recipe.freeze import parse_freeze
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+
+
+class Part(BaseModel):
+    """A frozen part of the recipe that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Part):
+    """Which model, and how its weights are held while training and measuring."""
+
+    name: str
+    revision: str | None = None
+    quantize: Literal["nf4", "none"] = "nf4"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    chat_template: Literal["chatml"] | None = None
+
+
+class Lora(Part):
+    """The shape of the adapters. `targets`: all linear layers, or the last names of modules (`q_proj`)."""
+
+    r: Annotated[Count, Field(ge=1)] = 16
+    alpha: Annotated[Number, Field(gt=0)] = 32
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    rslora: bool = False
+
+
+class Source(Part):
+    """One data set: a file, a folder, a hub id, or `qcft:NAME` for data that ships with qcft.
+
+    `{lang}` in `path`, with a list as `lang`, stands for one source per language. `take` is the number
+    of rows to train on; held-out rows are read beside them.
+    """
+
+    path: str
+    lang: str | list[str] | None = None
+    take: Annotated[Count, Field(ge=1)] | None = None
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = "auto"
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+
+    @model_validator(mode="after")
+    def _languages(self) -> Self:
+        if isinstance(self.lang, list):
+            if not self.lang:
+                raise ValueError("lang: the list of languages is empty")
+            if len(self.lang) > 1 and "{lang}" not in self.path:
+                raise ValueError(
+                    "lang: several languages need {lang} in path, or one source for each language"
+                )
+        elif "{lang}" in self.path and self.lang is None:
+            raise ValueError("path: {lang} stands for a language, but lang is not given")
+        return self
+
+    def expanded(self) -> list[Source]:
+        """One source per language, with `{lang}` filled in."""
+        langs = self.lang if isinstance(self.lang, list) else [self.lang]
+        return [
+            self.model_copy(update={"lang": lang, "path": self.path.replace("{lang}", lang or "")})
+            for lang in langs
+        ]
+
+
+class Replay(Part):
+    """Rows that keep English alive: `ratio` is their share of the final mix.
+
+    generative: the model the phase starts from answers English prompts (`data`, else the rows of the
+    first phase, else the instructions that ship with qcft). english: the rows of `data` as they are.
+    """
+
+    ratio: Annotated[Number, Field(ge=0, le=0.9)]
+    kind: Literal["generative", "english"] = "generative"
+    data: list[Source] = []
+    max_new_tokens: Annotated[Count, Field(ge=1)] = 256
+    temperature: Annotated[Number, Field(ge=0)] = 0.7
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 0.9
+    batch: Annotated[Count, Field(ge=1)] = 16
+
+    @model_validator(mode="after")
+    def _english_needs_data(self) -> Self:
+        if self.kind == "english" and not self.data and self.ratio > 0:
+            raise ValueError("data: english replay takes its rows from a data set, but none is given")
+        return self
+
+
+class Train(Part):
+    """How a phase is trained. `batch` counts rows per optimizer step, whether rows are packed or not."""
+
+    lr: Annotated[Number, Field(gt=0)] = 2e-4
+    epochs: Annotated[Number, Field(gt=0)] = 1.0
+    steps: Annotated[Count, Field(ge=1)] | None = None
+    batch: Annotated[Count, Field(ge=1)] = 16
+    micro_batch: Annotated[Count, Field(ge=1)] = 4
+    max_length: Annotated[Count, Field(ge=8)] = 1024
+    long_rows: Literal["drop", "cut"] = "drop"
+    packing: bool = True
+    scheduler: str = "cosine"
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.03
+    optimizer: str = "auto"
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    checkpoint_steps: Annotated[Count, Field(ge=1)] | None = None
+    report_to: list[str] = []
+    sft: dict[str, Any] = {}
+
+    @field_validator("sft")
+    @classmethod
+    def _not_owned(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in OWNED:
+                raise ValueError(f"{key} is set by qcft itself: use {OWNED[key]}")
+        return value
+
+
+class Phase(Part):
+    """One phase: data to train on, or an adapter made elsewhere."""
+
+    name: str
+    data: list[Source] = []
+    adapter: str | None = None
+    start: Literal["merged", "base"] = "merged"
+    freeze: str = "none"
+    replay: Replay | None = None
+    system: str | None = None
+    train: Train = Train()
+
+    @field_validator("freeze")
+    @classmethod
+    def _freeze_spec(cls, value: str) -> str:
+        try:
+            parse_freeze(value)
+        except InputError as error:
+            raise ValueError(f"{error.message.removeprefix('freeze: ')} ({error.hint})") from None
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.adapter is None and not self.data:
+            raise ValueError(f"phase {self.name!r} has no data: give it data: [{{path: ...}}], or adapter: PATH")
+        if self.adapter is not None and self.data:
+            raise ValueError(f"phase {self.name!r} has both data and an adapter: give one of them")
+        return self
+
+    def sources(self) -> list[Source]:
+        """The phase's data, one source per language."""
+        return [one for source in self.data for one in source.expanded()]
+
+
+class HeldOut(Part):
+    """Rows set aside for measuring: the share of all rows, and at most `rows` scored of each language."""
+
+    share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    rows: Annotated[Count, Field(ge=1)] = 48
+
+
+class Answers(Part):
+    """Greedy answers to held-out English prompts, the first thing to break."""
+
+    prompts: Annotated[Count, Field(ge=0)] = 16
+    max_new_tokens: Annotated[Count, Field(ge=1)] = 64
+
+
+class Recipe(Part):
+    """A whole experiment."""
+
+    version: Literal[1] = 1
+    name: str
+    model: Model
+    seed: Annotated[Count, Field(ge=0)] = 0
+    lora: Lora = Lora()
+    heldout: HeldOut = HeldOut()
+    answers: Answers = Answers()
+    probe: list[Source] = []
+    phases: list[Phase] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _run_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError(
+                f"{value!r} cannot name a run: use letters, digits, '.', '_' and '-' (no slash, at most 64)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _phase_names(self) -> Self:
+        seen: set[str] = set()
+        for i, phase in enumerate(self.phases):
+            if not NAME.fullmatch(phase.name):
+                raise ValueError(f"phases: {phase.name!r} cannot name a phase: use letters, digits, '.', '_' and '-'")
+            if phase.name in seen:
+                raise ValueError(f"phases: two phases are named {phase.name!r}")
+            if phase.name in RESERVED:
+                raise ValueError(f"phases: {phase.name!r} is a word qcft uses itself: name the phase otherwise")
+            seen.add(phase.name)
+            if i and phase.adapter is not None:
+                raise ValueError(f"phases: {phase.name!r}: only the first phase can be an adapter made elsewhere")
+        return self
+
+    def phase(self, name: str) -> Phase:
+        """The phase of that name. Raises KeyError."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(name)
+
+
+RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "eval", "report"}
+
+# Fields of trl's SFTConfig that qcft sets itself, and the recipe key that stands for each.
+OWNED = {
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch",
+    "max_length": "train.max_length",
+    "truncation_mode": "train.long_rows",
+    "packing": "train.packing",
+    "packing_strategy": "train.packing",
+    "padding_free": "train.packing",
+    "lr_scheduler_type": "train.scheduler",
+    "warmup_steps": "train.warmup",
+    "optim": "train.optimizer",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "save_strategy": "train.checkpoint_steps",
+    "save_steps": "train.checkpoint_steps",
+    "save_total_limit": "train.checkpoint_steps",
+    "save_only_model": "train.checkpoint_steps",
+    "report_to": "train.report_to",
+    "seed": "seed",
+    "data_seed": "seed",
+    "full_determinism": "seed",
+    "model_init_kwargs": "model",
+    "trust_remote_code": "model.trust_remote_code",
+    "chat_template_path": "model.chat_template",
+    "eos_token": "model.chat_template",
+    "pad_token": "model.chat_template",
+    "bf16": "model.quantize (16-bit compute follows the device)",
+    "fp16": "model.quantize (16-bit compute follows the device)",
+    "use_cpu": "CUDA_VISIBLE_DEVICES",
+    "output_dir": "--runs",
+    "completion_only_loss": "data (loss falls on answers only)",
+    "assistant_only_loss": "data (loss falls on answers only)",
+    "dataset_text_field": "data[].format",
+    "dataset_kwargs": "data",
+    "dataset_num_proc": "data",
+    "shuffle_dataset": "seed",
+    "train_sampling_strategy": "seed (rows are mixed before training)",
+    "remove_unused_columns": "data",
+    "eval_packing": "heldout",
+    "eval_strategy": "heldout",
+    "eval_steps": "heldout",
+    "resume_from_checkpoint": "nothing: a killed run goes on by itself",
+    "logging_strategy": "train.report_to",
+    "logging_steps": "train.report_to (every step is logged)",
+    "disable_tqdm": "--quiet",
+    "push_to_hub": "nothing: qcft writes to the runs folder only",
+    "load_best_model_at_end": "nothing: the last step is the result",
+    "use_liger_kernel": "nothing: TRL's own fused loss is used",
+}

@@ -1,0 +1,97 @@
+"""The words and numbers of the table, shared by the terminal and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Table = Mapping[str, Any]
+
+
+def header(table: Table) -> list[str]:
+    """Column titles: the stage, each group (English marked), the English answers."""
+    titles = ["stage"]
+    for group in table["groups"]:
+        rows = table["stages"][0]["groups"][group["name"]]["rows"]
+        titles.append(f"{group['name']}{' *' if group['english'] else ''}\n{rows} rows")
+    answers = _answers(table)
+    return [*titles, f"English answers\n{answers['rows']} prompts"] if answers else titles
+
+
+def stage_rows(table: Table) -> list[list[str]]:
+    """A line per stage: NLL and token accuracy of each group; mean length and finished share of answers."""
+    lines = []
+    for stage in table["stages"]:
+        line = [f"{stage['name']}, {stage['precision']}"]
+        for group in table["groups"]:
+            score = stage["groups"][group["name"]]
+            line.append(f"{score['nll']:.3f}  {score['accuracy']:.0%}")
+        if stage["answers"]:
+            line.append(f"{stage['answers']['mean_tokens']:.0f} tokens, {stage['answers']['finished']:.0%} done")
+        lines.append(line)
+    return lines
+
+
+def change_rows(table: Table) -> list[list[str]]:
+    """A line per comparison: NLL change with its 95% interval and in percent."""
+    lines = []
+    for change in table["changes"]:
+        line = [f"{change['to_name']} since {change['from_name']}"]
+        for group in table["groups"]:
+            entry = change["groups"][group["name"]]
+            mark = " !" if group["english"] and entry["low"] > 0 else ""
+            line.append(f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n[{entry['low']:+.2f}, {entry['high']:+.2f}]")
+        if _answers(table):
+            stages = {s["stage"]: s for s in table["stages"]}
+            start, end = (stages[change[key]]["answers"]["mean_tokens"] for key in ("from", "to"))
+            line.append(f"{end - start:+.0f} tokens")
+        lines.append(line)
+    return lines
+
+
+def conclusion(table: Table) -> list[str]:
+    """What the table says, in sentences: what was gained, what English lost."""
+    if not table["changes"]:
+        return []
+    english = [g["name"] for g in table["groups"] if g["english"]]
+    others = [g["name"] for g in table["groups"] if not g["english"]]
+    base = table["changes"][-1]
+    since = table["changes"][0]
+    sentences = []
+    if others:
+        gains = ", ".join(f"{name} {base['groups'][name]['relative']:+.0%}" for name in others)
+        sentences.append(f"NLL since the {_start(table, base)}: {gains}.")
+    for name in english:
+        entry = since["groups"][name]
+        clear = "" if entry["low"] > 0 or entry["high"] < 0 else "; the interval includes zero"
+        word = "lost" if entry["value"] > 0 else "gained"
+        sentences.append(
+            f"English ({name}) {word} {abs(entry['value']):.3f} nats since {since['from_name']}, "
+            f"95% interval {entry['low']:+.3f} to {entry['high']:+.3f}, {entry['rows']} rows{clear}."
+        )
+    answers = _answers(table)
+    if answers:
+        stages = {s["stage"]: s["answers"] for s in table["stages"]}
+        start, end = stages[since["from"]], stages[since["to"]]
+        sentences.append(
+            f"Greedy English answers went from {start['mean_tokens']:.0f} to {end['mean_tokens']:.0f} tokens, "
+            f"finished {start['finished']:.0%} to {end['finished']:.0%}, {end['rows']} prompts."
+        )
+    for stage, kept in table["kept"].items():
+        share = kept["share"]
+        if share is None:
+            sentences.append(f"What {stage} kept is not measurable: the gain was {kept['gain']['value']:+.3f} nats.")
+        else:
+            sentences.append(
+                f"Merging kept {share:.0%} of the {kept['gain']['value']:.3f} nats gained ({stage}, {kept['gain']['rows']} rows)."
+            )
+    return sentences
+
+
+def _start(table: Table, change: Mapping[str, Any]) -> str:
+    stage = next(s for s in table["stages"] if s["stage"] == change["from"])
+    return f"{stage['name']} in {stage['precision']}"
+
+
+def _answers(table: Table) -> Mapping[str, Any] | None:
+    return table["stages"][0]["answers"] if table["stages"] else None

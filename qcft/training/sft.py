@@ -1,0 +1,270 @@
+"""One phase's training with TRL's SFTTrainer: checkpoints that are whole, resuming to the digit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError, Interrupted, QcftError, nearest
+from qcft.events import Progress, Watch
+from qcft.files import is_whole, seal
+from qcft.models.adapters import keep_adapters_in_fp32
+from qcft.models.load import compute_dtype, device, peak_memory
+from qcft.recipe import Train
+from qcft.training.batches import Batches
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to."""
+
+    steps: int
+    rows: int
+    tokens: int
+    loss: float
+    resumed_from: int
+
+
+def check_settings(train: Train) -> None:
+    """Check what only TRL can judge: the extra fields, the scheduler, the optimizer, the trackers.
+
+    Raises InputError.
+    """
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+    from trl import SFTConfig
+
+    known = [f.name for f in fields(SFTConfig)]
+    for key in train.sft:
+        if key not in known:
+            raise InputError(
+                f"train.sft: SFTConfig has no field {key!r}", nearest(key, known) + "see TRL's documentation of SFTConfig"
+            )
+    for value, choices, name in (
+        (train.scheduler, [str(s.value) for s in SchedulerType], "scheduler"),
+        (train.optimizer, ["auto", *(str(o.value) for o in OptimizerNames)], "optimizer"),
+    ):
+        if value not in choices:
+            raise InputError(f"train.{name}: there is no {name} {value!r}", nearest(value, choices) + "known: " + ", ".join(choices))
+    for tracker in train.report_to:
+        package = TRACKERS.get(tracker)
+        if package is None:
+            raise InputError(f"train.report_to: {tracker!r} is not known", f"use {', '.join(TRACKERS)}")
+        if find_spec(package) is None:
+            raise InputError(f"train.report_to: {tracker} is not installed", f"pip install {package}")
+    try:
+        _config(train, Path("."), Batches([[]], 1, 1, False), 0, False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train.sft: {' '.join(str(error).split())[:160]}", "see TRL's documentation of SFTConfig") from None
+
+
+def train_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    train: Train,
+    seed: int,
+    folder: Path,
+    watch: Watch,
+    label: str,
+) -> Trained:
+    """Train the adapters on a model, leaving them in `folder/adapter`.
+
+    Goes on from the last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint
+    is written and Interrupted raised. Raises QcftError when the loss is no longer finite or the GPU's
+    memory runs out.
+    """
+    import torch
+
+    checkpoints = folder / "checkpoints"
+    last = _last_whole(checkpoints)
+    config = _config(train, checkpoints, batches, seed, _checkpointing(model, batches, train))
+    trainer = _make_trainer(model, tokenizer, batches, config)
+    if config.gradient_checkpointing:
+        # TRL asks for gradients of the embeddings' output, which walks the backward pass through every
+        # frozen layer. With non-reentrant checkpointing they are not needed: the gradients are the same.
+        model.disable_input_require_grads()  # type: ignore[operator]
+    keep_adapters_in_fp32(model)
+    trainer.add_callback(_reporter(batches, folder / "log.jsonl", watch, label))
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.cuda.OutOfMemoryError:
+        raise QcftError(
+            "the GPU's memory ran out while training",
+            "try --set NAME.train.gradient_checkpointing=true, a smaller train.max_length or micro_batch",
+        ) from None
+    if watch.stop_code is not None and trainer.state.global_step < batches.steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {batches.steps}; a checkpoint was written",
+            "the same command goes on from it",
+            watch.stop_code,
+        )
+    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(
+        steps=trainer.state.global_step,
+        rows=batches.rows,
+        tokens=batches.tokens_until(batches.steps),
+        loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
+        resumed_from=int(last.name.split("-")[1]) if last else 0,
+    )
+
+
+def _config(train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    optimizer = train.optimizer
+    if optimizer == "auto":
+        optimizer = "paged_adamw_8bit" if device() == "cuda" else "adamw_torch"
+    every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
+    if "tensorboard" in train.report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(checkpoints.parent / "tensorboard"))
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        learning_rate=train.lr,
+        num_train_epochs=1,  # all epochs are laid out one after the other, each in an order of its own
+        per_device_train_batch_size=batches.per_pass,
+        gradient_accumulation_steps=batches.accumulation,
+        max_length=None,  # rows come cut to length
+        padding_free=batches.packed,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        train_sampling_strategy="sequential",  # the order is the mix's
+        lr_scheduler_type=train.scheduler,
+        warmup_steps=train.warmup,
+        optim=optimizer,
+        gradient_checkpointing=checkpointing,
+        bf16=compute_dtype() == torch.bfloat16,
+        fp16=compute_dtype() == torch.float16,
+        use_cpu=device() == "cpu",
+        seed=seed,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=train.report_to or "none",
+        disable_tqdm=True,
+        eval_strategy="no",
+        **train.sft,
+    )
+
+
+def _make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, config: SFTConfig) -> Any:
+    from transformers import PrinterCallback, Trainer
+    from trl import SFTTrainer
+
+    class PhaseTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer whose checkpoints hold the adapter, no pickled arguments, and a seal."""
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _dataset(batches: Batches) -> Any:
+    from datasets import Dataset, Features, List, Value
+
+    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    columns: dict[str, list[Any]] = {
+        "input_ids": [[t for row in item for t in row.input_ids] for item in batches.items],
+        "labels": [[t for row in item for t in row.labels] for item in batches.items],
+    }
+    if batches.packed:
+        features["seq_lengths"] = List(Value("int32"))
+        columns["seq_lengths"] = [[len(row.input_ids) for row in item] for item in batches.items]
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        """Tells progress after every step, keeps log.jsonl, and hears the wish to stop."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.begun, self.first = time.monotonic(), state.global_step
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if watch.stop_code is not None:
+                control.should_save = True
+                control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            step, loss = state.global_step, logs["loss"]
+            if not math.isfinite(loss):
+                raise QcftError(f"the loss is {loss} at step {step}", "try a lower train.lr")
+            tokens = batches.tokens_until(step)
+            rate = (tokens - batches.tokens_until(self.first)) / max(1e-9, time.monotonic() - self.begun)
+            kind, peak = peak_memory()
+            entry = {
+                "step": step,
+                "loss": loss,
+                "lr": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+                "token_accuracy": logs.get("mean_token_accuracy"),
+                "tokens": tokens,
+                "tokens_per_second": round(rate, 1),
+                f"peak_{kind}_bytes": peak,
+            }
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+            stats = {"loss": f"{loss:.3f}", "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
+            watch.tell(Progress(label, step, batches.steps, "steps", stats))
+
+    return Reporter()
+
+
+def _last_whole(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are removed."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        if is_whole(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _checkpointing(model: PeftModel, batches: Batches, train: Train) -> bool:
+    """Whether to recompute activations: as asked, or on a GPU when keeping them would take over half of
+    the memory that is free once the weights are loaded.
+
+    Kept per token and layer in 16 bits: about 34 hidden sizes (Korthikanti et al. 2022, arXiv 2205.05198,
+    without attention scores), which a gated MLP and LoRA's inputs bring to about 50.
+    """
+    if train.gradient_checkpointing != "auto":
+        return train.gradient_checkpointing
+    if device() != "cuda":
+        return False
+    import torch
+
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    per_pass = max(
+        sum(len(row.input_ids) for item in batches.items[i : i + batches.per_pass] for row in item)
+        for i in range(0, len(batches.items), batches.per_pass)
+    )
+    needed = per_pass * config.num_hidden_layers * config.hidden_size * 50
+    return bool(needed > 0.5 * torch.cuda.mem_get_info()[0])
