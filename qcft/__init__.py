@@ -1,8 +1,8 @@
 """Two-phase continual fine-tuning of language models on one GPU, in 4 bits.
 
-    import qcft
-    run = qcft.run("recipe.yaml", set={"phase2.replay.ratio": 0.1})
-    run.table["changes"]
+import qcft
+run = qcft.run("recipe.yaml", set={"phase2.replay.ratio": 0.1})
+run.table["changes"]
 """
 
 from __future__ import annotations

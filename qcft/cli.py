@@ -17,11 +17,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Two-phase continual fine-tuning on one GPU, in 4 bits: teach a model languages, see what English it lost, keep it.",
+    help="Two-phase continual fine-tuning on one GPU, in 4 bits: teach a model languages and keep its English.",
     epilog="Start with: qcft run quickstart",
 )
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. phase2.train.lr=1e-4. Repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. phase2.train.lr=1e-4. Repeatable."),
+]
 Runs = Annotated[Path, typer.Option("--runs", envvar="QCFT_RUNS", help="Folder that holds the runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps and do nothing.")]
@@ -29,10 +32,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only wa
 Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, or smollm2-135m-instruct.")]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="[LANG=]PATH", help="Data set: file, folder, hub id, or qcft:NAME. Repeatable, one per language."),
+    typer.Option(
+        "--data",
+        metavar="[LANG=]PATH",
+        help="Data set: file, folder, hub id, or qcft:NAME. Repeatable, one per language.",
+    ),
 ]
 Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
-Freeze = Annotated[str | None, typer.Option("--freeze", help="Layers without adapters: none, first:N, last:N, layers:0-11,20 ...")]
+Freeze = Annotated[
+    str | None, typer.Option("--freeze", help="Layers without adapters: none, first:N, last:N, layers:0-11,20 ...")
+]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
 
 
@@ -71,7 +80,9 @@ def phase1(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     model: Model = None,
     data: Data = None,
-    adapter: Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")
+    ] = None,
     take: Take = None,
     freeze: Freeze = None,
     set_: Set = None,
@@ -89,7 +100,9 @@ def phase1(
 
 @app.command()
 def phase2(
-    run: Annotated[str | None, typer.Argument(help="Run with a phase 1 [default: the latest]; a new name with --model.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(help="Run with a phase 1 [default: the latest]; a new name with --model.")
+    ] = None,
     model: Model = None,
     data: Data = None,
     replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,

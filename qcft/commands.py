@@ -26,7 +26,9 @@ def phase1_recipe(
 ) -> Recipe:
     """The recipe of `qcft phase1`. Raises InputError."""
     if model is None:
-        raise InputError("phase1 needs a model", "add --model smollm2-135m-instruct, a hub id, a folder or a .gguf file")
+        raise InputError(
+            "phase1 needs a model", "add --model smollm2-135m-instruct, a hub id, a folder or a .gguf file"
+        )
     if not data and adapter is None:
         raise InputError("phase1 has no data", "add --data PATH, or --adapter PATH for an adapter you bring")
     phase: dict[str, Any] = {"name": "phase1"}
@@ -96,7 +98,9 @@ def recipe_text(name: str) -> str:
     """A built-in recipe as it is written. Raises InputError."""
     known = built_in_recipes()
     if name not in known:
-        raise InputError(f"there is no built-in recipe {name!r}", nearest(name, list(known)) + f"there is {', '.join(known)}")
+        raise InputError(
+            f"there is no built-in recipe {name!r}", nearest(name, list(known)) + f"there is {', '.join(known)}"
+        )
     return known[name].read_text(encoding="utf-8")
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
@@ -57,7 +58,9 @@ class Reporter:
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
-            how = {"new": "", "resumed": "  going on from where it stopped", "reused": "  done before, reused"}[event.state]
+            how = {"new": "", "resumed": "  going on from where it stopped", "reused": "  done before, reused"}[
+                event.state
+            ]
             style = "dim" if event.state == "reused" else "bold"
             self.console.print(Text(f"[{event.position}/{event.total}] {event.title}{how}", style=style))
         elif isinstance(event, StepEnded):
@@ -92,7 +95,11 @@ class Reporter:
             self._task = self._bars.add_task(event.label, total=event.total or None, text="")
         assert self._task is not None
         self._bars.update(
-            self._task, description=event.label, completed=event.done, total=event.total or None, text=f"{_of(event)}  {text}"
+            self._task,
+            description=event.label,
+            completed=event.done,
+            total=event.total or None,
+            text=f"{_of(event)}  {text}",
         )
 
     def _pace(self, event: Progress, now: float) -> str:

@@ -1,8 +1,8 @@
 """What can go wrong, and the exit code it ends with.
 
-    QcftError              1   something failed while working
-    ├── InputError         2   what the user gave cannot be used; nothing was written
-    └── Interrupted  130/143   Ctrl-C or SIGTERM; what was done stays usable
+QcftError              1   something failed while working
+├── InputError         2   what the user gave cannot be used; nothing was written
+└── Interrupted  130/143   Ctrl-C or SIGTERM; what was done stays usable
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ SEAL = "files.sha256"
 def seal(folder: Path) -> None:
     """Write `files.sha256`, the list of a folder's files with their digests, last of all."""
     lines = [f"{file_digest(p)}  {p.relative_to(folder).as_posix()}" for p in sorted(folder.rglob("*")) if p.is_file()]
-    partial = folder / SEAL + ".partial"
+    partial = folder / (SEAL + ".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     partial.rename(folder / SEAL)
 

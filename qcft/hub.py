@@ -16,8 +16,8 @@ def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) 
     )
 
     chain: list[BaseException] = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(deeper)
     for cause in chain:
         if isinstance(cause, GatedRepoError):
             return InputError(

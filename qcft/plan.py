@@ -118,7 +118,9 @@ class _Planner:
             return None, self.step_of("eval/base")
         before, trained, live, base = previous
         stage = self.numbered("merged", before.name)
-        merged = self.add("merge", stage, f"merge {before.name}", before.name, trained.weights, trained.id, {**self.model})
+        merged = self.add(
+            "merge", stage, f"merge {before.name}", before.name, trained.weights, trained.id, {**self.model}
+        )
         measured = self.probe(f"eval/{stage}", f"{before.name} merged, {self.precision()}", merged.id, None)
         self.add(
             "kept", f"kept-{stage}", f"check what merging {before.name} kept", before.name, None, None, {},
@@ -126,7 +128,9 @@ class _Planner:
         )  # fmt: skip
         return merged.id, measured
 
-    def probe(self, stage: str, title: str, weights: str | None, adapter: str | None, quantize: str | None = None) -> Step:
+    def probe(
+        self, stage: str, title: str, weights: str | None, adapter: str | None, quantize: str | None = None
+    ) -> Step:
         """A measurement of one stage on all held-out rows."""
         settings = {
             **self.model,

@@ -104,7 +104,7 @@ class Encoder:
     def prompt_ids(self, row: Row) -> list[int]:
         """The tokens a model is given to answer the row's first user turn."""
         text = self._render(self._with_system(row.prompt), generate=True)
-        return self._tokenize(text)["input_ids"]
+        return list(self._tokenize(text)["input_ids"])
 
     def encode(self, row: Row) -> EncodedRow | str:
         """The row's tokens, or the reason why it cannot train.
@@ -153,7 +153,9 @@ class Encoder:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-        except Exception as error:  # a template may raise anything; Jinja's own errors share no base with its raise_exception
+        except (
+            Exception
+        ) as error:  # a template may raise anything; Jinja's own errors share no base with its raise_exception
             raise _TemplateRefused(f"the chat template refuses it: {str(error).splitlines()[0][:80]}") from None
         return str(text)
 
@@ -169,10 +171,7 @@ class Encoder:
             if not before.startswith(text) or not after.startswith(before):
                 raise _TemplateRefused("the chat template changes earlier turns")
             end = after.rfind(self.end_of_turn, len(before)) if self._template_ends_turns else -1
-            if end >= 0:
-                text = after[: end + len(self.end_of_turn)]
-            else:
-                text = after.rstrip("\n") + self.end_of_turn
+            text = after[: end + len(self.end_of_turn)] if end >= 0 else after.rstrip("\n") + self.end_of_turn
             spans.append((len(before), len(text)))
         return text, spans
 

@@ -67,13 +67,13 @@ def _read_file(path: Path) -> Iterator[dict[str, Any] | BadLine]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """The file's bytes, unpacked where they are gzipped (by content, not by name)."""
     try:
         with path.open("rb") as plain:
             packed = plain.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as stream:
-            yield stream  # type: ignore[misc]
+            yield stream
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"data: {str(path)!r} cannot be read: {reason}", "check that the file is whole") from None

@@ -44,7 +44,7 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
     train: list[Row] = []
     aside: list[Row] = []
     left_out: Counter[str] = Counter()
-    format = None if source.format == "auto" else source.format
+    format: str | None = None if source.format == "auto" else source.format
     label = f"reading {source.path}"
     seen = 0
     for record in read_records(source):
@@ -75,9 +75,7 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
     if len(kept) < len(train):
         left_out["same prompt as a held-out row"] += len(train) - len(kept)
     _check(source, seen, kept, aside, left_out, held_out, format)
-    return LoadedSource(
-        source, tuple(kept), tuple(aside), dict(left_out), digest_rows(kept) + digest_rows(aside)
-    )
+    return LoadedSource(source, tuple(kept), tuple(aside), dict(left_out), digest_rows(kept) + digest_rows(aside))
 
 
 def _detected(source: Source, record: dict[str, object]) -> str:

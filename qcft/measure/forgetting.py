@@ -75,7 +75,13 @@ def _change(start: dict[str, Any], end: dict[str, Any], folders: Mapping[str, Pa
     for name in start["groups"]:
         change = difference(*([_score(entry) for entry in scores[name]] for scores in (before, after)))
         groups[name] = {**asdict(change), "relative": change.value / start["groups"][name]["nll"]}
-    return {"from": start["stage"], "from_name": start["name"], "to": end["stage"], "to_name": end["name"], "groups": groups}
+    return {
+        "from": start["stage"],
+        "from_name": start["name"],
+        "to": end["stage"],
+        "to_name": end["name"],
+        "groups": groups,
+    }
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

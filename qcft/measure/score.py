@@ -89,4 +89,4 @@ def _batches(rows: Sequence[EncodedRow]) -> list[list[int]]:
 
 def _inner(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

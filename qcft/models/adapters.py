@@ -23,7 +23,7 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
 
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes floats too
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=modules,
         use_rslora=lora.rslora,
@@ -34,7 +34,7 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
     found = {name for name, _ in _lora_layers(adapted)}
     if found != set(modules):
         raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
-    return adapted  # type: ignore[return-value]
+    return adapted
 
 
 def keep_adapters_in_fp32(model: PeftModel) -> None:
@@ -50,7 +50,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A model with a saved adapter live on it, not trainable."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False, use_safetensors=True)  # type: ignore[return-value]
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=False, use_safetensors=True)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def answer_prompts(
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
             torch.manual_seed(sampling.seed + start)
             options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            output = model.generate(  # type: ignore[operator]
+            output = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=sampling.max_new_tokens,

@@ -43,7 +43,8 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"model: no tokenizer could be read from {str(folder)!r}: {_short(error)}", "the folder needs tokenizer.json"
+            f"model: no tokenizer could be read from {str(folder)!r}: {_short(error)}",
+            "the folder needs tokenizer.json",
         ) from None
     set_chat_template(tokenizer, model.chat_template)
     if tokenizer.pad_token is None:
@@ -84,7 +85,9 @@ def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTr
     except torch.cuda.OutOfMemoryError:
         raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise InputError(f"model: {str(folder)!r} cannot be loaded: {_short(error)}", "check the model folder") from None
+        raise InputError(
+            f"model: {str(folder)!r} cannot be loaded: {_short(error)}", "check the model folder"
+        ) from None
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = loaded.config.get_text_config().eos_token_id
     loaded.generation_config.do_sample = False

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -70,14 +70,12 @@ class _Deltas:
     """An adapter's factors, by the name of the weight they change."""
 
     def __init__(self, adapter: Path) -> None:
-        from safetensors import safe_open
-
         config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         check_mergeable(config, str(adapter))
         self.alpha = float(config["lora_alpha"])
         self.rslora = bool(config.get("use_rslora"))
-        self.file = safe_open(adapter / WEIGHTS, framework="pt")
-        keys = set(self.file.keys())
+        self.file = _open(adapter / WEIGHTS)
+        keys: set[str] = set(self.file.keys())
         self.pairs = {
             key.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight": key
             for key in keys
@@ -95,8 +93,8 @@ class _Deltas:
             return weight
         import torch
 
-        a = self.file.get_tensor(key).to(torch.float32)
-        b = self.file.get_tensor(key.replace(".lora_A.", ".lora_B.")).to(torch.float32)
+        a: torch.Tensor = self.file.get_tensor(key).to(torch.float32)
+        b: torch.Tensor = self.file.get_tensor(key.replace(".lora_A.", ".lora_B.")).to(torch.float32)
         rank = a.shape[0]
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
@@ -115,20 +113,21 @@ class _Deltas:
             )
 
 
-def _tensor_names(folder: Path) -> Iterator[tuple[Path, str]]:
+def _open(file: Path) -> Any:
     from safetensors import safe_open
 
+    return safe_open(file, framework="pt")
+
+
+def _tensor_names(folder: Path) -> Iterator[tuple[Path, str]]:
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield file, name
+        with _open(file) as tensors:
+            yield from ((file, name) for name in tensors.keys())  # noqa: SIM118 (safe_open is no mapping)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 yield name, tensors.get_tensor(name)
 

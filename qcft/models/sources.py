@@ -50,7 +50,8 @@ def resolve(model: Model) -> ModelSource:
         return _resolve_hub(model)
     raise InputError(
         f"model: {name!r} is no embedded model, file or folder",
-        nearest(name, list(EMBEDDED)) + f"embedded: {', '.join(EMBEDDED)}; or give a folder, a .gguf file or OWNER/NAME",
+        nearest(name, list(EMBEDDED))
+        + f"embedded: {', '.join(EMBEDDED)}; or give a folder, a .gguf file or OWNER/NAME",
     )
 
 

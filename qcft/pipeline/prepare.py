@@ -219,7 +219,7 @@ class _MetaModel:
                 self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise InputError(
-                f"model: {str(folder)!r} is no causal language model qcft can load: {' '.join(str(error).split())[:160]}",
+                f"model: {str(folder)!r} is no causal language model: {' '.join(str(error).split())[:160]}",
                 "give a decoder-only model; one with its own code needs model.trust_remote_code",
             ) from None
         self.recipe = recipe

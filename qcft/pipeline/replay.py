@@ -66,7 +66,9 @@ def generate_rows(
             break
         rows = order[start : start + replay.batch]
         label = f"answering English prompts ({len(accepted)} of {needed} done)"
-        for row, answer in zip(rows, _chunk(model, rows, number, encoder, replay, seed, chunks, watch, label), strict=True):
+        for row, answer in zip(
+            rows, _chunk(model, rows, number, encoder, replay, seed, chunks, watch, label), strict=True
+        ):
             reason, made = _judge(row, answer, encoder)
             if made is None:
                 left_out[reason] += 1
@@ -116,9 +118,7 @@ def _chunk(
         return list(json.loads(file.read_text(encoding="utf-8")))
     sampling = Sampling(replay.max_new_tokens, replay.temperature, replay.top_p, stable_seed(f"{seed}:chunk:{number}"))
     prompts = [encoder.prompt_ids(row) for row in rows]
-    made = answer_prompts(
-        model, encoder.tokenizer, prompts, encoder.end_ids, sampling, replay.batch, watch, label
-    )
+    made = answer_prompts(model, encoder.tokenizer, prompts, encoder.end_ids, sampling, replay.batch, watch, label)
     answers = [{"text": a.text, "tokens": a.tokens, "finished": a.finished} for a in made]
     write_text(file, json.dumps(answers, ensure_ascii=False))
     return answers

@@ -94,8 +94,7 @@ def _do(step: Step, position: int, total: int, prepared: Prepared, store: Store,
         record = store.done(step.id)
         if record is not None:
             return record
-        state = "resumed" if before == "partial" else "new"
-        watch.tell(StepBegun(step.id, step.title, position, total, state))
+        watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
         begun = time.monotonic()
         _reset_peak()
         metrics = Worker(prepared, store, watch).work(step, folder)
@@ -135,7 +134,8 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], watch: Watch) -> None:
     elif verdict == "lost":
         raise QcftError(
             f"merging {step.phase} kept only {share:.0%} of what it learned (at least 50% is asked for)",
-            "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, or use --set model.quantize=none",
+            "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, "
+            "or use --set model.quantize=none",
         )
 
 

@@ -155,7 +155,7 @@ class Worker:
     def _load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
         model = load_model(self._weights(step), self.recipe.model, quantize)
         if step.adapter is not None and step.kind == "probe":
-            return load_adapter(model, self.store.folder(step.adapter) / "adapter")  # type: ignore[return-value]
+            return load_adapter(model, self.store.folder(step.adapter) / "adapter")
         return model
 
     def _weights(self, step: Step) -> Path:
@@ -246,4 +246,3 @@ def _seed_everything(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
-

@@ -100,9 +100,7 @@ def _amount(text: str, argument: str) -> int | float:
         return int(argument)
     if re.fullmatch(r"\d*\.\d+", argument) and 0 <= float(argument) <= 1:
         return float(argument)
-    raise InputError(
-        f"freeze: {text!r}: {argument!r} is neither a number of layers nor a share from 0.0 to 1.0", HINT
-    )
+    raise InputError(f"freeze: {text!r}: {argument!r} is neither a number of layers nor a share from 0.0 to 1.0", HINT)
 
 
 def _ranges(text: str, argument: str) -> tuple[tuple[int, int], ...]:

@@ -93,7 +93,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
             if isinstance(key, str):
@@ -105,7 +105,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {_one_line(error)}", "see `qcft recipes` for examples") from None
+        raise InputError(
+            f"{path}: not readable as YAML: {_one_line(error)}", "see `qcft recipes` for examples"
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}", "check the path and its permissions") from None
 
@@ -125,7 +127,9 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
             for key, value in node.items():
                 if key in {"path", "adapter"} and isinstance(value, str) and (folder / value).exists():
                     node[key] = str((folder / value).resolve())
-                elif key == "path" and isinstance(value, str) and "{lang}" in value and (folder / value).parent.is_dir():
+                elif (
+                    key == "path" and isinstance(value, str) and "{lang}" in value and (folder / value).parent.is_dir()
+                ):
                     node[key] = str((folder / value).parent.resolve() / Path(value).name)
                 else:
                     visit(value)
@@ -141,7 +145,8 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
 def _apply(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key. The first word is a recipe key or the name of a phase."""
     head, *rest = key.split(".")
-    phases = raw.get("phases") if isinstance(raw.get("phases"), list) else []
+    given = raw.get("phases")
+    phases: list[Any] = given if isinstance(given, list) else []
     named = [p for p in phases if isinstance(p, dict) and p.get("name") == head]
     if named and not rest:
         if value is None:
@@ -208,7 +213,8 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
     if kind == "value_error":
         message, _, hint = text.partition(": use ")
         return InputError(
-            f"recipe: {where + ': ' if where else ''}{message}", f"use {hint}" if hint else "see `qcft recipes --show quickstart`"
+            f"recipe: {where + ': ' if where else ''}{message}",
+            f"use {hint}" if hint else "see `qcft recipes --show quickstart`",
         )
     if kind in {"less_than_equal", "greater_than_equal"} and where.endswith("replay.ratio"):
         return InputError(

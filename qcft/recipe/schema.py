@@ -71,9 +71,7 @@ class Source(Part):
             if not self.lang:
                 raise ValueError("lang: the list of languages is empty")
             if len(self.lang) > 1 and "{lang}" not in self.path:
-                raise ValueError(
-                    "lang: several languages need {lang} in path, or one source for each language"
-                )
+                raise ValueError("lang: several languages need {lang} in path, or one source for each language")
         elif "{lang}" in self.path and self.lang is None:
             raise ValueError("path: {lang} stands for a language, but lang is not given")
         return self
@@ -82,8 +80,7 @@ class Source(Part):
         """One source per language, with `{lang}` filled in."""
         langs = self.lang if isinstance(self.lang, list) else [self.lang]
         return [
-            self.model_copy(update={"lang": lang, "path": self.path.replace("{lang}", lang or "")})
-            for lang in langs
+            self.model_copy(update={"lang": lang, "path": self.path.replace("{lang}", lang or "")}) for lang in langs
         ]
 
 

@@ -40,7 +40,9 @@ def change_rows(table: Table) -> list[list[str]]:
         for group in table["groups"]:
             entry = change["groups"][group["name"]]
             mark = " !" if group["english"] and entry["low"] > 0 else ""
-            line.append(f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n[{entry['low']:+.2f}, {entry['high']:+.2f}]")
+            line.append(
+                f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n[{entry['low']:+.2f}, {entry['high']:+.2f}]"
+            )
         if _answers(table):
             stages = {s["stage"]: s for s in table["stages"]}
             start, end = (stages[change[key]]["answers"]["mean_tokens"] for key in ("from", "to"))
@@ -83,7 +85,8 @@ def conclusion(table: Table) -> list[str]:
             sentences.append(f"What {stage} kept is not measurable: the gain was {kept['gain']['value']:+.3f} nats.")
         else:
             sentences.append(
-                f"Merging kept {share:.0%} of the {kept['gain']['value']:.3f} nats gained ({stage}, {kept['gain']['rows']} rows)."
+                f"Merging kept {share:.0%} of the {kept['gain']['value']:.3f} nats gained "
+                f"({stage}, {kept['gain']['rows']} rows)."
             )
     return sentences
 

@@ -65,7 +65,10 @@ def _mix(steps: Mapping[str, Path]) -> list[str]:
             ]
             for share in mix
         ]
-        parts += [f"\n## What {stage} trained on\n", _table(["source", "rows", "tokens", "answer tokens", "left out"], rows)]
+        parts += [
+            f"\n## What {stage} trained on\n",
+            _table(["source", "rows", "tokens", "answer tokens", "left out"], rows),
+        ]
     return parts
 
 

@@ -54,7 +54,9 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str], exact: bool = F
     folder.mkdir(parents=True, exist_ok=True)
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    created = (read_json(folder / "run.json") or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    created = (read_json(folder / "run.json") or {}).get("created") or time.strftime(
+        "%Y-%m-%dT%H:%M:%SZ", time.gmtime()
+    )
     write_json(folder / "run.json", {"version": 1, "created": created, "stages": stages})
     return NamedRun(name, folder, stages)
 
@@ -105,4 +107,6 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith(EVAL) and not stage.startswith("kept")}
+    return {
+        stage: step for stage, step in stages.items() if not stage.startswith(EVAL) and not stage.startswith("kept")
+    }

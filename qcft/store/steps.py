@@ -1,7 +1,7 @@
 """Step folders under runs/.steps. No folder: to do. No done.json: partial. Else done, once verified.
 
-    step.json     inputs, versions, hardware: written first
-    done.json     metrics, seconds, file digests: written last, by rename
+step.json     inputs, versions, hardware: written first
+done.json     metrics, seconds, file digests: written last, by rename
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def writable(runs: Path) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise InputError(f"the runs folder {str(runs)!r} cannot be made: {str(place)!r} is a file", "name another with --runs")
+        raise InputError(
+            f"the runs folder {str(runs)!r} cannot be made: {str(place)!r} is a file", "name another with --runs"
+        )
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"the runs folder {str(runs)!r} cannot be written", "name another with --runs")
 

@@ -52,14 +52,17 @@ def check_settings(train: Train) -> None:
     for key in train.sft:
         if key not in known:
             raise InputError(
-                f"train.sft: SFTConfig has no field {key!r}", nearest(key, known) + "see TRL's documentation of SFTConfig"
+                f"train.sft: SFTConfig has no field {key!r}",
+                nearest(key, known) + "see TRL's documentation of SFTConfig",
             )
     for value, choices, name in (
         (train.scheduler, [str(s.value) for s in SchedulerType], "scheduler"),
         (train.optimizer, ["auto", *(str(o.value) for o in OptimizerNames)], "optimizer"),
     ):
         if value not in choices:
-            raise InputError(f"train.{name}: there is no {name} {value!r}", nearest(value, choices) + "known: " + ", ".join(choices))
+            raise InputError(
+                f"train.{name}: there is no {name} {value!r}", nearest(value, choices) + "known: " + ", ".join(choices)
+            )
     for tracker in train.report_to:
         package = TRACKERS.get(tracker)
         if package is None:
@@ -69,7 +72,9 @@ def check_settings(train: Train) -> None:
     try:
         _config(train, Path("."), Batches([[]], 1, 1, False), 0, False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"train.sft: {' '.join(str(error).split())[:160]}", "see TRL's documentation of SFTConfig") from None
+        raise InputError(
+            f"train.sft: {' '.join(str(error).split())[:160]}", "see TRL's documentation of SFTConfig"
+        ) from None
 
 
 def train_adapter(
@@ -97,7 +102,7 @@ def train_adapter(
     if config.gradient_checkpointing:
         # TRL asks for gradients of the embeddings' output, which walks the backward pass through every
         # frozen layer. With non-reentrant checkpointing they are not needed: the gradients are the same.
-        model.disable_input_require_grads()  # type: ignore[operator]
+        model.disable_input_require_grads()
     keep_adapters_in_fp32(model)
     trainer.add_callback(_reporter(batches, folder / "log.jsonl", watch, label))
     try:
@@ -168,7 +173,7 @@ def _make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches:
     from transformers import PrinterCallback, Trainer
     from trl import SFTTrainer
 
-    class PhaseTrainer(SFTTrainer):  # type: ignore[misc]
+    class PhaseTrainer(SFTTrainer):
         """SFTTrainer whose checkpoints hold the adapter, no pickled arguments, and a seal."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -211,7 +216,9 @@ def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
                 control.should_save = True
                 control.should_training_stop = True
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        ) -> None:
             if not logs or "loss" not in logs:
                 return
             step, loss = state.global_step, logs["loss"]
@@ -261,7 +268,7 @@ def _checkpointing(model: PeftModel, batches: Batches, train: Train) -> bool:
         return False
     import torch
 
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr]
+    config: Any = model.config.get_text_config()
     per_pass = max(
         sum(len(row.input_ids) for item in batches.items[i : i + batches.per_pass] for row in item)
         for i in range(0, len(batches.items), batches.per_pass)
