@@ -204,13 +204,13 @@ class _TemplateRefused(ValueError):
 
 
 def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """Label the tokens that lie within an answer; a token of no width follows the one before it."""
+    """Label the tokens that lie within an answer, one that begins just before it (a blank) among them."""
     labels = []
     span = 0
     for token, (start, end) in zip(ids, offsets, strict=True):
         while span < len(spans) and start >= spans[span][1]:
             span += 1
-        inside = span < len(spans) and start >= spans[span][0] and end > start
+        inside = span < len(spans) and end > max(start, spans[span][0])
         labels.append(token if inside else IGNORED)
     return labels
 

@@ -40,9 +40,9 @@ def answer_prompts(
     sampling: Sampling,
     batch: int,
     watch: Watch,
-    label: str = "answering",
+    label: str | None = None,
 ) -> list[Answer]:
-    """Answer each prompt (token ids); answers come in the order of the prompts."""
+    """Answer each prompt (token ids), in the order of the prompts; tells progress when given a `label`."""
     import torch
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -69,7 +69,10 @@ def answer_prompts(
             for i, sequence in zip(chosen, output[:, width:].tolist(), strict=True):
                 answers[i] = _answer(tokenizer, sequence, end_ids)
                 made += answers[i].tokens
-            watch.progress(label, start + len(chosen), len(order), "answers", tokens=str(made))
+            if label is None:
+                watch.check_stop()
+            else:
+                watch.progress(label, start + len(chosen), len(order), "answers", tokens=f"{made:,} tokens")
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -61,20 +61,20 @@ def generate_rows(
     left_out: Counter[str] = Counter(pool.left_out)
     chunks = folder / "chunks"
     chunks.mkdir(exist_ok=True)
+    watch.progress("generating replay", 0, needed, "answers")
     for number, start in enumerate(range(0, len(order), replay.batch)):
         if len(accepted) >= needed:
             break
         rows = order[start : start + replay.batch]
-        label = f"answering English prompts ({len(accepted)} of {needed} done)"
-        for row, answer in zip(
-            rows, _chunk(model, rows, number, encoder, replay, seed, chunks, watch, label), strict=True
-        ):
+        answers = _chunk(model, rows, number, encoder, replay, seed, chunks, watch)
+        for row, answer in zip(rows, answers, strict=True):
             reason, made = _judge(row, answer, encoder)
             if made is None:
                 left_out[reason] += 1
             else:
                 accepted.append(made.as_dict() | {"tokens": answer["tokens"]})
-        watch.progress("generating replay", min(len(accepted), needed), needed, "answers")
+        out = sum(left_out.values()) - sum(pool.left_out.values())
+        watch.progress("generating replay", min(len(accepted), needed), needed, "answers", out=f"{out} left out")
     _check(len(accepted), needed, pool, left_out)
     _write(folder / FILE, accepted[:needed])
     for file in chunks.iterdir():
@@ -110,7 +110,6 @@ def _chunk(
     seed: int,
     chunks: Path,
     watch: Watch,
-    label: str,
 ) -> list[dict[str, Any]]:
     """The answers to one chunk of prompts, read back where they were made before."""
     file = chunks / f"{number:06d}.json"
@@ -118,7 +117,7 @@ def _chunk(
         return list(json.loads(file.read_text(encoding="utf-8")))
     sampling = Sampling(replay.max_new_tokens, replay.temperature, replay.top_p, stable_seed(f"{seed}:chunk:{number}"))
     prompts = [encoder.prompt_ids(row) for row in rows]
-    made = answer_prompts(model, encoder.tokenizer, prompts, encoder.end_ids, sampling, replay.batch, watch, label)
+    made = answer_prompts(model, encoder.tokenizer, prompts, encoder.end_ids, sampling, replay.batch, watch)
     answers = [{"text": a.text, "tokens": a.tokens, "finished": a.finished} for a in made]
     write_text(file, json.dumps(answers, ensure_ascii=False))
     return answers

@@ -111,7 +111,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     if step.kind == "train":
         return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
     if step.kind == "replay":
-        return f"{metrics['rows']} rows"
+        left_out = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
+        return f"{metrics['rows']} rows" + (f"; left out {left_out}" if left_out else "")
     if step.kind == "merge":
         return f"{metrics['merged_weights']} weights changed"
     if step.kind == "kept":

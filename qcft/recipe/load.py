@@ -50,6 +50,8 @@ def recipe_from(raw: dict[str, Any], changes: Mapping[str, Any] | None = None) -
             for name, body in raw["phases"].items()
             if body is not None
         ]
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"name": raw["model"]}  # so that `--set model.KEY` has something to set below
     for key, value in (changes or {}).items():
         _apply(raw, key, value)
     try:
@@ -209,18 +211,29 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
     if kind == "missing":
         return InputError(f"recipe: {where!r} is missing", "add it to the recipe, or give it with --set")
     text = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 and kind != "union" else ""
-    if kind == "value_error":
-        message, _, hint = text.partition(": use ")
-        return InputError(
-            f"recipe: {where + ': ' if where else ''}{message}",
-            f"use {hint}" if hint else "see `qcft recipes --show quickstart`",
-        )
-    if kind in {"less_than_equal", "greater_than_equal"} and where.endswith("replay.ratio"):
+    if kind == "value_error":  # the schema's own: what is wrong | what to do
+        message, _, hint = text.partition(" | ")
+        return InputError(f"recipe: {where + ': ' if where else ''}{message}", hint)
+    if where.endswith("replay.ratio") and kind in {"less_than_equal", "greater_than_equal"}:
         return InputError(
             f"recipe: {where}: {given!r} is outside [0, 0.9]", "the ratio is replay's share of the final mix, e.g. 0.2"
         )
-    return InputError(f"recipe: {where}: {given!r} {text}{more}", f"give {where} a value of that type")
+    expected = next((word for start, word in EXPECTED.items() if kind.startswith(start)), None)
+    hint = f"give {expected}" if expected else f"it {text}"
+    return InputError(f"recipe: {where}: {given!r} {text}", hint)
+
+
+# What pydantic's kinds of errors ask for.
+EXPECTED = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "list": "a list",
+    "string": "a text",
+    "dict": "a mapping of keys",
+    "model": "a mapping of keys",
+    "too_short": "at least one",
+}
 
 
 def _readable(location: tuple[int | str, ...], raw: dict[str, Any]) -> str:
@@ -250,7 +263,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in {list, typing.Union, types.UnionType}:
+    if typing.get_origin(annotation) in {list, typing.Union, types.UnionType, typing.Annotated}:
         for argument in typing.get_args(annotation):
             found = _model_in(argument)
             if found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -15,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false")
+        raise ValueError("should be a number, not true or false | give a number")
     return value
 
 
@@ -27,6 +28,16 @@ class Part(BaseModel):
     """A frozen part of the recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _named(key: str) -> Callable[[Any], Any]:
+    """A validator that reads a bare text as `{key: text}`."""
+    return lambda value: {key: value} if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """One entry where a list is asked for is a list of one."""
+    return [value] if isinstance(value, (str, dict)) else value
 
 
 class Model(Part):
@@ -69,11 +80,13 @@ class Source(Part):
     def _languages(self) -> Self:
         if isinstance(self.lang, list):
             if not self.lang:
-                raise ValueError("lang: the list of languages is empty")
+                raise ValueError("lang: the list of languages is empty | name a language, such as es")
             if len(self.lang) > 1 and "{lang}" not in self.path:
-                raise ValueError("lang: several languages need {lang} in path, or one source for each language")
+                raise ValueError(
+                    "lang: several languages, but no {lang} in path | write {lang} into path, or give a source for each"
+                )
         elif "{lang}" in self.path and self.lang is None:
-            raise ValueError("path: {lang} stands for a language, but lang is not given")
+            raise ValueError("path: {lang} stands for a language, but lang is not given | add lang: [es, pt]")
         return self
 
     def expanded(self) -> list[Source]:
@@ -82,6 +95,9 @@ class Source(Part):
         return [
             self.model_copy(update={"lang": lang, "path": self.path.replace("{lang}", lang or "")}) for lang in langs
         ]
+
+
+Sources = Annotated[list[Annotated[Source, BeforeValidator(_named("path"))]], BeforeValidator(_listed)]
 
 
 class Replay(Part):
@@ -93,7 +109,7 @@ class Replay(Part):
 
     ratio: Annotated[Number, Field(ge=0, le=0.9)]
     kind: Literal["generative", "english"] = "generative"
-    data: list[Source] = []
+    data: Sources = []
     max_new_tokens: Annotated[Count, Field(ge=1)] = 256
     temperature: Annotated[Number, Field(ge=0)] = 0.7
     top_p: Annotated[Number, Field(gt=0, le=1)] = 0.9
@@ -102,7 +118,9 @@ class Replay(Part):
     @model_validator(mode="after")
     def _english_needs_data(self) -> Self:
         if self.kind == "english" and not self.data and self.ratio > 0:
-            raise ValueError("data: english replay takes its rows from a data set, but none is given")
+            raise ValueError(
+                "english replay takes its rows from a data set, but none is given | add data: [{path: ...}]"
+            )
         return self
 
 
@@ -130,7 +148,7 @@ class Train(Part):
     def _not_owned(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in value:
             if key in OWNED:
-                raise ValueError(f"{key} is set by qcft itself: use {OWNED[key]}")
+                raise ValueError(f"{key} is set by qcft itself | use {OWNED[key]}")
         return value
 
 
@@ -138,7 +156,7 @@ class Phase(Part):
     """One phase: data to train on, or an adapter made elsewhere."""
 
     name: str
-    data: list[Source] = []
+    data: Sources = []
     adapter: str | None = None
     start: Literal["merged", "base"] = "merged"
     freeze: str = "none"
@@ -152,15 +170,15 @@ class Phase(Part):
         try:
             parse_freeze(value)
         except InputError as error:
-            raise ValueError(f"{error.message.removeprefix('freeze: ')} ({error.hint})") from None
+            raise ValueError(f"{error.message.removeprefix('freeze: ')} | {error.hint}") from None
         return value
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
         if self.adapter is None and not self.data:
-            raise ValueError(f"phase {self.name!r} has no data: give it data: [{{path: ...}}], or adapter: PATH")
+            raise ValueError(f"phase {self.name!r} has no data | give it data: [{{path: ...}}], or adapter: PATH")
         if self.adapter is not None and self.data:
-            raise ValueError(f"phase {self.name!r} has both data and an adapter: give one of them")
+            raise ValueError(f"phase {self.name!r} has both data and an adapter | give one of them")
         return self
 
     def sources(self) -> list[Source]:
@@ -187,12 +205,12 @@ class Recipe(Part):
 
     version: Literal[1] = 1
     name: str
-    model: Model
+    model: Annotated[Model, BeforeValidator(_named("name"))]
     seed: Annotated[Count, Field(ge=0)] = 0
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()
-    probe: list[Source] = []
+    probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
 
     @field_validator("name")
@@ -200,7 +218,7 @@ class Recipe(Part):
     def _run_name(cls, value: str) -> str:
         if not NAME.fullmatch(value):
             raise ValueError(
-                f"{value!r} cannot name a run: use letters, digits, '.', '_' and '-' (no slash, at most 64)"
+                f"{value!r} cannot name a run | use letters, digits, '.', '_' and '-' (no slash, at most 64)"
             )
         return value
 
@@ -209,14 +227,16 @@ class Recipe(Part):
         seen: set[str] = set()
         for i, phase in enumerate(self.phases):
             if not NAME.fullmatch(phase.name):
-                raise ValueError(f"phases: {phase.name!r} cannot name a phase: use letters, digits, '.', '_' and '-'")
+                raise ValueError(f"phases: {phase.name!r} cannot name a phase | use letters, digits, '.', '_' and '-'")
             if phase.name in seen:
-                raise ValueError(f"phases: two phases are named {phase.name!r}")
+                raise ValueError(f"phases: two phases are named {phase.name!r} | name one otherwise")
             if phase.name in RESERVED:
-                raise ValueError(f"phases: {phase.name!r} is a word qcft uses itself: name the phase otherwise")
+                raise ValueError(f"phases: {phase.name!r} is a word qcft uses itself | name the phase otherwise")
             seen.add(phase.name)
             if i and phase.adapter is not None:
-                raise ValueError(f"phases: {phase.name!r}: only the first phase can be an adapter made elsewhere")
+                raise ValueError(
+                    f"phases: {phase.name!r}: only the first phase can be an adapter made elsewhere | put it first"
+                )
         return self
 
     def phase(self, name: str) -> Phase:

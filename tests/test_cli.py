@@ -1,0 +1,186 @@
+"""The command line: what it prints where, exit codes, and every mistake as two lines with nothing written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe_file(raw_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe))
+    return path
+
+
+def two_lines(err):
+    lines = err.strip().splitlines()
+    assert len(lines) == 2, err
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "phase2.train.lrr=1"], "unknown key 'phase2.train.lrr'"),
+        (["--set", "phase2.train.lr=fast"], "phase2.train.lr: 'fast'"),
+        (["--set", "phase2.replay.ratio=0.95"], "outside [0, 0.9]"),
+        (["--set", "phase3.freeze=none"], "no phase or recipe key 'phase3'"),
+        (["--set", "nothing=1"], "no phase or recipe key 'nothing'"),
+        (["--set", "seed"], "not KEY=VALUE"),
+        (["--set", "phase2.data=[{path: nope.jsonl}]"], "no file 'nope.jsonl'"),
+        (["--set", "phase2.data=[{path: empty.jsonl}]"], "is empty"),
+        (["--set", "phase2.data=[{path: odd.jsonl}]"], "no known format"),
+        (["--set", "phase2.data=[]"], "has no data"),
+        (["--set", "phase2.data.0.format=alpacca"], "alpacca"),
+        (["--set", "model.name=smollm2-135m-instuct"], "no embedded model"),
+        (["--set", "model.name=plain"], "holds no model"),
+        (["--set", "model.name=cut.gguf"], "no GGUF file"),
+        (["--set", "model.name=someone/something"], "hub can't be reached"),
+        (["--set", "phase2.data=[{path: someone/something}]"], "hub can't be reached"),
+        (["--set", "model.name=untemplated"], "no chat template"),
+        (["--set", "phase2.freeze=first:3"], "freezes all 3 layers"),
+        (["--set", "phase2.freeze=layers:7"], "names layer 7"),
+        (["--set", "lora.targets=[q_porj]"], "no linear module 'q_porj'"),
+        (["--set", "phase2.train.max_length=8"], "none of the"),
+        (["--set", "phase2.train.scheduler=cosin"], "no scheduler 'cosin'"),
+        (["--set", "phase1={adapter: nowhere}"], "no folder 'nowhere'"),
+        (["--as", "a/b"], "cannot name a run"),
+        (["--runs", "empty.jsonl/runs"], "is a file"),
+    ],
+)
+def test_a_mistake_is_two_lines_exit_2_and_nothing_written(qcft, recipe_file, tiny_model, tmp_path, arguments, says):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"foo": 1}\n')
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "cut.gguf").write_bytes(b"GG")
+    untemplated = shutil.copytree(tiny_model, tmp_path / "untemplated")
+    (untemplated / "chat_template.jinja").unlink()
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    code, out, err = qcft("run", str(recipe_file), *arguments)
+    assert code == 2
+    assert says in two_lines(err)
+    assert out == ""
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_runs_folder_without_permission(qcft, recipe_file, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = qcft("run", str(recipe_file), "--runs", "locked/runs")
+    assert code == 2
+    assert "cannot be written" in two_lines(err)
+
+
+def test_no_traceback_without_debug(qcft, recipe_file):
+    from qcft import QcftError
+
+    with pytest.raises(QcftError):
+        qcft("run", str(recipe_file), "--set", "seed=x", "--debug")
+
+
+def test_dry_run_lists_the_steps_and_does_nothing(qcft, recipe_file, tmp_path):
+    code, out, _ = qcft("run", str(recipe_file), "--dry-run")
+    assert code == 0
+    assert out.count("to do") == 10
+    assert not (tmp_path / "runs").exists()
+    _, out, _ = qcft("run", str(recipe_file), "--dry-run", "--json")
+    assert [s["stage"] for s in json.loads(out)][:3] == ["eval/base-16bit", "eval/base", "phase1"]
+
+
+def test_run_then_show_ls_and_phase2(qcft, recipe_file, tmp_path):
+    code, out, err = qcft("run", str(recipe_file), "--json")
+    assert code == 0, err
+    table = json.loads(out)
+    assert table["run"] == "tiny"
+    assert "[3/10] train phase1" in err
+    assert "phase2: " in err
+    assert "replay (english)" in err
+    code, out, _ = qcft("show", "--json")
+    assert json.loads(out)["stages"] == table["stages"]
+    code, out, _ = qcft("show", "tiny")
+    assert "phase2 since phase1" in out
+    assert "phase1 en *" in out
+    assert "English (phase1 en)" in out
+    _, out, _ = qcft("ls", "--json")
+    assert json.loads(out)[0] | {"model": ""} == {"run": "tiny", "model": "", "phases": "phase1, phase2", "steps done": "10 of 10"}
+    # The latest run with a phase 1, its own data, another ratio: a new run that shares what it can.
+    code, out, err = qcft("phase2", "--replay", "0.1", "--freeze", "last:1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["run"] == "tiny-2"
+    assert err.count("reused") == 7
+    recipe = yaml.safe_load((tmp_path / "runs" / "tiny-2" / "recipe.yaml").read_text())
+    assert recipe["phases"][1]["replay"]["ratio"] == 0.1
+    assert recipe["phases"][1]["freeze"] == "last:1"
+
+
+def test_phase1_then_phase2_from_flags(qcft, tiny_model, color_data, tmp_path):
+    small = ["--set", "lora.r=4", "--set", "heldout={share: 0.2, rows: 4}", "--set", "answers.prompts=0"]
+    short = ["--set", "phase1.train={batch: 4, max_length: 64}"]
+    code, _, err = qcft("phase1", "mine", "--model", str(tiny_model), "--data", str(color_data / "en.jsonl"), "--take", "12", *small, *short)
+    assert code == 0, err
+    code, _, err = qcft("phase2", "mine")
+    assert code == 2
+    assert "phase2 has no data" in two_lines(err)
+    short = ["--set", "phase2.train={batch: 4, max_length: 64}", "--set", "phase2.replay.kind=english"]
+    short += ["--set", f"phase2.replay.data={color_data / 'en.jsonl'}"]
+    code, out, err = qcft("phase2", "mine", "--data", f"es={color_data / 'es.jsonl'}", "--take", "12", "--replay", "0.2", *short)
+    assert code == 0, err
+    assert "phase2 es" in out
+    assert json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["stages"]["phase2"]
+
+
+def test_phase2_on_an_instruct_model(qcft, tiny_model, color_data):
+    code, out, err = qcft("phase2", "inst", "--model", str(tiny_model), "--data", f"es={color_data / 'es.jsonl'}", "--dry-run")
+    assert code == 0, err
+    assert "train phase2" in out
+    assert "merge" not in out
+
+
+def test_recipes(qcft):
+    code, out, _ = qcft("recipes")
+    assert code == 0
+    assert "quickstart" in out
+    _, out, _ = qcft("recipes", "--show", "quickstart")
+    assert yaml.safe_load(out)["name"] == "quickstart"
+    code, _, err = qcft("recipes", "--show", "quikstart")
+    assert code == 2
+    assert "did you mean 'quickstart'" in err
+
+
+def test_nothing_to_show(qcft):
+    for command in (["show"], ["show", "x"], ["phase2"], ["phase1", "x", "--data", "y"], ["phase1", "x", "--model", "m"]):
+        code, _, err = qcft(*command)
+        assert code == 2
+        two_lines(err)
+    code, out, _ = qcft("ls", "--json")
+    assert (code, json.loads(out)) == (0, [])
+
+
+def test_sigterm_stops_with_a_checkpoint_exit_143_and_goes_on(recipe_file, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "qcft", "run", str(recipe_file), "--set", "phase1.train={lr: 0.01, batch: 2, max_length: 64, epochs: 40}"]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/.steps/train-*/log.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "a checkpoint was written" in err
+    assert "hint: the same command goes on from it" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.glob("runs/.steps/train-*/checkpoints/checkpoint-*/files.sha256"))

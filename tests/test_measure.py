@@ -1,0 +1,123 @@
+"""Scores agree with plain transformers; intervals and what a merge kept are right."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcft.data.encode import IGNORED, Encoder
+from qcft.data.rows import Message, Row
+from qcft.events import Watch
+from qcft.measure.score import RowScore, score_rows
+from qcft.measure.stats import accuracy, difference, kept, mean_nll
+from qcft.models.generate import Sampling, answer_prompts
+from qcft.models.load import load_model
+from qcft.recipe import Model
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    turns = [("the cat", "red"), ("a dog runs and eats " * 8, "blue blue bird"), ("one", "two three four " * 9)]
+    made = [Row((Message("user", q),), (Message("assistant", a),)) for q, a in turns]
+    made.append(Row(made[0].prompt, (*made[0].completion, Message("user", "bird"), Message("assistant", "green"))))
+    return Encoder(tokenizer).encode_all(made).encoded
+
+
+def by_hand(model, row):
+    """NLL of a row's answer tokens, alone, from the full logits."""
+    with torch.no_grad():
+        logits = model(torch.tensor([row.input_ids])).logits[0, :-1].float().log_softmax(-1)
+    labels = torch.tensor(row.labels[1:])
+    where = labels != IGNORED
+    return -logits[where].gather(1, labels[where, None]).sum().item(), int(where.sum())
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_scores_equal_those_computed_by_hand(tiny_model, rows, quantize):
+    model = load_model(tiny_model, Model(name="tiny"), quantize)
+    scores = score_rows(model, rows, Watch(), "test")
+    for row, score in zip(rows, scores, strict=True):
+        nll, tokens = by_hand(model, row)
+        assert score.tokens == tokens == row.answer_tokens
+        assert score.nll == pytest.approx(nll, rel=1e-2)  # bf16 differs a little between batch sizes
+    total = sum(by_hand(model, row)[0] for row in rows) / sum(row.answer_tokens for row in rows)
+    assert mean_nll(scores) == pytest.approx(total, rel=3e-3)
+
+
+def test_accuracy_counts_the_top_token(tiny_model, rows):
+    model = load_model(tiny_model, Model(name="tiny"), "none")
+    score = score_rows(model, rows[:1], Watch(), "test")[0]
+    with torch.no_grad():
+        top = model(torch.tensor([rows[0].input_ids])).logits[0, :-1].argmax(-1).tolist()
+    assert score.correct == sum(t == w for t, w in zip(top, rows[0].labels[1:], strict=True) if w != IGNORED)
+
+
+def test_greedy_answers_equal_transformers_own(tiny_model, tokenizer):
+    """In a batch with left padding as alone."""
+    model = load_model(tiny_model, Model(name="tiny"), "none").float()
+    encoder = Encoder(tokenizer)
+    prompts = [encoder.prompt_ids(Row((Message("user", t),), ())) for t in ("the cat", "one two three four " * 5)]
+    answers = answer_prompts(model, tokenizer, prompts, encoder.end_ids, Sampling(12), 2, Watch())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        made = alone[0, len(prompt) :].tolist()
+        end = next((i for i, t in enumerate(made) if t in encoder.end_ids), None)
+        assert answer.tokens == (len(made) if end is None else end)
+        assert answer.finished == (end is not None)
+        assert answer.text == tokenizer.decode(made[:end], skip_special_tokens=True).strip()
+
+
+def scores(*nlls, tokens=10):
+    return [RowScore(n * tokens, tokens, 0) for n in nlls]
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9), st.integers(1, 50)), min_size=2, max_size=30))
+def test_a_difference_is_that_of_the_means_and_lies_in_its_interval(rows):
+    a = [RowScore(x * n, n, 0) for x, _, n in rows]
+    b = [RowScore(y * n, n, 0) for _, y, n in rows]
+    found = difference(a, b)
+    assert found.value == pytest.approx(mean_nll(b) - mean_nll(a), abs=1e-9)
+    assert found.low - 1e-9 <= found.high
+    assert difference(b, a).value == pytest.approx(-found.value)
+    assert found.rows == len(rows)
+
+
+def test_the_interval_narrows_with_rows_and_is_repeatable():
+    few = difference(scores(*[1, 2] * 4), scores(*[1.2, 2.6] * 4))
+    many = difference(scores(*[1, 2] * 100), scores(*[1.2, 2.6] * 100))
+    assert many.high - many.low < few.high - few.low
+    assert many.is_clear
+    assert few == difference(scores(*[1, 2] * 4), scores(*[1.2, 2.6] * 4))
+
+
+@pytest.mark.parametrize(
+    ("base", "live", "merged", "share", "verdict"),
+    [
+        (2.0, 1.5, 1.52, 0.96, "kept"),
+        (2.0, 1.5, 1.65, 0.7, "low"),
+        (2.0, 1.5, 1.9, 0.2, "lost"),
+        (2.0, 1.5, 2.1, -0.2, "lost"),
+        (2.0, 1.97, 1.98, None, "not measurable"),
+        (2.0, 1.97, 2.04, None, "not measurable, but worse"),
+    ],
+)
+def test_kept(base, live, merged, share, verdict):
+    spread = [0.0, 0.1, -0.1, 0.05, -0.05, 0.02]
+    found = kept(*(scores(*[value + s for s in spread]) for value in (base, live, merged)))
+    assert found.verdict == verdict
+    assert found.share == (None if share is None else pytest.approx(share))
+
+
+def test_a_gain_whose_interval_holds_zero_is_not_measurable():
+    found = kept(scores(3.0, 1.0, 1.0, 1.0), scores(1.0, 1.1, 1.1, 1.1), scores(3.0, 1.0, 1.0, 1.0))
+    assert found.gain.value > 0.05
+    assert found.share is None
+
+
+def test_means_are_per_answer_token():
+    both = [RowScore(10.0, 5, 1), RowScore(2.0, 15, 10)]
+    assert mean_nll(both) == pytest.approx(0.6)
+    assert accuracy(both) == pytest.approx(11 / 20)
+    assert math.isfinite(mean_nll(both))

@@ -1,0 +1,85 @@
+"""The mix is exact: sizes, shares, every row once, replay spread evenly; packs lose nothing."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcft.data.encode import EncodedRow
+from qcft.data.mix import mixed_order, pack, replay_rows_needed
+from qcft.recipe import Train
+from qcft.training.batches import make_batches
+
+
+@given(st.integers(0, 100_000), st.integers(0, 90))
+def test_the_share_is_exact_to_one_row(new, percent):
+    ratio = percent / 100
+    replay = replay_rows_needed(new, ratio)
+    exact = Fraction(percent, 100 - percent) * new
+    assert abs(replay - exact) <= Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("new", "ratio", "replay"), [(300, 0.2, 75), (80, 0.1, 9), (1, 0.2, 0), (100, 0.5, 100), (7, 0, 0)]
+)
+def test_known_sizes(new, ratio, replay):
+    assert replay_rows_needed(new, ratio) == replay
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 120), st.integers(0, 60), st.integers(0, 3))
+def test_every_row_comes_exactly_once(new, replay, seed):
+    order = mixed_order(new, replay, seed)
+    assert sorted(order) == list(range(new + replay))
+    assert order == mixed_order(new, replay, seed)
+
+
+@pytest.mark.parametrize(("new", "replay"), [(400, 100), (1900, 100), (300, 300)])
+def test_replay_is_spread_evenly(new, replay):
+    order = mixed_order(new, replay, 0)
+    share = replay / (new + replay)
+    window = int(20 / share)  # holds 20 replay rows on average
+    counts = [sum(i >= new for i in order[s : s + window]) for s in range(len(order) - window + 1)]
+    assert max(counts) <= 40
+    assert min(counts) >= 10
+
+
+def test_epochs_are_shuffled_anew():
+    assert mixed_order(50, 10, "0:0") != mixed_order(50, 10, "0:1")
+
+
+def rows_of(lengths):
+    return [EncodedRow([i] * n, [i] * n) for i, n in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
+def test_packs_keep_every_row_in_order_and_their_limit(lengths, limit):
+    rows = rows_of(lengths)
+    packs = pack(rows, limit)
+    assert [r for p in packs for r in p] == rows
+    assert all(len(p) == 1 or sum(len(r.input_ids) for r in p) <= limit for p in packs)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batch_counts_rows_whether_packed_or_not(packing):
+    rows = rows_of([20] * 96)
+    batches = make_batches(rows, lambda e: list(range(96)), Train(batch=8, packing=packing, max_length=1024))
+    assert batches.steps == 12
+    assert batches.rows == 96
+    assert batches.tokens_until(3) == 3 * 8 * 20
+    assert batches.tokens_until(batches.steps) == 96 * 20
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_epochs_and_steps(packing):
+    rows = rows_of([10] * 20)
+    order = lambda e: list(range(20))  # noqa: E731
+    assert make_batches(rows, order, Train(batch=4, epochs=2.5, packing=packing)).rows == 50
+    assert make_batches(rows, order, Train(batch=4, steps=13, packing=packing)).steps == 13
+
+
+def test_a_pack_never_exceeds_max_length():
+    rows = rows_of([30, 100, 5, 60, 99, 1] * 10)
+    batches = make_batches(rows, lambda e: list(range(60)), Train(batch=16, max_length=128))
+    assert all(sum(len(r.input_ids) for r in item) <= 128 for item in batches.items)

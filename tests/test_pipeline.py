@@ -1,0 +1,258 @@
+"""The whole pipeline on a tiny model, from Python: stages, table, reuse, replay, report."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import qcft
+from qcft import api
+from qcft.data.encode import Encoder
+from qcft.data.load import load_source
+from qcft.events import Mixed, StepBegun, Watch
+from qcft.files import read_json
+from qcft.measure.stats import mean_nll
+from qcft.models.adapters import load_adapter
+from qcft.models.load import evaluating, load_model, load_tokenizer
+from qcft.pipeline.prepare import Prepared
+from qcft.recipe import load_recipe, recipe_from
+
+from .test_measure import by_hand
+
+
+@pytest.fixture
+def recipe_file(raw_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory):
+    """One runs folder for the module: steps that several tests need run once."""
+    return tmp_path_factory.mktemp("shared") / "runs"
+
+
+def run(recipe_file, runs, changes=None):
+    events = []
+    done = qcft.run(recipe_file, set=changes or {}, runs=runs, listener=events.append)
+    return done, events
+
+
+def states(events):
+    return {e.title: e.state for e in events if isinstance(e, StepBegun)}
+
+
+def test_two_phases_give_stages_and_a_table(recipe_file, shared_runs):
+    done, events = run(recipe_file, shared_runs)
+    assert list(done.stages) == [
+        "eval/base-16bit", "eval/base", "phase1", "eval/phase1", "merged", "eval/merged", "kept-merged",
+        "replay", "phase2", "eval/phase2",
+    ]  # fmt: skip
+    table = done.table
+    assert [g["name"] for g in table["groups"]] == ["phase1 en", "phase2 es", "phase2 pt"]
+    assert [g["english"] for g in table["groups"]] == [True, False, False]
+    names = [(s["name"], s["precision"]) for s in table["stages"]]
+    assert names == [
+        ("base", "16 bit"), ("base", "NF4"), ("phase1", "NF4"), ("phase1 merged", "NF4"), ("phase2", "NF4")
+    ]  # fmt: skip
+    nll = {s["stage"]: {g: v["nll"] for g, v in s["groups"].items()} for s in table["stages"]}
+    assert nll["eval/phase1"]["phase1 en"] < nll["eval/base"]["phase1 en"] - 0.5
+    assert nll["eval/phase2"]["phase2 es"] < nll["eval/base"]["phase2 es"] - 0.5
+    change = table["changes"][0]
+    assert (change["from"], change["to"]) == ("eval/phase1", "eval/phase2")
+    for group, entry in change["groups"].items():
+        assert entry["value"] == pytest.approx(nll["eval/phase2"][group] - nll["eval/phase1"][group])
+    assert table["kept"]["merged"]["share"] is not None
+    assert all(s["answers"]["rows"] == 3 for s in table["stages"])
+    json.dumps(table)
+    assert set(states(events).values()) == {"new"}
+    for stage, found in done.stages.items():
+        assert (done.folder / stage / "done.json").is_file()
+        assert found.folder.resolve() == (done.folder / stage).resolve()
+
+
+def test_the_mix_is_exact_and_told_before_training(recipe_file, shared_runs, tmp_path):
+    _, events = run(recipe_file, tmp_path / "runs", {"phase1": None, "heldout.rows": 5})
+    mixed = next(e for e in events if isinstance(e, Mixed))
+    rows = {s.source: s.rows for s in mixed.shares}
+    assert rows == {"es.jsonl (es)": 12, "pt.jsonl (pt)": 12, "replay (english)": 6}
+    assert all(s.tokens > s.answer_tokens > 0 for s in mixed.shares)
+    order = [type(e) for e in events]
+    assert order.index(Mixed) < len(order)
+
+
+def test_a_second_run_reuses_everything(recipe_file, shared_runs):
+    first, _ = run(recipe_file, shared_runs)
+    again, events = run(recipe_file, shared_runs)
+    assert set(states(events).values()) == {"reused"}
+    assert again.table == first.table
+    assert again.folder == first.folder
+
+
+def test_other_settings_share_what_they_can_under_another_name(recipe_file, shared_runs):
+    first, _ = run(recipe_file, shared_runs)
+    other, events = run(recipe_file, shared_runs, {"phase2.freeze": "none", "phase2.replay": None})
+    assert (first.name, other.name) == ("tiny", "tiny-2")
+    fresh = {title for title, state in states(events).items() if state == "new"}
+    assert fresh == {"train phase2", "measure phase2"}
+    assert other.stages["phase1"].step == first.stages["phase1"].step
+    assert (shared_runs / "tiny" / "phase2").resolve() == first.stages["phase2"].folder.resolve()
+
+
+def test_the_tables_nll_is_that_of_plain_transformers(recipe_file, shared_runs):
+    """The held-out rows, loaded and scored by hand with transformers and PEFT alone."""
+    done, _ = run(recipe_file, shared_runs)
+    recipe = load_recipe(recipe_file)
+    merged = done.stages["merged"].folder / "model"
+    tokenizer = load_tokenizer(merged, recipe.model)
+    model = load_adapter(load_model(merged, recipe.model), done.stages["phase2"].folder / "adapter")
+    source = recipe.phase("phase2").sources()[0]
+    held_out = load_source(source, recipe.heldout, Watch()).held_out
+    encoded = Encoder(tokenizer).encode_all(held_out).encoded
+    with evaluating(model):
+        sums = [by_hand(model, row) for row in encoded]
+    nll = sum(n for n, _ in sums) / sum(t for _, t in sums)
+    assert done.stages["eval/phase2"].metrics["groups"]["phase2 es"]["nll"] == pytest.approx(nll, rel=1e-2)
+
+
+def test_the_merged_model_is_the_base_plus_the_adapter(recipe_file, shared_runs, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    done, _ = run(recipe_file, shared_runs)
+    live = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    live = PeftModel.from_pretrained(live, done.stages["phase1"].folder / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(done.stages["merged"].folder / "model", dtype=torch.float32)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        a, b = live(ids).logits, merged(ids).logits
+    assert (a - b).abs().max() < 0.05 * a.abs().max()  # bf16 rounding of the merged weights
+
+
+def test_held_out_rows_never_train_nor_replay(recipe_file, shared_runs):
+    done, _ = run(recipe_file, shared_runs)
+    prepared = Prepared(load_recipe(recipe_file), Watch())
+    held = {row.key for group in prepared.groups for row in group.rows}
+    assert held
+    trained = {r.key for sets in prepared.rows.values() for rows in sets for r in rows}
+    replayed = [json.loads(line) for line in (done.folder / "replay" / "replay.jsonl").read_text().splitlines()]
+    assert len(replayed) == 6
+    held_ids = {row.id for group in prepared.groups for row in group.rows}
+    assert not held & trained
+    assert not held_ids & {r["id"] for r in replayed}
+
+
+def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkeypatch):
+    changes = {
+        "phase2.replay": {"ratio": 0.1, "max_new_tokens": 24, "temperature": 0, "batch": 4},
+        "phase1.train.epochs": 12,
+    }
+    done, _ = run(recipe_file, tmp_path / "runs", changes)
+    rows = [json.loads(line) for line in (done.folder / "replay" / "replay.jsonl").read_text().splitlines()]
+    assert len(rows) == 3  # 0.1 / 0.9 of 24, to the nearest row
+    metrics = done.stages["replay"].metrics
+    assert metrics["reason"] == "prompts of phase1"
+    assert not (done.folder / "replay" / "chunks").exists()
+    # Greedy answers of the model phase 2 starts from: generated again, they are the same.
+    recipe = load_recipe(recipe_file)
+    merged = done.stages["merged"].folder / "model"
+    tokenizer = load_tokenizer(merged, recipe.model)
+    model = load_model(merged, recipe.model)
+    encoder = Encoder(tokenizer)
+    for row in rows:
+        text = encoder._render([type("M", (), m) for m in row["prompt"]], generate=True)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with evaluating(model):
+            made = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=encoder.end_ids)
+        assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip() == row["completion"][0]["content"]
+
+
+def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):
+    changes = {
+        "phase2.replay": {"ratio": 0.2, "max_new_tokens": 24, "temperature": 1.0, "batch": 2},
+        "phase1.train.epochs": 12,
+    }
+    whole, _ = run(recipe_file, tmp_path / "whole", changes)
+    watch = Watch()
+    seen = []
+
+    def stop(event):
+        if getattr(event, "label", "") == "generating replay" and event.done:
+            seen.append(event)
+            watch.ask_to_stop()
+
+    watch._listener = stop
+    with pytest.raises(qcft.Interrupted):
+        api.run_watched(load_recipe(recipe_file, changes), tmp_path / "cut", watch)
+    assert seen
+    again, _ = run(recipe_file, tmp_path / "cut", changes)
+    assert again.stages["replay"].step == whole.stages["replay"].step
+    files = [r.folder / "replay" / "replay.jsonl" for r in (whole, again)]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_a_pool_that_is_too_small_says_how_many_rows_are_missing(raw_recipe, tmp_path):
+    recipe = recipe_from(raw_recipe, {"phase2.replay.ratio": 0.9})
+    with pytest.raises(qcft.InputError, match=r"needs 216 replay rows, but there are \d+ .*: \d+ are missing"):
+        api.run(recipe, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_instruct_model_needs_no_phase_1(recipe_file, tmp_path):
+    done, _ = run(recipe_file, tmp_path / "runs", {"phase1": None})
+    assert list(done.stages) == ["eval/base-16bit", "eval/base", "replay", "phase2", "eval/phase2"]
+    groups = [g["name"] for g in done.table["groups"]]
+    assert groups == ["phase2 es", "phase2 pt", "probe en"]  # English that ships with qcft
+    assert done.table["changes"][0]["from"] == "eval/base"
+
+
+def test_an_adapter_one_brings_is_phase_1(recipe_file, raw_recipe, shared_runs, tmp_path, color_data):
+    first, _ = run(recipe_file, shared_runs)
+    brought = {"name": "phase1", "adapter": str(first.stages["phase1"].folder / "adapter")}
+    probe = [{"path": str(color_data / "en.jsonl"), "lang": "en"}]
+    raw = {**raw_recipe, "name": "brought", "phases": [brought, raw_recipe["phases"][1]], "probe": probe}
+    done = api.run(recipe_from(raw), runs=tmp_path / "runs")
+    a, b = (read_json(r.folder / "merged" / "done.json")["files"] for r in (first, done))
+    assert a == b  # the same adapter merges to the same files
+
+
+def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs, tmp_path):
+    one = recipe_from({**raw_recipe, "phases": raw_recipe["phases"][:1]})
+    both = recipe_from(raw_recipe)
+    first = api.run(one, runs=tmp_path / "runs")
+    second = api.run(both, runs=tmp_path / "runs")
+    assert first.name == second.name == "tiny"
+    assert first.stages["phase1"].step == second.stages["phase1"].step
+    assert [p.name for p in recipe_from(yaml.safe_load((second.folder / "recipe.yaml").read_text())).phases] == [
+        "phase1",
+        "phase2",
+    ]
+
+
+def test_the_report_holds_the_table_and_what_repeats_it(recipe_file, shared_runs):
+    done, _ = run(recipe_file, shared_runs)
+    text = (done.folder / "report" / "report.md").read_text()
+    scores = [s["groups"]["phase2 es"]["nll"] for s in done.table["stages"]]
+    assert all(f"{score:.3f}" in text for score in scores)
+    assert "phase1 en *" in text
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe_from(recipe) == load_recipe(recipe_file)
+
+
+def test_mean_nll_of_the_table_is_over_answer_tokens(recipe_file, shared_runs):
+    done, _ = run(recipe_file, shared_runs)
+    stage = done.stages["eval/base"]
+    entries = read_json(stage.folder / "scores.json")["phase2 es"]
+    total = sum(e["nll"] for e in entries) / sum(e["tokens"] for e in entries)
+    assert stage.metrics["groups"]["phase2 es"]["nll"] == pytest.approx(total)
+    assert stage.metrics["groups"]["phase2 es"]["rows"] == len(entries)
+    assert mean_nll.__doc__
+
+
+def test_public_names():
+    assert qcft.__all__ == ["InputError", "Interrupted", "QcftError", "Run", "Stage", "run"]
+    assert all(getattr(qcft, name) for name in qcft.__all__)
+    with pytest.raises(AttributeError):
+        _ = qcft.nothing

@@ -1,0 +1,74 @@
+"""The plan: which steps, in which order, and what their ids depend on."""
+
+import pytest
+
+from qcft.plan import Digests, make_plan
+from qcft.recipe import recipe_from
+
+RAW = {
+    "name": "x",
+    "model": "m",
+    "phases": [
+        {"name": "phase1", "data": [{"path": "a", "lang": "en"}]},
+        {"name": "phase2", "data": [{"path": "b", "lang": "es"}], "replay": {"ratio": 0.2}},
+    ],
+}
+DIGESTS = Digests("model", {"phase1": "a", "phase2": "b"}, {"phase2": "a"}, "held")
+
+
+def plan(changes=None, digests=DIGESTS):
+    return make_plan(recipe_from(RAW, changes or {}), digests)
+
+
+def test_the_stages_of_two_phases_in_order():
+    assert [s.stage for s in plan().steps] == [
+        "eval/base-16bit", "eval/base", "phase1", "eval/phase1", "merged", "eval/merged", "kept-merged",
+        "replay", "phase2", "eval/phase2",
+    ]  # fmt: skip
+
+
+def test_each_step_loads_what_came_before():
+    stages = {s.stage: s for s in plan().steps}
+    assert stages["eval/phase1"].adapter == stages["phase1"].id
+    assert stages["merged"].adapter == stages["phase1"].id
+    assert stages["phase2"].weights == stages["merged"].id == stages["replay"].weights
+    assert stages["phase2"].parents == (stages["replay"].id,)
+    assert stages["kept-merged"].parents == tuple(stages[f"eval/{s}"].id for s in ("base", "phase1", "merged"))
+
+
+def test_without_quantisation_the_base_is_measured_once():
+    assert [s.stage for s in plan({"model.quantize": "none"}).steps][:2] == ["eval/base", "phase1"]
+
+
+def test_one_phase_has_nothing_to_merge():
+    stages = [s.stage for s in plan({"phase1": None}).steps]
+    assert stages == ["eval/base-16bit", "eval/base", "replay", "phase2", "eval/phase2"]
+
+
+def test_starting_from_the_base_merges_nothing():
+    stages = {s.stage: s for s in plan({"phase2.start": "base"}).steps}
+    assert "merged" not in stages
+    assert stages["phase2"].weights is None
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({"phase2.freeze": "first:2"}, {"phase2", "eval/phase2"}),
+        ({"phase2.replay.ratio": 0.1}, {"replay", "phase2", "eval/phase2"}),
+        ({"phase2.replay.temperature": 0.1}, {"replay", "phase2", "eval/phase2"}),
+        ({"answers.prompts": 3}, {"eval/base-16bit", "eval/base", "eval/phase1", "eval/merged", "kept-merged", "eval/phase2"}),
+        ({"phase2.train.report_to": ["wandb"], "phase2.train.checkpoint_steps": 3, "name": "other"}, set()),
+    ],
+)
+def test_a_change_touches_only_what_depends_on_it(change, changed):
+    before, after = plan().stages(), plan(change).stages()
+    assert {s for s in before if before[s] != after[s]} == changed
+
+
+def test_everything_depends_on_the_model_and_the_seed_on_training():
+    other = Digests("other", DIGESTS.phases, DIGESTS.replay, DIGESTS.held_out)
+    assert not set(plan().stages().values()) & set(plan(digests=other).stages().values())
+    before, after = plan().stages(), plan({"seed": 1}).stages()
+    assert before["phase1"] != after["phase1"]
+    assert before["eval/base"] == after["eval/base"]

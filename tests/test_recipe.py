@@ -1,0 +1,124 @@
+"""Recipes: reading, changing, validating; the error of each mistake."""
+
+import pytest
+
+from qcft import InputError
+from qcft.recipe import built_in_recipes, load_recipe, parse_assignments, recipe_from
+
+RAW = {
+    "name": "x",
+    "model": {"name": "m"},
+    "phases": [
+        {"name": "phase1", "data": [{"path": "a.jsonl", "lang": "en"}]},
+        {"name": "phase2", "data": [{"path": "{lang}.jsonl", "lang": ["es", "pt"]}]},
+    ],
+}
+
+
+def test_set_addresses_phases_by_name_and_creates_what_is_null():
+    recipe = recipe_from(RAW, parse_assignments(["phase2.replay.ratio=0.2", "phase1.train.lr=2e-4", "seed=3"]))
+    assert recipe.phase("phase2").replay.ratio == 0.2
+    assert recipe.phase("phase1").train.lr == 2e-4  # PyYAML reads 2e-4 as text
+    assert recipe.seed == 3
+
+
+def test_null_removes_a_phase_or_a_part():
+    assert [p.name for p in recipe_from(RAW, {"phase1": None}).phases] == ["phase2"]
+    replayed = recipe_from(RAW, {"phase2.replay.ratio": 0.1}).model_dump(mode="json")
+    assert recipe_from(replayed, {"phase2.replay": None}).phase("phase2").replay is None
+
+
+def test_a_mapping_of_phases_is_a_list_in_order():
+    raw = {**RAW, "phases": {"phase1": {"adapter": "there"}, "phase2": {"data": [{"path": "a"}]}}}
+    assert [p.name for p in recipe_from(raw).phases] == ["phase1", "phase2"]
+    assert recipe_from(raw).phases[0].adapter == "there"
+
+
+def test_a_source_per_language():
+    sources = recipe_from(RAW).phase("phase2").sources()
+    assert [(s.path, s.lang) for s in sources] == [("es.jsonl", "es"), ("pt.jsonl", "pt")]
+
+
+def test_a_resolved_recipe_reads_back_as_itself():
+    recipe = recipe_from(RAW, {"phase2.replay.ratio": 0.2, "phase2.freeze": "first:0.5"})
+    assert recipe_from(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "hints"),
+    [
+        ("phase2.train.lrr=1", "unknown key 'phase2.train.lrr'", "did you mean 'lr'"),
+        ("phase2.frezee=first:2", "unknown key 'phase2.frezee'", "did you mean 'freeze'"),
+        ("phase2.data.0.pth=x", "unknown key 'phase2.data.0.pth'", "did you mean 'path'"),
+        ("modle.name=x", "no phase or recipe key 'modle'", "did you mean 'model'"),
+        ("phase3.freeze=none", "no phase or recipe key 'phase3'", "phases: phase1, phase2"),
+        ("phase2.replay.ratio=0.95", "phase2.replay.ratio: 0.95 is outside [0, 0.9]", "share"),
+        ("phase2.replay.ratio=-0.1", "outside [0, 0.9]", "share"),
+        ("phase2.train.lr=fast", "phase2.train.lr: 'fast'", "number"),
+        ("phase2.train.lr=true", "phase2.train.lr", "number"),
+        ("phase2.train.lr=0", "greater than 0", ""),
+        ("phase2.train.batch=2.5", "phase2.train.batch", ""),
+        ("phase2.data=[]", "phase 'phase2' has no data", "path"),
+        ("phase2.adapter=x", "both data and an adapter", ""),
+        ("name=a/b", "'a/b' cannot name a run", "no slash"),
+        ("phase2.freeze=firts:2", "is not a freeze spec", "first"),
+        ("phase2.train.sft={packing: true}", "packing is set by qcft", "train.packing"),
+        ("phase2.train.sft={learning_rate: 1}", "learning_rate is set by qcft", "train.lr"),
+        ("phase2.data.4.take=1", "'4' is not an entry", "0 to 0"),
+        ("model.name.x=3", "nothing can be set below", ""),
+        ("version=2", "version", "1"),
+        ("phases=[]", "phases", ""),
+    ],
+)
+def test_a_mistake_is_named(change, says, hints):
+    with pytest.raises(InputError) as error:
+        recipe_from(RAW, parse_assignments([change]))
+    assert says in error.value.message
+    assert "\n" not in error.value.message
+    assert error.value.hint
+    assert hints in error.value.hint
+
+
+def test_set_without_a_value():
+    with pytest.raises(InputError, match="not KEY=VALUE"):
+        parse_assignments(["phase2.replay.ratio"])
+
+
+def test_names_of_phases_are_unique_and_not_qcfts_own_words():
+    for name in ("phase1", "model", "a/b"):
+        raw = {**RAW, "phases": [RAW["phases"][0], {**RAW["phases"][1], "name": name}]}
+        with pytest.raises(InputError):
+            recipe_from(raw)
+
+
+def test_a_key_written_twice_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: a\nname: b\nmodel: {name: m}\nphases: [{name: p, data: [{path: x}]}]\n")
+    with pytest.raises(InputError, match="'name' is given twice"):
+        load_recipe(path)
+
+
+def test_data_beside_the_recipe_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text("{}")
+    (tmp_path / "d" / "r.yaml").write_text("name: a\nmodel: {name: m}\nphases: [{name: p, data: [{path: a.jsonl}]}]\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("d/r.yaml").phases[0].data[0].path == str(tmp_path / "d" / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", list(built_in_recipes()))
+def test_built_in_recipes_are_valid_and_say_what_they_do(name):
+    assert load_recipe(name).name == name
+    assert built_in_recipes()[name].read_text(encoding="utf-8").startswith("# ")
+
+
+def test_no_recipe(tmp_path):
+    with pytest.raises(InputError, match="no recipe 'quickstrat'") as error:
+        load_recipe("quickstrat")
+    assert "quickstart" in error.value.hint
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(InputError, match="mapping"):
+        load_recipe(tmp_path / "list.yaml")

@@ -1,0 +1,202 @@
+"""Training on real NF4: adapters learn, the base stays, a killed run comes to the same adapter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qcft import InputError, Interrupted
+from qcft.data.encode import Encoder
+from qcft.data.mix import mixed_order
+from qcft.data.rows import Message, Row
+from qcft.events import Progress, Watch
+from qcft.files import seal
+from qcft.layers import adapted_modules
+from qcft.models.adapters import add_lora
+from qcft.models.load import load_model, load_tokenizer
+from qcft.recipe import Lora, Model, Train
+from qcft.training.batches import make_batches
+from qcft.training.sft import _last_whole, check_settings, train_adapter
+
+TRAIN = Train(lr=1e-2, batch=4, epochs=3, max_length=64, checkpoint_steps=2)
+
+
+def rows_of(tokenizer, count=24):
+    made = [
+        Row(
+            (Message("user", f"what number is {i}"),), (Message("assistant", "red dog" if i % 2 else "blue bird runs"),)
+        )
+        for i in range(count)
+    ]
+    return list(Encoder(tokenizer).encode_all(made).encoded)
+
+
+def train(model_folder, folder, watch=None, settings=TRAIN, lora=None):
+    tokenizer = load_tokenizer(model_folder, Model(name="tiny"))
+    rows = rows_of(tokenizer)
+    batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
+    model = load_model(model_folder, Model(name="tiny"))
+    torch.manual_seed(0)
+    adapted = add_lora(model, adapted_modules(model, "all-linear", "first:1", 0), lora or Lora(r=4, dropout=0.1))
+    folder.mkdir(exist_ok=True)
+    return train_adapter(adapted, tokenizer, batches, settings, 0, folder, watch or Watch(), "training"), adapted
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    """A training that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "step"
+    trained, model = train(tiny_model, folder)
+    return folder, trained, model
+
+
+def test_lora_trains_in_fp32_on_a_4_bit_base(whole):
+    folder, trained, model = whole
+    log = log_of(folder)
+    assert len(log) == trained.steps == 18
+    assert trained.rows == 72
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    factors = adapter_of(folder)
+    assert {f.dtype for f in factors.values()} == {torch.float32}
+    assert all(f.abs().max() > 0 for name, f in factors.items() if "lora_B" in name)
+    assert not any(".layers.0." in name for name in factors)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all("lora" in n for n in trainable)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_every_entry_of_lora_a_moves(whole, tiny_model):
+    """In bf16 many would not: updates round away."""
+    folder, _, _ = whole
+    model = load_model(tiny_model, Model(name="tiny"))
+    torch.manual_seed(0)
+    fresh = add_lora(model, adapted_modules(model, "all-linear", "first:1", 0), Lora(r=4, dropout=0.1))
+    before = {n.replace(".default", ""): p for n, p in fresh.named_parameters() if "lora_A" in n}
+    after = adapter_of(folder)
+    # TRL rounds the fresh factors to bf16 once before they are held in fp32 again.
+    still = sum(int((after[n] == p.to(torch.bfloat16).float()).sum()) for n, p in before.items())
+    assert still < 0.01 * sum(p.numel() for p in before.values())
+
+
+def test_no_pickled_arguments_and_the_adapter_is_pefts(whole, tiny_model):
+    from peft import AutoPeftModelForCausalLM
+
+    folder, _, _ = whole
+    assert not list(folder.rglob("training_args.bin"))
+    AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+
+
+def test_asking_to_stop_writes_a_checkpoint_and_going_on_comes_to_the_same_adapter(whole, tiny_model, tmp_path):
+    watch = Watch(lambda event: watch.ask_to_stop(143) if isinstance(event, Progress) and event.done == 7 else None)
+    with pytest.raises(Interrupted, match="step 8 of 18") as stopped:
+        train(tiny_model, tmp_path / "step", watch)
+    assert stopped.value.exit_code == 143
+    trained, _ = train(tiny_model, tmp_path / "step")
+    assert trained.resumed_from == 8
+    assert same(adapter_of(tmp_path / "step"), adapter_of(whole[0]))
+
+
+def test_a_killed_training_comes_to_the_same_adapter(whole, tiny_model, tmp_path):
+    """SIGKILL in the middle, in a process of its own; then the same call again."""
+    code = (
+        "import sys, time; from pathlib import Path; from tests.test_training import train\n"
+        "from qcft.events import Watch\n"
+        "train(Path(sys.argv[1]), Path(sys.argv[2]), Watch(lambda event: time.sleep(0.2)))"
+    )
+    step = tmp_path / "step"
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tiny_model), str(step)], env=environment, cwd=root)
+    deadline = time.monotonic() + 120
+    while not (step / "checkpoints" / "checkpoint-6" / "files.sha256").exists():
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    trained, _ = train(tiny_model, step)
+    assert 6 <= trained.resumed_from < 18
+    assert same(adapter_of(step), adapter_of(whole[0]))
+
+
+def test_a_damaged_checkpoint_is_never_used(tmp_path):
+    for number, whole in ((2, True), (4, True), (6, False)):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"x" * 100)
+        if whole:
+            seal(folder)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"x" * 99 + b"y")
+    assert _last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+def test_packing_does_not_leak(tiny_model, tokenizer):
+    """Rows run in one pack give the losses they give alone."""
+    import torch.nn.functional as F
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    model = load_model(tiny_model, Model(name="tiny"), "none").float()
+    rows = rows_of(tokenizer, 3)
+    item = {
+        "input_ids": [t for r in rows for t in r.input_ids],
+        "labels": [t for r in rows for t in r.labels],
+        "seq_lengths": [len(r.input_ids) for r in rows],
+    }
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([item])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0]  # as TRL calls it
+        alone = torch.cat([model(torch.tensor([r.input_ids])).logits[0] for r in rows])
+    assert torch.allclose(packed, alone, atol=1e-4)
+    assert F.cross_entropy(packed[:-1], labels[0, 1:]) < 100
+
+
+def test_gradient_checkpointing_gives_the_same_adapter_without_walking_below_it(whole, tiny_model, tmp_path):
+    settings = TRAIN.model_copy(update={"gradient_checkpointing": True, "steps": 3})
+    train(tiny_model, tmp_path / "with", settings=settings)
+    train(tiny_model, tmp_path / "without", settings=TRAIN.model_copy(update={"steps": 3}))
+    a, b = adapter_of(tmp_path / "with"), adapter_of(tmp_path / "without")
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "hint"),
+    [
+        ({"sft": {"neftune_noise_alfa": 5}}, "no field 'neftune_noise_alfa'", "neftune_noise_alpha"),
+        ({"scheduler": "cosin"}, "no scheduler 'cosin'", "did you mean 'cosine'"),
+        ({"optimizer": "adam_torch"}, "no optimizer 'adam_torch'", "adamw_torch"),
+        ({"report_to": ["wanb"]}, "'wanb' is not known", "wandb"),
+        ({"report_to": ["trackio"]}, "trackio is not installed", "pip install trackio"),
+    ],
+)
+def test_settings_only_trl_can_judge(change, says, hint):
+    settings = TRAIN.model_copy(update=change)
+    with pytest.raises(InputError, match=says) as error:
+        check_settings(settings)
+    assert hint in error.value.hint
+
+
+def test_extra_fields_reach_trl(tiny_model, tmp_path):
+    settings = TRAIN.model_copy(update={"sft": {"max_grad_norm": 1e-9, "adam_beta1": 0.5}, "steps": 2})
+    train(tiny_model, tmp_path / "step", settings=settings)
+    assert len(log_of(tmp_path / "step")) == 2
