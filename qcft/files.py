@@ -40,7 +40,7 @@ def file_digest(path: Path) -> str:
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON by way of a file beside it and a rename, so that it is never half there."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

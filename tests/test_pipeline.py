@@ -166,7 +166,10 @@ def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkey
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with evaluating(model):
             made = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=encoder.end_ids)
-        assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip() == row["completion"][0]["content"]
+        assert (
+            tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+            == row["completion"][0]["content"]
+        )
 
 
 def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):

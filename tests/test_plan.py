@@ -57,7 +57,10 @@ def test_starting_from_the_base_merges_nothing():
         ({"phase2.freeze": "first:2"}, {"phase2", "eval/phase2"}),
         ({"phase2.replay.ratio": 0.1}, {"replay", "phase2", "eval/phase2"}),
         ({"phase2.replay.temperature": 0.1}, {"replay", "phase2", "eval/phase2"}),
-        ({"answers.prompts": 3}, {"eval/base-16bit", "eval/base", "eval/phase1", "eval/merged", "kept-merged", "eval/phase2"}),
+        (
+            {"answers.prompts": 3},
+            {"eval/base-16bit", "eval/base", "eval/phase1", "eval/merged", "kept-merged", "eval/phase2"},
+        ),
         ({"phase2.train.report_to": ["wandb"], "phase2.train.checkpoint_steps": 3, "name": "other"}, set()),
     ],
 )

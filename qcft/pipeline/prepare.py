@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ENGLISH = "en"
 SHIPPED_ENGLISH = "qcft:instructions/en"
+PROBE_LENGTH = 1024  # tokens of a row that is only measured
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,16 @@ class Prepared:
         """The phase's way from rows to tokens."""
         return Encoder(self.tokenizer, phase.system, phase.train.max_length, phase.train.long_rows)
 
+    def held_out(self, group: Group) -> EncodedSet:
+        """A group's rows as tokens. Raises InputError when none is left to measure."""
+        encoded = Encoder(self.tokenizer, group.system, group.max_length, group.long_rows).encode_all(group.rows)
+        if not encoded.rows:
+            raise InputError(
+                f"data: none of the {len(group.rows)} held-out rows of {group.name} fits {group.max_length} tokens",
+                f"raise {group.phase}.train.max_length",
+            )
+        return encoded
+
     def encoded(self, phase: Phase) -> list[EncodedSet]:
         """The phase's training rows as tokens, source by source. Raises InputError when none is left."""
         encoder = self.encoder(phase)
@@ -124,6 +135,8 @@ class Prepared:
         from qcft.training.sft import check_settings
 
         modules_of = _MetaModel(self.folder, self.recipe)
+        for group in self.groups:
+            self.held_out(group)
         for phase in self.recipe.phases:
             if phase.adapter:
                 continue
@@ -153,10 +166,9 @@ class Prepared:
         by_lang: dict[str, list[Row]] = {}
         for source in sources:
             by_lang.setdefault(source.lang, []).extend(source.held_out)
-        train = phase.train
+        limit = phase.train.max_length if name == phase.name else PROBE_LENGTH
         return [
-            Group(name, lang, tuple(rows), phase.system, train.max_length, train.long_rows)
-            for lang, rows in by_lang.items()
+            Group(name, lang, tuple(rows), phase.system, limit, phase.train.long_rows) for lang, rows in by_lang.items()
         ]
 
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:

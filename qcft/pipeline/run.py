@@ -57,7 +57,11 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
     prepared, store = Prepared(recipe, watch), Store(runs)
     plan = prepared.plan
     records = {step.id: store.done(step.id, watch) for step in plan.steps}
-    if not all(records.values()):
+    finished = sum(record is not None for record in records.values())
+    watch.note(
+        f"{recipe.name}: {recipe.model.name}, {len(plan.steps)} steps" + f", {finished} done before" * bool(finished)
+    )
+    if finished < len(plan.steps):
         _quiet()
         prepared.check()
     run = open_run(runs, recipe, plan.stages(), exact_name)

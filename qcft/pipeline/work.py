@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.mix import mixed_order
 from qcft.data.rows import Row
-from qcft.errors import InputError, QcftError
+from qcft.errors import QcftError
 from qcft.events import Mixed, SourceShare, Watch
 from qcft.files import read_json, write_json
 from qcft.measure.score import RowScore, score_rows
@@ -59,13 +59,7 @@ class Worker:
         scores: dict[str, list[dict[str, Any]]] = {}
         groups: dict[str, Any] = {}
         for group in self.prepared.groups:
-            encoder = Encoder(self.prepared.tokenizer, group.system, group.max_length, group.long_rows)
-            encoded = encoder.encode_all(group.rows)
-            if not encoded.rows:
-                raise InputError(
-                    f"data: none of the {len(group.rows)} held-out rows of {group.name} fits max_length",
-                    "raise train.max_length",
-                )
+            encoded = self.prepared.held_out(group)
             rows = score_rows(model, encoded.encoded, self.watch, f"{step.title}: {group.name}")
             scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
             groups[group.name] = {

@@ -51,7 +51,12 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str], exact: bool = F
     already = _read(folder) or {}
     if _results(already).keys() - wanted.keys():
         return NamedRun(name, folder, {**stages, **already})  # the run holds more than this plan
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
+        ) from None
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
     created = (read_json(folder / "run.json") or {}).get("created") or time.strftime(

@@ -1,0 +1,27 @@
+"""The quickstart as its user runs it: the embedded weights, the whole recipe."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.real
+
+
+def test_quickstart(qcft, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    code, out, err = qcft("run", "quickstart", "--json")
+    assert code == 0, err
+    table = json.loads(out)
+    nll = {s["stage"]: {g: v["nll"] for g, v in s["groups"].items()} for s in table["stages"]}
+    for lang in ("es", "pt", "fr"):
+        fall = 1 - nll["eval/phase2"][f"phase2 {lang}"] / nll["eval/base"][f"phase2 {lang}"]
+        assert fall > 0.1, f"{lang}: NLL fell by {fall:.0%} only"
+    assert nll["eval/phase1"]["phase1 en"] < nll["eval/base"]["phase1 en"]
+    assert table["kept"]["merged"]["share"] > 0.5
+    english = table["changes"][0]["groups"]["phase1 en"]
+    assert english["low"] < english["value"] < english["high"]
+    # A second run reuses every step.
+    code, again, err = qcft("run", "quickstart", "--json")
+    assert code == 0
+    assert again == out
+    assert err.count("reused") == len(err.strip().splitlines())
