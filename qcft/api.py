@@ -33,16 +33,13 @@ def run(
 def run_watched(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = False) -> Run:
     """Run a recipe and write its report."""
     done = run_recipe(recipe, runs, watch, exact_name)
-    _report(done)
+    whole = read(done.name, runs)  # the run may hold more than this recipe asked for
+    recipe = read_run(runs, done.name).recipe()
+    write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
     return done
 
 
 def read(name: str | None, runs: str | Path = "runs") -> Run:
     """A run as it stands, by name or the latest: its done stages and their table. Raises QcftError."""
     named = read_run(Path(runs), name)
-    return finished_run(named, named.stages, Store(Path(runs)))
-
-
-def _report(run: Run) -> None:
-    named = read_run(run.folder.parent, run.name)
-    write_report(run.folder / "report", named.recipe(), run.table, {s.name: s.folder for s in run.stages.values()})
+    return finished_run(named, named.recipe(), named.stages, Store(Path(runs)))

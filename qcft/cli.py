@@ -228,6 +228,7 @@ def _hear_signals(watch: Watch) -> None:
         if watch.stop_code is not None:
             raise KeyboardInterrupt
         watch.ask_to_stop(143 if number == signal.SIGTERM else 130)
+        sys.stderr.write("\nstopping at the next safe point (again to stop at once)\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)

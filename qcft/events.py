@@ -34,7 +34,7 @@ class StepBegun:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """A step is done; `seconds` is the time its work took in all."""
+    """A step is done; `seconds` is how long this process worked on it."""
 
     step: str
     title: str

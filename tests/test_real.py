@@ -25,3 +25,17 @@ def test_quickstart(qcft, monkeypatch):
     assert code == 0
     assert again == out
     assert err.count("reused") == len(err.strip().splitlines())
+
+
+def test_the_gguf_file_given_as_a_path_is_the_same_model():
+    from qcft.events import Watch
+    from qcft.models.embedded import fetch_embedded
+    from qcft.models.sources import resolve, weights_folder
+    from qcft.recipe import Model
+
+    file = fetch_embedded("smollm2-135m-instruct", Watch())
+    by_path, by_name = resolve(Model(name=str(file))), resolve(Model(name="smollm2-135m-instruct"))
+    assert by_path.digest == by_name.digest
+    folder = weights_folder(by_path, Watch())
+    assert folder == weights_folder(by_name, Watch())
+    assert (folder / "chat_template.jinja").is_file()

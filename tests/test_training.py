@@ -196,6 +196,23 @@ def test_settings_only_trl_can_judge(change, says, hint):
     assert hint in error.value.hint
 
 
+def test_every_field_qcft_sets_is_owned_and_exists():
+    """An extra field that qcft sets too would be a clash: it must be refused with the key to use."""
+    import ast
+    import dataclasses
+    import inspect
+
+    from trl import SFTConfig
+
+    from qcft.recipe.schema import OWNED
+    from qcft.training import sft
+
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(sft._config))) if isinstance(n, ast.Call)]
+    call = next(c for c in calls if getattr(c.func, "id", "") == "SFTConfig")
+    assert {k.arg for k in call.keywords if k.arg} <= OWNED.keys()
+    assert OWNED.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}
+
+
 def test_extra_fields_reach_trl(tiny_model, tmp_path):
     settings = TRAIN.model_copy(update={"sft": {"max_grad_norm": 1e-9, "adam_beta1": 0.5}, "steps": 2})
     train(tiny_model, tmp_path / "step", settings=settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,12 +132,14 @@ class Encoder:
             return "longer than max_length" if limit is not None else "no answer token"
         return EncodedRow(ids, labels)
 
-    def encode_all(self, rows: Iterable[Row]) -> EncodedSet:
-        """Encode rows; those that cannot train are counted by reason."""
+    def encode_all(self, rows: Iterable[Row], progress: Callable[[int], None] | None = None) -> EncodedSet:
+        """Encode rows; those that cannot train are counted by reason. `progress` hears of each row done."""
         kept: list[tuple[Row, EncodedRow]] = []
         left_out: Counter[str] = Counter()
-        for row in rows:
+        for done, row in enumerate(rows, start=1):
             encoded = self.encode(row)
+            if progress is not None:
+                progress(done)
             if isinstance(encoded, str):
                 left_out[encoded] += 1
             else:

@@ -178,13 +178,18 @@ def _read_saved(folder: Path, source: Source) -> Iterator[dict[str, Any]]:
 def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
     """A hub data set; streamed when only some rows are taken, so that the rest is not downloaded."""
     import datasets
+    from huggingface_hub import HfApi, constants
 
     from qcft.hub import unreachable
 
+    offline = "give a file or a folder, or qcft:instructions/en; if the set is cached, set HF_HUB_OFFLINE=1"
     try:
+        if not constants.HF_HUB_OFFLINE:
+            # Asked first: `datasets` retries an unreachable hub for half a minute.
+            HfApi().dataset_info(source.path, revision=source.revision, timeout=10)
         data = datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=source.take is not None
         )
         yield from data
-    except (OSError, ValueError, RuntimeError) as error:
-        raise unreachable("data", source.path, error, f"give {FORMS}") from None
+    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
+        raise unreachable("data", source.path, error, offline) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from qcft.data.files import BadLine, read_records
+from qcft.data.files import SHIPPED, BadLine, read_records
 from qcft.data.formats import COLUMNS, Unusable, detect_format, to_row
 from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError
@@ -26,7 +26,8 @@ class LoadedSource:
     @property
     def name(self) -> str:
         """Short name for tables."""
-        return self.source.path.rstrip("/").rsplit("/", 1)[-1]
+        path = self.source.path.rstrip("/")
+        return path if path.startswith(SHIPPED) else path.rsplit("/", 1)[-1]
 
     @property
     def lang(self) -> str:

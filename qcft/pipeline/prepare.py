@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,7 @@ class Prepared:
         self.recipe = recipe
         self.watch = watch
         self._loaded: dict[str, LoadedSource] = {}
+        self._encoded: dict[str, list[EncodedSet]] = {}
         self.model: ModelSource = resolve(recipe.model)
         self.sources = {phase.name: [self._load(s) for s in phase.sources()] for phase in recipe.phases}
         self.groups = self._groups()
@@ -96,10 +97,15 @@ class Prepared:
 
     def encoded(self, phase: Phase) -> list[EncodedSet]:
         """The phase's training rows as tokens, source by source. Raises InputError when none is left."""
+        if phase.name not in self._encoded:
+            self._encoded[phase.name] = self._encode(phase)
+        return self._encoded[phase.name]
+
+    def _encode(self, phase: Phase) -> list[EncodedSet]:
         encoder = self.encoder(phase)
         sets = []
         for source, rows in zip(self.sources[phase.name], self.rows[phase.name], strict=True):
-            encoded = encoder.encode_all(rows)
+            encoded = encoder.encode_all(rows, partial(self._tokenising, source.name, len(rows)))
             if not encoded.rows:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in encoded.left_out.items())
                 raise InputError(
@@ -145,6 +151,10 @@ class Prepared:
             new_rows = sum(len(s.rows) for s in self.encoded(phase))
             if phase.replay and phase.replay.ratio > 0:
                 self.replay_needed(phase, new_rows)
+
+    def _tokenising(self, name: str, total: int, done: int) -> None:
+        if done % 500 == 0:
+            self.watch.progress(f"tokenising {name}", done, total, "rows")
 
     def _load(self, source: Source) -> LoadedSource:
         key = source.model_dump_json()

@@ -72,20 +72,21 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
         if records[step.id]:
             watch.tell(StepBegun(step.id, step.title, position, len(plan.steps), "reused"))
         records[step.id] = record
-        link_stage(run, step.stage, store.folder(step.id))
+        if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
+            link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
             _judge_merge(step, record["metrics"], watch)
-    return finished_run(run, plan.stages(), store)
+    return finished_run(run, recipe, plan.stages(), store)
 
 
-def finished_run(run: NamedRun, stages: Mapping[str, str], store: Store) -> Run:
+def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
     """A run's stages and table, from its done steps."""
     done = {}
     for stage, step in stages.items():
-        record = store.done(step)
+        record = store.record(step)
         if record is not None:
             done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
-    table = forgetting_table(run.recipe(), {name: stage.folder for name, stage in done.items()})
+    table = forgetting_table(recipe, {name: stage.folder for name, stage in done.items()})
     return Run(run.name, run.folder, done, table)
 
 

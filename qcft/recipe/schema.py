@@ -296,6 +296,8 @@ OWNED = {
     "eval_steps": "heldout",
     "resume_from_checkpoint": "nothing: a killed run goes on by itself",
     "logging_strategy": "train.report_to",
+    "logging_nan_inf_filter": "nothing: a loss that is not finite ends the training",
+    "auto_find_batch_size": "train.micro_batch",
     "logging_steps": "train.report_to (every step is logged)",
     "disable_tqdm": "--quiet",
     "push_to_hub": "nothing: qcft writes to the runs folder only",

@@ -43,14 +43,19 @@ class Store:
             return "done"
         return "partial" if (self.folder(step) / "step.json").is_file() else "to do"
 
+    def record(self, step: str) -> dict[str, Any] | None:
+        """The step's done.json, or None; the files it lists are not looked at."""
+        record = read_json(self.folder(step) / "done.json")
+        return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
+
     def done(self, step: str, watch: Watch | None = None) -> dict[str, Any] | None:
         """The step's done.json if the step is done and its files are whole, else None.
 
         A file that is missing or was altered is named in a warning, and the step is made anew.
         """
         folder = self.folder(step)
-        record = read_json(folder / "done.json")
-        if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        record = self.record(step)
+        if record is None:
             return None
         if step not in self._verified:
             for name, digest in record["files"].items():
@@ -84,7 +89,7 @@ class Store:
             ) from None
 
     def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Mark a step done: digests of its files, its metrics and the seconds of work in all."""
+        """Mark a step done: digests of its files, its metrics and the seconds this process worked on it."""
         folder = self.folder(step)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         files = {

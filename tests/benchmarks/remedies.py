@@ -23,6 +23,8 @@ ARMS = {
     "both (the quickstart)": [],
 }
 
+KEYS = dict(zip(ARMS, ("no_remedy", "freeze", "replay", "both"), strict=True))
+
 
 def run(runs: str, sets: list[str]) -> tuple[dict, float, float]:
     """A recipe's table, the seconds and the peak memory in GB of a process that ran it."""
@@ -57,8 +59,12 @@ def main() -> None:
             length = table["stages"][-1]["answers"]["mean_tokens"]
             print(f"{name:24}" + "".join(f"{c:>28}" for c in cells) + f"{length:10.1f}")
             english = next(g["name"] for g in table["groups"] if g["english"])
-            key = f"english_loss_{name.split()[0]}_{name.split()[1].strip('(')}_seed{seed}"
-            figures[key] = {"value": round(change[english]["value"], 3), "unit": "nats", "goal": None, "met": None}
+            figures[f"english_loss_{KEYS[name]}_seed{seed}"] = {
+                "value": round(change[english]["value"], 3),
+                "unit": "nats",
+                "goal": None,
+                "met": None,
+            }
         before = next(s for s in whole[0]["stages"] if s["stage"] == "eval/base")["groups"]
         after = whole[0]["stages"][-1]["groups"]
         falls = [1 - after[g["name"]]["nll"] / before[g["name"]]["nll"] for g in whole[0]["groups"] if not g["english"]]
