@@ -45,17 +45,22 @@ Freeze = Annotated[
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
-) -> None:
-    """Options before any command; --debug is taken out of the line in `main`."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from qcft import __version__
 
         typer.echo(f"qcft {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    """Options before any command; --debug is taken out of the line in `main`."""
 
 
 @app.command()
@@ -177,7 +182,7 @@ def main() -> NoReturn:
     from qcft.errors import QcftError
 
     try:
-        app()
+        code = app(standalone_mode=False)
     except QcftError as error:
         if debug:
             raise
@@ -187,11 +192,22 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.exit(141)
     except Exception as error:  # the last line of defence between a user and a traceback
+        if hasattr(error, "format_message"):  # a mistake on the command line; Typer's versions share no class for it
+            _usage_error(error)
         if debug:
             raise
         text = f"{type(error).__name__}: {error}"
         _fail(f"unexpected {text[:300]}", "what was done is kept; run again with --debug to see where it comes from", 1)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: Any) -> NoReturn:
+    """A mistake on the command line, told like any other."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+        sys.exit(0)
+    command = context.command_path if context else "qcft"
+    _fail(error.format_message(), f"see `{command} --help`", 2)
 
 
 def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:

@@ -85,6 +85,31 @@ def test_a_runs_folder_that_cannot_be_written(qcft, recipe_file, tmp_path):
     assert err.strip().splitlines()[-1].startswith("hint: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nope"], "nope"),
+        (["run"], "recipe"),
+        (["run", "x", "--replya"], "--replya"),
+        (["phase2", "x", "--replay", "much"], "--replay"),
+    ],
+)
+def test_mistakes_on_the_command_line_look_the_same(qcft, arguments, says):
+    code, out, err = qcft(*arguments)
+    assert code == 2
+    assert says in two_lines(err).lower()
+    assert out == ""
+
+
+def test_version_and_help(qcft):
+    from qcft import __version__
+
+    assert qcft("--version") == (0, f"qcft {__version__}\n", "")
+    assert "phase2" in qcft("--help")[1]
+    assert "phase2" in qcft()[1]
+    assert "--freeze" in qcft("phase2", "--help")[1]
+
+
 def test_no_traceback_without_debug(qcft, recipe_file):
     from qcft import QcftError
 

@@ -76,7 +76,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
             _judge_merge(step, record["metrics"], watch)
-    return finished_run(run, recipe, plan.stages(), store)
+    return finished_run(run, recipe.model_copy(update={"name": run.name}), plan.stages(), store)
 
 
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
