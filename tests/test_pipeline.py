@@ -1,6 +1,7 @@
 """The whole pipeline on a tiny model, from Python: stages, table, reuse, replay, report."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,35 @@ def test_other_settings_share_what_they_can_under_another_name(recipe_file, shar
     assert fresh == {"train phase2", "measure phase2"}
     assert other.stages["phase1"].step == first.stages["phase1"].step
     assert (shared_runs / "tiny" / "phase2").resolve() == first.stages["phase2"].folder.resolve()
+
+
+def test_a_merge_that_lost_phase_1_is_refused_and_can_be_let_through(recipe_file, shared_runs):
+    """Whatever the merge kept, a limit above it refuses, one below it warns or passes; nothing is done twice."""
+    first, _ = run(recipe_file, shared_runs)
+    share = first.table["kept"]["merged"]["share"]
+    above, below = (
+        {"merge.refuse_below": 1.0, "merge.warn_below": 1.0},
+        {"merge.refuse_below": -9, "merge.warn_below": -9},
+    )
+    assert share < 1
+    with pytest.raises(qcft.QcftError, match="merging phase1 kept only") as error:
+        run(recipe_file, shared_runs, above)
+    assert error.value.exit_code == 1
+    assert "merge.refuse_below=0" in error.value.hint
+    _, events = run(recipe_file, shared_runs, {**above, "merge.refuse_below": 0})
+    assert any("kept only" in getattr(e, "text", "") for e in events)
+    _, events = run(recipe_file, shared_runs, below)
+    assert not any("kept only" in getattr(e, "text", "") for e in events)
+
+
+def test_a_quantised_checkpoint_is_refused(recipe_file, tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model, tmp_path / "quantised")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(qcft.InputError, match="quantised already"):
+        run(recipe_file, tmp_path / "runs", {"model.name": str(copy)})
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_tables_nll_is_that_of_plain_transformers(recipe_file, shared_runs):

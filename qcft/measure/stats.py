@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from qcft.measure.score import RowScore
 
@@ -30,12 +29,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Kept:
-    """What merging and reloading kept of an adapter's gain; `share` is None where none was measurable."""
+    """What merging and reloading kept of an adapter's gain.
+
+    `share` is None where no gain was measurable; then `worse` tells whether merging cost more than is allowed.
+    """
 
     share: float | None
     gain: Difference
     loss: Difference
-    verdict: Literal["kept", "low", "lost", "not measurable", "not measurable, but worse"]
+    worse: bool
 
 
 def mean_nll(scores: Sequence[RowScore]) -> float:
@@ -63,13 +65,7 @@ def difference(a: Sequence[RowScore], b: Sequence[RowScore]) -> Difference:
     return Difference(float(change.sum() / tokens.sum()), float(low), float(high), len(tokens))
 
 
-def kept(
-    base: Sequence[RowScore],
-    live: Sequence[RowScore],
-    merged: Sequence[RowScore],
-    warn_below: float = 0.8,
-    refuse_below: float = 0.5,
-) -> Kept:
+def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[RowScore]) -> Kept:
     """The share of an adapter's gain that survives: (base - merged) / (base - live), mean NLLs.
 
     Measurable where the gain is at least 0.05 nats and its interval excludes zero; otherwise the test
@@ -77,11 +73,6 @@ def kept(
     loaded alike, so reloading the base costs nothing by itself.
     """
     gain, loss = difference(live, base), difference(live, merged)
-    if gain.value < MEASURABLE_GAIN or gain.low <= 0:
-        worse = loss.value > LOSS_ALLOWED
-        return Kept(None, gain, loss, "not measurable, but worse" if worse else "not measurable")
-    share = (gain.value - loss.value) / gain.value
-    verdict: Literal["kept", "low", "lost"] = (
-        "lost" if share < refuse_below else "low" if share < warn_below else "kept"
-    )
-    return Kept(share, gain, loss, verdict)
+    measurable = gain.value >= MEASURABLE_GAIN and gain.low > 0
+    share = (gain.value - loss.value) / gain.value if measurable else None
+    return Kept(share, gain, loss, worse=not measurable and loss.value > LOSS_ALLOWED)

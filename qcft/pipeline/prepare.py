@@ -237,6 +237,11 @@ class _MetaModel:
         trust = recipe.model.trust_remote_code
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            if getattr(config, "quantization_config", None):
+                raise InputError(
+                    f"model: {recipe.model.name!r} is quantised already",
+                    "give its 16-bit weights: phase 1 is merged onto them, and qcft quantises them itself",
+                )
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

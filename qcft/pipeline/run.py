@@ -13,7 +13,7 @@ from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
-from qcft.recipe import Recipe
+from qcft.recipe import Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
@@ -75,7 +75,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
         if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
-            _judge_merge(step, record["metrics"], watch)
+            _judge_merge(step, record["metrics"], recipe.merge, watch)
     return finished_run(run, recipe.model_copy(update={"name": run.name}), plan.stages(), store)
 
 
@@ -129,20 +129,21 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def _judge_merge(step: Step, metrics: Mapping[str, Any], watch: Watch) -> None:
+def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
     """Warn or refuse when merging lost what the phase learned."""
-    share, verdict = metrics["share"], metrics["verdict"]
-    if verdict == "low":
-        watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
-    elif verdict == "not measurable, but worse":
-        loss = metrics["loss"]["value"]
-        watch.note(f"merging {step.phase} made its held-out rows {loss:.3f} nats worse", "warning")
-    elif verdict == "lost":
+    share = metrics["share"]
+    if share is None:
+        if metrics["worse"]:
+            loss = metrics["loss"]["value"]
+            watch.note(f"merging {step.phase} made its held-out rows {loss:.3f} nats worse", "warning")
+    elif share < limits.refuse_below:
         raise QcftError(
-            f"merging {step.phase} kept only {share:.0%} of what it learned (at least 50% is asked for)",
-            "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, "
-            "or use --set model.quantize=none",
+            f"merging {step.phase} kept only {share:.0%} of what it learned, under {limits.refuse_below:.0%}",
+            "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, or use "
+            "--set model.quantize=none; --set merge.refuse_below=0 goes on all the same",
         )
+    elif share < limits.warn_below:
+        watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
 
 
 def _quiet() -> None:

@@ -201,6 +201,13 @@ class Answers(Part):
     max_new_tokens: Annotated[Count, Field(ge=1)] = 64
 
 
+class Merge(Part):
+    """The least share of what a phase learned that its merge must keep: to pass unwarned, to pass at all."""
+
+    warn_below: Annotated[Number, Field(le=1)] = 0.8
+    refuse_below: Annotated[Number, Field(le=1)] = 0.5
+
+
 class Recipe(Part):
     """A whole experiment."""
 
@@ -211,6 +218,7 @@ class Recipe(Part):
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()
+    merge: Merge = Merge()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
 
