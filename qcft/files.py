@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a safetensors file is exactly as long as its header says."""
+    try:
+        with path.open("rb") as stream:
+            size = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(min(size, 1 << 28)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(8 + size + max(ends, default=0) == path.stat().st_size)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return False

@@ -1,6 +1,7 @@
 """Merging equals W + s B A and PEFT's own merge; shards, dtype, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from qcft import InputError, QcftError
 from qcft.events import Watch
 from qcft.layers import adapted_modules
 from qcft.models import merge
-from qcft.models.adapters import add_lora, read_adapter_config
+from qcft.models.adapters import adapted_shapes, add_lora, read_adapter_config
 from qcft.models.load import load_model
 from qcft.models.merge import merge_adapter
 from qcft.recipe import Lora, Model
@@ -143,3 +144,24 @@ def test_a_truncated_or_pickled_adapter_is_refused(adapter, tmp_path):
     assert "pickled" in error.value.hint
     with pytest.raises(InputError, match="no folder"):
         read_adapter_config(tmp_path / "nowhere")
+
+
+def test_only_the_files_a_model_is_loaded_from_are_merged(tiny_model, adapter, tmp_path):
+    """Some repositories carry the same weights a second time in another layout."""
+    folder, _ = adapter
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
+    (tmp_path / "out").mkdir()
+    merge_adapter(base, folder, tmp_path / "out", Watch())
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_an_adapter_on_embeddings_is_refused_by_name(adapter):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = adapter
+    held = load_file(folder / "adapter_model.safetensors")
+    held["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 10)
+    save_file(held, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="lora_embedding_A"):
+        adapted_shapes(folder)

@@ -191,6 +191,16 @@ def test_layers_are_found_from_the_model_in_several_families():
         assert all(m.startswith(f"{prefix}.3.") for m in modules), family
 
 
+def test_a_model_without_linear_layers_is_named():
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2))
+    with pytest.raises(InputError, match="no linear modules"):
+        adapted_modules(model, "all-linear", "none", 0)
+
+
 def test_the_4_bit_base_is_nf4_with_double_quantisation_and_not_packed(tiny_model):
     import bitsandbytes as bnb
 

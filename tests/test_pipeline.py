@@ -19,6 +19,7 @@ from qcft.models.load import evaluating, load_model, load_tokenizer
 from qcft.pipeline.prepare import Prepared
 from qcft.recipe import load_recipe, recipe_from
 
+from .conftest import make_llama
 from .test_measure import by_hand
 
 
@@ -251,6 +252,18 @@ def test_an_adapter_one_brings_is_phase_1(recipe_file, raw_recipe, shared_runs, 
     assert a == b  # the same adapter merges to the same files
 
 
+def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
+    raw_recipe, shared_runs, recipe_file, tokenizer, tmp_path
+):
+    first, _ = run(recipe_file, shared_runs)
+    other = make_llama(tmp_path / "other", tokenizer, intermediate_size=192)
+    brought = {"name": "phase1", "adapter": str(first.stages["phase1"].folder / "adapter")}
+    raw = {**raw_recipe, "model": str(other), "phases": [brought, raw_recipe["phases"][1]]}
+    with pytest.raises(qcft.InputError, match="the model's is"):
+        api.run(recipe_from(raw), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs, tmp_path):
     one = recipe_from({**raw_recipe, "phases": raw_recipe["phases"][:1]})
     both = recipe_from(raw_recipe)
@@ -262,6 +275,41 @@ def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs,
         "phase1",
         "phase2",
     ]
+
+
+def test_the_quickstart_on_a_tiny_model(tiny_model, tmp_path):
+    """The recipe as it ships, generative replay and all; only the model, the takes and the lengths are smaller."""
+    changes = {
+        "model.name": str(tiny_model),
+        "heldout.rows": 4,
+        "answers": {"prompts": 2, "max_new_tokens": 8},
+        "phase1.data.0.take": 40,
+        "phase1.train": {"lr": 1e-2, "batch": 4, "max_length": 1024},
+        "phase2.data.0.take": 6,
+        "phase2.freeze": "first:2",
+        "phase2.replay.max_new_tokens": 200,
+        "phase2.train.max_length": 1024,
+    }
+    done = qcft.run("quickstart", set=changes, runs=tmp_path / "runs")
+    assert list(done.stages) == [
+        "eval/base-16bit", "eval/base", "phase1", "eval/phase1", "merged", "eval/merged", "kept-merged",
+        "replay", "phase2", "eval/phase2",
+    ]  # fmt: skip
+    assert [g["name"] for g in done.table["groups"]] == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr"]
+    mix = {share["source"]: share["rows"] for share in done.stages["phase2"].metrics["mix"]}
+    assert mix["replay (generative)"] == 5  # 0.2 / 0.8 of 18, rounded half up
+    assert done.stages["phase2"].metrics["frozen_layers"] == [0, 1]
+    nll = {s["stage"]: s["groups"] for s in done.table["stages"]}
+    assert nll["eval/phase2"]["phase2 es"]["nll"] < nll["eval/base"]["phase2 es"]["nll"]
+    assert (done.folder / "report" / "report.md").is_file()
+
+
+def test_without_quantisation_and_with_another_attention(recipe_file, tmp_path):
+    changes = {"model.quantize": "none", "model.attn_implementation": "eager", "phase2.replay": None}
+    done, _ = run(recipe_file, tmp_path / "runs", changes)
+    assert {s["precision"] for s in done.table["stages"]} == {"16 bit"}
+    nll = {s["stage"]: s["groups"]["phase2 es"]["nll"] for s in done.table["stages"]}
+    assert nll["eval/phase2"] < nll["eval/base"] - 0.5
 
 
 def test_the_report_holds_the_table_and_what_repeats_it(recipe_file, shared_runs):

@@ -41,6 +41,11 @@ def adapted_modules(model: nn.Module, targets: str | list[str], freeze: str, see
     prefix, layers = decoder_layers(model)
     frozen = frozen_layers(parse_freeze(freeze), layers, seed)
     linear = _linear_modules(model, prefix)
+    if not linear:
+        raise InputError(
+            f"model: the layers of {type(model).__name__} hold no linear modules",
+            "models built of other modules, such as GPT-2's, can't be adapted",
+        )
     if targets != "all-linear":
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         for target in targets:
@@ -58,10 +63,5 @@ def adapted_modules(model: nn.Module, targets: str | list[str], freeze: str, see
 
 def _linear_modules(model: nn.Module, prefix: str) -> list[str]:
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(prefix + ".")
-    ]
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.startswith(prefix + ".")]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
+from qcft.files import is_whole_safetensors, read_json
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
 
 def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftModel:
@@ -63,16 +63,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
                 f"adapter: the folder {str(folder)!r} has no {name}",
                 "save it with PEFT's save_pretrained (safetensors; pickled .bin files are not read)",
             )
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with (folder / WEIGHTS).open("rb") as stream:
-            size = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(min(size, 1 << 26)))
-        end = 8 + size + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        whole = end == (folder / WEIGHTS).stat().st_size
-    except (ValueError, KeyError, TypeError, struct.error):
-        whole = False
-    if not whole:
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not is_whole_safetensors(folder / WEIGHTS):
         raise InputError(f"adapter: {str(folder)!r} is truncated or altered", "copy it again")
     check_mergeable(config, str(folder))
     return config
@@ -98,10 +90,44 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
             raise InputError(f"adapter: {where!r} holds {what}, which qcft cannot merge", "merge it with PEFT first")
 
 
+def adapted_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """The weights an adapter changes, by their names in the model, and the (out, in) shape of each delta.
+
+    Raises InputError for an adapter that holds anything but pairs of LoRA factors.
+    """
+    from safetensors import safe_open
+
+    shapes = {}
+    opened: Any = safe_open(folder / WEIGHTS, framework="pt")
+    with opened as tensors:
+        names = set(tensors.keys())
+        for name in sorted(names):
+            partner = name.replace(".lora_A.", ".lora_B.")
+            if name.endswith(".lora_A.weight") and partner in names:
+                rows, columns = tensors.get_slice(partner).get_shape()[0], tensors.get_slice(name).get_shape()[1]
+                shapes[weight_name(name)] = (rows, columns)
+            elif not name.endswith(".lora_B.weight"):
+                raise InputError(
+                    f"adapter: {str(folder)!r} holds {name!r}, which is no LoRA factor of a linear layer",
+                    "merge it with PEFT first",
+                )
+    return shapes
+
+
+def weight_name(factor: str) -> str:
+    """The name of the model's weight that a `lora_A` factor belongs to."""
+    return factor.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight"
+
+
+def factor_names(weight: str) -> tuple[str, str]:
+    """The names of the two factors, A and B, of a model's weight."""
+    module = PREFIX + weight.removesuffix(".weight")
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
 def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
-    prefix = "base_model.model."
     return [
-        (name.removeprefix(prefix), module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        (name.removeprefix(PREFIX), module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     ]

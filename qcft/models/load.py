@@ -145,11 +145,8 @@ def peak_memory() -> tuple[str, int]:
 def quiet_libraries() -> None:
     """Silence the libraries' own progress bars and chatter; what matters is told by events."""
     import logging
-    import os
     import warnings
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
 

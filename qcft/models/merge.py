@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.models.adapters import CONFIG, WEIGHTS, check_mergeable
+from qcft.files import read_json
+from qcft.models.adapters import CONFIG, WEIGHTS, adapted_shapes, check_mergeable, factor_names
 
 if TYPE_CHECKING:
     import torch
 
-PREFIX = "base_model.model."
 SHARD_BYTES = 10**9
 
 
@@ -47,7 +47,7 @@ def merge_adapter(base: Path, adapter: Path, to: Path, watch: Watch) -> int:
         weight_map.update(dict.fromkeys(shard, path.name))
         shard, held = {}, 0
 
-    names = sum(1 for _ in _tensor_names(base))
+    names = len(weight_names(base))
     for done, (name, tensor) in enumerate(_tensors(base), start=1):
         merged = deltas.add_to(name, tensor)
         size = merged.numel() * merged.element_size()
@@ -75,40 +75,36 @@ class _Deltas:
         self.alpha = float(config["lora_alpha"])
         self.rslora = bool(config.get("use_rslora"))
         self.file = _open(adapter / WEIGHTS)
-        keys: set[str] = set(self.file.keys())
-        self.pairs = {
-            key.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight": key
-            for key in keys
-            if key.endswith(".lora_A.weight")
-        }
-        other = [k for k in keys if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
-        if other:
-            raise QcftError(f"the adapter holds {other[0]!r}, which is no LoRA factor", "merge it with PEFT first")
+        self.shapes = adapted_shapes(adapter)
         self.used = 0
 
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight with its delta, or as it is where the adapter has none for it."""
-        key = self.pairs.pop(name, None)
-        if key is None:
+        shape = self.shapes.pop(name, None)
+        if shape is None:
             return weight
         import torch
 
-        a: torch.Tensor = self.file.get_tensor(key).to(torch.float32)
-        b: torch.Tensor = self.file.get_tensor(key.replace(".lora_A.", ".lora_B.")).to(torch.float32)
-        rank = a.shape[0]
-        scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        if shape != tuple(weight.shape):
             raise QcftError(
-                f"the adapter's delta for {name} is {b.shape[0]} x {a.shape[1]}, the weight {tuple(weight.shape)}",
+                f"the adapter's delta for {name} is {shape[0]} x {shape[1]}, the weight {tuple(weight.shape)}",
                 "the adapter was made for another model",
             )
+        a, b = (self._factor(factor) for factor in factor_names(name))
+        scale = self.alpha / (math.sqrt(len(a)) if self.rslora else len(a))
         self.used += 1
         return (weight.to(torch.float32) + scale * (b @ a)).to(weight.dtype)
 
+    def _factor(self, name: str) -> torch.Tensor:
+        import torch
+
+        factor: torch.Tensor = self.file.get_tensor(name)
+        return factor.to(torch.float32)
+
     def check_all_used(self) -> None:
-        if self.pairs:
+        if self.shapes:
             raise QcftError(
-                f"the adapter changes {len(self.pairs)} weights the model lacks, such as {next(iter(self.pairs))}",
+                f"the adapter changes {len(self.shapes)} weights the model lacks, such as {next(iter(self.shapes))}",
                 "the adapter was made for another model",
             )
 
@@ -119,16 +115,28 @@ def _open(file: Path) -> Any:
     return safe_open(file, framework="pt")
 
 
-def _tensor_names(folder: Path) -> Iterator[tuple[Path, str]]:
-    for file in sorted(folder.glob("*.safetensors")):
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files a model folder is loaded from: those of its index, else model.safetensors, else all."""
+    index = read_json(folder / "model.safetensors.index.json")
+    if isinstance(index, dict):
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def weight_names(folder: Path) -> set[str]:
+    """The names of the weights in a model folder, as they are stored."""
+    names: set[str] = set()
+    for file in weight_files(folder):
         with _open(file) as tensors:
-            yield from ((file, name) for name in tensors.keys())  # noqa: SIM118 (safe_open is no mapping)
+            names.update(tensors.keys())
+    return names
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                 yield name, tensors.get_tensor(name)
 
 

@@ -15,7 +15,8 @@ from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import file_digest
-from qcft.models.adapters import CONFIG, WEIGHTS, read_adapter_config
+from qcft.models.adapters import CONFIG, WEIGHTS, adapted_shapes, read_adapter_config
+from qcft.models.merge import weight_names
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.plan import Digests, Plan, make_plan
 from qcft.recipe import Phase, Recipe, Source
@@ -145,6 +146,7 @@ class Prepared:
             self.held_out(group)
         for phase in self.recipe.phases:
             if phase.adapter:
+                modules_of.check_adapter(Path(phase.adapter).expanduser())
                 continue
             modules_of.check(phase)
             check_settings(phase.train)
@@ -249,13 +251,33 @@ class _MetaModel:
                 f"model: {str(folder)!r} is no causal language model: {' '.join(str(error).split())[:160]}",
                 "give a decoder-only model; one with its own code needs model.trust_remote_code",
             ) from None
+        self.folder = folder
         self.recipe = recipe
 
     def check(self, phase: Phase) -> None:
         """Check that the freeze spec and the targets fit the model."""
         from qcft.layers import adapted_modules
 
-        adapted_modules(self.model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
+        modules = adapted_modules(self.model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
+        if phase.name == self.recipe.phases[-1].name:
+            return
+        missing = {f"{name}.weight" for name in modules} - weight_names(self.folder)
+        if missing:
+            raise InputError(
+                f"model: {self.recipe.model.name!r} stores its weights under other names than {min(missing)}",
+                f"{phase.name} could not be merged onto them: load it with transformers and save it again",
+            )
+
+    def check_adapter(self, folder: Path) -> None:
+        """Check that an adapter made elsewhere fits the model."""
+        weights = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
+        for name, shape in adapted_shapes(folder).items():
+            if weights.get(name) != shape:
+                raise InputError(
+                    f"adapter: {str(folder)!r} changes {name} by {shape[0]} x {shape[1]}; the model's is "
+                    + (" x ".join(map(str, weights[name])) if name in weights else "not there"),
+                    f"it was made for another model than {self.recipe.model.name!r}",
+                )
 
 
 def _adapter_digest(folder: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ class Run:
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
     """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
+    _set_environment()
     prepared, store = Prepared(recipe, watch), Store(runs)
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
@@ -52,6 +55,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
     """
+    _set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
     prepared, store = Prepared(recipe, watch), Store(runs)
@@ -144,6 +148,14 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
+
+
+def _set_environment() -> None:
+    """Settings the libraries read when they are first imported; what the user has set stays."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
 
 
 def _quiet() -> None:
