@@ -144,17 +144,17 @@ def print_table(table: Mapping[str, Any]) -> None:
     if not table["stages"]:
         console.print("nothing is measured yet")
         return
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, title in enumerate(header(table)):
-        shown.add_column(Text(title), justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
-    for row in stage_rows(table):
-        shown.add_row(*(Text(cell) for cell in row))
-    shown.add_section()
-    for row in change_rows(table):
-        shown.add_row(*(Text(cell, style="bold") for cell in row))
+    titles, rows = header(table), [*stage_rows(table), *change_rows(table)]
     console.print()
-    console.print(shown)
-    console.print()
+    for columns in _blocks(titles, rows, console.width):
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for i in columns:
+            shown.add_column(Text(titles[i]), justify="right" if i else "left", no_wrap=True)
+        for number, row in enumerate(rows):
+            style = "bold" if number >= len(table["stages"]) else ""
+            shown.add_row(*(Text(row[i], style=style) for i in columns))
+        console.print(shown)
+        console.print()
     console.print(
         "NLL in nats per answer token (lower is better), share of answer tokens right; * English; "
         "! an English loss whose 95% interval excludes zero",
@@ -162,6 +162,18 @@ def print_table(table: Mapping[str, Any]) -> None:
     )
     for sentence in conclusion(table):
         console.print(Text(sentence), soft_wrap=True)
+
+
+def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
+    """Columns that fit side by side, block by block; each block begins with the stages."""
+    lines = [[line for cell in column for line in cell.splitlines()] for column in zip(titles, *rows, strict=True)]
+    widths = [max(map(len, column)) + 2 for column in lines]
+    blocks = [[0]]
+    for i in range(1, len(titles)):
+        if len(blocks[-1]) > 1 and sum(widths[j] for j in blocks[-1]) + widths[i] > width:
+            blocks.append([0])
+        blocks[-1].append(i)
+    return blocks
 
 
 def print_rows(titles: list[str], rows: list[list[str]]) -> None:

@@ -195,6 +195,17 @@ def test_phase2_on_an_instruct_model(qcft, tiny_model, color_data):
     assert "merge" not in out
 
 
+def test_a_table_too_wide_for_the_terminal_comes_in_blocks():
+    from qcft.console import _blocks
+
+    titles, rows = ["stage", *(f"phase2 {i}" for i in range(9))], [["x" * 20, *["1.234  50%"] * 9]]
+    assert _blocks(titles, rows, 200) == [list(range(10))]
+    narrow = _blocks(titles, rows, 60)
+    assert [i for block in narrow for i in block[1:]] == list(range(1, 10))
+    assert all(block[0] == 0 and 22 + 12 * (len(block) - 1) <= 60 for block in narrow)
+    assert _blocks(titles, rows, 5) == [[0, i] for i in range(1, 10)]
+
+
 def test_recipes(qcft):
     code, out, _ = qcft("recipes")
     assert code == 0

@@ -213,6 +213,18 @@ def test_every_field_qcft_sets_is_owned_and_exists():
     assert OWNED.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}
 
 
+def test_tensorboard_writes_into_the_step(tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    settings = TRAIN.model_copy(update={"report_to": ["tensorboard"], "steps": 2})
+    check_settings(settings)
+    for name in ("one", "two"):
+        train(tiny_model, tmp_path / name, settings=settings)
+        assert list((tmp_path / name / "tensorboard").glob("events*"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
 def test_extra_fields_reach_trl(tiny_model, tmp_path):
     settings = TRAIN.model_copy(update={"sft": {"max_grad_norm": 1e-9, "adam_beta1": 0.5}, "steps": 2})
     train(tiny_model, tmp_path / "step", settings=settings)

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +100,8 @@ def train_adapter(
     checkpoints = folder / "checkpoints"
     last = _last_whole(checkpoints)
     config = _config(train, checkpoints, batches, seed, _checkpointing(model, batches, train))
-    trainer = _make_trainer(model, tokenizer, batches, config)
+    with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
+        trainer = _make_trainer(model, tokenizer, batches, config)
     if config.gradient_checkpointing:
         # TRL asks for gradients of the embeddings' output, which walks the backward pass through every
         # frozen layer. With non-reentrant checkpointing they are not needed: the gradients are the same.
@@ -129,6 +132,20 @@ def train_adapter(
     )
 
 
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Have TensorBoard's files written to the step, unless the user's environment names a folder."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _config(train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool) -> SFTConfig:
     import torch
     from trl import SFTConfig
@@ -137,8 +154,6 @@ def _config(train: Train, checkpoints: Path, batches: Batches, seed: int, checkp
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if device() == "cuda" else "adamw_torch"
     every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
-    if "tensorboard" in train.report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(checkpoints.parent / "tensorboard"))
     return SFTConfig(
         output_dir=str(checkpoints),
         learning_rate=train.lr,
