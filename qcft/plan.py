@@ -96,37 +96,40 @@ class _Planner:
             "chat_template": model.chat_template,
         }
         self.quantize = model.quantize
+        self.chain: str | None = None  # the merge step that holds every earlier delta, as far as merged
+        self.unmerged: list[tuple[Phase, Step, Step, Step]] = []
 
     def plan(self) -> Plan:
         if self.quantize != "none":
             self.probe("eval/base-16bit", "base, 16 bit", None, None, quantize="none")
         before = self.probe("eval/base", f"base, {self.precision()}", None, None)
-        weights: str | None = None
-        previous: tuple[Phase, Step, Step, Step] | None = None
-        for phase in self.recipe.phases:
-            if previous is not None:
-                weights, before = self.next_weights(phase, previous)
+        for number, phase in enumerate(self.recipe.phases):
+            weights = None
+            if number and phase.start == "merged":
+                weights, before = self.merge_all()
+            elif number:
+                before = self.step_of("eval/base")
             replay = self.replay(phase, weights) if phase.replay and phase.replay.ratio > 0 else None
             trained = self.adapter(phase) if phase.adapter else self.train(phase, weights, replay)
             live = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id)
-            previous = (phase, trained, live, before)
+            self.unmerged.append((phase, trained, live, before))
         return Plan(tuple(self.steps))
 
-    def next_weights(self, phase: Phase, previous: tuple[Phase, Step, Step, Step]) -> tuple[str | None, Step]:
-        """The weights a phase loads, and the step that measured them."""
-        if phase.start == "base":
-            return None, self.step_of("eval/base")
-        before, trained, live, base = previous
-        stage = self.numbered("merged", before.name)
-        merged = self.add(
-            "merge", stage, f"merge {before.name}", before.name, trained.weights, trained.id, {**self.model}
-        )
-        measured = self.probe(f"eval/{stage}", f"{before.name} merged, {self.precision()}", merged.id, None)
-        self.add(
-            "kept", f"kept-{stage}", f"check what merging {before.name} kept", before.name, None, None, {},
-            parents=(base.id, live.id, measured.id),
-        )  # fmt: skip
-        return merged.id, measured
+    def merge_all(self) -> tuple[str | None, Step]:
+        """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
+        measured = self.step_of("eval/base")
+        for phase, trained, live, base in self.unmerged:
+            stage, onto = self.numbered("merged", phase.name), self.chain
+            merged = self.add("merge", stage, f"merge {phase.name}", phase.name, onto, trained.id, {**self.model})
+            measured = self.probe(f"eval/{stage}", f"{phase.name} merged, {self.precision()}", merged.id, None)
+            if trained.weights == onto:  # else the adapter meets other weights than it was trained on
+                self.add(
+                    "kept", f"kept-{stage}", f"check what merging {phase.name} kept", phase.name, None, None, {},
+                    parents=(base.id, live.id, measured.id),
+                )  # fmt: skip
+            self.chain = merged.id
+        self.unmerged.clear()
+        return self.chain, measured
 
     def probe(
         self, stage: str, title: str, weights: str | None, adapter: str | None, quantize: str | None = None
@@ -151,6 +154,7 @@ class _Planner:
             "rows": self.digests.replay[phase.name],
             "beside": self.digests.phases[phase.name],
             "limits": _limits(phase),
+            "replay_system": self.recipe.phases[0].system,
         }
         if phase.replay.kind != "generative":
             weights, settings = None, {k: v for k, v in settings.items() if k != "quantize"}
@@ -169,6 +173,7 @@ class _Planner:
             "rows": self.digests.phases[phase.name],
             "ratio": phase.replay.ratio if phase.replay and replay else 0.0,
             "limits": _limits(phase),
+            "replay_system": self.recipe.phases[0].system if replay else None,
             "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
         }
         parents = (replay.id,) if replay else ()

@@ -56,8 +56,9 @@ def rows_of(lengths):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
 def test_packs_keep_every_row_in_order_and_their_limit(lengths, limit):
     rows = rows_of(lengths)
-    packs = pack(rows, limit)
+    packs = pack(rows, limit, 7)
     assert [r for p in packs for r in p] == rows
+    assert all(len(p) <= 7 for p in packs)
     assert all(len(p) == 1 or sum(len(r.input_ids) for r in p) <= limit for p in packs)
 
 
@@ -83,3 +84,31 @@ def test_a_pack_never_exceeds_max_length():
     rows = rows_of([30, 100, 5, 60, 99, 1] * 10)
     batches = make_batches(rows, lambda e: list(range(60)), Train(batch=16, max_length=128))
     assert all(sum(len(r.input_ids) for r in item) <= 128 for item in batches.items)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    batch=st.integers(1, 20),
+    steps=st.integers(1, 40),
+    packing=st.booleans(),
+    micro=st.integers(1, 8),
+)
+def test_steps_and_batch_are_kept_for_rows_of_any_length(lengths, batch, steps, packing, micro):
+    """One very long row must not swell the steps; asking for steps gives just as many."""
+    rows = rows_of(lengths)
+    train = Train(batch=batch, micro_batch=micro, steps=steps, packing=packing, max_length=300)
+    batches = make_batches(rows, lambda e: list(range(len(rows))), train)
+    assert batches.steps == steps
+    if packing:
+        assert all(len(item) <= batch for item in batches.items)
+        # Packs are whole, so a step comes as near to `batch` rows as whole packs allow.
+        assert batch / 2 - 1 <= batches.rows / steps <= batch * 1.5 + 1
+    else:
+        assert batches.rows == steps * batch
+
+
+def test_a_long_row_among_short_ones_does_not_swell_the_steps():
+    rows = rows_of([80] * 99 + [1000])
+    batches = make_batches(rows, lambda e: list(range(100)), Train(batch=4, max_length=1024))
+    assert 3 <= batches.rows / batches.steps <= 4

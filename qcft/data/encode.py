@@ -106,6 +106,14 @@ class Encoder:
         text = self._render(self._with_system(row.prompt), generate=True)
         return list(self._tokenize(text)["input_ids"])
 
+    def prompt(self, row: Row) -> list[int] | str:
+        """The prompt's tokens, or the reason why it cannot be asked: the template refuses it, or it is too long."""
+        try:
+            ids = self.prompt_ids(row)
+        except _TemplateRefused as refused:
+            return str(refused)
+        return ids if self.max_length is None or len(ids) < self.max_length else "longer than max_length"
+
     def encode(self, row: Row) -> EncodedRow | str:
         """The row's tokens, or the reason why it cannot train.
 

@@ -53,8 +53,8 @@ def mixed_order(new_rows: int, replay_rows: int, seed: int | str) -> list[int]:
     return order
 
 
-def pack(rows: Sequence[EncodedRow], max_tokens: int) -> list[list[EncodedRow]]:
-    """Join neighbouring rows into packs of at most `max_tokens` tokens, keeping their order.
+def pack(rows: Sequence[EncodedRow], max_tokens: int, max_rows: int) -> list[list[EncodedRow]]:
+    """Join neighbouring rows into packs of at most `max_tokens` tokens and `max_rows` rows, in their order.
 
     A pack is run without padding and with positions that begin anew at each row, so no row sees another
     and a pack that is not full costs nothing. A row longer than `max_tokens` is a pack of its own.
@@ -63,7 +63,7 @@ def pack(rows: Sequence[EncodedRow], max_tokens: int) -> list[list[EncodedRow]]:
     room = 0
     for row in rows:
         length = len(row.input_ids)
-        if length > room:
+        if not packs or length > room or len(packs[-1]) == max_rows:
             packs.append([])
             room = max_tokens
         packs[-1].append(row)

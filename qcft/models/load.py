@@ -62,7 +62,7 @@ def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTr
     back to training, so 4-bit modules stay in training mode always (see `evaluating`).
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     quantize = quantize or model.quantize
     options: dict[str, Any] = {
@@ -87,12 +87,14 @@ def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTr
     except torch.cuda.OutOfMemoryError:
         raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise InputError(
-            f"model: {str(folder)!r} cannot be loaded: {_short(error)}", "check the model folder"
-        ) from None
+        raise QcftError(f"model: {str(folder)!r} cannot be loaded: {_short(error)}", "check the model folder") from None
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = loaded.config.get_text_config().eos_token_id
-    loaded.generation_config.do_sample = False
+    # Fresh, so that greedy means greedy: checkpoints ship repetition penalties and the like.
+    old = loaded.generation_config
+    loaded.generation_config = GenerationConfig(
+        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
+    )
     return loaded
 
 

@@ -91,8 +91,9 @@ class Prepared:
         encoded = Encoder(self.tokenizer, group.system, group.max_length, group.long_rows).encode_all(group.rows)
         if not encoded.rows:
             raise InputError(
-                f"data: none of the {len(group.rows)} held-out rows of {group.name} fits {group.max_length} tokens",
-                f"raise {group.phase}.train.max_length",
+                f"data: none of the {len(group.rows)} held-out rows of {group.name} can be measured "
+                f"({_counts(encoded.left_out)})",
+                f"raise {group.phase}.train.max_length (it is {group.max_length}), or look at the rows",
             )
         return encoded
 
@@ -108,9 +109,9 @@ class Prepared:
         for source, rows in zip(self.sources[phase.name], self.rows[phase.name], strict=True):
             encoded = encoder.encode_all(rows, partial(self._tokenising, source.name, len(rows)))
             if not encoded.rows:
-                reasons = ", ".join(f"{n} {reason}" for reason, n in encoded.left_out.items())
                 raise InputError(
-                    f"data: none of the {len(rows)} rows of {source.source.path!r} can train ({reasons})",
+                    f"data: none of the {len(rows)} rows of {source.source.path!r} can train "
+                    f"({_counts(encoded.left_out)})",
                     f"raise {phase.name}.train.max_length or set {phase.name}.train.long_rows to cut",
                 )
             sets.append(encoded)
@@ -133,7 +134,7 @@ class Prepared:
         """The held-out English rows whose prompts every stage answers."""
         for group in self.groups:
             if group.lang == ENGLISH:
-                ranked = sorted(group.rows, key=lambda row: row.key)
+                ranked = sorted(self.held_out(group).rows, key=lambda row: row.key)
                 return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
         return []
 
@@ -167,20 +168,28 @@ class Prepared:
     def _groups(self) -> list[Group]:
         """Held-out rows by phase and language; English that ships with qcft where no source is English."""
         groups = []
+        trained: set[str] = set()
         for phase in self.recipe.phases:
-            groups += self._grouped(phase.name, self.sources[phase.name], phase)
+            groups += self._grouped(phase.name, self.sources[phase.name], phase, trained)
+            trained |= {row.prompt_digest for source in self.sources[phase.name] for row in source.rows}
         probes = [one for source in self.recipe.probe for one in source.expanded()]
         if not any(g.lang == ENGLISH for g in groups) and not any(s.lang == ENGLISH for s in probes):
             probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
-        return groups + self._grouped("probe", [self._load(s) for s in probes], self.recipe.phases[0])
+        return groups + self._grouped("probe", [self._load(s) for s in probes], self.recipe.phases[0], trained)
 
-    def _grouped(self, name: str, sources: list[LoadedSource], phase: Phase) -> list[Group]:
-        by_lang: dict[str, list[Row]] = {}
+    def _grouped(self, name: str, sources: list[LoadedSource], phase: Phase, trained: set[str]) -> list[Group]:
+        by_lang: dict[str, dict[str, Row]] = {}
         for source in sources:
-            by_lang.setdefault(source.lang, []).extend(source.held_out)
+            rows = by_lang.setdefault(source.lang, {})
+            for row in source.held_out:  # one row of each prompt, and none that an earlier phase trains on
+                if row.prompt_digest not in trained:
+                    rows.setdefault(row.prompt_digest, row)
+        most = self.recipe.heldout.rows
         limit = phase.train.max_length if name == phase.name else PROBE_LENGTH
         return [
-            Group(name, lang, tuple(rows), phase.system, limit, phase.train.long_rows) for lang, rows in by_lang.items()
+            Group(name, lang, tuple(rows.values())[:most], phase.system, limit, phase.train.long_rows)
+            for lang, rows in by_lang.items()
+            if rows
         ]
 
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
@@ -278,6 +287,10 @@ class _MetaModel:
                     + (" x ".join(map(str, weights[name])) if name in weights else "not there"),
                     f"it was made for another model than {self.recipe.model.name!r}",
                 )
+
+
+def _counts(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in left_out.items())
 
 
 def _adapter_digest(folder: Path) -> str:

@@ -65,7 +65,13 @@ def generate_rows(
     for number, start in enumerate(range(0, len(order), replay.batch)):
         if len(accepted) >= needed:
             break
-        rows = order[start : start + replay.batch]
+        rows = []
+        for row in order[start : start + replay.batch]:
+            prompt = encoder.prompt(row)
+            if isinstance(prompt, str):
+                left_out[prompt] += 1
+            else:
+                rows.append(row)
         answers = _chunk(model, rows, number, encoder, replay, seed, chunks, watch)
         for row, answer in zip(rows, answers, strict=True):
             reason, made = _judge(row, answer, encoder)

@@ -19,7 +19,7 @@ from qcft.models.adapters import CONFIG, WEIGHTS, add_lora, load_adapter
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.merge import merge_adapter
-from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.prepare import ENGLISH, Prepared
 from qcft.pipeline.replay import choose_rows, generate_rows, read_rows
 from qcft.plan import Step
 from qcft.recipe import Phase, frozen_layers, parse_freeze
@@ -142,7 +142,9 @@ class Worker:
     def kept(self, step: Step, folder: Path) -> dict[str, Any]:
         """Compare base, live adapter and merged model on the phase's held-out rows."""
         base, live, merged = (read_json(self.store.folder(parent) / "scores.json") for parent in step.parents)
-        own = [g.name for g in self.prepared.groups if g.phase == step.phase] or list(base)
+        groups = self.prepared.groups
+        # An adapter made elsewhere has no rows of its own here: English stands for them.
+        own = [g.name for g in groups if g.phase == step.phase] or [g.name for g in groups if g.lang == ENGLISH]
         a, b, c = ([_score(s) for name in own for s in scores[name]] for scores in (base, live, merged))
         return {"groups": own, **asdict(kept(a, b, c))}
 

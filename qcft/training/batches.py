@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,33 +48,29 @@ class Batches:
 def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], train: Train) -> Batches:
     """Lay out the training: `order(epoch)` gives the order of the rows in each epoch, from 0.
 
-    `train.batch` counts rows. With packing, a pack holds up to `max_length` tokens but no more than a
-    step should see, and a step takes the number of packs that comes nearest to `batch` rows, so small
-    data is not trained in two giant steps.
+    `train.batch` counts rows. With packing, a pack holds at most `batch` rows and what `batch` rows take on
+    average, up to `max_length` tokens; a step takes the number of packs that comes nearest to `batch` rows.
+    So small data is not trained in two giant steps, and packing changes the speed, not the schedule.
     """
-    sequence = _epochs(rows, order, train)
-    if not train.packing:
-        per_pass = min(train.micro_batch, train.batch)
-        accumulation = math.ceil(train.batch / per_pass)
-        return Batches(_cut([[r] for r in sequence], per_pass * accumulation, train), per_pass, accumulation, False)
-    lengths = [len(row.input_ids) for row in sequence]
-    wanted = train.batch * sum(lengths) / len(lengths)
-    packs = pack(sequence, round(min(train.max_length, max(max(lengths), wanted))))
-    accumulation = max(1, round(train.batch * len(packs) / len(sequence)))
-    return Batches(_cut(packs, accumulation, train), 1, accumulation, True)
-
-
-def _epochs(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], train: Train) -> list[EncodedRow]:
-    # With a number of steps asked for, `batch` rows a step are laid out, and a tenth more for packs
-    # that turn out fuller than their mean; `_cut` takes what is too much.
-    wanted = round(train.epochs * len(rows)) if train.steps is None else math.ceil(train.steps * train.batch * 1.1)
+    if train.packing:
+        mean = sum(len(row.input_ids) for row in rows) / len(rows)
+        budget = round(min(train.max_length, train.batch * mean))
+        per_pass = 1
+    else:
+        per_pass = max(n for n in range(1, min(train.micro_batch, train.batch) + 1) if train.batch % n == 0)
     sequence: list[EncodedRow] = []
-    epoch = 0
-    while len(sequence) < max(1, wanted):
+    for epoch in itertools.count():
         sequence += [rows[i] for i in order(epoch)]
-        epoch += 1
-    return sequence[: max(1, wanted)]
-
-
-def _cut(items: list[list[EncodedRow]], per_step: int, train: Train) -> list[list[EncodedRow]]:
-    return items if train.steps is None else items[: train.steps * per_step]
+        if train.steps is None:
+            wanted = max(1, round(train.epochs * len(rows)))
+            if len(sequence) < wanted:
+                continue
+            sequence = sequence[:wanted]
+        items = pack(sequence, budget, train.batch) if train.packing else [[row] for row in sequence]
+        accumulation = max(1, round(train.batch * len(items) / len(sequence) / per_pass))
+        if train.steps is None:
+            break
+        if len(items) >= train.steps * accumulation * per_pass:
+            items = items[: train.steps * accumulation * per_pass]
+            break
+    return Batches(items, per_pass, accumulation, train.packing)
