@@ -9,7 +9,7 @@ from typing import Any
 from qcft.events import Listener, Watch
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
-from qcft.recipe import Recipe, load_recipe
+from qcft.recipe import Recipe, load_recipe, recipe_from
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
 
@@ -26,7 +26,10 @@ def run(
     `set` changes recipe keys: `{"phase2.replay.ratio": 0.1}`. `listener` is called with every event.
     Raises qcft.QcftError.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, set)
+    if isinstance(recipe, Recipe):
+        loaded = recipe_from(recipe.model_dump(mode="json"), set)
+    else:
+        loaded = load_recipe(recipe, set)
     return run_watched(loaded, Path(runs), Watch(listener))
 
 

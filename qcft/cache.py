@@ -33,11 +33,17 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     from filelock import FileLock
 
     place = cache_folder() / name
+    lock = FileLock(str(place) + ".lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(place) + ".lock"):
-            if is_whole(place):
-                return place
+        lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"the cache folder {str(cache_folder())!r} cannot be written: {error.strerror}",
+            "name another with the environment variable QCFT_CACHE",
+        ) from None
+    try:
+        if not is_whole(place):
             work = place.with_name(place.name + ".partial")
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(place, ignore_errors=True)
@@ -48,9 +54,6 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
                 work.rename(place)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    except PermissionError as error:
-        raise InputError(
-            f"the cache folder {str(cache_folder())!r} cannot be written: {error.strerror}",
-            "name another with the environment variable QCFT_CACHE",
-        ) from None
+    finally:
+        lock.release()
     return place

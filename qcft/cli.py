@@ -189,8 +189,6 @@ def main() -> NoReturn:
         _fail(error.message, error.hint, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", "the same command goes on from the last whole step or checkpoint", 130)
-    except BrokenPipeError:
-        sys.exit(141)
     except Exception as error:  # the last line of defence between a user and a traceback
         if hasattr(error, "format_message"):  # a mistake on the command line; Typer's versions share no class for it
             _usage_error(error)
@@ -240,10 +238,15 @@ def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) ->
 def _hear_signals(watch: Watch) -> None:
     """The first Ctrl-C or SIGTERM asks the work to stop at a safe point, the second ends it at once."""
 
+    from qcft.errors import Interrupted
+
     def handle(number: int, frame: Any) -> None:
+        code = 143 if number == signal.SIGTERM else 130
         if watch.stop_code is not None:
-            raise KeyboardInterrupt
-        watch.ask_to_stop(143 if number == signal.SIGTERM else 130)
+            raise Interrupted(
+                "stopped at once", "the same command goes on from the last whole step or checkpoint", code
+            )
+        watch.ask_to_stop(code)
         sys.stderr.write("\nstopping at the next safe point (again to stop at once)\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -58,8 +58,12 @@ def phase2_recipe(
     Raises InputError.
     """
     if model is not None:
-        if run is not None and any(found.name == run for found in list_runs(runs)):
-            raise InputError(f"run {run!r} has its own model", "leave --model out, or give a new name")
+        existing = next((found.recipe() for found in list_runs(runs) if found.name == run), None)
+        if existing and (existing.model.name != model or existing.phases[0].name != "phase2"):
+            raise InputError(
+                f"run {run!r} has a phase 1 or another model ({existing.model.name})",
+                "leave --model out, or give a new name",
+            )
         raw: dict[str, Any] = {"name": run or "phase2", "model": {"name": model}, "phases": []}
     else:
         found = read_run(runs, run) if run is not None else _latest_with_phase1(runs)
@@ -143,6 +147,8 @@ def _sources(data: list[str], take: int | None, default_lang: str | None) -> lis
     for given in data:
         match = LANG_PATH.fullmatch(given)
         lang, path = (match[1], match[2]) if match else (default_lang, given)
+        # Absolute, so that the run can be gone on with from another folder.
+        path = str(Path(path).absolute()) if Path(path).exists() else path
         sources.append({"path": path, "lang": lang, "take": take})
     return sources
 

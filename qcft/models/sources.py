@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qcft.cache import cached_folder
+from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import file_digest, is_whole_safetensors
+from qcft.files import file_digest, is_whole_safetensors, write_text
 from qcft.hub import unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.recipe import Model
@@ -151,13 +151,15 @@ def _resolve_hub(model: Model) -> ModelSource:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     name = model.name
+    known = cache_folder() / "hub" / f"{name.replace('/', '--')}@{model.revision or 'main'}".replace("/", "--")
     try:
         commit = HfApi().model_info(name, revision=model.revision, timeout=10).sha
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_text(known, f"{commit}\n")
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
-        cached = try_to_load_from_cache(name, "config.json", revision=model.revision)
-        if not isinstance(cached, str):
+        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else model.revision
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=commit), str):
             raise unreachable("model", name, error) from None
-        commit = Path(cached).parent.name
     return ModelSource(name, "hub", name, f"hub:{name}@{commit}")
 
 

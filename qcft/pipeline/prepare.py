@@ -138,6 +138,13 @@ class Prepared:
                 return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
         return []
 
+    def pinned_recipe(self) -> Recipe:
+        """The recipe with a hub model's revision resolved to its commit, as the run keeps it."""
+        if self.model.kind != "hub":
+            return self.recipe
+        pinned = self.recipe.model.model_copy(update={"revision": self.model.digest.rsplit("@", 1)[1]})
+        return self.recipe.model_copy(update={"model": pinned})
+
     def check(self) -> None:
         """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
         from qcft.training.sft import check_settings
@@ -254,11 +261,13 @@ class _MetaModel:
                     "give its 16-bit weights: phase 1 is merged onto them, and qcft quantises them itself",
                 )
             with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+                attention = recipe.model.attn_implementation
+                options = {"attn_implementation": attention} if attention else {}
+                self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise InputError(
-                f"model: {str(folder)!r} is no causal language model: {' '.join(str(error).split())[:160]}",
-                "give a decoder-only model; one with its own code needs model.trust_remote_code",
+                f"model: {recipe.model.name!r} cannot be built: {' '.join(str(error).split())[:160]}",
+                "give a decoder-only language model; look at model.attn_implementation and model.trust_remote_code",
             ) from None
         self.folder = folder
         self.recipe = recipe

@@ -68,6 +68,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
     if finished < len(plan.steps):
         _quiet()
         prepared.check()
+    recipe = prepared.pinned_recipe()
     run = open_run(runs, recipe, plan.stages(), exact_name)
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
@@ -140,11 +141,11 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         if metrics["worse"]:
             loss = metrics["loss"]["value"]
             watch.note(f"merging {step.phase} made its held-out rows {loss:.3f} nats worse", "warning")
-    elif share < limits.refuse_below:
+    elif limits.refuse_below is not None and share < limits.refuse_below:
         raise QcftError(
             f"merging {step.phase} kept only {share:.0%} of what it learned, under {limits.refuse_below:.0%}",
             "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, or use "
-            "--set model.quantize=none; --set merge.refuse_below=0 goes on all the same",
+            "--set model.quantize=none; --set merge.refuse_below=null goes on all the same",
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")

@@ -37,23 +37,18 @@ def load_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
     raw = _read_yaml(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}", "see `qcft recipes`")
+    raw = _normalised(raw)
     _anchor_paths(raw, path.parent)
     return recipe_from(raw, changes)
 
 
 def recipe_from(raw: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
     """Validate a recipe given as plain data, after applying `changes`. Raises InputError."""
-    raw = copy.deepcopy(raw)
-    if isinstance(raw.get("phases"), dict):
-        raw["phases"] = [
-            {"name": name, **(body if isinstance(body, dict) else {"data": body})}
-            for name, body in raw["phases"].items()
-            if body is not None
-        ]
-    if isinstance(raw.get("model"), str):
-        raw["model"] = {"name": raw["model"]}  # so that `--set model.KEY` has something to set below
+    raw = _normalised(raw)
     for key, value in (changes or {}).items():
         _apply(raw, key, value)
+    raw = _normalised(raw)  # what was set may use shorthands too
+    _anchor_paths(raw, Path.cwd())
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -118,8 +113,34 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the shorthands spelt out: a bare model name, phases as a mapping, a bare or single source."""
+    raw = copy.deepcopy(raw)
+    if isinstance(raw.get("model"), str):
+        raw["model"] = {"name": raw["model"]}
+    if isinstance(raw.get("phases"), dict):
+        raw["phases"] = [
+            {"name": name, **(body if isinstance(body, dict) else {"data": body})}
+            for name, body in raw["phases"].items()
+            if body is not None
+        ]
+    phases = raw.get("phases")
+    holders = [raw, *(phases if isinstance(phases, list) else [])]
+    holders += [p["replay"] for p in holders if isinstance(p, dict) and isinstance(p.get("replay"), dict)]
+    for holder in holders:
+        for key in ("data", "probe"):
+            if isinstance(holder, dict) and isinstance(holder.get(key), (str, dict, list)):
+                sources = holder[key] if isinstance(holder[key], list) else [holder[key]]
+                holder[key] = [{"path": s} if isinstance(s, str) else s for s in sources]
+    return raw
+
+
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Make relative data and adapter paths absolute where they lie beside the recipe."""
+    """Make relative model, data and adapter paths absolute where they lie in `folder`."""
+
+    def lies_there(value: str, lang: Any) -> bool:
+        langs = lang if isinstance(lang, list) else [lang]
+        return any((folder / value.replace("{lang}", str(one))).exists() for one in langs)
 
     def visit(node: Any) -> None:
         if isinstance(node, list):
@@ -127,12 +148,9 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
                 visit(item)
         elif isinstance(node, dict):
             for key, value in node.items():
-                if key in {"path", "adapter"} and isinstance(value, str) and (folder / value).exists():
-                    node[key] = str((folder / value).resolve())
-                elif (
-                    key == "path" and isinstance(value, str) and "{lang}" in value and (folder / value).parent.is_dir()
-                ):
-                    node[key] = str((folder / value).parent.resolve() / Path(value).name)
+                if key in {"path", "adapter"} and isinstance(value, str):
+                    if value and lies_there(value, node.get("lang")):
+                        node[key] = str((folder / value).absolute())
                 else:
                     visit(value)
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from qcft.errors import InputError
 from qcft.recipe.freeze import parse_freeze
 
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -150,7 +151,7 @@ class Train(Part):
         for key in value:
             if key in OWNED:
                 raise ValueError(f"{key} is set by qcft itself | use {OWNED[key]}")
-        return value
+        return {key: float(v) if isinstance(v, str) and EXPONENT.fullmatch(v) else v for key, v in value.items()}
 
 
 class Phase(Part):
@@ -202,10 +203,10 @@ class Answers(Part):
 
 
 class Merge(Part):
-    """The least share of what a phase learned that its merge must keep: to pass unwarned, to pass at all."""
+    """The least share of what a phase learned that its merge must keep: to pass unwarned, to pass (null: any)."""
 
     warn_below: Annotated[Number, Field(le=1)] = 0.8
-    refuse_below: Annotated[Number, Field(le=1)] = 0.5
+    refuse_below: Annotated[Number, Field(le=1)] | None = 0.5
 
 
 class Recipe(Part):
@@ -282,6 +283,8 @@ OWNED = {
     "seed": "seed",
     "data_seed": "seed",
     "full_determinism": "seed",
+    "gradient_checkpointing_kwargs": "train.gradient_checkpointing (never reentrant)",
+    "ignore_data_skip": "nothing: a killed run goes on exactly where it was",
     "model_init_kwargs": "model",
     "trust_remote_code": "model.trust_remote_code",
     "chat_template_path": "model.chat_template",

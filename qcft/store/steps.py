@@ -76,17 +76,17 @@ class Store:
         folder = self.folder(step)
         try:
             self.steps.mkdir(parents=True, exist_ok=True)
-            with self._lock(step, watch):
-                if (folder / "done.json").exists() and self.done(step) is None:
-                    shutil.rmtree(folder)  # not whole, as `done` told
-                folder.mkdir(exist_ok=True)
-                if read_json(folder / "step.json") is None:
-                    write_json(folder / "step.json", {"step": step, "inputs": inputs, **_circumstances()})
-                yield folder
-        except PermissionError as error:
+        except OSError as error:
             raise InputError(
                 f"the runs folder {str(self.runs)!r} cannot be written: {error.strerror}", "name another with --runs"
             ) from None
+        with self._lock(step, watch):
+            if (folder / "done.json").exists() and self.done(step) is None:
+                shutil.rmtree(folder)  # not whole, as `done` told
+            folder.mkdir(exist_ok=True)
+            if read_json(folder / "step.json") is None:
+                write_json(folder / "step.json", {"step": step, "inputs": inputs, **_circumstances()})
+            yield folder
 
     def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Mark a step done: digests of its files, its metrics and the seconds this process worked on it."""

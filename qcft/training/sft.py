@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, Interrupted, QcftError, nearest
 from qcft.events import Progress, Watch
-from qcft.files import is_whole, seal
+from qcft.files import is_whole, seal, write_text
 from qcft.models.adapters import keep_adapters_in_fp32
 from qcft.models.load import compute_dtype, device, peak_memory
 from qcft.recipe import Train
@@ -225,6 +225,9 @@ def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun, self.first = time.monotonic(), state.global_step
+            if log.is_file():  # steps after the checkpoint are trained, and logged, again
+                lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+                write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if watch.stop_code is not None:
@@ -258,6 +261,14 @@ def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
             watch.tell(Progress(label, step, batches.steps, "steps", stats))
 
     return Reporter()
+
+
+def _step_of(line: str) -> float:
+    """The step a line of log.jsonl is about; a line cut short by a kill is after every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _last_whole(checkpoints: Path) -> Path | None:
