@@ -103,9 +103,7 @@ def train_adapter(
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
         trainer = _make_trainer(model, tokenizer, batches, config)
     if config.gradient_checkpointing:
-        # TRL asks for gradients of the embeddings' output, which walks the backward pass through every
-        # frozen layer. With non-reentrant checkpointing they are not needed: the gradients are the same.
-        model.disable_input_require_grads()
+        model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
     trainer.add_callback(_reporter(batches, folder / "log.jsonl", watch, label))
     try:
@@ -225,6 +223,10 @@ def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun, self.first = time.monotonic(), state.global_step
+            if args.gradient_checkpointing:
+                # TRL and, just before this, the Trainer ask for gradients of the embeddings' output, which walks
+                # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
+                kwargs["model"].disable_input_require_grads()
             if log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
