@@ -33,9 +33,9 @@ def run(
     return run_watched(loaded, Path(runs), Watch(listener))
 
 
-def run_watched(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = False) -> Run:
+def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     """Run a recipe and write its report."""
-    done = run_recipe(recipe, runs, watch, exact_name)
+    done = run_recipe(recipe, runs, watch)
     whole = read(done.name, runs)  # the run may hold more than this recipe asked for
     recipe = read_run(runs, done.name).recipe()
     write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})

@@ -49,7 +49,7 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[st
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
-def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = False) -> Run:
+def run_recipe(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     """Run a recipe to its end. Done steps are reused, partial ones gone on with.
 
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
@@ -69,7 +69,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, exact_name: bool = Fals
         _quiet()
         prepared.check()
     recipe = prepared.pinned_recipe()
-    run = open_run(runs, recipe, plan.stages(), exact_name)
+    run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     for position, step in enumerate(plan.steps, start=1):

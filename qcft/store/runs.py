@@ -30,11 +30,11 @@ class NamedRun:
         return recipe_from(raw)
 
 
-def open_run(runs: Path, recipe: Recipe, stages: dict[str, str], exact: bool = False) -> NamedRun:
+def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     """The run for these stages: the recipe's name, or NAME-2, NAME-3... where that name has other results.
 
-    A run is gone on with when the stages it shares with the plan are the same steps. `exact` refuses
-    another name instead. The folder is written when this returns.
+    A run is gone on with when the stages it shares with the plan are the same steps. The folder is written
+    when this returns.
     """
     wanted = _results(stages)
     number, name = 1, recipe.name
@@ -43,8 +43,6 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str], exact: bool = F
             shared = existing.keys() & wanted.keys()
             if all(existing[s] == wanted[s] for s in shared) and (shared or not existing):
                 break
-        if exact:
-            raise InputError(f"run {name!r} exists with other settings", "name another with --as")
         number += 1
         name = f"{recipe.name}-{number}"
     folder = runs / name
