@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from qcft.files import is_whole_safetensors, read_json
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -120,6 +123,23 @@ def adapted_shapes(folder: Path) -> dict[str, tuple[int, int]]:
                     "merge it with PEFT first",
                 )
     return shapes
+
+
+def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A.
+
+    Raises InputError for an adapter that holds anything but pairs of LoRA factors.
+    """
+    from safetensors import safe_open
+
+    config = read_json(folder / CONFIG)
+    check_mergeable(config, str(folder))
+    opened: Any = safe_open(folder / WEIGHTS, framework="pt")
+    with opened as tensors:
+        for weight in adapted_shapes(folder):
+            a, b = (tensors.get_tensor(factor) for factor in factor_names(weight))
+            rank = len(a)
+            yield weight, a, b, config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def weight_name(factor: str) -> str:

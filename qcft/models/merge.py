@@ -124,13 +124,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+def tensor_files(folder: Path) -> dict[str, Any]:
+    """The open safetensors file of each weight in a model folder, by the name it is stored under."""
+    opened = [_open(file) for file in weight_files(folder)]
+    return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
 def weight_names(folder: Path) -> set[str]:
     """The names of the weights in a model folder, as they are stored."""
-    names: set[str] = set()
-    for file in weight_files(folder):
-        with _open(file) as tensors:
-            names.update(tensors.keys())
-    return names
+    return set(tensor_files(folder))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
