@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qcft import InputError
 from qcft.events import Watch
-from qcft.layers import adapted_modules, decoder_layers, frozen_whole, linear_modules, lowest_adapted
+from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, linear_modules, lowest_adapted
 from qcft.layers.change import change_between, change_by_adapter
 from qcft.layers.snr import measure_snr, signal_to_noise, singular_values
 from qcft.models.adapters import add_lora
@@ -58,6 +58,10 @@ def test_every_family(name):
     for i, module in enumerate(modules):
         assert model.get_submodule(module.name).weight.shape == module.shape
         assert module.type == modules[i % FAMILIES[name]].type
+    assert frozen_in_words(model, "all-linear", free) == "layers 0, 2"
+    assert (
+        frozen_in_words(model, "all-linear", free[1:]) == f"layers 0, 2 and 1 of {len(modules)} modules in other layers"
+    )
     some = adapted_modules(model, "all-linear", "snr:0.5", 0, {m.name: m.layer for m in modules})
     assert frozen_whole(model, some) == [0, 1]  # the lowest ratios
 
@@ -157,7 +161,7 @@ def test_snr_is_read_from_the_folder(tiny_model):
     names = [m.name for m in linear_modules(model)]
     ratios = measure_snr(tiny_model, names, Watch())
     for name in names:
-        weight = model.get_submodule(name).weight.double()
+        weight = model.get_submodule(name).weight.detach().double()
         assert ratios[name] == pytest.approx(signal_to_noise(torch.linalg.svdvals(weight), *weight.shape), rel=1e-6)
     with pytest.raises(InputError, match=r"no weight model.layers.9.x.weight"):
         measure_snr(tiny_model, ["model.layers.9.x"], Watch())

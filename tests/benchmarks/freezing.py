@@ -154,6 +154,7 @@ def ours(variant, folder, tokenizer, rows, options, place, saved) -> dict:
         lr=LR,
         scheduler="constant",
         warmup=0,
+        optimizer="adamw_torch_fused",  # TRL's default
         batch=BATCH,
         micro_batch=BATCH,
         packing=False,
