@@ -59,7 +59,8 @@ def test_every_family(name):
         assert model.get_submodule(module.name).weight.shape == module.shape
         assert module.type == modules[i % FAMILIES[name]].type
     assert frozen_in_words(model, "all-linear", free) == "layers 0, 2"
-    assert (
+    words = f"layers 0, 2 and 1 of {len(modules)} modules in other layers"
+    assert frozen_in_words(model, "all-linear", free[1:]) == words
         frozen_in_words(model, "all-linear", free[1:]) == f"layers 0, 2 and 1 of {len(modules)} modules in other layers"
     )
     some = adapted_modules(model, "all-linear", "snr:0.5", 0, {m.name: m.layer for m in modules})
