@@ -61,8 +61,6 @@ def test_every_family(name):
     assert frozen_in_words(model, "all-linear", free) == "layers 0, 2"
     words = f"layers 0, 2 and 1 of {len(modules)} modules in other layers"
     assert frozen_in_words(model, "all-linear", free[1:]) == words
-        frozen_in_words(model, "all-linear", free[1:]) == f"layers 0, 2 and 1 of {len(modules)} modules in other layers"
-    )
     some = adapted_modules(model, "all-linear", "snr:0.5", 0, {m.name: m.layer for m in modules})
     assert frozen_whole(model, some) == [0, 1]  # the lowest ratios
 
