@@ -13,7 +13,7 @@ RAW = {
         {"name": "phase2", "data": [{"path": "b", "lang": "es"}], "replay": {"ratio": 0.2}},
     ],
 }
-DIGESTS = Digests("model", {"phase1": "a", "phase2": "b"}, {"phase2": "a"}, "held")
+DIGESTS = Digests("model", {"phase1": "a", "phase2": "b"}, {"phase2": ("a",)}, "held")
 
 
 def plan(changes=None, digests=DIGESTS):
@@ -49,7 +49,7 @@ def test_merged_means_every_earlier_delta():
     """Also after a phase that began from the base again."""
     third = {"name": "phase3", "data": [{"path": "c", "lang": "fr"}]}
     raw = {**RAW, "phases": [RAW["phases"][0], {**RAW["phases"][1], "start": "base"}, third]}
-    digests = Digests("model", {"phase1": "a", "phase2": "b", "phase3": "c"}, {"phase2": "a"}, "held")
+    digests = Digests("model", {"phase1": "a", "phase2": "b", "phase3": "c"}, {"phase2": ("a",)}, "held")
     stages = {s.stage: s for s in make_plan(recipe_from(raw), digests).steps}
     assert stages["phase2"].weights is None
     assert (stages["merged"].weights, stages["merged"].adapter) == (None, stages["phase1"].id)

@@ -14,13 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcft.data.encode import IGNORED
 from qcft.errors import InputError, Interrupted, QcftError, nearest
 from qcft.events import Progress, Watch
 from qcft.files import is_whole, seal, write_text
 from qcft.models.adapters import keep_adapters_in_fp32
 from qcft.models.load import compute_dtype, device, peak_memory
 from qcft.recipe import Train
-from qcft.training.batches import Batches
+from qcft.training.batches import Batches, Fed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,13 +33,15 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to."""
+    """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
+    through the model, as counted while they did, all epochs together."""
 
     steps: int
     rows: int
     tokens: int
     loss: float
     resumed_from: int
+    exposure: list[dict[str, Any]]
 
 
 def check_settings(train: Train) -> None:
@@ -127,6 +130,7 @@ def train_adapter(
         tokens=batches.tokens_until(batches.steps),
         loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
         resumed_from=int(last.name.split("-")[1]) if last else 0,
+        exposure=trainer.fed.exposure(trainer.state.global_step),
     )
 
 
@@ -187,7 +191,13 @@ def _make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches:
     from trl import SFTTrainer
 
     class PhaseTrainer(SFTTrainer):
-        """SFTTrainer whose checkpoints hold the adapter, no pickled arguments, and a seal."""
+        """SFTTrainer that counts what it is fed; its checkpoints hold the adapter, no pickled arguments, and a seal."""
+
+        fed = Fed(batches)
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.fed.take(self.state.global_step, int((inputs["labels"] != IGNORED).sum()))
+            return super().training_step(model, inputs, *args, **kwargs)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
