@@ -176,8 +176,8 @@ def _generate(
 
 def _can_shrink(cache: Any) -> bool:
     """Whether rows can be taken out of a cache: not where layers keep a state of another kind."""
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in list(layers))
+    layers: Any = getattr(cache, "layers", None)
+    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 class _Nucleus:

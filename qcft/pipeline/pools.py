@@ -76,16 +76,17 @@ class _Finder:
         }[part.kind]
         drawn, reason, unusable = found(part)
         left_out = Counter(unusable)
-        free: dict[str, tuple[Row, str]] = {}
+        free: dict[tuple[str, ...], tuple[Row, str]] = {}
         for row, lang in drawn:
             # A file's rows may have lost their ids by editing, so only the prompts that are measured count there.
+            same = (row.prompt_digest, *(m.content for m in row.completion))
             aside = row.is_held_out(self.held.share) and part.kind != "file"
             if aside or row.key in self.held.keys or row.prompt_digest in self.held.prompts:
                 left_out["held out"] += 1
-            elif row.prompt_digest in free:
-                left_out["same prompt twice"] += 1
+            elif same in free:
+                left_out["same prompt twice" if part.kind == "generative" else "same row twice"] += 1
             else:
-                free[row.prompt_digest] = (row, lang)
+                free[same] = (row, lang)
         if not free:
             raise InputError(
                 f"replay: there is nothing to draw from for kind {part.kind}: {reason} "
