@@ -65,7 +65,7 @@ def encoder(tokenizer):
     seed=st.integers(0, 3),
 )
 def test_the_share_is_exact_in_rows_and_in_answer_tokens(encoder, tmp_path, new, percent, unit, lengths, weights, seed):
-    """To half a row in rows, to one row's length in tokens; a pool that cannot give it is refused with what is missing."""
+    """To half a row in rows, to one row's length in tokens; a pool that cannot give it is refused."""
     ratio = percent / 100
     fresh = encoder.encode_all(row_of(i, n, "new") for i, n in enumerate(new))
     rows = [row_of(i, n, "old") for i, n in enumerate(lengths)]
@@ -81,7 +81,7 @@ def test_the_share_is_exact_in_rows_and_in_answer_tokens(encoder, tmp_path, new,
     try:
         metrics, drawn = chosen(encoder, pools, fresh, tmp_path, ratio=ratio, unit=unit, mix=mix)
     except QcftError as error:
-        assert "are missing" in error.message
+        assert "are missing" in error.message  # noqa: PT017
         shares = [target * w / sum(weights) for w in weights]
         held = [sum(map(weigh, pool.rows)) for pool in pools]
         assert any(have < share + longest for have, share in zip(held, shares, strict=True))
@@ -91,7 +91,7 @@ def test_the_share_is_exact_in_rows_and_in_answer_tokens(encoder, tmp_path, new,
     ids = Counter(row.id for row, _ in drawn)
     assert not ids or max(ids.values()) == 1
     assert metrics["rows"] == len(drawn)
-    again, same = chosen(encoder, pools, fresh, tmp_path / "again", ratio=ratio, unit=unit, mix=mix)
+    _, same = chosen(encoder, pools, fresh, tmp_path / "again", ratio=ratio, unit=unit, mix=mix)
     assert same == drawn
     order = mixed_order(len(new), len(drawn), seed)
     assert sorted(order) == list(range(len(new) + len(drawn)))
@@ -167,7 +167,7 @@ def test_a_pool_that_is_too_small(encoder, tmp_path, shortfall):
     pools, heard = [pool_of([row_of(i, 5, "old") for i in range(4)])], []
     settings = {"ratio": 0.25, "kind": "phase1", "on_shortfall": shortfall}
     if shortfall == "error":
-        with pytest.raises(InputError, match="needs 10 replay rows, but there are 4 .*: 6 are missing"):
+        with pytest.raises(InputError, match=r"needs 10 replay rows, but there are 4 .*: 6 are missing"):
             check_replay(phase_with(**settings), pools, [new], encoder)
         with pytest.raises(QcftError, match="6 are missing"):
             chosen(encoder, pools, new, tmp_path, **settings)
@@ -184,10 +184,10 @@ def test_a_pool_that_is_too_small(encoder, tmp_path, shortfall):
 def test_rows_that_cannot_train_are_refused_before_and_kept_with_the_reason(encoder, tmp_path):
     new = encoder.encode_all(row_of(i, 5, "new") for i in range(30))
     long = [row_of(i, 400, "long") for i in range(5)]
-    with pytest.raises(InputError, match="none of the 5 rows can be used .* 5 longer than max_length"):
+    with pytest.raises(InputError, match=r"none of the 5 rows can be used .* 5 longer than max_length"):
         check_replay(phase_with(ratio=0.1, kind="phase1"), [pool_of(long)], [new], encoder)
+    asked = Row((Message("user", "red " * 400),), ())
     with pytest.raises(InputError, match=r"none of the 1 rows can be used .*1 longer than max_length"):
-        asked = Row((Message("user", "red " * 400),), ())
         check_replay(phase_with(ratio=0.1), [pool_of([asked], "generative")], [new], encoder)
     metrics, drawn = chosen(
         encoder, [pool_of(long + [row_of(i, 5) for i in range(9)])], new, tmp_path, ratio=0.1, kind="phase1"

@@ -37,7 +37,7 @@ class AnswerFilter:
             return "loop"
         if self.filters.language is not None and speaks_another(text, self.filters.language):
             return "wrong language"
-        if self.filters.refusals and REFUSAL.match(" ".join(text.lower().replace("’", "'").split())[:200]):
+        if self.filters.refusals and REFUSAL.match(" ".join(text.lower().replace("\u2019", "'").split())[:200]):
             return "refusal"
         words = text.split()
         if self.filters.duplicates and len(words) >= REPEATABLE:
