@@ -118,7 +118,9 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     if step.kind == "probe":
         return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
     if step.kind == "train":
-        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}" + _replayed(
+            metrics
+        )
     if step.kind == "replay":
         left_out = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
@@ -132,6 +134,16 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
             return f"not measurable: a gain of {metrics['gain']['value']:.3f} nats on {rows} rows is too small"
         return f"{share:.0%} of a gain of {metrics['gain']['value']:.3f} nats, on {rows} rows"
     return ""
+
+
+def _replayed(metrics: Mapping[str, Any]) -> str:
+    """Replay's share of what a training was fed."""
+    fed = metrics["exposure"]
+    replay = [entry for entry in fed if entry["source"].startswith("replay (")]
+    if not replay:
+        return ""
+    rows, tokens = (sum(e[k] for e in replay) / sum(e[k] for e in fed) for k in ("rows", "answer_tokens"))
+    return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
 
 
 def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
