@@ -165,6 +165,35 @@ def test_what_is_drawn_does_not_depend_on_the_batch(loaded, temperature):
     assert len(set(texts[0])) > 2
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen2", "qwen3_next"])
+def test_answers_are_those_of_plain_generate_whatever_the_cache(kind, tokenizer):
+    """Sliding windows shorter than the answers, and layers whose state cannot lose rows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "num_hidden_layers": 4, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    if kind == "gemma3_text":
+        sizes |= {"sliding_window": 12, "initializer_range": 0.1}
+    if kind == "qwen3_next":
+        sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
+        sizes |= {"linear_value_head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1}
+        sizes |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).float().eval()
+    encoder = Encoder(tokenizer)
+    prompts = [encoder.prompt_ids(ask(i)) for i in range(5)]
+    ends = [*encoder.end_ids, 30, 31, 32, 33, 34, 35, 36, 37]  # so that some answers end early
+    answers, _ = answer_batches(model, tokenizer, prompts, ends, Sampling(40), 8, lambda done, made: None)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        made = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=40, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        text = made[: next((i for i, t in enumerate(made) if t in ends), len(made))]
+        assert answer.tokens == len(text)
+        assert answer.text == tokenizer.decode(text, skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_the_nucleus_is_that_of_transformers_and_its_draws_follow_the_probabilities(top_p):
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper

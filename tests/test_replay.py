@@ -6,6 +6,7 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from qcft.events import Note, Watch
 from qcft.pipeline.pools import Pool
 from qcft.pipeline.prepare import Prepared
 from qcft.pipeline.replay import check_replay, make_replay, read_replay
-from qcft.recipe import Filters, Phase, Replay, ReplayPart, Train, recipe_from
+from qcft.recipe import Filters, Phase, Replay, ReplayPart, Train, load_recipe, recipe_from
 from qcft.training.batches import make_batches
 
 from .conftest import write_rows
@@ -277,6 +278,15 @@ def test_shorthands(raw_recipe):
     recipe = recipe_from(raw_recipe, {"phase2.replay.mix": ["generative", {"kind": "phase1", "weight": 2}]})
     assert [(p.kind, p.weight) for p in recipe.phase("phase2").replay.parts()] == [("generative", 1), ("phase1", 2)]
     assert recipe_from(recipe.model_dump(mode="json")) == recipe
+
+
+def test_relative_paths_are_looked_for_beside_the_recipe(raw_recipe, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [])
+    mix = [{"kind": "english", "data": "rows.jsonl"}, {"kind": "file", "path": "rows.jsonl"}]
+    raw_recipe["phases"][1]["replay"] = {"ratio": 0.2, "mix": mix}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw_recipe))
+    english, file = load_recipe(tmp_path / "recipe.yaml").phase("phase2").replay.parts()
+    assert english.data[0].path == file.path == str(tmp_path / "rows.jsonl")
 
 
 def prepared(raw_recipe, replay, **phase2):

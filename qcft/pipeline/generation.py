@@ -69,7 +69,7 @@ class Generation:
         self.answers = self.tokens = 0
         self.seconds = 0.0
         self._model: PreTrainedModel | None = None
-        self._batch = LARGEST if replay.batch == "auto" else replay.batch
+        self._batch = min(LARGEST if replay.batch == "auto" else replay.batch, replay.chunk)
 
     def draw(self, tell: Tell) -> Iterator[Generated]:
         """Answers one after the other; a chunk is made when its first answer is asked for."""

@@ -104,7 +104,8 @@ def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet],
     replay = phase.replay
     assert replay is not None
     language = replay.filters.language
-    if language is not None and language.split("-")[0] not in known_languages():
+    generative = any(part.kind == "generative" for part in replay.parts())
+    if generative and language is not None and language.split("-")[0] not in known_languages():
         raise InputError(
             f"{phase.name}.replay.filters.language: {language!r} is no language that can be told",
             nearest(language, sorted(known_languages())) + "give a code such as en, or null to keep every language",
