@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qcft.errors import InputError
 from qcft.events import Listener, Watch
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
@@ -40,6 +41,17 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     recipe = read_run(runs, done.name).recipe()
     write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
     return done
+
+
+def replay_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
+    """Run a recipe up to its last phase's replay rows, and no further. Raises InputError where it has none."""
+    replayed = [phase.name for phase in recipe.phases if phase.replay and phase.replay.ratio]
+    if not replayed:
+        raise InputError(
+            f"the recipe {recipe.name!r} has no replay",
+            f"set a ratio, for example --set {recipe.phases[-1].name}.replay=0.2",
+        )
+    return run_recipe(recipe, runs, watch, up_to="replay" if len(replayed) == 1 else f"replay-{replayed[-1]}")
 
 
 def read(name: str | None, runs: str | Path = "runs") -> Run:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -130,6 +131,32 @@ def phase2(
 
 
 @app.command()
+def replay(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Another share of the mix than the run's.")] = None,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print the first N rows.")] = 0,
+    left_out: Annotated[bool, typer.Option("--left-out", help="Print rows that were left out, and why.")] = False,
+    set_: Set = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run's replay rows; make them first, with what they rest on, where they are not made yet."""
+    from qcft import api, console
+    from qcft.commands import replay_recipe, replay_shown
+
+    recipe = replay_recipe(runs, run, ratio, set_ or [])
+    with _watched(quiet) as watch:
+        done = api.replay_watched(recipe, runs, watch)
+    stages = {name: stage.folder for name, stage in done.stages.items()}
+    shown = replay_shown(done.name, stages, show or 5 * left_out, left_out)
+    if json_:
+        console.print_json(shown)
+    else:
+        console.print_replay(shown)
+
+
+@app.command()
 def recipes(
     show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print one recipe.")] = None,
     json_: Json = False,
@@ -167,7 +194,8 @@ def layers(
     from qcft import console
     from qcft.commands import layers_table
 
-    table = _watched(lambda watch: layers_table(target, runs, freeze, base, set_ or [], snr, watch))
+    with _watched(False) as watch:
+        table = layers_table(target, runs, freeze, base, set_ or [], snr, watch)
     console.print_json(table) if json_ else console.print_layers(table)
 
 
@@ -236,23 +264,17 @@ def _usage_error(error: Any) -> NoReturn:
 def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
     from qcft import api, console
     from qcft.commands import plan_listed
-    from qcft.events import Watch
 
-    reporter = console.Reporter(quiet)
-    watch = Watch(reporter)
-    _hear_signals(watch)
-    try:
-        if dry_run:
+    if dry_run:
+        with _watched(quiet) as watch:
             steps = plan_listed(recipe, runs, watch)
-            reporter.close()
-            if json_:
-                console.print_json(steps)
-            else:
-                console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
-            return
+        if json_:
+            console.print_json(steps)
+        else:
+            console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+        return
+    with _watched(quiet) as watch:
         done = api.run_watched(recipe, runs, watch)
-    finally:
-        reporter.close()
     if json_:
         console.print_json({"run": done.name, "folder": str(done.folder), **done.table})
     else:
@@ -260,18 +282,17 @@ def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) ->
         console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
 
 
-def _watched(work: Callable[[Watch], Any]) -> Any:
-    """Do work that shows its progress and can be stopped."""
+@contextmanager
+def _watched(quiet: bool) -> Iterator[Watch]:
+    """Work that is shown on stderr and hears Ctrl-C."""
     from qcft import console
     from qcft.events import Watch
-    from qcft.models.load import quiet_libraries
 
-    quiet_libraries()
-    reporter = console.Reporter(False)
+    reporter = console.Reporter(quiet)
     watch = Watch(reporter)
     _hear_signals(watch)
     try:
-        return work(watch)
+        yield watch
     finally:
         reporter.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,33 @@ def layers_table(
             raise InputError(error.message, nearest(target, names) + f"or a run: {', '.join(names[:8])}") from None
         raise
     return describe_layers(recipe, weights, snr, watch)
+
+
+def replay_recipe(runs: Path, run: str | None, ratio: float | None, assignments: list[str]) -> Recipe:
+    """The recipe of `qcft replay`: a run's own, or with another ratio or other keys. Raises InputError."""
+    found = read_run(runs, run)
+    recipe = found.recipe()
+    changes: dict[str, Any] = {} if ratio is None else {f"{recipe.phases[-1].name}.replay.ratio": ratio}
+    raw = recipe.model_dump(mode="json") | {"name": found.name}
+    if ratio is not None and len(recipe.phases) == 1 and recipe.phases[0].name == "phase1":
+        raise InputError(
+            f"the run {found.name!r} has no phase 2 to replay into", "give it data first: qcft phase2 --data LANG=PATH"
+        )
+    return recipe_from(raw, changes | parse_assignments(assignments))
+
+
+def replay_shown(run: str, stages: dict[str, Path], show: int, left_out: bool) -> dict[str, Any]:
+    """A run's last replay: what it is made of, and the first `show` of its rows, or of those left out."""
+    stage = [stage for stage in stages if stage == "replay" or stage.startswith("replay-")][-1]
+    file = stages[stage] / ("left_out.jsonl" if left_out else "replay.jsonl")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {
+        "run": run,
+        "stage": stage,
+        "file": str(file),
+        **(read_json(stages[stage] / "done.json") or {})["metrics"],
+        "samples": [json.loads(line) for line in lines[:show]],
+    }
 
 
 def recipes_listed() -> list[dict[str, str]]:

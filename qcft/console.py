@@ -164,6 +164,36 @@ def print_table(table: Mapping[str, Any]) -> None:
         console.print(Text(sentence), soft_wrap=True)
 
 
+def print_replay(shown: Mapping[str, Any]) -> None:
+    """A replay set: what it is made of, what was left out, and samples of it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("kind", "rows", "answer tokens", "drawn from", "left out"):
+        table.add_column(name, justify="right" if name in {"rows", "answer tokens"} else "left")
+    for part in shown["parts"]:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in part["left_out"].items()) or "-"
+        rows = f"{part['rows']:,}" + (f" ({part['repeated']:,} again)" if part["repeated"] else "")
+        drawn = Text(f"{part['pool']:,}: {part['reason']}")
+        table.add_row(part["kind"], rows, f"{part['answer_tokens']:,}", drawn, Text(left_out))
+    console = stdout()
+    console.print(table)
+    console.print(
+        f"{shown['share_of_rows']:.1%} of the mix's rows, {shown['share_of_answer_tokens']:.1%} of its answer tokens"
+    )
+    for part in shown["parts"]:
+        cost = part["generation"]
+        if cost:
+            console.print(
+                f"generated {cost['answers']:,} answers, {cost['tokens']:,} tokens in {duration(cost['seconds'])}: "
+                f"{cost['tokens_per_second']:,.0f} tokens/s in batches of at most {cost['batch']}"
+            )
+    for sample in shown["samples"]:
+        reason = f", left out: {sample['reason']}" if "reason" in sample else ""
+        console.print(Text(f"\n{sample['provenance']['kind']}{reason}", style="bold"))
+        for turn in (*sample["prompt"], *sample["completion"]):
+            console.print(Text(f"{turn['role']}: {turn['content']}"), soft_wrap=True)
+    console.print(Text(f"\n{shown['file']}", style="dim"), soft_wrap=True)
+
+
 def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
     """Columns that fit side by side, block by block; each block begins with the stages."""
     lines = [[line for cell in column for line in cell.splitlines()] for column in zip(titles, *rows, strict=True)]

@@ -10,10 +10,19 @@ from typing import Any, Literal
 
 from qcft.recipe import Phase, Recipe, parse_freeze
 
-Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept", "layers"]
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers"]
 
 # Raised when a change to the code changes what a step of that kind results in.
-FORMATS: dict[Kind, int] = {"probe": 1, "train": 2, "adapter": 1, "merge": 1, "replay": 1, "kept": 1, "layers": 1}
+FORMATS: dict[Kind, int] = {
+    "probe": 2,
+    "train": 3,
+    "adapter": 1,
+    "merge": 1,
+    "pool": 1,
+    "replay": 2,
+    "kept": 1,
+    "layers": 1,
+}
 
 # Settings of a training that change how it is run or watched, not what comes of it.
 CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache"}
@@ -21,13 +30,13 @@ CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "pre
 
 @dataclass(frozen=True)
 class Digests:
-    """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; each
-    phase's replay rows or prompts; the held-out rows that every stage is measured on; the model that the model was
-    tuned from, where a freeze spec goes by what that changed."""
+    """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind
+    of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
+    the model that the model was tuned from, where a freeze spec goes by what that changed."""
 
     model: str
     phases: Mapping[str, str]
-    replay: Mapping[str, str]
+    replay: Mapping[str, tuple[str, ...]]
     held_out: str
     base: str | None = None
 
@@ -65,13 +74,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in the order they are done."""
+    """The steps in the order they are done.
+
+    `pools` are the answers that replay is drawn from: never done, as a larger ratio makes more of them, so no
+    steps of the plan, but kept in the store under their ids like steps, for all that draw from them.
+    """
 
     steps: tuple[Step, ...]
+    pools: Mapping[str, Step] = field(default_factory=dict)
 
     def stages(self) -> dict[str, str]:
         """Stage -> step id."""
         return {step.stage: step.id for step in self.steps}
+
+    def up_to(self, stage: str) -> tuple[Step, ...]:
+        """The steps that a stage rests on, and its own. Raises KeyError."""
+        wanted = {self.step(stage).id}
+        for step in reversed(self.steps):
+            if step.id in wanted:
+                wanted |= {one for one in (step.weights, step.adapter, *step.parents) if one}
+        return tuple(step for step in self.steps if step.id in wanted)
 
     def step(self, stage: str) -> Step:
         """The step of a stage. Raises KeyError."""
@@ -91,6 +113,7 @@ class _Planner:
         self.recipe = recipe
         self.digests = digests
         self.steps: list[Step] = []
+        self.pools: dict[str, Step] = {}
         model = recipe.model
         self.model = {
             "model": digests.model,
@@ -116,7 +139,7 @@ class _Planner:
             trained = self.adapter(phase) if phase.adapter else self.train(phase, weights, replay, layers)
             live = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id)
             self.unmerged.append((phase, trained, live, before))
-        return Plan(tuple(self.steps))
+        return Plan(tuple(self.steps), self.pools)
 
     def merge_all(self) -> tuple[str | None, Step]:
         """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
@@ -147,23 +170,43 @@ class _Planner:
         return self.add("probe", stage, f"measure {title}", None, weights, adapter, settings)
 
     def replay(self, phase: Phase, weights: str | None) -> Step:
-        """The rows of replay a phase mixes in."""
+        """The rows of replay a phase mixes in, drawn from pools that do not depend on how many there are."""
         assert phase.replay is not None
+        parts: list[dict[str, Any]] = []
+        for part, digest in zip(phase.replay.parts(), self.digests.replay[phase.name], strict=True):
+            pool = self.pool(phase, weights, digest) if part.kind == "generative" else None
+            parts.append({"kind": part.kind, "weight": part.weight, "pool": pool.id if pool else None, "rows": digest})
+        generative = any(part["pool"] for part in parts)
         settings = {
             **self.model,
-            "quantize": self.quantize,
-            "seed": self.recipe.seed,
-            "replay": phase.replay.model_dump(exclude={"data"}),
-            "rows": self.digests.replay[phase.name],
+            "parts": parts,
+            **{key: getattr(phase.replay, key) for key in ("ratio", "unit", "on_shortfall")},
+            "filters": phase.replay.filters.model_dump() if generative else None,
             "beside": self.digests.phases[phase.name],
             "limits": _limits(phase),
             "replay_system": self.recipe.phases[0].system,
         }
-        if phase.replay.kind != "generative":
-            weights, settings = None, {k: v for k, v in settings.items() if k != "quantize"}
         stage = self.numbered("replay", phase.name)
-        title = "generate replay" if phase.replay.kind == "generative" else "choose English replay"
-        return self.add("replay", stage, f"{title} for {phase.name}", phase.name, weights, None, settings)
+        title = "generate replay" if generative else "choose replay"
+        return self.add(
+            "replay", stage, f"{title} for {phase.name}", phase.name, weights if generative else None, None, settings
+        )
+
+    def pool(self, phase: Phase, weights: str | None, prompts: str) -> Step:
+        """The answers of the model the phase starts from to prompts in their order; as many as were needed so far."""
+        assert phase.replay is not None
+        settings = {
+            **self.model,
+            "quantize": self.quantize,
+            "prompts": prompts,
+            "seed": self.recipe.seed,
+            "system": self.recipe.phases[0].system,
+            "max_length": phase.train.max_length,
+            **{key: getattr(phase.replay, key) for key in ("max_new_tokens", "temperature", "top_p", "chunk", "batch")},
+        }
+        title = f"answers for the replay of {phase.name}"
+        pool = Step("pool", "pool", title, phase.name, weights, None, settings, ())
+        return self.pools.setdefault(pool.id, pool)
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
         """What a freeze spec goes by: how much earlier phases changed each module, or its signal-to-noise ratio."""
@@ -191,7 +234,6 @@ class _Planner:
             "lora": self.recipe.lora.model_dump(),
             "freeze": phase.freeze,
             "rows": self.digests.phases[phase.name],
-            "ratio": phase.replay.ratio if phase.replay and replay else 0.0,
             "limits": _limits(phase),
             "replay_system": self.recipe.phases[0].system if replay else None,
             "train": phase.train.model_dump(exclude=CIRCUMSTANCES),

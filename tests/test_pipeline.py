@@ -177,15 +177,15 @@ def test_held_out_rows_never_train_nor_replay(recipe_file, shared_runs):
 
 def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkeypatch):
     changes = {
-        "phase2.replay": {"ratio": 0.1, "max_new_tokens": 24, "temperature": 0, "batch": 4},
+        "phase2.replay": {"ratio": 0.1, "max_new_tokens": 24, "temperature": 0, "chunk": 4},
         "phase1.train.epochs": 12,
     }
     done, _ = run(recipe_file, tmp_path / "runs", changes)
     rows = [json.loads(line) for line in (done.folder / "replay" / "replay.jsonl").read_text().splitlines()]
     assert len(rows) == 3  # 0.1 / 0.9 of 24, to the nearest row
     metrics = done.stages["replay"].metrics
-    assert metrics["reason"] == "prompts of phase1"
-    assert not (done.folder / "replay" / "chunks").exists()
+    assert metrics["reason"] == "English versions of 12 of the 12 rows of phase2, in phase1 by id"
+    assert metrics["share_of_rows"] == 3 / 27
     # Greedy answers of the model phase 2 starts from: generated again, they are the same.
     recipe = load_recipe(recipe_file)
     merged = done.stages["merged"].folder / "model"
@@ -205,7 +205,7 @@ def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkey
 
 def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):
     changes = {
-        "phase2.replay": {"ratio": 0.2, "max_new_tokens": 24, "temperature": 1.0, "batch": 2},
+        "phase2.replay": {"ratio": 0.2, "max_new_tokens": 24, "temperature": 1.0, "chunk": 2},
         "phase1.train.epochs": 12,
     }
     whole, _ = run(recipe_file, tmp_path / "whole", changes)

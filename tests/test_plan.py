@@ -13,7 +13,7 @@ RAW = {
         {"name": "phase2", "data": [{"path": "b", "lang": "es"}], "replay": {"ratio": 0.2}},
     ],
 }
-DIGESTS = Digests("model", {"phase1": "a", "phase2": "b"}, {"phase2": "a"}, "held")
+DIGESTS = Digests("model", {"phase1": "a", "phase2": "b"}, {"phase2": ("a",)}, "held")
 
 
 def plan(changes=None, digests=DIGESTS):
@@ -49,7 +49,7 @@ def test_merged_means_every_earlier_delta():
     """Also after a phase that began from the base again."""
     third = {"name": "phase3", "data": [{"path": "c", "lang": "fr"}]}
     raw = {**RAW, "phases": [RAW["phases"][0], {**RAW["phases"][1], "start": "base"}, third]}
-    digests = Digests("model", {"phase1": "a", "phase2": "b", "phase3": "c"}, {"phase2": "a"}, "held")
+    digests = Digests("model", {"phase1": "a", "phase2": "b", "phase3": "c"}, {"phase2": ("a",)}, "held")
     stages = {s.stage: s for s in make_plan(recipe_from(raw), digests).steps}
     assert stages["phase2"].weights is None
     assert (stages["merged"].weights, stages["merged"].adapter) == (None, stages["phase1"].id)
@@ -98,3 +98,29 @@ def test_everything_depends_on_the_model_and_the_seed_on_training():
     before, after = plan().stages(), plan({"seed": 1}).stages()
     assert before["phase1"] != after["phase1"]
     assert before["eval/base"] == after["eval/base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"phase2.replay.ratio": 0.5}, True),
+        ({"phase2.replay.unit": "tokens", "phase2.replay.on_shortfall": "repeat"}, True),
+        ({"phase2.replay.filters.language": "de"}, True),
+        ({"phase2.freeze": "first:2", "phase2.train.lr": 1}, True),
+        ({"phase2.replay.temperature": 0}, False),
+        ({"phase2.replay.max_new_tokens": 9}, False),
+        ({"phase1.system": "be kind"}, False),
+        ({"phase1.train.lr": 1}, False),
+        ({"seed": 1}, False),
+    ],
+)
+def test_a_pool_depends_on_what_is_generated_not_on_how_much_is_drawn(change, same):
+    before, after = plan(), plan(change)
+    assert (before.pools.keys() == after.pools.keys()) is same
+    pool = next(iter(after.pools.values()))
+    assert pool.weights == after.step("replay").weights == after.step("merged").id
+
+
+def test_up_to_a_stage_takes_what_it_rests_on():
+    assert [s.stage for s in plan().up_to("replay")] == ["phase1", "merged", "replay"]
+    assert [s.stage for s in plan({"phase2.replay.kind": "phase1"}).up_to("replay")] == ["replay"]

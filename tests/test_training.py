@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from qcft import InputError, Interrupted
+from qcft import InputError, Interrupted, QcftError
 from qcft.data.encode import Encoder
 from qcft.data.mix import mixed_order
 from qcft.data.rows import Message, Row
@@ -22,7 +23,7 @@ from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, Train
-from qcft.training.batches import make_batches
+from qcft.training.batches import Fed, make_batches
 from qcft.training.sft import _last_whole, check_settings, train_adapter
 
 TRAIN = Train(lr=1e-2, batch=4, epochs=3, max_length=64, checkpoint_steps=2)
@@ -35,7 +36,8 @@ def rows_of(tokenizer, count=24):
         )
         for i in range(count)
     ]
-    return list(Encoder(tokenizer).encode_all(made).encoded)
+    encoded = Encoder(tokenizer).encode_all(made).encoded
+    return [replace(row, source="odd" if i % 2 else "even") for i, row in enumerate(encoded)]
 
 
 def train(model_folder, folder, watch=None, settings=TRAIN, lora=None):
@@ -84,6 +86,25 @@ def test_lora_trains_in_fp32_on_a_4_bit_base(whole):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_what_is_trained_is_counted_by_source(whole, tokenizer):
+    trained = whole[1]
+    rows = rows_of(tokenizer)
+    epochs = trained.rows / len(rows)
+    assert epochs == 3
+    assert {e["source"]: e["rows"] for e in trained.exposure} == {"odd": 36, "even": 36}
+    for entry in trained.exposure:
+        own = [row for row in rows if row.source == entry["source"]]
+        assert entry["tokens"] == 3 * sum(len(row.input_ids) for row in own)
+        assert entry["answer_tokens"] == 3 * sum(row.answer_tokens for row in own)
+
+
+def test_a_pass_other_than_the_one_laid_out_is_an_error(tokenizer):
+    rows = rows_of(tokenizer)
+    fed = Fed(make_batches(rows, lambda epoch: list(range(len(rows))), TRAIN))
+    with pytest.raises(QcftError, match="was fed 1 answer tokens at step 1"):
+        fed.take(0, 1)
+
+
 def test_every_entry_of_lora_a_moves(whole, tiny_model):
     """In bf16 many would not: updates round away."""
     folder, _, _ = whole
@@ -112,6 +133,7 @@ def test_asking_to_stop_writes_a_checkpoint_and_going_on_comes_to_the_same_adapt
     assert stopped.value.exit_code == 143
     trained, _ = train(tiny_model, tmp_path / "step")
     assert trained.resumed_from == 8
+    assert trained.exposure == whole[1].exposure
     assert [entry["step"] for entry in log_of(tmp_path / "step")] == list(range(1, 19))
     assert same(adapter_of(tmp_path / "step"), adapter_of(whole[0]))
 

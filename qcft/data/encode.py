@@ -25,10 +25,11 @@ CHATML = (
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids and, of the same length, labels: the id where loss falls, else -100."""
+    """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from."""
 
     input_ids: list[int]
     labels: list[int]
+    source: str = ""
 
     @property
     def answer_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qcft.data.rows import Message, Role, Row
@@ -43,8 +44,39 @@ def detect_format(columns: set[str]) -> str | None:
 
 def to_row(record: Record, format: str) -> Row:
     """The record in the one conversational form. Raises Unusable with the reason."""
+    row = _row(READERS[format](record), record)
+    english = _english(record, format)
+    return replace(row, english=english) if english else row
+
+
+def detect_prompts(columns: set[str]) -> str | None:
+    """The format of records that need no answers, or None."""
+    return next((format for format, column in PROMPT_COLUMNS.items() if column in columns), None)
+
+
+def to_prompt(record: Record, format: str) -> Row:
+    """The record's first user turn as a row, with what was answered where that can train. Raises Unusable."""
     messages = READERS[format](record)
-    return _row(messages, record)
+    try:
+        return _row(messages, record)
+    except Unusable:
+        first = next((i for i, m in enumerate(messages) if m.role == "user" and m.content.strip()), None)
+        if first is None or any(m.role == "assistant" for m in messages[:first]):
+            raise
+        return Row(tuple(messages[: first + 1]), (), _id(record))
+
+
+def _english(record: Record, format: str) -> Row | None:
+    """The row's English version, from columns that end in `_en`; None where they do not say all it asks."""
+    columns = {str(key)[: -len("_en")]: value for key, value in record.items() if str(key).endswith("_en")}
+    if PROMPT_COLUMNS[format] not in columns:
+        return None
+    try:
+        if format == "alpaca" and _text(record.get("input")).strip() and "input" not in columns:
+            return None
+        return to_prompt({"id": record.get("id"), **columns}, format)
+    except Unusable:
+        return None
 
 
 def _alpaca(record: Record) -> list[Message]:
@@ -80,6 +112,14 @@ READERS: dict[str, Callable[[Record], list[Message]]] = {
     "sharegpt": _sharegpt,
     "messages": _messages,
     "prompt-completion": _prompt_completion,
+}
+
+# The column that holds each format's prompts.
+PROMPT_COLUMNS = {
+    "messages": "messages",
+    "sharegpt": "conversations",
+    "alpaca": "instruction",
+    "prompt-completion": "prompt",
 }
 
 # The columns each format needs, for the message when they are missing.
@@ -121,12 +161,12 @@ def _row(messages: list[Message], record: Record) -> Row:
         raise Unusable("answer before the first user turn")
     if any(not m.content.strip() for m in messages[answer:] if m.role == "assistant"):
         raise Unusable("empty answer")
+    return Row(prompt=tuple(messages[:answer]), completion=tuple(messages[answer:]), id=_id(record))
+
+
+def _id(record: Record) -> str | None:
     identity = record.get("id")
-    return Row(
-        prompt=tuple(messages[:answer]),
-        completion=tuple(messages[answer:]),
-        id=None if identity is None or identity == "" else str(identity),
-    )
+    return None if identity is None or identity == "" else str(identity)
 
 
 def _text(value: Any) -> str:

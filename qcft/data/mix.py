@@ -3,32 +3,88 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from fractions import Fraction
 from typing import TypeVar
 
 from qcft.data.encode import EncodedRow
 
 T = TypeVar("T")
-BLOCK = 10  # replay rows per interleaved block: keeps the share even along the training
+BLOCK = 5  # replay rows per interleaved block: keeps the share even along the training
+
+
+def replay_amount(new: int, ratio: float) -> Fraction:
+    """How much replay makes up `ratio` of the final mix beside `new`, in the same unit: rows or answer tokens.
+
+    r / (1 - r) * new, exact in the decimal ratio that was written.
+    """
+    share = Fraction(str(ratio))
+    return share / (1 - share) * new
 
 
 def replay_rows_needed(new_rows: int, ratio: float) -> int:
-    """How many replay rows make up `ratio` of the final mix beside `new_rows`, to the nearest row.
+    """`replay_amount` to the nearest row, halves rounded up."""
+    return int(replay_amount(new_rows, ratio) + Fraction(1, 2))
 
-    n = r / (1 - r) * new, rounded half up; exact in the decimal ratio that was written.
+
+def take_amount(rows: Iterable[T], amount: Fraction, weigh: Callable[[T], int]) -> tuple[list[T], Fraction]:
+    """The first rows whose weights come nearest to `amount` in sum (half a row is rounded up), and how much
+    is missing where the rows run out before that, else 0.
+
+    With a weight of 1 each, that is `amount` to the nearest row; with their answer tokens, to half a row's
+    length. No more rows are asked for than it takes, so they may be made on the way.
     """
-    share = Fraction(str(ratio))
-    return int(share / (1 - share) * new_rows + Fraction(1, 2))
+    taken: list[T] = []
+    total, last = 0, 0
+    source = iter(rows)
+    while total < amount:
+        row = next(source, None)
+        if row is None:
+            missing = amount - total
+            # Not missed: less than half of what another row like the last one holds.
+            return taken, missing if not last or missing * 2 >= last else Fraction(0)
+        last = weigh(row)
+        if total + last > amount and amount - total < total + last - amount:
+            break
+        taken.append(row)
+        total += last
+    return taken, Fraction(0)
+
+
+def split_amount(amount: Fraction, weights: Sequence[float]) -> list[Fraction]:
+    """An amount in parts proportional to the weights; they sum to it exactly."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    return [amount * weight / sum(exact) for weight in exact]
+
+
+def repeated(rows: Sequence[T], missing: Fraction, weigh: Callable[[T], int]) -> list[T]:
+    """Rows again from the first on, as often as it takes to make up what is missing."""
+    return take_amount(itertools.cycle(rows), missing, weigh)[0] if rows else []
+
+
+def stratified(items: Sequence[T], stratum: Callable[[T], Hashable], seed: str) -> list[T]:
+    """An order drawn from the seed in which any first part holds every stratum in proportion.
+
+    The i-th of the n items of a stratum stands at (i + u) / n, with one u in [0, 1) for each stratum.
+    """
+    strata: dict[Hashable, list[T]] = {}
+    for item in shuffled(items, seed):
+        strata.setdefault(stratum(item), []).append(item)
+    placed = []
+    for key, members in strata.items():
+        offset = Fraction(stable_seed(f"{seed}:{key}"), 2**32)
+        placed += [((i + offset) / len(members), str(key), i, member) for i, member in enumerate(members)]
+    return [member for *_, member in sorted(placed, key=lambda entry: entry[:3])]
 
 
 def mixed_order(new_rows: int, replay_rows: int, seed: int | str) -> list[int]:
     """An order of `new_rows + replay_rows` rows, the replay rows numbered after the new ones.
 
-    Both are shuffled, cut into blocks of about ten replay rows, and each block is interleaved by
-    `datasets.interleave_datasets` without replacement: every row comes exactly once, and no stretch of
-    the training has much more or less replay than the whole.
+    Both are shuffled, cut into blocks of at most five replay rows, and each block is interleaved by
+    `datasets.interleave_datasets` without replacement: every row comes exactly once, and any stretch of
+    the training that should hold 20 replay rows or more holds at least half and at most twice as many.
     """
     new = shuffled(range(new_rows), f"{seed}:new")
     if not replay_rows:
@@ -38,11 +94,14 @@ def mixed_order(new_rows: int, replay_rows: int, seed: int | str) -> list[int]:
         return replay
     from datasets import Dataset, interleave_datasets
 
-    blocks = max(1, min(new_rows, replay_rows) // BLOCK)
+    blocks = -(-replay_rows // BLOCK)
     order: list[int] = []
     for block in range(blocks):
         parts = [_slice(new, block, blocks), _slice(replay, block, blocks)]
         total = len(parts[0]) + len(parts[1])
+        if not parts[0]:
+            order += parts[1]
+            continue
         mixed = interleave_datasets(
             [Dataset.from_dict({"row": part}) for part in parts],
             probabilities=[len(part) / total for part in parts],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -24,12 +24,14 @@ class Row:
     """A conversation. `prompt` ends with the first user turn; `completion` begins with the first
     assistant turn and holds all that follows. Every assistant turn is trained, nothing else is.
 
-    `id` is shared by the translations of one row, where the data has such ids.
+    `id` is shared by the translations of one row, where the data has such ids. `english` is the row's English
+    version, where the data has one in columns such as `instruction_en`; it may lack a completion.
     """
 
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
     id: str | None = None
+    english: Row | None = field(default=None, compare=False)
 
     @property
     def messages(self) -> tuple[Message, ...]:

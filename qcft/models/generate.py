@@ -1,21 +1,35 @@
-"""Answers to prompts, in batches sorted by length."""
+"""Answers to prompts, in batches sorted by length; finished answers leave the batch.
+
+transformers' own continuous batching (`generate_batch`, 5.23) was slower on a CPU and took ten times the memory:
+`python tests/benchmarks/replay.py --continuous` compares them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qcft.data.mix import stable_seed
+from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.models.load import evaluating
+from qcft.models.load import evaluating, free_memory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEGMENT = 16  # tokens between two looks at which answers are finished
+NUCLEUS = 128  # likeliest tokens looked at first: sorting a whole vocabulary costs more than the model's own pass
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
+    """How tokens are chosen; temperature 0 is greedy.
+
+    Each prompt draws from a generator of its own, seeded with `seed` and its position, so that what is drawn
+    does not depend on the batch it is answered in.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -43,37 +57,168 @@ def answer_prompts(
     label: str | None = None,
 ) -> list[Answer]:
     """Answer each prompt (token ids), in the order of the prompts; tells progress when given a `label`."""
-    import torch
 
+    def tell(done: int, tokens: int) -> None:
+        if label is None:
+            watch.check_stop()
+        else:
+            watch.progress(label, done, len(prompts), "answers", tokens=f"{tokens:,} tokens")
+
+    return answer_batches(model, tokenizer, prompts, end_ids, sampling, batch, tell)[0]
+
+
+def answer_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    end_ids: list[int],
+    sampling: Sampling,
+    batch: int,
+    tell: Callable[[int, int], None],
+) -> tuple[list[Answer], list[list[int]]]:
+    """Answer each prompt, and say which prompts were batched together.
+
+    Prompts are sorted by length. A batch that does not fit into memory is tried again at half its size, and
+    the batches after it are no larger. `tell(answers done, tokens made)` hears of every few tokens. Raises
+    QcftError when not even a single prompt fits.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    batches: list[list[int]] = []
     made = 0
     with evaluating(model):
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            width = max(len(prompts[i]) for i in chosen)
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chosen])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-            torch.manual_seed(sampling.seed + start)
-            options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampling.temperature > 0,
-                eos_token_id=end_ids,
-                pad_token_id=pad,
-                **(options if sampling.temperature > 0 else {}),
-            )
-            for i, sequence in zip(chosen, output[:, width:].tolist(), strict=True):
+        while len(answers) < len(order):
+            chosen = order[len(answers) : len(answers) + batch]
+
+            def heard(done: int, tokens: int, before: int = len(answers), so_far: int = made) -> None:
+                tell(before + done, so_far + tokens)
+
+            sequences = _attempt(model, tokenizer, [prompts[i] for i in chosen], chosen, end_ids, sampling, heard)
+            if sequences is None:
+                if len(chosen) == 1:
+                    raise QcftError(
+                        f"the memory ran out while answering a prompt of {len(prompts[chosen[0]])} tokens",
+                        "lower max_new_tokens or train.max_length, or use a smaller model",
+                    )
+                batch = max(1, len(chosen) // 2)
+                continue
+            for i, sequence in zip(chosen, sequences, strict=True):
                 answers[i] = _answer(tokenizer, sequence, end_ids)
                 made += answers[i].tokens
-            if label is None:
-                watch.check_stop()
-            else:
-                watch.progress(label, start + len(chosen), len(order), "answers", tokens=f"{made:,} tokens")
-    return [answers[i] for i in range(len(prompts))]
+            batches.append(chosen)
+    return [answers[i] for i in range(len(prompts))], batches
+
+
+def _attempt(*arguments: Any) -> list[list[int]] | None:
+    """`_generate`, or None when the memory ran out."""
+    import torch
+
+    try:
+        return _generate(*arguments)
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what the CPU's allocator says
+            raise
+    free_memory()  # outside of the handler, whose traceback holds on to the tensors
+    return None
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    positions: list[int],
+    end_ids: list[int],
+    sampling: Sampling,
+    tell: Callable[[int, int], None],
+) -> list[list[int]]:
+    """One batch's new tokens. `generate` is run for a few tokens at a time, and goes on without those who are done."""
+    import torch
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ends = torch.tensor(end_ids, device=model.device)
+    nucleus = _Nucleus(sampling, positions) if sampling.temperature > 0 else None
+    made: list[list[int]] = [[] for _ in prompts]
+    live = list(range(len(prompts)))
+    cache: Any = None
+    left = sampling.max_new_tokens
+    while live and left > 0:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=min(left, SEGMENT) if cache is None or _can_shrink(cache) else left,
+            do_sample=False,  # the nucleus leaves one token to choose
+            logits_processor=[nucleus] if nucleus else [],
+            eos_token_id=end_ids,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        )
+        new = output.sequences[:, ids.shape[1] :]
+        left -= new.shape[1]
+        for row, tokens in zip(live, new.tolist(), strict=True):
+            made[row] += tokens
+        going = torch.nonzero(~torch.isin(new, ends).any(dim=1)).flatten()
+        cache = getattr(output, "past_key_values", None)
+        keep = going if _can_shrink(cache) else torch.arange(len(live), device=model.device)
+        if len(keep) < len(live):
+            cache.batch_select_indices(keep)
+            if nucleus:
+                nucleus.keep(keep.tolist())
+        ids = output.sequences[keep]
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)[keep]
+        live = [live[i] for i in keep.tolist()]
+        tell(len(prompts) - len(going), sum(len(tokens) for tokens in made))
+        if not len(going):
+            break
+    return made
+
+
+def _can_shrink(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: not where layers keep a state of another kind."""
+    layers: Any = getattr(cache, "layers", None)
+    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
+
+
+class _Nucleus:
+    """Top-p sampling (Holtzman et al. 2020, arXiv 1904.09751) that leaves one token, each row by its own generator."""
+
+    def __init__(self, sampling: Sampling, positions: list[int]) -> None:
+        import torch
+
+        self.temperature, self.top_p = sampling.temperature, sampling.top_p
+        seeds = [stable_seed(f"{sampling.seed}:{position}") for position in positions]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        self.generators = [self.generators[row] for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows x vocabulary) that are minus infinity but for the token drawn."""
+        import torch
+
+        scores = scores.float() / self.temperature
+        count = min(NUCLEUS, scores.shape[-1])
+        whole = torch.logsumexp(scores, dim=-1, keepdim=True)
+        while True:
+            likeliest, tokens = torch.topk(scores, count, dim=-1)
+            upto = torch.cumsum(torch.exp(likeliest - whole), dim=-1)
+            if count == scores.shape[-1] or bool((upto[:, -1] >= self.top_p).all()):
+                break
+            count = min(8 * count, scores.shape[-1])
+        inside = torch.cat([torch.zeros_like(upto[:, :1]), upto[:, :-1]], dim=-1) < self.top_p
+        drawn = torch.stack([torch.rand((), generator=generator) for generator in self.generators])
+        upto = torch.where(inside, upto, 0.0)
+        target = drawn.to(upto.device) * upto.max(dim=-1).values
+        place = (inside & (upto <= target[:, None])).sum(dim=-1, keepdim=True)
+        place = torch.minimum(place, inside.sum(dim=-1, keepdim=True) - 1)
+        chosen = torch.gather(tokens, 1, place)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, sequence: list[int], end_ids: list[int]) -> Answer:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.load import LoadedSource, load_source
-from qcft.data.mix import replay_rows_needed
 from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -19,14 +18,14 @@ from qcft.models.adapters import CONFIG, WEIGHTS, adapted_shapes, read_adapter_c
 from qcft.models.merge import weight_names
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
+from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
+from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
 from qcft.recipe import Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ENGLISH = "en"
-SHIPPED_ENGLISH = "qcft:instructions/en"
 PROBE_LENGTH = 1024  # tokens of a row that is only measured
 
 
@@ -47,15 +46,6 @@ class Group:
         return f"{self.phase} {self.lang}"
 
 
-@dataclass(frozen=True)
-class Pool:
-    """English rows or prompts that replay is drawn from, and why these."""
-
-    rows: tuple[Row, ...]
-    reason: str
-    left_out: dict[str, int]
-
-
 class Prepared:
     """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded."""
 
@@ -70,7 +60,7 @@ class Prepared:
         self.sources = {phase.name: [self._load(s) for s in phase.sources()] for phase in recipe.phases}
         self.groups = self._groups()
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
-        self.pools = {p.name: self._pool(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
+        self.pools = {p.name: self._pools(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
         self.plan: Plan = make_plan(recipe, self._digests())
 
     @cached_property
@@ -131,18 +121,10 @@ class Prepared:
             sets.append(encoded)
         return sets
 
-    def replay_needed(self, phase: Phase, new_rows: int) -> int:
-        """How many replay rows the phase mixes in beside `new_rows`. Raises InputError if the pool is too small."""
-        assert phase.replay is not None
-        needed = replay_rows_needed(new_rows, phase.replay.ratio)
-        pool = self.pools[phase.name]
-        if needed > len(pool.rows):
-            raise InputError(
-                f"replay: a ratio of {phase.replay.ratio} of {new_rows} new rows needs {needed} replay rows, "
-                f"but there are {len(pool.rows)} ({pool.reason}): {needed - len(pool.rows)} are missing",
-                f"lower {phase.name}.replay.ratio or name more rows in {phase.name}.replay.data",
-            )
-        return needed
+    def replay_encoder(self, phase: Phase) -> Encoder:
+        """Replay's way from rows to tokens: under the system prompt of the phase it keeps alive."""
+        train = phase.train
+        return Encoder(self.tokenizer, self.recipe.phases[0].system, train.max_length, train.long_rows)
 
     def english_prompts(self) -> list[tuple[Group, Row]]:
         """The held-out English rows whose prompts every stage answers."""
@@ -171,9 +153,9 @@ class Prepared:
                 continue
             self._check_layers(phase)
             check_settings(phase.train)
-            new_rows = sum(len(s.rows) for s in self.encoded(phase))
+            new = self.encoded(phase)
             if phase.replay and phase.replay.ratio > 0:
-                self.replay_needed(phase, new_rows)
+                check_replay(phase, self.pools[phase.name], new, self.replay_encoder(phase))
 
     def _check_layers(self, phase: Phase) -> None:
         """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
@@ -244,25 +226,13 @@ class Prepared:
         held = {row.prompt_digest for group in self.groups if group.phase in before for row in group.rows}
         return [tuple(r for r in s.rows if r.prompt_digest not in held) for s in self.sources[phase.name]]
 
-    def _pool(self, phase: Phase) -> Pool:
-        """What a phase's replay is drawn from, never a held-out row."""
-        assert phase.replay is not None
-        first = self.recipe.phases[0]
-        if phase.replay.data:
-            loaded = [self._load(one) for source in phase.replay.data for one in source.expanded()]
-            rows, reason = [r for s in loaded for r in s.rows], "rows of replay.data"
-        elif first.name != phase.name and self.sources[first.name]:
-            sources = self.sources[first.name]
-            english = [s for s in sources if s.lang == ENGLISH] or sources
-            rows, reason = [r for s in english for r in s.rows], f"prompts of {first.name}"
-        else:
-            rows = list(self._load(Source(path=SHIPPED_ENGLISH, lang=ENGLISH)).rows)
-            reason = "instructions that ship with qcft: no earlier phase has data"
-        held = {row.prompt_digest for group in self.groups for row in group.rows}
-        free = [r for r in rows if r.prompt_digest not in held]
-        unique = list({r.prompt_digest: r for r in free}.values())
-        left_out = {"held out": len(rows) - len(free), "same prompt twice": len(free) - len(unique)}
-        return Pool(tuple(unique), reason, {k: n for k, n in left_out.items() if n})
+    def _pools(self, phase: Phase) -> list[Pool]:
+        """What a phase's replay is drawn from, kind by kind; never a held-out row."""
+        rows = [row for group in self.groups for row in group.rows]
+        held = HeldOutRows(
+            frozenset(r.prompt_digest for r in rows), frozenset(r.key for r in rows), self.recipe.heldout.share
+        )
+        return make_pools(self.recipe, phase, self.sources, held, self.watch)
 
     def _digests(self) -> Digests:
         phases = {}
@@ -278,7 +248,7 @@ class Prepared:
         return Digests(
             model=self.model.digest,
             phases=phases,
-            replay={name: digest_rows(pool.rows) for name, pool in self.pools.items()},
+            replay={name: tuple(digest_rows(pool.rows) for pool in pools) for name, pools in self.pools.items()},
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
         )

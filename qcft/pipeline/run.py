@@ -49,8 +49,8 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[st
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
-def run_recipe(recipe: Recipe, runs: Path, watch: Watch) -> Run:
-    """Run a recipe to its end. Done steps are reused, partial ones gone on with.
+def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = None) -> Run:
+    """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
 
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
@@ -60,22 +60,21 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     writable(runs)
     prepared, store = Prepared(recipe, watch), Store(runs)
     plan = prepared.plan
-    records = {step.id: store.done(step.id, watch) for step in plan.steps}
+    steps = plan.up_to(up_to) if up_to else plan.steps
+    records = {step.id: store.done(step.id, watch) for step in steps}
     finished = sum(record is not None for record in records.values())
-    watch.note(
-        f"{recipe.name}: {recipe.model.name}, {len(plan.steps)} steps" + f", {finished} done before" * bool(finished)
-    )
-    if finished < len(plan.steps):
+    watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
+    if finished < len(steps):
         _quiet()
         prepared.check()
     recipe = prepared.pinned_recipe()
     run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
-    for position, step in enumerate(plan.steps, start=1):
-        record = records[step.id] or _do(step, position, len(plan.steps), prepared, store, watch)
+    for position, step in enumerate(steps, start=1):
+        record = records[step.id] or _do(step, position, len(steps), prepared, store, watch)
         if records[step.id]:
-            watch.tell(StepBegun(step.id, step.title, position, len(plan.steps), "reused"))
+            watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
         if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
             link_stage(run, step.stage, store.folder(step.id))
@@ -119,10 +118,13 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     if step.kind == "probe":
         return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
     if step.kind == "train":
-        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}" + _replayed(
+            metrics
+        )
     if step.kind == "replay":
         left_out = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
-        return f"{metrics['rows']} rows" + (f"; left out {left_out}" if left_out else "")
+        share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
+        return f"{metrics['rows']} rows: {share}" + (f"; left out {left_out}" if left_out else "")
     if step.kind == "merge":
         return f"{metrics['merged_weights']} weights changed"
     if step.kind == "layers":
@@ -134,6 +136,16 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
             return f"not measurable: a gain of {metrics['gain']['value']:.3f} nats on {rows} rows is too small"
         return f"{share:.0%} of a gain of {metrics['gain']['value']:.3f} nats, on {rows} rows"
     return ""
+
+
+def _replayed(metrics: Mapping[str, Any]) -> str:
+    """Replay's share of what a training was fed."""
+    fed = metrics["exposure"]
+    replay = [entry for entry in fed if entry["source"].startswith("replay (")]
+    if not replay:
+        return ""
+    rows, tokens = (sum(e[k] for e in replay) / sum(e[k] for e in fed) for k in ("rows", "answer_tokens"))
+    return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
 
 
 def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,12 @@ from qcft.models.adapters import CONFIG, WEIGHTS, add_lora, load_adapter
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.merge import merge_adapter
+from qcft.pipeline.generation import Generation
 from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_changes
+from qcft.pipeline.pools import ENGLISH
 from qcft.pipeline.prefix import open_prefix
-from qcft.pipeline.prepare import ENGLISH, Prepared
-from qcft.pipeline.replay import choose_rows, generate_rows, read_rows
+from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.replay import make_replay, read_replay
 from qcft.plan import Step
 from qcft.recipe import Phase
 from qcft.store import Store
@@ -87,16 +91,25 @@ class Worker:
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self._phase(step)
-        new, replay = self.prepared.encoded(phase), self._replay_set(phase, step)
-        rows = [r for s in new for r in s.encoded]
-        count, extra = len(rows), len(replay.encoded) if replay else 0
-        rows += replay.encoded if replay else ()
+        replay = self._replay_sets(phase, step)
+        shares = self._shares(phase, replay)
+        rows = [replace(row, source=share.source) for share, encoded in shares for row in encoded.encoded]
+        extra = sum(len(encoded.rows) for encoded in replay.values())
         seed = self.recipe.seed
-        batches = make_batches(rows, lambda epoch: mixed_order(count, extra, f"{seed}:{epoch}"), phase.train)
+        batches = make_batches(
+            rows, lambda epoch: mixed_order(len(rows) - extra, extra, f"{seed}:{epoch}"), phase.train
+        )
         targets = self.recipe.lora.targets
         modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self._measured(step))
         frozen = frozen_in_words(self.prepared.meta_model, targets, modules)
-        mixed = self._tell_mix(phase, new, replay, batches.steps, batches.rows / batches.steps, frozen)
+        mixed = Mixed(
+            phase.name,
+            tuple(share for share, _ in shares),
+            batches.steps,
+            batches.rows / batches.steps,
+            phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})",
+        )
+        self.watch.tell(mixed)
         model = self._load(step)
         _seed_everything(seed)
         adapted = add_lora(model, modules, self.recipe.lora)
@@ -146,17 +159,24 @@ class Worker:
         return {"merged_weights": changed}
 
     def replay(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Make the replay rows: answered by the model the phase starts from, or chosen from a data set."""
+        """Make the replay rows: answered by the model the phase starts from, or chosen from data."""
         phase = self._phase(step)
         assert phase.replay is not None
-        pool = self.prepared.pools[phase.name]
-        needed = self.prepared.replay_needed(phase, sum(len(s.rows) for s in self.prepared.encoded(phase)))
-        encoder = self._replay_encoder(phase)
-        if phase.replay.kind == "english":
-            return choose_rows(pool, needed, encoder, self.recipe.seed, folder)
-        self.watch.note(f"replay: {needed} answers to {pool.reason}")
-        model = self._load(step)
-        return generate_rows(model, pool, needed, encoder, phase.replay, self.recipe.seed, folder, self.watch)
+        pools, encoder = self.prepared.pools[phase.name], self.prepared.replay_encoder(phase)
+        with ExitStack() as held:
+            generations: list[tuple[Generation, str, str] | None] = []
+            for pool, part in zip(pools, step.settings["parts"], strict=True):
+                self.watch.note(f"replay ({part['kind']}): {pool.reason}")
+                if part["pool"] is None:
+                    generations.append(None)
+                    continue
+                source = self.prepared.plan.pools[part["pool"]]
+                place = held.enter_context(self.store.claim(source.id, source.inputs(), self.watch))
+                load = partial(self._load, source)
+                made = Generation(place, pool.rows, phase.replay, self.recipe.seed, encoder, load, self.watch)
+                generations.append((made, source.weights or self.prepared.model.digest, source.id))
+            new = self.prepared.encoded(phase)
+            return make_replay(phase, pools, new, encoder, generations, folder, self.watch)
 
     def kept(self, step: Step, folder: Path) -> dict[str, Any]:
         """Compare base, live adapter and merged model on the phase's held-out rows."""
@@ -224,44 +244,31 @@ class Worker:
             for (_, row), answer in zip(prompts, answers, strict=True)
         ]
 
-    def _replay_encoder(self, phase: Phase) -> Encoder:
-        """Replay speaks under the system prompt of the phase it keeps alive."""
-        train = phase.train
-        return Encoder(self.prepared.tokenizer, self.recipe.phases[0].system, train.max_length, train.long_rows)
-
-    def _replay_set(self, phase: Phase, step: Step) -> EncodedSet | None:
+    def _replay_sets(self, phase: Phase, step: Step) -> dict[str, EncodedSet]:
+        """The replay rows as tokens, kind by kind."""
         made = [parent for parent in step.parents if parent.startswith("replay-")]
         if not made:
-            return None
-        rows: list[Row] = read_rows(self.store.folder(made[0]) / "replay.jsonl")
-        encoded = self._replay_encoder(phase).encode_all(rows)
-        if encoded.left_out:
-            raise QcftError(f"replay: {encoded.left_out} cannot train", "please report this")
-        return encoded
+            return {}
+        encoder = self.prepared.replay_encoder(phase)
+        by_kind: dict[str, list[Row]] = {}
+        for row, kind in read_replay(self.store.folder(made[0]) / "replay.jsonl"):
+            by_kind.setdefault(f"replay ({kind})", []).append(row)
+        sets = {name: encoder.encode_all(rows) for name, rows in by_kind.items()}
+        for name, encoded in sets.items():
+            if encoded.left_out:
+                raise QcftError(f"{name}: {encoded.left_out} cannot train", "please report this")
+        return sets
 
-    def _tell_mix(
-        self,
-        phase: Phase,
-        new: list[EncodedSet],
-        replay: EncodedSet | None,
-        steps: int,
-        rows_per_step: float,
-        frozen: str,
-    ) -> Mixed:
+    def _shares(self, phase: Phase, replay: dict[str, EncodedSet]) -> list[tuple[SourceShare, EncodedSet]]:
+        """What the phase trains on, source by source."""
         shares = []
-        for source, encoded in zip(self.prepared.sources[phase.name], new, strict=True):
+        for source, encoded in zip(self.prepared.sources[phase.name], self.prepared.encoded(phase), strict=True):
             name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
             left_out = {**source.left_out}
             for reason, n in encoded.left_out.items():
                 left_out[reason] = left_out.get(reason, 0) + n
-            shares.append(_share(name, encoded, left_out))
-        if replay is not None:
-            assert phase.replay is not None
-            shares.append(_share(f"replay ({phase.replay.kind})", replay, {}))
-        named = phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})"
-        mixed = Mixed(phase.name, tuple(shares), steps, rows_per_step, named)
-        self.watch.tell(mixed)
-        return mixed
+            shares.append((_share(name, encoded, left_out), encoded))
+        return shares + [(_share(name, encoded, {}), encoded) for name, encoded in replay.items()]
 
 
 def _share(name: str, encoded: EncodedSet, left_out: dict[str, int]) -> SourceShare:

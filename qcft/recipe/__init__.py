@@ -2,21 +2,13 @@
 
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
-from qcft.recipe.schema import (
-    Answers,
-    HeldOut,
-    Lora,
-    Merge,
-    Model,
-    Phase,
-    Recipe,
-    Replay,
-    Source,
-    Train,
-)
+from qcft.recipe.parts import Source
+from qcft.recipe.replay import Filters, Replay, ReplayPart
+from qcft.recipe.schema import Answers, HeldOut, Lora, Merge, Model, Phase, Recipe, Train
 
 __all__ = [
     "Answers",
+    "Filters",
     "FreezeSpec",
     "HeldOut",
     "Lora",
@@ -25,6 +17,7 @@ __all__ = [
     "Phase",
     "Recipe",
     "Replay",
+    "ReplayPart",
     "Source",
     "Train",
     "built_in_recipes",

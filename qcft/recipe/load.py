@@ -126,7 +126,12 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
         ]
     phases = raw.get("phases")
     holders = [raw, *(phases if isinstance(phases, list) else [])]
+    for holder in holders:
+        if isinstance(holder, dict) and type(holder.get("replay")) in {int, float}:
+            holder["replay"] = {"ratio": holder["replay"]}
     holders += [p["replay"] for p in holders if isinstance(p, dict) and isinstance(p.get("replay"), dict)]
+    mixes = [h["mix"] for h in holders if isinstance(h, dict) and isinstance(h.get("mix"), list)]
+    holders += [part for mix in mixes for part in mix]
     for holder in holders:
         for key in ("data", "probe"):
             if isinstance(holder, dict) and isinstance(holder.get(key), (str, dict, list)):
@@ -232,7 +237,7 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
     if kind == "value_error":  # the schema's own: what is wrong | what to do
         message, _, hint = text.partition(" | ")
         return InputError(f"recipe: {where + ': ' if where else ''}{message}", hint)
-    if where.endswith("replay.ratio") and kind in {"less_than_equal", "greater_than_equal"}:
+    if where.endswith("replay.ratio") and kind in {"less_than_equal", "greater_than_equal", "finite_number"}:
         return InputError(
             f"recipe: {where}: {given!r} is outside [0, 0.9]", "the ratio is replay's share of the final mix, e.g. 0.2"
         )

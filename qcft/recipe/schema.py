@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qcft.errors import InputError
 from qcft.recipe.freeze import parse_freeze
+from qcft.recipe.parts import Count, Number, Part, Source, Sources, named
+from qcft.recipe.replay import Replay, ratio_alone
 
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("should be a number, not true or false | give a number")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_no_bool)]
-
-
-class Part(BaseModel):
-    """A frozen part of the recipe that refuses keys it does not know."""
-
-    # Defaults are validated like what is given, so that a recipe read back is equal to the last bit of its ids.
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-def _named(key: str) -> Callable[[Any], Any]:
-    """A validator that reads a bare text as `{key: text}`."""
-    return lambda value: {key: value} if isinstance(value, str) else value
-
-
-def _listed(value: Any) -> Any:
-    """One entry where a list is asked for is a list of one."""
-    return [value] if isinstance(value, (str, dict)) else value
 
 
 class Model(Part):
@@ -65,69 +39,6 @@ class Lora(Part):
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
     rslora: bool = False
-
-
-class Source(Part):
-    """One data set: a file, a folder, a hub id, or `qcft:NAME` for data that ships with qcft.
-
-    `{lang}` in `path`, with a list as `lang`, stands for one source per language. `take` is the number
-    of rows to train on; held-out rows are read beside them.
-    """
-
-    path: str
-    lang: str | list[str] | None = None
-    take: Annotated[Count, Field(ge=1)] | None = None
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = "auto"
-    revision: str | None = None
-    subset: str | None = None
-    split: str = "train"
-
-    @model_validator(mode="after")
-    def _languages(self) -> Self:
-        if isinstance(self.lang, list):
-            if not self.lang:
-                raise ValueError("lang: the list of languages is empty | name a language, such as es")
-            if len(self.lang) > 1 and "{lang}" not in self.path:
-                raise ValueError(
-                    "lang: several languages, but no {lang} in path | write {lang} into path, or give a source for each"
-                )
-        elif "{lang}" in self.path and self.lang is None:
-            raise ValueError("path: {lang} stands for a language, but lang is not given | add lang: [es, pt]")
-        return self
-
-    def expanded(self) -> list[Source]:
-        """One source per language, with `{lang}` filled in."""
-        langs = self.lang if isinstance(self.lang, list) else [self.lang]
-        return [
-            self.model_copy(update={"lang": lang, "path": self.path.replace("{lang}", lang or "")}) for lang in langs
-        ]
-
-
-Sources = Annotated[list[Annotated[Source, BeforeValidator(_named("path"))]], BeforeValidator(_listed)]
-
-
-class Replay(Part):
-    """Rows that keep English alive: `ratio` is their share of the final mix.
-
-    generative: the model the phase starts from answers English prompts (`data`, else the rows of the
-    first phase, else the instructions that ship with qcft). english: the rows of `data` as they are.
-    """
-
-    ratio: Annotated[Number, Field(ge=0, le=0.9)]
-    kind: Literal["generative", "english"] = "generative"
-    data: Sources = []
-    max_new_tokens: Annotated[Count, Field(ge=1)] = 256
-    temperature: Annotated[Number, Field(ge=0)] = 0.7
-    top_p: Annotated[Number, Field(gt=0, le=1)] = 0.9
-    batch: Annotated[Count, Field(ge=1)] = 16
-
-    @model_validator(mode="after")
-    def _english_needs_data(self) -> Self:
-        if self.kind == "english" and not self.data and self.ratio > 0:
-            raise ValueError(
-                "english replay takes its rows from a data set, but none is given | add data: [{path: ...}]"
-            )
-        return self
 
 
 class Train(Part):
@@ -170,7 +81,7 @@ class Phase(Part):
     adapter: str | None = None
     start: Literal["merged", "base"] = "merged"
     freeze: str = "none"
-    replay: Replay | None = None
+    replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
     system: str | None = None
     train: Train = Train()
 
@@ -222,7 +133,7 @@ class Recipe(Part):
 
     version: Literal[1] = 1
     name: str
-    model: Annotated[Model, BeforeValidator(_named("name"))]
+    model: Annotated[Model, BeforeValidator(named("name"))]
     seed: Annotated[Count, Field(ge=0)] = 0
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()

@@ -51,9 +51,11 @@ def _cell(text: str) -> str:
 def _mix(steps: Mapping[str, Path]) -> list[str]:
     parts = []
     for stage, folder in steps.items():
-        mix = read_json(folder / "done.json")["metrics"].get("mix")
+        metrics = read_json(folder / "done.json")["metrics"]
+        mix = metrics.get("mix")
         if not mix:
             continue
+        fed = {entry["source"]: entry for entry in metrics["exposure"]}
         total = {key: sum(share[key] for share in mix) for key in ("rows", "tokens")}
         rows = [
             [
@@ -61,13 +63,16 @@ def _mix(steps: Mapping[str, Path]) -> list[str]:
                 f"{share['rows']} ({share['rows'] / total['rows']:.1%})",
                 f"{share['tokens']:,} ({share['tokens'] / total['tokens']:.1%})",
                 f"{share['answer_tokens']:,}",
+                f"{fed[share['source']]['rows']:,} rows, {fed[share['source']]['answer_tokens']:,} answer tokens"
+                if share["source"] in fed
+                else "nothing",
                 ", ".join(f"{n} {reason}" for reason, n in share["left_out"].items()) or "none",
             ]
             for share in mix
         ]
         parts += [
             f"\n## What {stage} trained on\n",
-            _table(["source", "rows", "tokens", "answer tokens", "left out"], rows),
+            _table(["source", "rows", "tokens", "answer tokens", "trained, all epochs", "left out"], rows),
         ]
     return parts
 

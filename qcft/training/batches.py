@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 from qcft.data.encode import EncodedRow
 from qcft.data.mix import pack
+from qcft.errors import QcftError
 from qcft.recipe import Train
 
 
@@ -43,6 +45,43 @@ class Batches:
     @cached_property
     def _running_tokens(self) -> list[int]:
         return list(accumulate((sum(len(row.input_ids) for row in item) for item in self.items), initial=0))
+
+
+class Fed:
+    """Counts the items that a training is fed, pass by pass, and checks each pass against the layout."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.items = 0
+
+    def take(self, step: int, answer_tokens: int) -> None:
+        """One pass of optimizer step `step` (from 0) with so many tokens that bear loss.
+
+        Raises QcftError when the pass is not the one laid out: then the mix is not what was trained.
+        """
+        begin = step * self.batches.per_pass * self.batches.accumulation
+        if self.items < begin:  # gone on from a checkpoint: what came before was counted, and checked, then
+            self.items = begin
+        items = self.batches.items[self.items : self.items + self.batches.per_pass]
+        expected = sum(row.answer_tokens for item in items for row in item)
+        if answer_tokens != expected:
+            raise QcftError(
+                f"the training was fed {answer_tokens} answer tokens at step {step + 1}, where the mix has {expected}",
+                "please report this",
+            )
+        self.items += len(items)
+
+    def exposure(self, steps: int) -> list[dict[str, Any]]:
+        """Rows, tokens and answer tokens by source, over all epochs; `steps` in all have been trained."""
+        if self.items < min(len(self.batches.items), steps * self.batches.per_pass * self.batches.accumulation):
+            self.items = len(self.batches.items)  # every step had a checkpoint already: nothing was fed again
+        found: dict[str, dict[str, Any]] = {}
+        for row in (row for item in self.batches.items[: self.items] for row in item):
+            entry = found.setdefault(row.source, {"source": row.source, "rows": 0, "tokens": 0, "answer_tokens": 0})
+            entry["rows"] += 1
+            entry["tokens"] += len(row.input_ids)
+            entry["answer_tokens"] += row.answer_tokens
+        return list(found.values())
 
 
 def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], train: Train) -> Batches:

@@ -22,7 +22,7 @@ from qcft.layers import decoder_layers
 from qcft.models.adapters import keep_adapters_in_fp32
 from qcft.models.load import compute_dtype, device, peak_memory
 from qcft.recipe import Train
-from qcft.training.batches import Batches
+from qcft.training.batches import Batches, Fed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,13 +37,15 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to."""
+    """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
+    through the model, as counted while they did, all epochs together."""
 
     steps: int
     rows: int
     tokens: int
     loss: float
     resumed_from: int
+    exposure: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def train_adapter(
         tokens=batches.tokens_until(batches.steps),
         loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
         resumed_from=int(last.name.split("-")[1]) if last else 0,
+        exposure=trainer.fed.exposure(trainer.state.global_step),
     )
 
 
@@ -208,13 +211,19 @@ def _make_trainer(
     from trl import SFTTrainer
 
     class PhaseTrainer(SFTTrainer):
-        """SFTTrainer whose batches know their rows, and whose checkpoints hold the adapter, no pickled arguments,
-        and a seal."""
+        """SFTTrainer whose batches know their rows and count them; its checkpoints hold the adapter, no pickled
+        arguments, and a seal."""
+
+        fed = Fed(batches)
 
         def _set_signature_columns_if_needed(self) -> None:
             super()._set_signature_columns_if_needed()
             if ITEM not in self._signature_columns:
                 self._signature_columns.append(ITEM)
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.fed.take(self.state.global_step, int((inputs["labels"] != IGNORED).sum()))
+            return super().training_step(model, inputs, *args, **kwargs)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             rows = [row for item in inputs.pop(ITEM) for row in batches.items[item]]

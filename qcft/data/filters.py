@@ -1,0 +1,87 @@
+"""Which generated answers are kept for replay, and why others are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+
+from qcft.recipe import Filters
+
+NGRAM = 5  # words of a sequence that should not come again
+REPEATABLE = 10  # words; shorter answers ("Paris") may well answer several prompts
+LETTERS = 20  # fewer tell no language
+SURE = 0.5  # of 3,000 Alpaca answers with LETTERS or more, 0.3% are then taken for another language than English
+REFUSAL = re.compile(
+    r"((i'm|i am) (so |very )?sorry|sorry|i apologi[sz]e|unfortunately)\b.{0,40}\b(can't|cannot|unable|not able)\b"
+    r"|(i|we) (can't|cannot|won't|am unable to|am not able to|'m unable to) "
+    r"(help|assist|provide|do|fulfil|generate|create|write|answer|comply|complete|give|access|support|discuss)"
+    r"|(i'm|i am|as) (just |only )?an? (ai|artificial intelligence|language model)\b"
+)
+
+
+class AnswerFilter:
+    """Judges answers in the order they are drawn; remembers them, to find those that come again."""
+
+    def __init__(self, filters: Filters) -> None:
+        self.filters = filters
+        self._given: set[str] = set()
+
+    def reason(self, text: str, finished: bool) -> str | None:
+        """Why an answer is left out, or None."""
+        if not text.strip():
+            return "empty answer"
+        if not finished:
+            return "unfinished answer"
+        if self.filters.loops is not None and repetition(text) > self.filters.loops:
+            return "loop"
+        if self.filters.language is not None and speaks_another(text, self.filters.language):
+            return "wrong language"
+        if self.filters.refusals and REFUSAL.match(" ".join(text.lower().replace("\u2019", "'").split())[:200]):
+            return "refusal"
+        words = text.split()
+        if self.filters.duplicates and len(words) >= REPEATABLE:
+            plain = " ".join(words)
+            if plain in self._given:
+                return "duplicate"
+            self._given.add(plain)
+        return None
+
+
+def repetition(text: str) -> float:
+    """The share of the text's sequences of five words that came before in it; of characters where no blanks part words.
+
+    After the repetition rules of Rae et al. 2021 (arXiv 2112.11446), which cut at 0.15 for web pages: answers
+    hold lists and tables.
+    """
+    units = text.split()
+    if len(text) > 12 * len(units):
+        units = list("".join(units))
+    sequences = [tuple(units[i : i + NGRAM]) for i in range(len(units) - NGRAM + 1)]
+    return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
+
+
+def speaks_another(text: str, language: str) -> bool:
+    """Whether a text is clearly in another language; one that is too short to tell is not."""
+    if sum(c.isalpha() for c in text) < LETTERS:
+        return False
+    found, probability = _identifier()(text)
+    return found != language.split("-")[0] and probability > SURE
+
+
+@cache
+def _identifier() -> Callable[[str], tuple[str, float]]:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
+        MODEL_FILE, norm_probs=True
+    ).classify
+    return classify
+
+
+@cache
+def known_languages() -> frozenset[str]:
+    """The codes of the languages that can be told."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return frozenset(map(str, LanguageIdentifier.from_model_file(MODEL_FILE).labels))

@@ -1,0 +1,151 @@
+"""Answers to a pool's prompts, made in chunks as they are asked for, and kept for all who draw from the pool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import Encoder
+from qcft.data.mix import stable_seed
+from qcft.data.rows import Row
+from qcft.events import Watch
+from qcft.files import read_json, write_text
+from qcft.models.generate import Sampling, answer_batches
+from qcft.recipe import Replay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LARGEST = 64  # prompts answered at once, unless memory sets a lower limit
+CHUNKS = "chunks"
+
+Tell = Callable[[float], None]  # hears the tokens made per second
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One prompt's answer, or why it could not be asked (`skipped`), with the chunk it was made in."""
+
+    row: Row
+    text: str
+    tokens: int
+    finished: bool
+    skipped: str | None
+    chunk: int
+    seed: int
+
+
+class Generation:
+    """The answers of one pool, in the pool's order.
+
+    Each chunk of prompts has a seed of its own and is a file of its own, whole or not there, so a killed run goes
+    on at the next chunk and a larger ratio adds chunks. The model is loaded when the first answer is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: tuple[Row, ...],
+        replay: Replay,
+        seed: int,
+        encoder: Encoder,
+        load: Callable[[], PreTrainedModel],
+        watch: Watch,
+    ) -> None:
+        self.folder = folder / CHUNKS
+        self.folder.mkdir(exist_ok=True)
+        self.rows = rows
+        self.replay = replay
+        self.seed = seed
+        self.encoder = encoder
+        self.load = load
+        self.watch = watch
+        self.made = self.reused = 0  # chunks
+        self.answers = self.tokens = 0
+        self.seconds = 0.0
+        self._model: PreTrainedModel | None = None
+        self._batch = min(LARGEST if replay.batch == "auto" else replay.batch, replay.chunk)
+
+    def draw(self, tell: Tell) -> Iterator[Generated]:
+        """Answers one after the other; a chunk is made when its first answer is asked for."""
+        size = self.replay.chunk
+        for number, start in enumerate(range(0, len(self.rows), size)):
+            rows = self.rows[start : start + size]
+            seed = stable_seed(f"{self.seed}:chunk:{number}")
+            chunk = self._chunk(number, seed, rows, tell)
+            self._batch = chunk["batch"]
+            self.seconds += chunk["seconds"]
+            self.answers += sum("skipped" not in answer for answer in chunk["answers"])
+            self.tokens += sum(answer.get("tokens", 0) for answer in chunk["answers"])
+            for row, answer in zip(rows, chunk["answers"], strict=True):
+                made = (answer.get("text", ""), answer.get("tokens", 0), answer.get("finished", False))
+                yield Generated(row, *made, answer.get("skipped"), number, seed)
+
+    def summary(self) -> dict[str, Any]:
+        """What the answers drawn cost, whenever they were made."""
+        return {
+            "answers": self.answers,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.tokens / max(1e-9, self.seconds), 1),
+            "chunks_made": self.made,
+            "chunks_reused": self.reused,
+            "batch": self._batch,
+        }
+
+    def _chunk(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> dict[str, Any]:
+        file = self.folder / f"{number:06d}.json"
+        chunk = read_json(file)
+        if isinstance(chunk, dict) and chunk.get("seal") == _seal(chunk):
+            self.reused += 1
+            return chunk
+        if file.is_file():
+            self.watch.note(f"{file.name} of the replay pool was altered; it is made anew", "warning")
+        chunk = self._make(number, seed, rows, tell)
+        write_text(file, json.dumps(chunk | {"seal": _seal(chunk)}, ensure_ascii=False, indent=1) + "\n")
+        self.made += 1
+        return chunk
+
+    def _make(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> dict[str, Any]:
+        if self._model is None:
+            self._model = self.load()
+        prompts = [self.encoder.prompt(row) for row in rows]
+        asked = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        sampling = Sampling(self.replay.max_new_tokens, self.replay.temperature, self.replay.top_p, seed)
+        begun = time.monotonic()
+
+        def heard(done: int, tokens: int) -> None:
+            tell(tokens / max(1e-9, time.monotonic() - begun))
+
+        answers, batches = answer_batches(
+            self._model, self.encoder.tokenizer, asked, self.encoder.end_ids, sampling, self._batch, heard
+        )
+        fitted = max(map(len, batches), default=self._batch)
+        answered = iter(answers)
+        entries: list[dict[str, Any]] = []
+        for row, prompt in zip(rows, prompts, strict=True):
+            entry: dict[str, Any] = {"prompt": row.prompt_digest[:16]}
+            if isinstance(prompt, str):
+                entry["skipped"] = prompt
+            else:
+                answer = next(answered)
+                entry |= {"text": answer.text, "tokens": answer.tokens, "finished": answer.finished}
+            entries.append(entry)
+        return {
+            "chunk": number,
+            "seed": seed,
+            "seconds": round(time.monotonic() - begun, 2),
+            "batches": batches,  # which of the prompts that were asked, by position, were answered together
+            "batch": min(self._batch, fitted) if len(batches) > 1 else self._batch,
+            "answers": entries,
+        }
+
+
+def _seal(chunk: dict[str, Any]) -> str:
+    plain = {key: value for key, value in chunk.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

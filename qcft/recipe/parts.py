@@ -1,0 +1,74 @@
+"""What the schema is made of: parts that refuse unknown keys, numbers, data sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false | give a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+
+
+class Part(BaseModel):
+    """A frozen part of the recipe that refuses keys it does not know."""
+
+    # Defaults are validated like what is given, so that a recipe read back is equal to the last bit of its ids.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def named(key: str) -> Callable[[Any], Any]:
+    """A validator that reads a bare text as `{key: text}`."""
+    return lambda value: {key: value} if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """One entry where a list is asked for is a list of one."""
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+class Source(Part):
+    """One data set: a file, a folder, a hub id, or `qcft:NAME` for data that ships with qcft.
+
+    `{lang}` in `path`, with a list as `lang`, stands for one source per language. `take` is the number
+    of rows to train on; held-out rows are read beside them.
+    """
+
+    path: str
+    lang: str | list[str] | None = None
+    take: Annotated[Count, Field(ge=1)] | None = None
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = "auto"
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+
+    @model_validator(mode="after")
+    def _languages(self) -> Self:
+        if isinstance(self.lang, list):
+            if not self.lang:
+                raise ValueError("lang: the list of languages is empty | name a language, such as es")
+            if len(self.lang) > 1 and "{lang}" not in self.path:
+                raise ValueError(
+                    "lang: several languages, but no {lang} in path | write {lang} into path, or give a source for each"
+                )
+        elif "{lang}" in self.path and self.lang is None:
+            raise ValueError("path: {lang} stands for a language, but lang is not given | add lang: [es, pt]")
+        return self
+
+    def expanded(self) -> list[Source]:
+        """One source per language, with `{lang}` filled in."""
+        langs = self.lang if isinstance(self.lang, list) else [self.lang]
+        return [
+            self.model_copy(update={"lang": lang, "path": self.path.replace("{lang}", lang or "")}) for lang in langs
+        ]
+
+
+Sources = Annotated[list[Annotated[Source, BeforeValidator(named("path"))]], BeforeValidator(_listed)]

@@ -1,0 +1,93 @@
+"""Replay in the recipe: how much, of which kinds, how it is generated and what is left out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from qcft.recipe.parts import Count, Number, Part, Sources, named
+
+
+class Filters(Part):
+    """Which generated answers are left out of replay, beside those that are empty or did not come to their end.
+
+    `duplicates`: an answer of ten words or more that was given before. `loops`: answers in which more than this
+    share of five-word sequences came before (null: any). `language`: answers clearly in another (null: any).
+    `refusals`: answers that begin by declining, in English.
+    """
+
+    duplicates: bool = True
+    loops: Annotated[Number, Field(gt=0, le=1)] | None = 0.3
+    language: str | None = "en"
+    refusals: bool = False
+
+
+class ReplayKind(Part):
+    """Where replay rows come from.
+
+    generative: the model the phase starts from answers English prompts: those of `data`, else the English
+    versions of the phase's own prompts, else those of the first phase, else of what ships with qcft.
+    english: real English rows, those of `data` or of the first phase that are parallel to the phase's rows by id,
+    or the phase's `*_en` columns; with `parallel: false` the rows of `data` as they come. phase1: rows of the
+    first phase. file: the rows of `path`, such as a replay.jsonl read and edited.
+    """
+
+    kind: Literal["generative", "english", "phase1", "file"] = "generative"
+    data: Sources = []
+    path: str | None = None
+    parallel: bool = True
+
+    @model_validator(mode="after")
+    def _where_from(self) -> Self:
+        if (self.kind == "file") != (self.path is not None):
+            what = "needs path: FILE" if self.kind == "file" else "takes no path"
+            raise ValueError(f"replay of kind {self.kind} {what} | kind: file, path: replay.jsonl belong together")
+        if self.data and self.kind in {"phase1", "file"}:
+            raise ValueError(f"replay of kind {self.kind} takes no data | leave data out, or use kind: english")
+        if not self.parallel and not (self.kind == "english" and self.data):
+            raise ValueError("parallel: false is for kind: english with data | leave it out")
+        return self
+
+
+class ReplayPart(ReplayKind):
+    """One kind among several; `weight` is its share of them."""
+
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+
+
+def ratio_alone(value: Any) -> Any:
+    """A bare number where replay is asked for is its ratio."""
+    return {"ratio": value} if isinstance(value, (int, float)) else value
+
+
+class Replay(ReplayKind):
+    """Rows that keep English alive: `ratio` is their share of the final mix, by rows or by answer tokens.
+
+    `kind`, `data`, `path` and `parallel` name one kind of rows; `mix` names several, with weights. When there
+    are too few rows, `on_shortfall` is an error, repeats them, or shrinks the share. `stratify` draws them so
+    that any part of them has the lengths, or the languages, of all.
+    """
+
+    ratio: Annotated[Number, Field(ge=0, le=0.9)]
+    unit: Literal["rows", "tokens"] = "rows"
+    mix: list[Annotated[ReplayPart, BeforeValidator(named("kind"))]] = []
+    on_shortfall: Literal["error", "repeat", "shrink"] = "error"
+    stratify: Literal["length", "language"] | None = None
+    max_new_tokens: Annotated[Count, Field(ge=1)] = 256
+    temperature: Annotated[Number, Field(ge=0)] = 0.7
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 0.9
+    chunk: Annotated[Count, Field(ge=1)] = 64
+    batch: Annotated[Count, Field(ge=1)] | Literal["auto"] = "auto"
+    filters: Filters = Filters()
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.mix and (self.kind != "generative" or self.data or self.path is not None or not self.parallel):
+            raise ValueError("both mix and one kind of replay | put kind, data and path into the entries of mix")
+        return self
+
+    def parts(self) -> list[ReplayPart]:
+        """The kinds of rows that are mixed."""
+        single = ReplayPart(kind=self.kind, data=self.data, path=self.path, parallel=self.parallel)
+        return list(self.mix) or [single]
