@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
 from qcft.files import is_whole_safetensors, read_json
+from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
 
 def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftModel:
@@ -70,8 +68,31 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+# Keys of PEFT's LoraConfig that qcft merges rightly, or that change nothing in a finished adapter. Any other that
+# is set is refused by name: a key of a later PEFT must not be passed over in silence.
+MERGED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias",
+    "modules_to_save", "use_dora",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
+    "runtime_config", "qalora_group_size",
+}  # fmt: skip
+REFUSED = {
+    "trainable_token_indices": "trained tokens",
+    "layer_replication": "layer replication",
+    "target_parameters": "adapted parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "ensure_weight_tying": "adapters tied to one another",
+}
+
+
 def check_mergeable(config: dict[str, Any], where: str) -> None:
-    """Refuse by name what an adapter may hold beyond LoRA on linear layers. Raises InputError."""
+    """Refuse by name what an adapter may hold beyond what qcft merges rightly. Raises InputError."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapter: {where!r} is {config.get('peft_type')}, not LORA", "give a LoRA adapter")
     if config.get("init_lora_weights", True) not in {True, False, "gaussian", "orthogonal", "eva"}:
@@ -79,22 +100,9 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
             f"adapter: {where!r} was begun with {config['init_lora_weights']}, which changes the base weights",
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first",
         )
-    held = {
-        "DoRA (use_dora)": config.get("use_dora"),
-        "trained biases (bias)": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "whole modules (modules_to_save)": config.get("modules_to_save"),
-        "patterns of ranks (rank_pattern)": config.get("rank_pattern"),
-        "patterns of alphas (alpha_pattern)": config.get("alpha_pattern"),
-        "trained tokens (trainable_token_indices)": config.get("trainable_token_indices"),
-        "layer replication (layer_replication)": config.get("layer_replication"),
-        "transposed weights (fan_in_fan_out)": config.get("fan_in_fan_out"),
-        "adapted parameters (target_parameters)": config.get("target_parameters"),
-        "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
-        "QALoRA (use_qalora)": config.get("use_qalora"),
-        "block-diagonal LoRA (use_bdlora)": config.get("use_bdlora"),
-    }
-    for what, present in held.items():
-        if present:
+    for key, value in config.items():
+        if value and key not in MERGED and key not in WITHOUT_EFFECT:
+            what = f"{REFUSED[key]} ({key})" if key in REFUSED else key
             raise InputError(f"adapter: {where!r} holds {what}, which qcft cannot merge", "merge it with PEFT first")
 
 

@@ -12,10 +12,11 @@ from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.load import LoadedSource, load_source
 from qcft.data.mix import replay_rows_needed
 from qcft.data.rows import Row, digest_rows
-from qcft.errors import InputError
+from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest
-from qcft.models.adapters import CONFIG, WEIGHTS, adapted_shapes, read_adapter_config
+from qcft.models.adapters import read_adapter_config
+from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, read_adapter
 from qcft.models.merge import weight_names
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.plan import Digests, Plan, make_plan
@@ -288,14 +289,16 @@ class _MetaModel:
 
     def check_adapter(self, folder: Path) -> None:
         """Check that an adapter made elsewhere fits the model."""
-        weights = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
-        for name, shape in adapted_shapes(folder).items():
-            if weights.get(name) != shape:
-                raise InputError(
-                    f"adapter: {str(folder)!r} changes {name} by {shape[0]} x {shape[1]}; the model's is "
-                    + (" x ".join(map(str, weights[name])) if name in weights else "not there"),
-                    f"it was made for another model than {self.recipe.model.name!r}",
-                )
+        weights = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
+        adapter = read_adapter(folder)
+        for name, change in adapter.changes.items():
+            hint = f"it was made for another model than {self.recipe.model.name!r}"
+            if name not in weights:
+                raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
+            try:
+                check_shape(name, change, weights[name], adapter.transposed)
+            except QcftError as error:
+                raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
 
 
 def _counts(left_out: dict[str, int]) -> str:

@@ -15,10 +15,11 @@ from qcft.events import Mixed, SourceShare, Watch
 from qcft.files import read_json, write_json
 from qcft.measure.score import RowScore, score_rows
 from qcft.measure.stats import accuracy, kept, mean_nll
-from qcft.models.adapters import CONFIG, WEIGHTS, add_lora, load_adapter
+from qcft.models.adapters import add_lora, load_adapter
+from qcft.models.deltas import CONFIG, WEIGHTS
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
-from qcft.models.merge import merge_adapter
+from qcft.models.merge import merge_adapters
 from qcft.pipeline.prepare import ENGLISH, Prepared
 from qcft.pipeline.replay import choose_rows, generate_rows, read_rows
 from qcft.plan import Step
@@ -121,7 +122,7 @@ class Worker:
         for place in (work, done):
             shutil.rmtree(place, ignore_errors=True)
         work.mkdir()
-        changed = merge_adapter(self._weights(step), self.store.folder(step.adapter) / "adapter", work, self.watch)
+        changed = merge_adapters(self._weights(step), [self.store.folder(step.adapter) / "adapter"], work, self.watch)
         self.prepared.tokenizer.save_pretrained(work)  # with the chat template that was trained
         work.rename(done)
         return {"merged_weights": changed}
