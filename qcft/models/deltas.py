@@ -122,29 +122,51 @@ def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
     return adapter
 
 
-def apply(change: Change, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The changed weight in fp32: W + s B A; DoRA's m (W + s B A) / ||W + s B A||, norms over each output's row
-    (arXiv 2402.09353, eq. 5); an embedding's W + s (B A)^T; a bias's b + s b_B; or what replaces it.
-    """
-    import torch
+class Delta:
+    """A change with its factors read, ready to be added to a weight block of rows by block of rows.
 
-    if change.value is not None:
-        weight = change.value.read()
-    if change.bias is not None:
-        return weight.to(torch.float32) + change.scale * change.bias.read().to(torch.float32)
-    if change.a is None or change.b is None:
-        return weight.to(torch.float32)
-    a, b = (factor.read().to(torch.float32) for factor in (change.a, change.b))
-    flip = change.embedding or (transposed and weight.shape == (a.shape[1], b.shape[0]))
-    # Scaled and added in place: the largest tensor is held once in fp32, not three times.
-    delta = (a.T @ b.T) if flip else (b @ a)
-    result = delta.mul_(change.scale).add_(weight)
-    if change.magnitude is None:
-        return result
-    over = 0 if flip else 1
-    norms = torch.linalg.vector_norm(result, dim=over, keepdim=True)
-    magnitude = change.magnitude.read().to(torch.float32)
-    return result.mul_(magnitude.reshape(norms.shape) / norms)
+    W + s B A; DoRA's m (W + s B A) / ||W + s B A||, norms over each output's row (arXiv 2402.09353, eq. 5);
+    an embedding's W + s (B A)^T; a bias's b + s b_B; or what replaces the weight.
+    """
+
+    def __init__(self, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
+        self.value = change.value.read().reshape(_rows(shape)) if change.value else None
+        self.bias = _fp32(change.bias) * change.scale if change.bias else None
+        self.magnitude = _fp32(change.magnitude) if change.magnitude else None
+        self.left: torch.Tensor | None = None
+        self.product: torch.Tensor | None = None
+        self.flipped = False
+        if change.a is not None and change.b is not None:
+            a, b = _fp32(change.a), _fp32(change.b)
+            # A square Conv1D is told by the adapter's flag, any other by its shape.
+            self.flipped = change.embedding or (transposed and shape == (a.shape[1], b.shape[0]))
+            self.left, self.right = (a.T * change.scale, b.T) if self.flipped else (b * change.scale, a)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are needed at once: DoRA's norms on a weight that lies the other way round."""
+        return self.magnitude is not None and self.flipped
+
+    def onto(self, block: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows `first`... of the weight, in fp32, with the change."""
+        import torch
+
+        if self.value is not None:
+            block = self.value[first : first + len(block)].to(torch.float32)
+        if self.bias is not None:
+            return block + self.bias
+        if self.left is None:
+            return block
+        if self.product is None or len(self.product) < len(block):
+            self.product = torch.empty_like(block)  # kept: fresh pages for every block cost more than the product
+        block.add_(torch.mm(self.left[first : first + len(block)], self.right, out=self.product[: len(block)]))
+        if self.magnitude is None:
+            return block
+        norms = torch.linalg.vector_norm(block, dim=0 if self.flipped else 1, keepdim=True)
+        magnitude = self.magnitude.flatten()
+        if not self.flipped:
+            magnitude = magnitude[first : first + len(block)]
+        return block.mul_(magnitude.reshape(norms.shape) / norms)
 
 
 def check_stack(adapters: list[Adapter]) -> None:
@@ -167,6 +189,17 @@ def check_shape(name: str, change: Change, shape: tuple[int, ...], transposed: b
         f"the adapter's delta for {name} is {' x '.join(map(str, wanted))}, the weight {' x '.join(map(str, shape))}",
         "the adapter was made for another model, or another vocabulary",
     )
+
+
+def _fp32(stored: Stored) -> torch.Tensor:
+    import torch
+
+    return stored.read().to(torch.float32)
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape as rows: a bias is one row."""
+    return shape if len(shape) == 2 else (1, -1)
 
 
 def _scaling(config: dict[str, object], module: str, rank: int) -> float:

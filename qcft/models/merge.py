@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.models.deltas import Adapter, apply, check_shape, check_stack, read_adapter
+from qcft.models.deltas import Adapter, Delta, check_shape, check_stack, read_adapter
 from qcft.models.tensors import (
     DTYPES,
     FLOATS,
@@ -33,11 +34,13 @@ from qcft.models.tensors import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 __all__ = ["MARK", "Target", "merge_adapters", "weight_files", "weight_names"]
 
 SHARD_BYTES = 10**9
+BLOCK = 1 << 19  # numbers that are changed at a time: they stay in the processor's cache
 MARK = "qcft_merge.json"  # says how a folder was merged, where that decides how it may be loaded
 COPIED = {".json", ".jinja", ".model", ".txt", ".py"}  # config, tokenizer, chat template, a model's own code
 
@@ -93,8 +96,9 @@ def merge_adapters(
         watch.progress("merging", done, len(planned), "tensors")
 
     names = _shard_names(len(parts))
-    for name, part in zip(names, parts, strict=True):
-        write_tensors(to / name, part, write)
+    with _one_thread():
+        for name, part in zip(names, parts, strict=True):
+            write_tensors(to / name, part, write)
     if len(parts) > 1:
         weight_map = {tensor.name: name for name, part in zip(names, parts, strict=True) for tensor in part}
         total = sum(tensor.size for tensor in planned)
@@ -147,17 +151,43 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
 
 
 def _write(tensor: Planned, source: _Source, out: BinaryIO) -> None:
-    if not source.adapters and not source.dequantised and tensor.dtype == source.stored.dtype:
-        source.stored.copy_to(out)
+    """Write one tensor: copied as it is, or changed in fp32 a block of rows at a time."""
+    stored = source.stored
+    if not source.adapters and not source.dequantised and tensor.dtype == stored.dtype:
+        stored.copy_to(out)
         return
     import torch
 
-    weight = source.stored.read()
+    dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    deltas = [Delta(a.changes[tensor.name], tensor.shape, a.transposed) for a in source.adapters]
     if source.dequantised:
-        weight = _through_nf4(weight)
-    for adapter in source.adapters:
-        weight = apply(adapter.changes[tensor.name], weight, adapter.transposed)
-    write_bytes(weight.to(getattr(torch, TORCH_NAMES[tensor.dtype])), out)
+        blocks: Iterable[torch.Tensor] = [_through_nf4(stored.read())]
+    else:
+        blocks = stored.blocks(None if any(delta.whole for delta in deltas) else BLOCK)
+    first = 0
+    held = rounded = None
+    for block in blocks:
+        rows = len(block)
+        if held is None or rounded is None:
+            held, rounded = torch.empty_like(block, dtype=torch.float32), torch.empty_like(block, dtype=dtype)
+        changed = held[:rows].copy_(block)
+        for delta in deltas:
+            changed = delta.onto(changed, first)
+        write_bytes(rounded[:rows].copy_(changed), out)
+        first += rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are small and the disk is slower: more threads gain nothing, and on a busy machine cost everything."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _through_nf4(weight: Any) -> Any:

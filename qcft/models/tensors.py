@@ -7,8 +7,9 @@ gigabyte and need hold one tensor: the format is a length, a JSON header and the
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -43,15 +44,30 @@ class Stored:
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own (a mapped file would count as resident for as long as it is open)."""
+        return next(self.blocks(None)).reshape(self.shape)
+
+    def blocks(self, most: int | None) -> Iterator[torch.Tensor]:
+        """The tensor's rows, at most about `most` numbers at a time (None: all at once); a bias is one row.
+
+        A block lives until the next one is asked for.
+        """
         import torch
 
-        data = bytearray(self.size)
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        rows, columns = self.shape if len(self.shape) == 2 else (1, math.prod(self.shape))
+        step = rows if most is None else min(rows, max(1, most // max(1, columns)))
+        if not self.size:
+            yield torch.empty((rows, columns), dtype=dtype)
+            return
+        width = self.size // rows
+        data = torch.empty(step * width, dtype=torch.uint8)
+        view = memoryview(data.numpy()).cast("B")
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin)
-            _read_into(stream, memoryview(data))
-        if not data:
-            return torch.empty(self.shape, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
-        return torch.frombuffer(data, dtype=getattr(torch, TORCH_NAMES[self.dtype])).reshape(self.shape)
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                _read_into(stream, view[: count * width])
+                yield data[: count * width].view(dtype).reshape(count, columns)
 
     def copy_to(self, out: BinaryIO) -> None:
         """Copy the tensor's bytes as they are."""
@@ -77,10 +93,7 @@ class Planned:
     @property
     def size(self) -> int:
         """Its bytes."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
