@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -40,7 +41,8 @@ Data = Annotated[
 ]
 Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
 Freeze = Annotated[
-    str | None, typer.Option("--freeze", help="Layers without adapters: none, first:N, last:N, layers:0-11,20 ...")
+    str | None,
+    typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),
 ]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
 
@@ -147,6 +149,29 @@ def recipes(
 
 
 @app.command()
+def layers(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model as phase 2 would start from.")
+    ],
+    freeze: Freeze = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The model this one was tuned from, for most-changed and least-changed."),
+    ] = None,
+    set_: Set = None,
+    snr: Annotated[bool, typer.Option(help="Measure the signal-to-noise ratios (minutes for a large model).")] = True,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Show which layers a freeze spec leaves free, what phase 1 changed and their signal to noise. Trains nothing."""
+    from qcft import console
+    from qcft.commands import layers_table
+
+    table = _watched(lambda watch: layers_table(target, runs, freeze, base, set_ or [], snr, watch))
+    console.print_json(table) if json_ else console.print_layers(table)
+
+
+@app.command()
 def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     """List the runs, the latest first."""
     from qcft import console
@@ -233,6 +258,22 @@ def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) ->
     else:
         console.print_table(done.table)
         console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
+
+
+def _watched(work: Callable[[Watch], Any]) -> Any:
+    """Do work that shows its progress and can be stopped."""
+    from qcft import console
+    from qcft.events import Watch
+    from qcft.models.load import quiet_libraries
+
+    quiet_libraries()
+    reporter = console.Reporter(False)
+    watch = Watch(reporter)
+    _hear_signals(watch)
+    try:
+        return work(watch)
+    finally:
+        reporter.close()
 
 
 def _hear_signals(watch: Watch) -> None:

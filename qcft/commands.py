@@ -10,7 +10,7 @@ from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.files import read_json
 from qcft.recipe import Recipe, built_in_recipes, parse_assignments, recipe_from
-from qcft.store import NamedRun, list_runs, read_run
+from qcft.store import NamedRun, Store, list_runs, read_run
 
 LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
 
@@ -83,6 +83,35 @@ def phase2_recipe(
     if name is not None:
         raw["name"] = name
     return recipe_from(raw, parse_assignments(assignments))
+
+
+def layers_table(
+    target: str, runs: Path, freeze: str | None, base: str | None, assignments: list[str], snr: bool, watch: Watch
+) -> dict[str, Any]:
+    """What `qcft layers` shows: a run's last phase, or a model's only one, layer by layer. Raises InputError."""
+    from qcft.pipeline.layers import describe_layers, weights_of
+
+    run = next((found for found in list_runs(runs) if found.name == target), None)
+    if run is not None:
+        raw = run.recipe().model_dump(mode="json")
+    else:
+        raw = {"name": "layers", "model": {"name": target}, "phases": []}
+    phase = _second_phase(raw, run is None)
+    if not phase.get("data") and not phase.get("adapter"):
+        phase["data"] = ["qcft:instructions/en"]  # stands for data that isn't known yet
+    if freeze is not None:
+        phase["freeze"] = freeze
+    if base is not None:
+        raw["model"]["base"] = base
+    try:
+        recipe = recipe_from(raw, parse_assignments(assignments))
+        weights = weights_of(recipe, run, Store(runs), watch)
+    except InputError as error:
+        names = [found.name for found in list_runs(runs)]
+        if run is None and error.message.startswith("model:") and names:
+            raise InputError(error.message, nearest(target, names) + f"or a run: {', '.join(names[:8])}") from None
+        raise
+    return describe_layers(recipe, weights, snr, watch)
 
 
 def recipes_listed() -> list[dict[str, str]]:

@@ -176,6 +176,42 @@ def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[i
     return blocks
 
 
+def print_layers(table: Mapping[str, Any]) -> None:
+    """The layers of a phase: what carries adapters, what phase 1 changed, signal to noise."""
+    per_layer = max(len(layer["modules"]) for layer in table["layers"])
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("layer", "adapters on", "trainable", "changed by phase 1", "signal/noise"):
+        shown.add_column(title, justify="left" if title == "adapters on" else "right")
+    for layer in table["layers"]:
+        adapted = layer["adapted"]
+        on = ", ".join(adapted) if len(adapted) < per_layer else f"all {per_layer} linear modules"
+        cells = [
+            str(layer["layer"]),
+            on or "frozen",
+            f"{layer['trainable_parameters']:,}",
+            *("-" if layer[key] is None else f"{layer[key]:.3g}" for key in ("change", "snr")),
+        ]
+        shown.add_row(*(Text(cell, style="" if adapted else "dim") for cell in cells))
+    console = stdout()
+    console.print(shown)
+    share = table["trainable_parameters"] / table["parameters"]
+    console.print(
+        Text(
+            f"{table['phase']} with freeze {table['freeze']}: adapters of rank {table['rank']} on "
+            f"{table['adapted_modules']} of {table['linear_modules']} linear modules, "
+            f"{table['trainable_parameters']:,} trainable parameters ({share:.2%} of {table['parameters']:,}); "
+            f"the backward pass stops at layer {table['frozen_below']}"
+        ),
+        soft_wrap=True,
+    )
+    console.print(
+        f"Measured on {table['weights']}. Changed: sum of squared Frobenius norms of the deltas; signal/noise: mean of "
+        "the layer's modules.",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
 def print_rows(titles: list[str], rows: list[list[str]]) -> None:
     """A plain table on stdout."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

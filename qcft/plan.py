@@ -8,26 +8,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qcft.recipe import Phase, Recipe
+from qcft.recipe import Phase, Recipe, parse_freeze
 
-Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept"]
+Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept", "layers"]
 
 # Raised when a change to the code changes what a step of that kind results in.
-FORMATS: dict[Kind, int] = {"probe": 1, "train": 1, "adapter": 1, "merge": 1, "replay": 1, "kept": 1}
+FORMATS: dict[Kind, int] = {"probe": 1, "train": 2, "adapter": 1, "merge": 1, "replay": 1, "kept": 1, "layers": 1}
 
 # Settings of a training that change how it is run or watched, not what comes of it.
-CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing"}
+CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache"}
 
 
 @dataclass(frozen=True)
 class Digests:
     """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; each
-    phase's replay rows or prompts; the held-out rows that every stage is measured on."""
+    phase's replay rows or prompts; the held-out rows that every stage is measured on; the model that the model was
+    tuned from, where a freeze spec goes by what that changed."""
 
     model: str
     phases: Mapping[str, str]
     replay: Mapping[str, str]
     held_out: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class _Planner:
             elif number:
                 before = self.step_of("eval/base")
             replay = self.replay(phase, weights) if phase.replay and phase.replay.ratio > 0 else None
-            trained = self.adapter(phase) if phase.adapter else self.train(phase, weights, replay)
+            layers = self.layers(phase, weights)
+            trained = self.adapter(phase) if phase.adapter else self.train(phase, weights, replay, layers)
             live = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id)
             self.unmerged.append((phase, trained, live, before))
         return Plan(tuple(self.steps))
@@ -162,7 +165,24 @@ class _Planner:
         title = "generate replay" if phase.replay.kind == "generative" else "choose English replay"
         return self.add("replay", stage, f"{title} for {phase.name}", phase.name, weights, None, settings)
 
-    def train(self, phase: Phase, weights: str | None, replay: Step | None) -> Step:
+    def layers(self, phase: Phase, weights: str | None) -> Step | None:
+        """What a freeze spec goes by: how much earlier phases changed each module, or its signal-to-noise ratio."""
+        measure = parse_freeze(phase.freeze).measure
+        if measure is None:
+            return None
+        stage = self.numbered("layers", phase.name)
+        settings: dict[str, Any] = {"model": self.digests.model, "measure": measure}
+        if measure == "snr":
+            title = f"measure signal to noise for {phase.name}"
+            return self.add("layers", stage, title, phase.name, weights, None, settings)
+        names = [p.name for p in self.recipe.phases]
+        earlier = names[: names.index(phase.name)]
+        settings["since"] = None if earlier else self.digests.base
+        title = f"measure what {' and '.join(earlier) or 'tuning the base'} changed"
+        parents = tuple(self.step_of(name).id for name in earlier)
+        return self.add("layers", stage, title, phase.name, None, None, settings, parents)
+
+    def train(self, phase: Phase, weights: str | None, replay: Step | None, layers: Step | None) -> Step:
         """The training of a phase's adapter."""
         settings = {
             **self.model,
@@ -176,7 +196,7 @@ class _Planner:
             "replay_system": self.recipe.phases[0].system if replay else None,
             "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
         }
-        parents = (replay.id,) if replay else ()
+        parents = tuple(step.id for step in (replay, layers) if step)
         return self.add("train", phase.name, f"train {phase.name}", phase.name, weights, None, settings, parents)
 
     def adapter(self, phase: Phase) -> Step:

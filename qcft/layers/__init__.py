@@ -1,5 +1,12 @@
 """Layers: which modules of a model may carry adapters, and which of them a freeze spec leaves free."""
 
-from qcft.layers.modules import adapted_modules, decoder_layers
+from qcft.layers.modules import (
+    LinearModule,
+    adapted_modules,
+    decoder_layers,
+    frozen_whole,
+    linear_modules,
+    lowest_adapted,
+)
 
-__all__ = ["adapted_modules", "decoder_layers"]
+__all__ = ["LinearModule", "adapted_modules", "decoder_layers", "frozen_whole", "linear_modules", "lowest_adapted"]

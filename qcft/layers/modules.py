@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, nearest
-from qcft.recipe import frozen_layers, parse_freeze
+from qcft.recipe import frozen_layers, frozen_modules, parse_freeze
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """One linear module of a decoder layer: its full name, its layer, its type (`self_attn.q_proj`)."""
+
+    name: str
+    layer: int
+    type: str
+    shape: tuple[int, int]
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, int]:
@@ -32,36 +44,73 @@ def decoder_layers(model: nn.Module) -> tuple[str, int]:
     return min(found, key=len), wanted
 
 
-def adapted_modules(model: nn.Module, targets: str | list[str], freeze: str, seed: int) -> list[str]:
-    """Full names of the linear modules that get an adapter: those of the layers that are not frozen.
+def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") -> list[LinearModule]:
+    """The linear modules of the decoder layers that `targets` names, layer by layer.
 
     `targets` is `all-linear` or a list of last names (`q_proj`). The output head is never among them.
-    Raises InputError for a spec the model has no layers for, a target it lacks, or nothing left to train.
+    Raises InputError for a target the model lacks, and for a model without linear modules.
     """
-    prefix, layers = decoder_layers(model)
-    frozen = frozen_layers(parse_freeze(freeze), layers, seed)
-    linear = _linear_modules(model, prefix)
-    if not linear:
+    from torch import nn
+
+    prefix, _ = decoder_layers(model)
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(prefix + "."):
+            layer, _, kind = name[len(prefix) + 1 :].partition(".")
+            found.append(LinearModule(name, int(layer), kind, (module.out_features, module.in_features)))
+    if not found:
         raise InputError(
             f"model: the layers of {type(model).__name__} hold no linear modules",
             "models built of other modules, such as GPT-2's, can't be adapted",
         )
-    if targets != "all-linear":
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        for target in targets:
-            if target not in known:
-                raise InputError(
-                    f"lora.targets: the model has no linear module {target!r}",
-                    nearest(target, known) + f"it has {', '.join(known)}",
-                )
-        linear = [name for name in linear if name.rsplit(".", 1)[-1] in targets]
-    chosen = [name for name in linear if int(name[len(prefix) + 1 :].split(".")[0]) not in frozen]
+    if targets == "all-linear":
+        return found
+    known = sorted({module.name.rsplit(".", 1)[-1] for module in found})
+    for target in targets:
+        if target not in known:
+            raise InputError(
+                f"lora.targets: the model has no linear module {target!r}",
+                nearest(target, known) + f"it has {', '.join(known)}",
+            )
+    return [module for module in found if module.name.rsplit(".", 1)[-1] in targets]
+
+
+def adapted_modules(
+    model: nn.Module,
+    targets: str | list[str],
+    freeze: str,
+    seed: int,
+    measured: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Full names of the linear modules that get an adapter: those that are not frozen.
+
+    `measured` gives for each module what the spec goes by: its change in phase 1, or its signal-to-noise ratio.
+    Without it the right number of modules is chosen, but not yet the right ones. Raises InputError for a spec the
+    model has no layers for, a target it lacks, or nothing left to train.
+    """
+    spec = parse_freeze(freeze)
+    _, layers = decoder_layers(model)
+    modules = linear_modules(model, targets)
+    values = {module.name: (measured or {}).get(module.name, 0.0) for module in modules}
+    if spec.kind == "snr":
+        frozen = frozen_modules(spec, values, {module.name: module.type for module in modules})
+        return [module.name for module in modules if module.name not in frozen]
+    change = [sum(values[module.name] for module in modules if module.layer == i) for i in range(layers)]
+    out = frozen_layers(spec, layers, seed, change)
+    chosen = [module.name for module in modules if module.layer not in out]
     if not chosen:
         raise InputError(f"freeze: {freeze!r} leaves nothing to train", "freeze fewer layers or name more lora.targets")
     return chosen
 
 
-def _linear_modules(model: nn.Module, prefix: str) -> list[str]:
-    from torch import nn
+def frozen_whole(model: nn.Module, adapted: list[str]) -> list[int]:
+    """The layers none of whose modules is among `adapted`."""
+    prefix, layers = decoder_layers(model)
+    free = {int(name[len(prefix) + 1 :].split(".")[0]) for name in adapted}
+    return [i for i in range(layers) if i not in free]
 
-    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.startswith(prefix + ".")]
+
+def lowest_adapted(model: nn.Module, adapted: list[str]) -> int:
+    """The lowest layer with an adapter: as many layers below it do not change in training."""
+    prefix, _ = decoder_layers(model)
+    return min(int(name[len(prefix) + 1 :].split(".")[0]) for name in adapted)

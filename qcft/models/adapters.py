@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
 from qcft.files import is_whole_safetensors, read_json
-from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS
+from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, read_adapter
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -106,39 +108,19 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
             raise InputError(f"adapter: {where!r} holds {what}, which qcft cannot merge", "merge it with PEFT first")
 
 
-def adapted_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """The weights an adapter changes, by their names in the model, and the (out, in) shape of each delta.
+def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A.
 
-    Raises InputError for an adapter that holds anything but pairs of LoRA factors.
+    Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
     """
-    from safetensors import safe_open
-
-    shapes = {}
-    opened: Any = safe_open(folder / WEIGHTS, framework="pt")
-    with opened as tensors:
-        names = set(tensors.keys())
-        for name in sorted(names):
-            partner = name.replace(".lora_A.", ".lora_B.")
-            if name.endswith(".lora_A.weight") and partner in names:
-                rows, columns = tensors.get_slice(partner).get_shape()[0], tensors.get_slice(name).get_shape()[1]
-                shapes[weight_name(name)] = (rows, columns)
-            elif not name.endswith(".lora_B.weight"):
-                raise InputError(
-                    f"adapter: {str(folder)!r} holds {name!r}, which is no LoRA factor of a linear layer",
-                    "merge it with PEFT first",
-                )
-    return shapes
-
-
-def weight_name(factor: str) -> str:
-    """The name of the model's weight that a `lora_A` factor belongs to."""
-    return factor.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight"
-
-
-def factor_names(weight: str) -> tuple[str, str]:
-    """The names of the two factors, A and B, of a model's weight."""
-    module = PREFIX + weight.removesuffix(".weight")
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    adapter = read_adapter(folder)
+    for weight, change in adapter.changes.items():
+        if not change.plain or change.embedding or change.a is None or change.b is None:
+            raise InputError(
+                f"adapter: {str(folder)!r} holds more than plain LoRA ({weight}), whose change has no two factors",
+                "name the frozen layers, as in layers:0-11",
+            )
+        yield weight, change.a.read(), change.b.read(), change.scale
 
 
 def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:

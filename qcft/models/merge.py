@@ -27,8 +27,6 @@ from qcft.models.tensors import (
     Stored,
     shards,
     stored_weights,
-    weight_files,
-    weight_names,
     write_bytes,
     write_tensors,
 )
@@ -36,8 +34,6 @@ from qcft.models.tensors import (
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-__all__ = ["MARK", "Target", "merge_adapters", "weight_files", "weight_names"]
 
 SHARD_BYTES = 10**9
 BLOCK = 1 << 19  # numbers that are changed at a time: they stay in the processor's cache

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qcft.files import read_json
 
@@ -61,7 +61,7 @@ class Stored:
             return
         width = self.size // rows
         data = torch.empty(step * width, dtype=torch.uint8)
-        view = memoryview(data.numpy()).cast("B")
+        view = data.numpy().data.cast("B")
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin)
             for first in range(0, rows, step):
@@ -124,6 +124,14 @@ def stored_weights(folder: Path) -> dict[str, Stored]:
     for file in weight_files(folder):
         found |= stored_tensors(file)
     return found
+
+
+def tensor_files(folder: Path) -> dict[str, Any]:
+    """The open safetensors file of each weight in a model folder, by the name it is stored under."""
+    from safetensors import safe_open
+
+    opened: list[Any] = [safe_open(file, framework="pt") for file in weight_files(folder)]
+    return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def weight_names(folder: Path) -> set[str]:

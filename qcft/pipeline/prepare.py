@@ -17,13 +17,14 @@ from qcft.events import Watch
 from qcft.files import file_digest
 from qcft.models.adapters import read_adapter_config
 from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, read_adapter
-from qcft.models.merge import weight_names
+from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
+from qcft.models.tensors import weight_names
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Phase, Recipe, Source
+from qcft.recipe import Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ENGLISH = "en"
 SHIPPED_ENGLISH = "qcft:instructions/en"
@@ -65,6 +66,8 @@ class Prepared:
         self._loaded: dict[str, LoadedSource] = {}
         self._encoded: dict[str, list[EncodedSet]] = {}
         self.model: ModelSource = resolve(recipe.model)
+        base = recipe.model.base
+        self.base = resolve(Model(name=base)) if base and recipe.measures_change_since_base() else None
         self.sources = {phase.name: [self._load(s) for s in phase.sources()] for phase in recipe.phases}
         self.groups = self._groups()
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
@@ -82,6 +85,17 @@ class Prepared:
         from qcft.models.load import load_tokenizer
 
         return load_tokenizer(self.folder, self.recipe.model)
+
+    @cached_property
+    def meta_model(self) -> PreTrainedModel:
+        """The model's modules without their weights."""
+        return model_without_weights(self.folder, self.recipe.model)
+
+    @cached_property
+    def base_folder(self) -> Path:
+        """The weights of `model.base`, which the model was tuned from."""
+        assert self.base is not None
+        return weights_folder(self.base, self.watch)
 
     def encoder(self, phase: Phase) -> Encoder:
         """The phase's way from rows to tokens."""
@@ -150,18 +164,44 @@ class Prepared:
         """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
         from qcft.training.sft import check_settings
 
-        modules_of = _MetaModel(self.folder, self.recipe)
         for group in self.groups:
             self.held_out(group)
         for phase in self.recipe.phases:
             if phase.adapter:
-                modules_of.check_adapter(Path(phase.adapter).expanduser())
+                self._check_adapter(Path(phase.adapter).expanduser())
                 continue
-            modules_of.check(phase)
+            self._check_layers(phase)
             check_settings(phase.train)
             new_rows = sum(len(s.rows) for s in self.encoded(phase))
             if phase.replay and phase.replay.ratio > 0:
                 self.replay_needed(phase, new_rows)
+
+    def _check_layers(self, phase: Phase) -> None:
+        """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
+        from qcft.layers import adapted_modules
+
+        modules = adapted_modules(self.meta_model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
+        if phase.name == self.recipe.phases[-1].name:
+            return
+        missing = {f"{name}.weight" for name in modules} - weight_names(self.folder)
+        if missing:
+            raise InputError(
+                f"model: {self.recipe.model.name!r} stores its weights under other names than {min(missing)}",
+                f"{phase.name} could not be merged onto them: load it with transformers and save it again",
+            )
+
+    def _check_adapter(self, folder: Path) -> None:
+        """Check that an adapter made elsewhere fits the model."""
+        weights = {name: tuple(weight.shape) for name, weight in self.meta_model.state_dict().items()}
+        hint = f"it was made for another model than {self.recipe.model.name!r}"
+        adapter = read_adapter(folder)
+        for name, change in adapter.changes.items():
+            if name not in weights:
+                raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
+            try:
+                check_shape(name, change, weights[name], adapter.transposed)
+            except QcftError as error:
+                raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
 
     def _tokenising(self, name: str, total: int, done: int) -> None:
         if done % 500 == 0:
@@ -243,62 +283,8 @@ class Prepared:
             phases=phases,
             replay={name: digest_rows(pool.rows) for name, pool in self.pools.items()},
             held_out=held.hexdigest(),
+            base=self.base.digest if self.base else None,
         )
-
-
-class _MetaModel:
-    """The model's modules without their weights."""
-
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        trust = recipe.model.trust_remote_code
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-            if getattr(config, "quantization_config", None):
-                raise InputError(
-                    f"model: {recipe.model.name!r} is quantised already",
-                    "give its 16-bit weights: phase 1 is merged onto them, and qcft quantises them itself",
-                )
-            with torch.device("meta"):
-                attention = recipe.model.attn_implementation
-                options = {"attn_implementation": attention} if attention else {}
-                self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise InputError(
-                f"model: {recipe.model.name!r} cannot be built: {' '.join(str(error).split())[:160]}",
-                "give a decoder-only language model; look at model.attn_implementation and model.trust_remote_code",
-            ) from None
-        self.folder = folder
-        self.recipe = recipe
-
-    def check(self, phase: Phase) -> None:
-        """Check that the freeze spec and the targets fit the model."""
-        from qcft.layers import adapted_modules
-
-        modules = adapted_modules(self.model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
-        if phase.name == self.recipe.phases[-1].name:
-            return
-        missing = {f"{name}.weight" for name in modules} - weight_names(self.folder)
-        if missing:
-            raise InputError(
-                f"model: {self.recipe.model.name!r} stores its weights under other names than {min(missing)}",
-                f"{phase.name} could not be merged onto them: load it with transformers and save it again",
-            )
-
-    def check_adapter(self, folder: Path) -> None:
-        """Check that an adapter made elsewhere fits the model."""
-        weights = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
-        adapter = read_adapter(folder)
-        for name, change in adapter.changes.items():
-            hint = f"it was made for another model than {self.recipe.model.name!r}"
-            if name not in weights:
-                raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
-            try:
-                check_shape(name, change, weights[name], adapter.transposed)
-            except QcftError as error:
-                raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
 
 
 def _counts(left_out: dict[str, int]) -> str:

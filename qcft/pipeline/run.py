@@ -125,6 +125,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
         return f"{metrics['rows']} rows" + (f"; left out {left_out}" if left_out else "")
     if step.kind == "merge":
         return f"{metrics['merged_weights']} weights changed"
+    if step.kind == "layers":
+        return f"{metrics['modules']} modules"
     if step.kind == "kept":
         share = metrics["share"]
         rows = metrics["gain"]["rows"]

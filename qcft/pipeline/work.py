@@ -20,10 +20,12 @@ from qcft.models.deltas import CONFIG, WEIGHTS
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.merge import merge_adapters
+from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_changes
+from qcft.pipeline.prefix import open_prefix
 from qcft.pipeline.prepare import ENGLISH, Prepared
 from qcft.pipeline.replay import choose_rows, generate_rows, read_rows
 from qcft.plan import Step
-from qcft.recipe import Phase, frozen_layers, parse_freeze
+from qcft.recipe import Phase
 from qcft.store import Store
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Worker:
             "merge": self.merge,
             "replay": self.replay,
             "kept": self.kept,
+            "layers": self.layers,
         }
         try:
             return bodies[step.kind](step, folder)
@@ -79,9 +82,10 @@ class Worker:
 
     def train(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
-        from qcft.layers import adapted_modules
+        from qcft.layers import adapted_modules, frozen_whole, lowest_adapted
+        from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
-        from qcft.training.sft import train_adapter
+        from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self._phase(step)
         new, replay = self.prepared.encoded(phase), self._replay_set(phase, step)
@@ -92,17 +96,30 @@ class Worker:
         batches = make_batches(rows, lambda epoch: mixed_order(count, extra, f"{seed}:{epoch}"), phase.train)
         mixed = self._tell_mix(phase, new, replay, batches.steps, batches.rows / batches.steps)
         model = self._load(step)
-        modules = adapted_modules(model, self.recipe.lora.targets, phase.freeze, seed)
+        modules = adapted_modules(model, self.recipe.lora.targets, phase.freeze, seed, self._measured(step))
         _seed_everything(seed)
         adapted = add_lora(model, modules, self.recipe.lora)
+        below = lowest_adapted(model, modules)
+        by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
+        weights = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
+        prefix = open_prefix(model, below, rows, batches.rows, weights, phase.train, self.store, self.watch)
         trained = train_adapter(
-            adapted, self.prepared.tokenizer, batches, phase.train, seed, folder, self.watch, f"training {phase.name}"
+            adapted,
+            self.prepared.tokenizer,
+            batches,
+            phase.train,
+            seed,
+            folder,
+            self.watch,
+            f"training {phase.name}",
+            Shortcuts(below, by_rows, prefix),
         )
         return {
             **asdict(trained),
             "mix": [asdict(share) for share in mixed.shares],
             "adapted_modules": len(modules),
-            "frozen_layers": _frozen(phase, model, seed),
+            "frozen_layers": frozen_whole(model, modules),
+            "prefix_cache": prefix is not None,
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
 
@@ -149,6 +166,29 @@ class Worker:
         a, b, c = ([_score(s) for name in own for s in scores[name]] for scores in (base, live, merged))
         return {"groups": own, **asdict(kept(a, b, c))}
 
+    def layers(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Measure what a freeze spec goes by, module by module."""
+        prepared = self.prepared
+        measure = step.settings["measure"]
+        if measure == "snr":
+            values = snr_of(self._weights(step), self._weights_digest(step), prepared.meta_model, self.watch)
+        elif step.parents:
+            values = summed_changes(self.store.folder(parent) / "adapter" for parent in step.parents)
+        else:
+            values = change_since(prepared.base_folder, prepared.folder, prepared.meta_model, self.watch)
+        write_json(folder / "layers.json", {"measure": measure, "modules": values})
+        return {"measure": measure, "modules": len(values)}
+
+    def _measured(self, step: Step) -> dict[str, float] | None:
+        for parent in step.parents:
+            found = read_json(self.store.folder(parent) / "layers.json")
+            if found is not None:
+                return dict(found["modules"])
+        return None
+
+    def _weights_digest(self, step: Step) -> str:
+        return self.prepared.model.digest if step.weights is None else model_digest(self.store, step.weights)
+
     def _load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
         model = load_model(self._weights(step), self.recipe.model, quantize)
         if step.adapter is not None and step.kind == "probe":
@@ -189,9 +229,10 @@ class Worker:
         return Encoder(self.prepared.tokenizer, self.recipe.phases[0].system, train.max_length, train.long_rows)
 
     def _replay_set(self, phase: Phase, step: Step) -> EncodedSet | None:
-        if not step.parents:
+        made = [parent for parent in step.parents if parent.startswith("replay-")]
+        if not made:
             return None
-        rows: list[Row] = read_rows(self.store.folder(step.parents[0]) / "replay.jsonl")
+        rows: list[Row] = read_rows(self.store.folder(made[0]) / "replay.jsonl")
         encoded = self._replay_encoder(phase).encode_all(rows)
         if encoded.left_out:
             raise QcftError(f"replay: {encoded.left_out} cannot train", "please report this")
@@ -231,12 +272,6 @@ def _summary(answers: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _score(entry: dict[str, Any]) -> RowScore:
     return RowScore(entry["nll"], entry["tokens"], entry["correct"])
-
-
-def _frozen(phase: Phase, model: Any, seed: int) -> list[int]:
-    from qcft.layers import decoder_layers
-
-    return sorted(frozen_layers(parse_freeze(phase.freeze), decoder_layers(model)[1], seed))
 
 
 def _seed_everything(seed: int) -> None:

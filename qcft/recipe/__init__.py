@@ -1,6 +1,6 @@
 """The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
 
-from qcft.recipe.freeze import FreezeSpec, frozen_layers, parse_freeze
+from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.recipe.schema import (
     Answers,
@@ -29,6 +29,7 @@ __all__ = [
     "Train",
     "built_in_recipes",
     "frozen_layers",
+    "frozen_modules",
     "load_recipe",
     "parse_assignments",
     "parse_freeze",

@@ -1,7 +1,8 @@
 """The one place where a freeze spec is read. Every spec names what is FROZEN, that is, gets no adapter.
 
-none, first:N, last:N, middle:N, every:K, layers:0-11,20 and random:SHARE[@SEED]. N is a count, or a share
-when it has a decimal point (0.5); shares round half up. `middle:N` freezes all but N layers at each end.
+none, first:N, last:N, middle:N, every:K, layers:0-11,20, random:N[@SEED], most-changed:N, least-changed:N
+and snr:N. N is a count, or a share when it has a decimal point (0.5); shares round half up. `middle:N`
+freezes all but N layers at each end; `snr:N` freezes modules, N of each type, and not whole layers.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from qcft.errors import InputError, nearest
 
-KINDS = ("none", "first", "last", "middle", "every", "layers", "random")
-HINT = "use none, first:N, last:N, middle:N, every:K, layers:0-11,20 or random:0.5@SEED"
+KINDS = ("none", "first", "last", "middle", "every", "layers", "random", "most-changed", "least-changed", "snr")
+HINT = (
+    "use none, first:N, last:N, middle:N, every:K, layers:0-11,20, random:0.5@SEED, "
+    "most-changed:0.5, least-changed:0.5 or snr:0.5"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,24 @@ class FreezeSpec:
     ranges: tuple[tuple[int, int], ...] = ()
     seed: int | None = None
     text: str = "none"
+
+    @property
+    def measure(self) -> Literal["change", "snr"] | None:
+        """What must be known of the weights before the spec says which layers are frozen."""
+        if self.kind == "snr":
+            return "snr"
+        return "change" if self.kind in {"most-changed", "least-changed"} else None
+
+    def count(self, of: int, what: str = "layers") -> int:
+        """How many of `of` layers (or modules of a type) the spec's N comes to. Raises InputError if more than all."""
+        assert self.amount is not None
+        count = self.amount if isinstance(self.amount, int) else math.floor(self.amount * of + 0.5)
+        if count > of:
+            raise InputError(
+                f"freeze: {self.text!r} asks for {count} {what}, but the model has {of}",
+                f"give a number up to {of - 1}",
+            )
+        return count
 
 
 def parse_freeze(text: str) -> FreezeSpec:
@@ -52,13 +76,16 @@ def parse_freeze(text: str) -> FreezeSpec:
     return FreezeSpec(kind, amount, seed=seed, text=text)
 
 
-def frozen_layers(spec: FreezeSpec, layers: int, seed: int = 0) -> frozenset[int]:
-    """The layers, counted from 0, that a spec freezes in a model with `layers` decoder layers.
+def frozen_layers(
+    spec: FreezeSpec, layers: int, seed: int = 0, change: Sequence[float] | None = None
+) -> frozenset[int]:
+    """The layers, counted from 0, that a spec freezes whole in a model with `layers` decoder layers.
 
-    `seed` is the arm's, used by `random` specs that name none. Raises InputError for a layer that the
-    model does not have and for a spec that leaves nothing to train.
+    `seed` is the arm's, used by `random` specs that name none. `change` is how much phase 1 changed each layer;
+    without it most-changed and least-changed freeze as many layers as they will, but not yet the right ones.
+    Raises InputError for a layer that the model does not have and for a spec that leaves nothing to train.
     """
-    frozen = _frozen(spec, layers, seed)
+    frozen = _frozen(spec, layers, seed, change or [0.0] * layers)
     if len(frozen) == layers:
         raise InputError(
             f"freeze: {spec.text!r} freezes all {layers} layers: nothing is left to train",
@@ -67,28 +94,47 @@ def frozen_layers(spec: FreezeSpec, layers: int, seed: int = 0) -> frozenset[int
     return frozen
 
 
-def _frozen(spec: FreezeSpec, layers: int, seed: int) -> frozenset[int]:
-    if spec.kind == "none":
+def frozen_modules(spec: FreezeSpec, snr: Mapping[str, float], type_of: Mapping[str, str]) -> frozenset[str]:
+    """The modules an `snr` spec freezes: of each type, those with the lowest signal-to-noise ratio.
+
+    `snr` and `type_of` give each module's ratio and type by its full name; ties go to the lower layer, that is, to
+    the module named first. Raises InputError for a spec that leaves nothing to train.
+    """
+    by_type: dict[str, list[str]] = {}
+    for name, kind in type_of.items():
+        by_type.setdefault(kind, []).append(name)
+    frozen: set[str] = set()
+    for kind, names in by_type.items():
+        ranked = sorted(names, key=lambda name: snr[name])
+        frozen.update(ranked[: spec.count(len(names), f"modules {kind}")])
+    if len(frozen) == len(type_of):
+        raise InputError(
+            f"freeze: {spec.text!r} freezes all {len(frozen)} modules: nothing is left to train", "freeze fewer of them"
+        )
+    return frozenset(frozen)
+
+
+def _frozen(spec: FreezeSpec, layers: int, seed: int, change: Sequence[float]) -> frozenset[int]:
+    if spec.kind in {"none", "snr"}:
         return frozenset()
     if spec.kind == "layers":
         wanted = {i for low, high in spec.ranges for i in range(low, high + 1)}
         _in_range(spec, max(wanted), layers)
         return frozenset(wanted)
-    assert spec.amount is not None
     if spec.kind == "every":
+        assert spec.amount is not None
         return frozenset(range(0, layers, int(spec.amount)))
-    count = spec.amount if isinstance(spec.amount, int) else math.floor(spec.amount * layers + 0.5)
-    if count > layers:
-        raise InputError(
-            f"freeze: {spec.text!r} asks for {count} layers, but the model has {layers}",
-            f"give a number up to {layers - 1}",
-        )
+    count = spec.count(layers)
     if spec.kind == "first":
         return frozenset(range(count))
     if spec.kind == "last":
         return frozenset(range(layers - count, layers))
     if spec.kind == "middle":
         return frozenset(range(count, layers - count))
+    if spec.kind == "most-changed":
+        return frozenset(sorted(range(layers), key=lambda i: (-change[i], i))[:count])
+    if spec.kind == "least-changed":
+        return frozenset(sorted(range(layers), key=lambda i: (change[i], i))[:count])
     seed = spec.seed if spec.seed is not None else seed
     # Ranked by digest rather than drawn by a generator: the same on every machine and Python version.
     ranked = sorted(range(layers), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())

@@ -43,10 +43,14 @@ def _listed(value: Any) -> Any:
 
 
 class Model(Part):
-    """Which model, and how its weights are held while training and measuring."""
+    """Which model, and how its weights are held while training and measuring.
+
+    `base` is the model it was tuned from: what a first phase's most-changed and least-changed are measured against.
+    """
 
     name: str
     revision: str | None = None
+    base: str | None = None
     quantize: Literal["nf4", "none"] = "nf4"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -127,7 +131,10 @@ class Replay(Part):
 
 
 class Train(Part):
-    """How a phase is trained. `batch` counts rows per optimizer step, whether rows are packed or not."""
+    """How a phase is trained. `batch` counts rows per optimizer step, whether rows are packed or not.
+
+    `prefix_cache`: keep on disk what the lowest, frozen layers make of each row, and train from that.
+    """
 
     lr: Annotated[Number, Field(gt=0)] = 2e-4
     epochs: Annotated[Number, Field(gt=0)] = 1.0
@@ -141,6 +148,7 @@ class Train(Part):
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.03
     optimizer: str = "auto"
     gradient_checkpointing: bool | Literal["auto"] = "auto"
+    prefix_cache: bool | Literal["auto"] = "auto"
     checkpoint_steps: Annotated[Count, Field(ge=1)] | None = None
     report_to: list[str] = []
     sft: dict[str, Any] = {}
@@ -249,6 +257,20 @@ class Recipe(Part):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _change_is_known(self) -> Self:
+        first = self.phases[0]
+        if self.measures_change_since_base() and self.model.base is None:
+            raise ValueError(
+                f"{first.name}.freeze: {first.freeze!r} goes by what an earlier phase changed, but {first.name!r} is "
+                "the first phase | set model.base to the model that this one was tuned from"
+            )
+        return self
+
+    def measures_change_since_base(self) -> bool:
+        """Whether the first phase freezes by what changed in the model before it came."""
+        return parse_freeze(self.phases[0].freeze).measure == "change"
+
     def phase(self, name: str) -> Phase:
         """The phase of that name. Raises KeyError."""
         for phase in self.phases:
@@ -257,7 +279,7 @@ class Recipe(Part):
         raise KeyError(name)
 
 
-RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "eval", "report"}
+RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report"}
 
 # Fields of trl's SFTConfig that qcft sets itself, and the recipe key that stands for each.
 OWNED = {

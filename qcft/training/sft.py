@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.errors import InputError, Interrupted, QcftError, nearest
 from qcft.events import Progress, Watch
 from qcft.files import is_whole, seal, write_text
+from qcft.layers import decoder_layers
 from qcft.models.adapters import keep_adapters_in_fp32
 from qcft.models.load import compute_dtype, device, peak_memory
 from qcft.recipe import Train
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
+    from qcft.training.prefix import Prefix
+
+ITEM = "item"  # the column that says which of the batches' items an example is
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -39,6 +43,16 @@ class Trained:
     tokens: int
     loss: float
     resumed_from: int
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What a training need not do: `below` layers are frozen under the lowest adapter, and the backward pass stops
+    there; `by_rows`, attention goes row by row and nothing is padded; `prefix`, the frozen layers need not run."""
+
+    below: int = 0
+    by_rows: bool = False
+    prefix: Prefix | None = None
 
 
 def check_settings(train: Train) -> None:
@@ -72,7 +86,7 @@ def check_settings(train: Train) -> None:
         if find_spec(package) is None:
             raise InputError(f"train.report_to: {tracker} is not installed", f"pip install {package}")
     try:
-        _config(train, Path("."), Batches([[]], 1, 1, False), 0, False)
+        _config(train, Path("."), Batches([[]], 1, 1, False), 0, False, False)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"train.sft: {' '.join(str(error).split())[:160]}", "see TRL's documentation of SFTConfig"
@@ -88,6 +102,7 @@ def train_adapter(
     folder: Path,
     watch: Watch,
     label: str,
+    shortcuts: Shortcuts = Shortcuts(),
 ) -> Trained:
     """Train the adapters on a model, leaving them in `folder/adapter`.
 
@@ -99,13 +114,14 @@ def train_adapter(
 
     checkpoints = folder / "checkpoints"
     last = _last_whole(checkpoints)
-    config = _config(train, checkpoints, batches, seed, _checkpointing(model, batches, train))
+    checkpointing = _checkpointing(model, batches, train, shortcuts.below)
+    config = _config(train, checkpoints, batches, seed, checkpointing, shortcuts.by_rows)
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
-        trainer = _make_trainer(model, tokenizer, batches, config)
+        trainer = _make_trainer(model, tokenizer, batches, config, shortcuts)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
-    trainer.add_callback(_reporter(batches, folder / "log.jsonl", watch, label))
+    trainer.add_callback(_reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below))
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.cuda.OutOfMemoryError:
@@ -144,7 +160,9 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
         del os.environ[name]
 
 
-def _config(train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool) -> SFTConfig:
+def _config(
+    train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool, by_rows: bool
+) -> SFTConfig:
     import torch
     from trl import SFTConfig
 
@@ -159,7 +177,7 @@ def _config(train: Train, checkpoints: Path, batches: Batches, seed: int, checkp
         per_device_train_batch_size=batches.per_pass,
         gradient_accumulation_steps=batches.accumulation,
         max_length=None,  # rows come cut to length
-        padding_free=batches.packed,
+        padding_free=batches.packed or by_rows,
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",  # the order is the mix's
         lr_scheduler_type=train.scheduler,
@@ -182,12 +200,28 @@ def _config(train: Train, checkpoints: Path, batches: Batches, seed: int, checkp
     )
 
 
-def _make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, config: SFTConfig) -> Any:
+def _make_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, config: SFTConfig, shortcuts: Shortcuts
+) -> Any:
     from transformers import PrinterCallback, Trainer
     from trl import SFTTrainer
 
     class PhaseTrainer(SFTTrainer):
-        """SFTTrainer whose checkpoints hold the adapter, no pickled arguments, and a seal."""
+        """SFTTrainer whose batches know their rows, and whose checkpoints hold the adapter, no pickled arguments,
+        and a seal."""
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            if ITEM not in self._signature_columns:
+                self._signature_columns.append(ITEM)
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            rows = [row for item in inputs.pop(ITEM) for row in batches.items[item]]
+            if shortcuts.by_rows:
+                inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
+            if shortcuts.prefix:
+                shortcuts.prefix.show(rows)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
@@ -197,6 +231,12 @@ def _make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
+    collate = trainer.data_collator
+
+    def with_items(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**collate(examples), ITEM: tuple(example[ITEM] for example in examples)}
+
+    trainer.data_collator = with_items
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -204,10 +244,11 @@ def _make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches:
 def _dataset(batches: Batches) -> Any:
     from datasets import Dataset, Features, List, Value
 
-    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), ITEM: Value("int32")}
     columns: dict[str, list[Any]] = {
         "input_ids": [[t for row in item for t in row.input_ids] for item in batches.items],
         "labels": [[t for row in item for t in row.labels] for item in batches.items],
+        ITEM: list(range(len(batches.items))),
     }
     if batches.packed:
         features["seq_lengths"] = List(Value("int32"))
@@ -215,7 +256,7 @@ def _dataset(batches: Batches) -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
+def _reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) -> Any:
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
@@ -227,6 +268,7 @@ def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
                 # TRL and, just before this, the Trainer ask for gradients of the embeddings' output, which walks
                 # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
                 kwargs["model"].disable_input_require_grads()
+                _checkpoint_from(kwargs["model"], below)
             if log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
@@ -265,6 +307,13 @@ def _reporter(batches: Batches, log: Path, watch: Watch, label: str) -> Any:
     return Reporter()
 
 
+def _checkpoint_from(model: Any, below: int) -> None:
+    """Recompute no layer under the lowest adapter: the backward pass ends above, so nothing of theirs is kept."""
+    base = model.get_base_model()
+    for layer in base.get_submodule(decoder_layers(base)[0])[:below]:
+        layer.gradient_checkpointing = False
+
+
 def _step_of(line: str) -> float:
     """The step a line of log.jsonl is about; a line cut short by a kill is after every step."""
     try:
@@ -283,9 +332,9 @@ def _last_whole(checkpoints: Path) -> Path | None:
     return None
 
 
-def _checkpointing(model: PeftModel, batches: Batches, train: Train) -> bool:
-    """Whether to recompute activations: as asked, or on a GPU when keeping them would take over half of
-    the memory that is free once the weights are loaded.
+def _checkpointing(model: PeftModel, batches: Batches, train: Train, below: int) -> bool:
+    """Whether to recompute activations: as asked, or on a GPU when keeping those of the layers from `below` up would
+    take over half of the memory that is free once the weights are loaded.
 
     Kept per token and layer in 16 bits: about 34 hidden sizes (Korthikanti et al. 2022, arXiv 2205.05198,
     without attention scores), which a gated MLP and LoRA's inputs bring to about 50.
@@ -301,5 +350,5 @@ def _checkpointing(model: PeftModel, batches: Batches, train: Train) -> bool:
         sum(len(row.input_ids) for item in batches.items[i : i + batches.per_pass] for row in item)
         for i in range(0, len(batches.items), batches.per_pass)
     )
-    needed = per_pass * config.num_hidden_layers * config.hidden_size * 50
+    needed = per_pass * (config.num_hidden_layers - below) * config.hidden_size * 50
     return bool(needed > 0.5 * torch.cuda.mem_get_info()[0])

@@ -1,0 +1,82 @@
+"""Signal-to-noise ratios of weight matrices, as Spectrum ranks them (Hartford et al. 2024, arXiv 2406.06623)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.models.tensors import tensor_files
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_BYTES = 2**26  # of a matrix, in fp64, held at once
+
+
+def signal_to_noise(singular: torch.Tensor, rows: int, columns: int) -> float:
+    """The ratio of a matrix's signal to its noise, over its largest singular value.
+
+    Signal is the sum of the singular values above the Marchenko-Pastur edge sigma (1 + sqrt(beta)), noise the sum
+    of the others; beta is the shorter side over the longer, sigma the interquartile range of the singular values
+    over 1.349, that of a normal distribution (section 3 of the paper). `singular` is of shape (min(rows, columns),)
+    in any order. A matrix without noise has the ratio infinity, one of zeros 0.
+    """
+    import torch
+
+    largest = float(singular.max())
+    if largest == 0:
+        return 0.0
+    low, high = torch.quantile(singular, torch.tensor([0.25, 0.75], dtype=singular.dtype)).tolist()
+    edge = (high - low) / 1.349 * (1 + math.sqrt(min(rows, columns) / max(rows, columns)))
+    signal, noise = float(singular[singular > edge].sum()), float(singular[singular <= edge].sum())
+    return signal / noise / largest if noise else math.inf
+
+
+def singular_values(matrix: Any, rows: int, columns: int) -> torch.Tensor:
+    """The singular values of a matrix, in fp64, from the eigenvalues of its Gram matrix on the shorter side.
+
+    `matrix` is sliced like a tensor and read block by block, so a tensor still on disk is never held whole.
+    """
+    import torch
+
+    side, long = min(rows, columns), max(rows, columns)
+    gram = torch.zeros(side, side, dtype=torch.float64)
+    step = max(1, BLOCK_BYTES // (8 * side))
+    for begin in range(0, long, step):
+        if rows >= columns:
+            block = matrix[begin : begin + step].to(torch.float64)
+        else:
+            block = matrix[:, begin : begin + step].to(torch.float64).T
+        gram.addmm_(block.T, block)
+    squares: torch.Tensor = torch.linalg.eigvalsh(gram)
+    return squares.clamp(min=0).sqrt()
+
+
+def measure_snr(folder: Path, modules: Sequence[str], watch: Watch) -> dict[str, float]:
+    """The ratio of each linear module of a model folder, read from its safetensors one matrix at a time.
+
+    Raises InputError for a module whose weight is not there under its name.
+    """
+    files = tensor_files(folder)
+    ratios = {}
+    for done, name in enumerate(modules):
+        watch.progress("signal to noise", done, len(modules), "matrices")
+        matrix = matrix_of(files, f"{name}.weight", folder)
+        rows, columns = matrix.get_shape()
+        ratios[name] = signal_to_noise(singular_values(matrix, rows, columns), rows, columns)
+    watch.progress("signal to noise", len(modules), len(modules), "matrices")
+    return ratios
+
+
+def matrix_of(files: dict[str, Any], name: str, folder: Path) -> Any:
+    """A weight that is still on disk, to be sliced. Raises InputError when it is not there."""
+    if name not in files:
+        raise InputError(
+            f"model: {str(folder)!r} holds no weight {name}",
+            "its weights are stored under other names: load it with transformers and save it again",
+        )
+    return files[name].get_slice(name)

@@ -1,0 +1,150 @@
+"""Training from the boundary: what the lowest, frozen layers make of a row is computed once and read from then on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import EncodedRow
+from qcft.errors import QcftError
+from qcft.events import Watch
+from qcft.layers import decoder_layers
+from qcft.models.load import compute_dtype, evaluating, free_memory
+from qcft.store.states import RowStates
+from qcft.training.attention import FAMILIES, NAME
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PASS_TOKENS = 2048
+
+
+def row_key(row: EncodedRow) -> str:
+    """What names a tokenised row: the digest of its token ids."""
+    return hashlib.sha256(repr(row.input_ids).encode()).hexdigest()[:24]
+
+
+def cannot_split(model: PreTrainedModel) -> str | None:
+    """Why a model's lowest layers cannot be run apart from the rest, or None when they can."""
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        return f"qcft does not know how to split {config.model_type}"
+    if getattr(config, "attention_dropout", 0):
+        return "its attention has dropout, so that no two passes are alike"
+    return None
+
+
+def fill_states(model: PreTrainedModel, below: int, rows: Sequence[EncodedRow], states: RowStates, watch: Watch) -> int:
+    """Compute and store what the layers under `below` make of the rows that are not stored yet; how many those were.
+
+    Runs as training does: the same kernels, precision and attention. A pass holds several rows where attention
+    goes row by row, else one, so that a row's states do not depend on others.
+    """
+    by_key = {row_key(row): row for row in rows}
+    missing = states.missing(by_key)
+    together = model.config._attn_implementation == NAME
+    done = 0
+    for keys in _passes(missing, by_key, PASS_TOKENS if together else 1):
+        watch.progress(f"caching the first {below} layers", done, len(missing), "rows")
+        computed = _run_prefix(model, below, [by_key[key] for key in keys], together)
+        states.add([(key, _as_integers(one)) for key, one in zip(keys, computed, strict=True)])
+        done += len(keys)
+    if missing:
+        watch.progress(f"caching the first {below} layers", done, len(missing), "rows")
+    return len(missing)
+
+
+class Prefix:
+    """A model cut at the boundary: its lowest layers are gone, and stored states stand in for their output."""
+
+    def __init__(self, model: PreTrainedModel, below: int, states: RowStates) -> None:
+        from torch import nn
+
+        class StoredStates(nn.Module):
+            """Stands where the embedding was and gives the states of the rows that come next."""
+
+            current: torch.Tensor
+
+            def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+                return self.current
+
+        class PassThrough(nn.Module):
+            """Stands where a frozen layer was, so that the layers above keep their places and names."""
+
+            def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+                return hidden_states
+
+        self.below = below
+        self.states = states
+        self.device = model.device
+        self.stored = StoredStates()
+        path, _ = decoder_layers(model)
+        layers: Any = model.get_submodule(path)
+        for i in range(below):
+            layers[i] = PassThrough()
+        model.set_input_embeddings(self.stored)  # a head tied to the embedding keeps the weights
+        free_memory()
+
+    def show(self, rows: Iterable[EncodedRow]) -> None:
+        """Have the next pass begin from the stored states of these rows, one after the other."""
+        import numpy as np
+        import torch
+
+        joined = torch.from_numpy(np.concatenate([self.states.read(row_key(row)) for row in rows]))
+        self.stored.current = joined.view(compute_dtype())[None].to(self.device)
+
+
+def _run_prefix(model: PreTrainedModel, below: int, rows: list[EncodedRow], together: bool) -> list[torch.Tensor]:
+    """What goes into layer `below` for each row: tensors of shape (tokens, hidden size)."""
+    import torch
+
+    class Reached(Exception):
+        """The pass is at the boundary and need go no further."""
+
+    caught: list[torch.Tensor] = []
+
+    def catch(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        caught.append(arguments[0] if arguments else options["hidden_states"])
+        raise Reached
+
+    lengths = tuple(len(row.input_ids) for row in rows)
+    ids = torch.tensor([token for row in rows for token in row.input_ids], device=model.device)[None]
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)[None]
+    layers: Any = model.get_submodule(decoder_layers(model)[0])
+    hook = layers[below].register_forward_pre_hook(catch, with_kwargs=True)
+    autocast = torch.autocast(model.device.type, compute_dtype(), enabled=compute_dtype() != torch.float32)
+    try:
+        with evaluating(model), autocast:
+            model(
+                input_ids=ids, position_ids=positions, use_cache=False, **({"row_lengths": lengths} if together else {})
+            )
+    except Reached:
+        pass
+    finally:
+        hook.remove()
+    if caught[0].dtype != compute_dtype():
+        raise QcftError(f"the layers of this model give {caught[0].dtype}, not {compute_dtype()}", "please report this")
+    return list(torch.split(caught[0][0].cpu(), list(lengths)))
+
+
+def _as_integers(states: torch.Tensor) -> Any:
+    import torch
+
+    return states.contiguous().view(torch.int32 if states.element_size() == 4 else torch.int16).numpy()
+
+
+def _passes(keys: list[str], rows: dict[str, EncodedRow], budget: int) -> Iterable[list[str]]:
+    """Keys in their order, in groups of at most `budget` tokens or one row."""
+    group: list[str] = []
+    held = 0
+    for key in keys:
+        length = len(rows[key].input_ids)
+        if group and held + length > budget:
+            yield group
+            group, held = [], 0
+        group.append(key)
+        held += length
+    if group:
+        yield group
