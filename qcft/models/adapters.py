@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,24 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+TOP, UNDER = "default", "under"  # PEFT's names for the adapter that trains, or trained last, and for those below it
+
 
 def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftModel:
     """Put fresh adapters on exactly `modules` (full names) and freeze the rest."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = LoraConfig(
+    adapted = get_peft_model(model, _config(modules, lora))
+    found = {name for name, _ in _lora_layers(adapted)}
+    if found != set(modules):
+        raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
+    return adapted
+
+
+def _config(modules: list[str], lora: Lora) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -30,11 +42,6 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
         bias="none",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
-    found = {name for name, _ in _lora_layers(adapted)}
-    if found != set(modules):
-        raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
-    return adapted
 
 
 def keep_adapters_in_fp32(model: PeftModel) -> None:
@@ -48,9 +55,76 @@ def keep_adapters_in_fp32(model: PeftModel) -> None:
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A model with a saved adapter live on it, not trainable."""
+    return load_stack(model, [folder])
+
+
+def load_stack(model: PreTrainedModel, folders: Sequence[Path], trainable: Collection[str] = ()) -> PeftModel:
+    """A model with saved adapters live on one another, the lowest first; all frozen, but for the top one's adapters
+    on the modules `trainable` (full names)."""
+    names = [*(f"{UNDER}{i}" for i in range(len(folders) - 1)), TOP]
+    adapted = _load_on(model, folders, names)
+    _activate(adapted, names)
+    for name, parameter in adapted.named_parameters():
+        module = name.removeprefix(PREFIX).partition(".lora_")[0]
+        parameter.requires_grad = module in trainable and f".{TOP}" in name
+    if trainable and not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise InputError(
+            "start: continue goes on with an adapter that has none of the modules this phase trains",
+            "freeze other layers, or use start: stacked",
+        )
+    return adapted
+
+
+def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[str], lora: Lora) -> PeftModel:
+    """Fresh adapters on exactly `modules`, over saved ones that stay live and frozen; the lowest first."""
+    if not under:
+        return add_lora(model, modules, lora)
+    names = [f"{UNDER}{i}" for i in range(len(under))]
+    adapted = _load_on(model, under, names)
+    adapted.add_adapter(TOP, _config(modules, lora))
+    _activate(adapted, [*names, TOP])
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad = f".{TOP}" in name and ".lora_" in name
+    return adapted
+
+
+def read_trained(model: PeftModel, folder: Path) -> None:
+    """Put a checkpoint's adapter in the place of the one that trains; those under it stay as they are."""
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=TOP)
+    if result.unexpected_keys:
+        raise QcftError(f"{folder.name} holds {result.unexpected_keys[0]}, which is not trained", "please report this")
+
+
+def save_trained(model: PeftModel, folder: Path) -> None:
+    """Save the adapter that trains, and none of those under it."""
+    model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False)
+
+
+def _load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False, use_safetensors=True)
+    first, *others = zip(folders, names, strict=True)
+    adapted = PeftModel.from_pretrained(
+        model, str(first[0]), adapter_name=first[1], is_trainable=False, use_safetensors=True
+    )
+    for folder, name in others:
+        adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
+    return adapted
+
+
+def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
+    """Make adapters add up; the last is the one PEFT's own functions mean. Frozen ones drop nothing out."""
+    from torch import nn
+
+    adapted.set_adapter(TOP)
+    if len(names) > 1:
+        adapted.base_model.set_adapter(list(names))
+        for _, layer in _lora_layers(adapted):
+            for name in names[:-1]:
+                if name in layer.lora_dropout:
+                    layer.lora_dropout[name] = nn.Identity()
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

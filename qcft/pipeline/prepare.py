@@ -20,7 +20,7 @@ from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, read_adapter
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.models.tensors import weight_names
-from qcft.plan import Digests, Plan, make_plan
+from qcft.plan import Digests, Goal, Plan, make_plan
 from qcft.recipe import Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Pool:
 class Prepared:
     """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded."""
 
-    def __init__(self, recipe: Recipe, watch: Watch) -> None:
+    def __init__(self, recipe: Recipe, watch: Watch, goal: Goal | None = None) -> None:
         self.recipe = recipe
         self.watch = watch
         self._loaded: dict[str, LoadedSource] = {}
@@ -72,7 +72,7 @@ class Prepared:
         self.groups = self._groups()
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
         self.pools = {p.name: self._pool(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
-        self.plan: Plan = make_plan(recipe, self._digests())
+        self.plan: Plan = make_plan(recipe, self._digests(), goal)
 
     @cached_property
     def folder(self) -> Path:
