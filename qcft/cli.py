@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -44,7 +45,23 @@ Freeze = Annotated[
     str | None,
     typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),
 ]
+Stage = Annotated[str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase [default: the last].")]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
+
+
+class Base(StrEnum):
+    """What a merge goes onto."""
+
+    original = "original"
+    dequantised = "dequantised"
+
+
+class Dtype(StrEnum):
+    """Of merged weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 def _print_version(asked: bool) -> None:
@@ -127,6 +144,47 @@ def phase2(
 
     recipe = phase2_recipe(runs, run, model, data or [], replay, freeze, take, name, set_ or [])
     _run(recipe, runs, dry_run, json_, quiet)
+
+
+@app.command()
+def merge(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    stage: Stage = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write [default: runs/RUN].")] = None,
+    base: Annotated[
+        Base, typer.Option("--base", help="Onto the 16-bit weights, or what 4 bits made of them (16-bit use only).")
+    ] = Base.original,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights [default: the base's].")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
+    from qcft import api
+
+    onto_4bit = base is Base.dequantised
+    _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, dequantised=onto_4bit, dtype=dtype), json_, quiet)
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    stage: Stage = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="One PEFT adapter for the model as it came.")
+    ] = False,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
+    from qcft import api
+
+    if adapter_only:
+        _deliver(lambda watch: api.export_adapter(run, to, runs, watch, phase=stage), json_, quiet)
+    else:
+        _deliver(lambda watch: api.merge(run, to, runs, watch, phase=stage), json_, quiet)
 
 
 @app.command()
@@ -274,6 +332,23 @@ def _watched(work: Callable[[Watch], Any]) -> Any:
         return work(watch)
     finally:
         reporter.close()
+
+
+def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
+    from qcft import console
+    from qcft.events import Watch
+
+    reporter = console.Reporter(quiet)
+    watch = Watch(reporter)
+    _hear_signals(watch)
+    try:
+        done = work(watch)
+    finally:
+        reporter.close()
+    if json_:
+        console.print_json(done)
+    else:
+        sys.stdout.write(f"{done['folder']}\n")
 
 
 def _hear_signals(watch: Watch) -> None:

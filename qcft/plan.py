@@ -186,7 +186,7 @@ class _Planner:
         """Add the goal's merge, its measurement and what it kept, where the plan lacks them; its stage."""
         live = self.live[goal.phase]
         settings: dict[str, Any] = {**self.merging(), **({"dtype": goal.dtype} if goal.dtype else {})}
-        stage, title, quantize = self.numbered("merged", goal.phase), f"{goal.phase} merged", self.quantize
+        stage, title, quantize = self.merged_stage(goal.phase), f"{goal.phase} merged", self.quantize
         if goal.dequantised:
             settings["base"], quantize = "dequantised", "none"
             stage, title = f"merged-{goal.phase}-dequantised", f"{title} onto the dequantised base"
@@ -210,7 +210,7 @@ class _Planner:
         measured = self.step_of("eval/base")
         for live in self.unmerged:
             name = live.phase.name
-            stage, onto = self.numbered("merged", name), self.chain
+            stage, onto = self.merged_stage(name), self.chain
             merged = self.add(
                 "merge", stage, f"merge {' and '.join(live.phases)}", name, onto, live.adapter, self.merging(),
                 under=live.under,
@@ -342,6 +342,10 @@ class _Planner:
     def numbered(self, word: str, phase: str) -> str:
         """`merged` the first time, `merged-NAME` after."""
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
+
+    def merged_stage(self, phase: str) -> str:
+        """`merged` for the first phase, `merged-NAME` for others."""
+        return "merged" if phase == self.recipe.phases[0].name else f"merged-{phase}"
 
     def precision(self) -> str:
         return "NF4" if self.quantize == "nf4" else "16 bit"

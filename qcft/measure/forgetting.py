@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
     last = f"eval/{recipe.phases[-1].name}"
     measured = [f"eval/{phase.name}" for phase in recipe.phases]
     pairs = [(start, last) for start in (reference, "eval/base")]
-    pairs += zip(measured, measured[1:], strict=False)
+    pairs += pairwise(measured)
     changes = [
         _change(stages[names.index(start)], stages[names.index(end)], folders)
         for start, end in dict.fromkeys(pairs)
@@ -55,7 +56,7 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
 
 def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
     metrics = _metrics(folder)
-    sixteen = stage == "eval/base-16bit" or recipe.model.quantize == "none"
+    sixteen = read_json(folder / "step.json")["inputs"]["settings"]["quantize"] == "none"
     word = stage.removeprefix("eval/")
     phases = [p.name for p in recipe.phases]
     if word in {"base-16bit", "base"}:
@@ -64,6 +65,7 @@ def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
         name = word
     else:
         name = f"{word.removeprefix('merged-')} merged" if word != "merged" else f"{phases[0]} merged"
+        name = name.replace("-dequantised merged", " merged onto the dequantised base")
     return {
         "stage": stage,
         "name": name,

@@ -14,9 +14,10 @@ from qcft.data.mix import replay_rows_needed
 from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError, QcftError
 from qcft.events import Watch
-from qcft.files import file_digest
+from qcft.files import file_digest, read_json
 from qcft.models.adapters import read_adapter_config
 from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, read_adapter
+from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.models.tensors import weight_names
@@ -164,6 +165,13 @@ class Prepared:
         """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
         from qcft.training.sft import check_settings
 
+        mark = read_json(self.folder / MARK) or {}
+        if mark.get("merged_onto") == "dequantised" and self.recipe.model.quantize != "none":
+            raise InputError(
+                f"model: {self.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
+                "in 4 bits again it loses what was learned",
+                "merge it without --base dequantised, or --set model.quantize=none",
+            )
         for group in self.groups:
             self.held_out(group)
         for phase in self.recipe.phases:

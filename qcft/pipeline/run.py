@@ -157,7 +157,8 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         raise QcftError(
             f"merging {step.phase} kept only {share:.0%} of what it learned, under {limits.refuse_below:.0%}",
             "keep the adapter live under the next phase instead (start: stacked), which is exact; or train it longer "
-            "or with a higher lr; --set merge.refuse_below=null goes on all the same",
+            "or with a higher lr; --set merge.refuse_below=null goes on all the same. For use in 16 bits only: "
+            "qcft merge --base dequantised",
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")

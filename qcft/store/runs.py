@@ -47,8 +47,11 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         name = f"{recipe.name}-{number}"
     folder = runs / name
     already = _read(folder) or {}
-    if _results(already).keys() - wanted.keys():
-        return NamedRun(name, folder, {**stages, **already})  # the run holds more than this plan
+    if _results(already).keys() - wanted.keys():  # the run holds more than this plan
+        both = {**already, **{stage: step for stage, step in stages.items() if stage not in already}}
+        if wanted.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere
+            write_json(folder / "run.json", {**(read_json(folder / "run.json") or {}), "stages": both})
+        return NamedRun(name, folder, both)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
