@@ -1,7 +1,6 @@
 """Models that leave the runs folder: whole or not there, loadable by others, with a card."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcft.events import Watch
-from qcft.files import read_json
+from qcft.files import file_digest, read_json
 from qcft.models.adapters import load_stack
 from qcft.models.load import evaluating, load_model
 from qcft.models.merge import MARK
@@ -155,46 +154,57 @@ def test_bad_input_is_refused_before_any_work(runs, qcft, arguments, says, tmp_p
     assert sorted(p.name for p in (runs / ".steps").iterdir()) == before
 
 
-def kill_merges(model: Path, adapter: Path, place: Path, times: int, seed: int) -> int:
-    """Kill `times` merges to a folder at random moments; the folder is whole or not there after each. Returns how
-    many were killed before they were done."""
+MERGING = """
+import sys
+from pathlib import Path
+from qcft.events import Watch
+from qcft.models import merge
+from qcft.pipeline.deliver import whole_folder
+base, adapter, place = map(Path, sys.argv[1:4])
+merge.SHARD_BYTES, merge.BLOCK = map(int, sys.argv[4:])
+print("begun", flush=True)
+with whole_folder(place) as work:
+    merge.merge_adapters(base, [adapter], work, Watch())
+"""
+
+
+def kill_merges(base: Path, adapter: Path, place: Path, times: int, seed: int, shard: int, block: int) -> int:
+    """Kill `times` merges to a folder at random moments; after each the folder is whole or not there, and the next
+    merge comes to the same files. Returns how many were killed before they were done."""
+    command = [sys.executable, "-c", MERGING, base, adapter, place, str(shard), str(block)]
     rng = random.Random(seed)
-    code = (
-        "import sys; from pathlib import Path; from qcft.events import Watch; from qcft.models import merge\n"
-        "from qcft.pipeline.deliver import whole_folder\n"
-        "merge.SHARD_BYTES = 40_000; merge.BLOCK = 64\n"
-        "print('begun', flush=True)\n"
-        "with whole_folder(Path(sys.argv[3])) as work:\n"
-        "    merge.merge_adapters(Path(sys.argv[1]), [Path(sys.argv[2])], work, Watch())\n"
-        "print('done', flush=True)\n"
-    )
-    killed, longest = 0, 0.2
-    for _ in range(times):
-        shutil.rmtree(place, ignore_errors=True)
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, model, adapter, place], stdout=subprocess.PIPE, env={**os.environ}
-        )
+
+    def merge(kill_after: float | None) -> float:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"begun\n"
         begun = time.monotonic()
-        time.sleep(rng.uniform(0, longest))
-        process.send_signal(signal.SIGKILL)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
         process.wait()
+        return time.monotonic() - begun
+
+    def content() -> dict[str, str]:
+        return {file.name: file_digest(file) for file in place.iterdir()}
+
+    longest, killed = merge(None), 0
+    whole = content()
+    for _ in range(times):
+        shutil.rmtree(place, ignore_errors=True)
+        merge(rng.uniform(0, longest))
         if place.exists():
-            names = {p.name for p in place.glob("*.safetensors")}
-            assert set(read_json(place / "model.safetensors.index.json")["weight_map"].values()) == names
-            assert (place / "config.json").is_file()
-            longest = min(longest, time.monotonic() - begun)
+            assert content() == whole
         else:
             killed += 1
-    subprocess.run([sys.executable, "-c", code, model, adapter, place], check=not place.exists(), capture_output=True)
-    assert place.is_dir()
-    assert not list(place.parent.glob(".*.partial"))
+            merge(None)
+            assert content() == whole
+        assert not list(place.parent.glob(".*.partial"))
     return killed
 
 
 def test_a_merge_killed_at_random_is_whole_or_not_there(runs, tiny_model, tmp_path):
     adapter = (runs / "tiny" / "phase1").resolve() / "adapter"
-    kill_merges(tiny_model, adapter, tmp_path / "out", 3, seed=0)
+    assert kill_merges(tiny_model, adapter, tmp_path / "out", 3, seed=0, shard=40_000, block=64)
     assert torch.isfinite(logits(of(tmp_path / "out"))).all()
 
 

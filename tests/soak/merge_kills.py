@@ -38,7 +38,7 @@ def main() -> None:
                 factors[f"{module}.lora_B.weight"] = torch.randn(stored.shape[0], 16) * 0.02
         save_file(factors, adapter / "adapter_model.safetensors")
         write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 16, "lora_alpha": 32})
-        killed = kill_merges(base, adapter, Path(place) / "out", options.times, options.seed)
+        killed = kill_merges(base, adapter, Path(place) / "out", options.times, options.seed, 50_000_000, 1 << 19)
     print(f"{options.times} merges, {killed} killed on the way: whole or not there each time, and the next run whole")
 
 
