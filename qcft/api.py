@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
 from qcft.report.card import write_card
+from qcft.report.curve import curve_points, draw_curve
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
 
@@ -58,6 +60,9 @@ def merge(
     phase: str | None = None,
     dequantised: bool = False,
     dtype: str | None = None,
+    scale: float = 1.0,
+    method: str | None = None,
+    density: float = 1.0,
 ) -> dict[str, Any]:
     """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
 
@@ -67,7 +72,7 @@ def merge(
 
     named = read_run(runs, name)
     recipe = named.recipe()
-    goal = goal_for(recipe, phase, dequantised, dtype)
+    goal = replace(goal_for(recipe, phase, dequantised, dtype), scale=scale, method=method, density=density)
     if to is not None:
         check_place(to)
     done = run_recipe(recipe, runs, watch, goal)
@@ -76,7 +81,8 @@ def merge(
     folder = done.stages[done.goal].folder / "model"
     if to is not None:
         onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
-        what = f"{' and '.join(_phases_until(recipe, goal.phase))}, merged onto {onto}."
+        at = f" (of the last: {scale:g} of its delta)" if scale != 1 or method else ""
+        what = f"{' and '.join(_phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
         deliver_model(
             folder,
             to,
@@ -111,6 +117,43 @@ def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phas
         watch,
     )
     return {"folder": str(to), "phase": last}
+
+
+def dial(
+    name: str | None,
+    scales: str,
+    runs: Path,
+    watch: Watch,
+    *,
+    phase: str | None = None,
+    method: str | None = None,
+    density: float = 1.0,
+    merge_at: float | None = None,
+    to: Path | None = None,
+) -> dict[str, Any]:
+    """Measure EA and MA at each scale of a phase's delta and draw the curve; merge one point when asked to.
+
+    Returns the points, the drawing's path, and what `merge` returns. Raises QcftError.
+    """
+    from qcft.pipeline.deliver import check_place, dial_for
+
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    wanted = dial_for(recipe, phase, scales, method, density)
+    if to is not None:
+        check_place(to)
+    done = run_recipe(recipe, runs, watch, wanted)
+    assert done.goal is not None
+    points = curve_points(done.stages[done.goal].metrics["points"])
+    drawing = done.folder / "report" / f"{done.goal}.svg"
+    _report(done, runs)
+    draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
+    found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
+    if merge_at is not None:
+        found["merged"] = merge(
+            named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
+        )
+    return found
 
 
 def _phases_until(recipe: Recipe, phase: str) -> list[str]:

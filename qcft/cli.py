@@ -188,6 +188,34 @@ def export(
 
 
 @app.command()
+def dial(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.")] = "0:1:0.1",
+    stage: Stage = None,
+    method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
+    density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
+    merge_at: Annotated[float | None, typer.Option("--merge-at", help="Merge the phase at this scale.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder for the merged point.")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score English and the other languages at each scale of a phase's delta, without training."""
+    from qcft import api, console
+    from qcft.report.curve import curve_rows
+
+    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
+    done = _watched(lambda watch: api.dial(run, scales, runs, watch, **how), quiet)
+    if json_:
+        console.print_json(done)
+    else:
+        console.print_rows(*curve_rows(done["points"]))
+        console.stderr().print(f"curve: {done['drawing']}", style="dim", soft_wrap=True)
+        if "merged" in done:
+            sys.stdout.write(f"{done['merged']['folder']}\n")
+
+
+@app.command()
 def recipes(
     show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print one recipe.")] = None,
     json_: Json = False,
@@ -318,14 +346,14 @@ def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) ->
         console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
 
 
-def _watched(work: Callable[[Watch], Any]) -> Any:
+def _watched(work: Callable[[Watch], Any], quiet: bool = False) -> Any:
     """Do work that shows its progress and can be stopped."""
     from qcft import console
     from qcft.events import Watch
     from qcft.models.load import quiet_libraries
 
     quiet_libraries()
-    reporter = console.Reporter(False)
+    reporter = console.Reporter(quiet)
     watch = Watch(reporter)
     _hear_signals(watch)
     try:
@@ -336,15 +364,8 @@ def _watched(work: Callable[[Watch], Any]) -> Any:
 
 def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
     from qcft import console
-    from qcft.events import Watch
 
-    reporter = console.Reporter(quiet)
-    watch = Watch(reporter)
-    _hear_signals(watch)
-    try:
-        done = work(watch)
-    finally:
-        reporter.close()
+    done = _watched(work, quiet)
     if json_:
         console.print_json(done)
     else:

@@ -10,10 +10,19 @@ from typing import Any, Literal
 
 from qcft.recipe import Phase, Recipe, parse_freeze
 
-Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept", "layers"]
+Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept", "layers", "dial"]
 
 # Raised when a change to the code changes what a step of that kind results in.
-FORMATS: dict[Kind, int] = {"probe": 1, "train": 2, "adapter": 1, "merge": 1, "replay": 1, "kept": 2, "layers": 1}
+FORMATS: dict[Kind, int] = {
+    "probe": 1,
+    "train": 2,
+    "adapter": 1,
+    "merge": 1,
+    "replay": 1,
+    "kept": 2,
+    "layers": 1,
+    "dial": 1,
+}
 
 # Settings of a training that change how it is run or watched, not what comes of it.
 CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache"}
@@ -77,6 +86,23 @@ class Goal:
     dequantised: bool = False
     dtype: str | None = None
     scale: float = 1.0
+    method: str | None = None
+    density: float = 1.0
+
+    def way(self) -> dict[str, Any]:
+        """How much of the delta is taken, and by which of PEFT's methods beyond scaling."""
+        method = {"method": self.method, "density": self.density} if self.method else {}
+        return {"scale": self.scale, **method} if self.scale != 1 or method else {}
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A phase's delta to be measured at several scales; `method` as `Goal`'s."""
+
+    phase: str
+    scales: tuple[float, ...]
+    method: str | None = None
+    density: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ class Plan:
         raise KeyError(stage)
 
 
-def make_plan(recipe: Recipe, digests: Digests, goal: Goal | None = None) -> Plan:
+def make_plan(recipe: Recipe, digests: Digests, goal: Goal | Dial | None = None) -> Plan:
     """Lay out the steps: measure the base; train, measure, merge and check each phase in turn; then the goal."""
     return _Planner(recipe, digests).plan(goal)
 
@@ -153,7 +179,7 @@ class _Planner:
         self.unmerged: list[Live] = []
         self.live: dict[str, Live] = {}
 
-    def plan(self, goal: Goal | None = None) -> Plan:
+    def plan(self, goal: Goal | Dial | None = None) -> Plan:
         if self.quantize != "none":
             self.probe("eval/base-16bit", "base, 16 bit", None, None, quantize="none")
         bare = self.probe("eval/base", f"base, {self.precision()}", None, None)
@@ -179,7 +205,11 @@ class _Planner:
             live = Live(phase, (*phases, phase.name), weights, trained.id, under, measured, bare)
             self.unmerged.append(live)
             self.live[phase.name] = live
-        stage = self.reach(goal) if goal else None
+        stage = None
+        if isinstance(goal, Dial):
+            stage = self.dial(goal)
+        elif goal:
+            stage = self.reach(goal)
         return Plan(tuple(self.steps), self.live, stage)
 
     def reach(self, goal: Goal) -> str:
@@ -190,9 +220,10 @@ class _Planner:
         if goal.dequantised:
             settings["base"], quantize = "dequantised", "none"
             stage, title = f"merged-{goal.phase}-dequantised", f"{title} onto the dequantised base"
-        if goal.scale != 1:
-            settings["scale"] = goal.scale
-            stage, title = f"merged-{goal.phase}-at-{goal.scale:g}", f"{title} at {goal.scale:g}"
+        if way := goal.way():
+            settings |= way
+            at = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in way.values())
+            stage, title = f"merged-{goal.phase}-at-{at}", f"{title} at {at}"
         merged = Step(
             "merge", stage, f"merge {title}", goal.phase, live.weights, live.adapter, settings, (), live.under
         )
@@ -201,8 +232,23 @@ class _Planner:
             return there.stage
         self.steps.append(merged)
         measured = self.probe(f"eval/{stage}", title, merged.id, None, quantize=quantize)
-        if goal.scale == 1:
+        if not way:
             self.kept(stage, live, merged, measured)
+        return stage
+
+    def dial(self, dial: Dial) -> str:
+        """Add the measurement of a phase's delta at several scales; its stage."""
+        live = self.live[dial.phase]
+        settings = {
+            **live.measured.settings,
+            "seed": self.recipe.seed,
+            "scales": list(dial.scales),
+            **({"method": dial.method, "density": dial.density} if dial.method else {}),
+        }
+        stage = "-".join(["dial", dial.phase, *([dial.method, f"{dial.density:g}"] if dial.method else [])])
+        self.add(
+            "dial", stage, f"dial {dial.phase}", dial.phase, live.weights, live.adapter, settings, under=live.under
+        )
         return stage
 
     def merge_all(self) -> tuple[str | None, Step]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+COMBINED = "combined"
 TOP, UNDER = "default", "under"  # PEFT's names for the adapter that trains, or trained last, and for those below it
 
 
@@ -86,6 +87,36 @@ def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[s
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad = f".{TOP}" in name and ".lora_" in name
     return adapted
+
+
+def set_scale(model: PeftModel, scale: float) -> None:
+    """Take `scale` times the delta of the top adapter; those under it stay as they are."""
+    for _, layer in _lora_layers(model):
+        layer.set_scale(TOP, scale)
+
+
+def combine_live(model: PeftModel, scale: float, method: str, density: float, seed: int, stack: int) -> str:
+    """Have the stack's adapters combined by one of PEFT's methods, the top one weighted by `scale`; the name of the
+    combination, which alone is live then. Raises InputError for what PEFT cannot combine."""
+    import torch
+
+    names = [*(f"{UNDER}{i}" for i in range(stack - 1)), TOP]
+    if COMBINED in model.peft_config:
+        _activate(model, names)
+        model.delete_adapter(COMBINED)
+    torch.manual_seed(seed)  # dare drops at random
+    weights = [*(1.0 for _ in names[:-1]), scale]
+    try:
+        model.add_weighted_adapter(names, weights, COMBINED, combination_type=method, density=density)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"dial: PEFT cannot combine the adapters by {method}: {' '.join(str(error).split())[:160]}",
+            f"use --method {method}_svd for adapters of different ranks, or leave --method out",
+        ) from None
+    model.set_adapter(COMBINED)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    return COMBINED
 
 
 def read_trained(model: PeftModel, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from qcft.events import Watch
 from qcft.files import read_json
 from qcft.models.combine import write_adapter
 from qcft.models.sources import resolve, weights_folder
-from qcft.plan import Goal
+from qcft.plan import Dial, Goal
 from qcft.recipe import Recipe
 from qcft.store import Store
 
@@ -35,6 +36,42 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
                 "leave --base dequantised out; it is for use in 16 bits",
             )
     return Goal(name, dequantised, dtype)
+
+
+METHODS = (
+    "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
+    "magnitude_prune_svd", "linear", "svd", "cat",
+)  # fmt: skip
+
+
+def scales_of(text: str) -> tuple[float, ...]:
+    """`0:1:0.1` (both ends, step) or `0,0.5,1`. Raises InputError."""
+    hint = "give --scales FROM:TO:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1"
+    try:
+        if ":" in text:
+            low, high, step = (float(part) for part in text.split(":"))
+            count = round((high - low) / step) if step > 0 and math.isfinite(high - low) else -1
+            scales = [round(low + i * step, 9) for i in range(count + 1)]
+        else:
+            scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--scales {text!r} cannot be read", hint) from None
+    if not scales or not all(math.isfinite(scale) for scale in scales) or len(scales) > 201:
+        raise InputError(f"--scales {text!r} makes {len(scales)} points", f"{hint}; at most 201 points")
+    return tuple(dict.fromkeys(scales))
+
+
+def dial_for(recipe: Recipe, phase: str | None, scales: str, method: str | None, density: float) -> Dial:
+    """The dial of a phase (None: the last). Raises InputError."""
+    if method is not None and method not in METHODS:
+        raise InputError(
+            f"--method {method!r} is not known", nearest(method, list(METHODS)) + f"PEFT has {', '.join(METHODS)}"
+        )
+    if not 0 < density <= 1:
+        raise InputError(
+            f"--density {density:g} is outside (0, 1]", "it is the share of a delta's numbers that is kept"
+        )
+    return Dial(goal_for(recipe, phase, False, None).phase, scales_of(scales), method, density)
 
 
 def check_place(to: Path) -> None:

@@ -21,7 +21,7 @@ from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.models.tensors import weight_names
-from qcft.plan import Digests, Goal, Plan, make_plan
+from qcft.plan import Dial, Digests, Goal, Plan, make_plan
 from qcft.recipe import Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Pool:
 class Prepared:
     """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded."""
 
-    def __init__(self, recipe: Recipe, watch: Watch, goal: Goal | None = None) -> None:
+    def __init__(self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None) -> None:
         self.recipe = recipe
         self.watch = watch
         self._loaded: dict[str, LoadedSource] = {}

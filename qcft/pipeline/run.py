@@ -14,7 +14,7 @@ from qcft.errors import QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
-from qcft.plan import Goal, Plan, Step
+from qcft.plan import Dial, Goal, Plan, Step
 from qcft.recipe import Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
@@ -50,7 +50,7 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[st
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
-def run_recipe(recipe: Recipe, runs: Path, watch: Watch, goal: Goal | None = None) -> Run:
+def run_recipe(recipe: Recipe, runs: Path, watch: Watch, goal: Goal | Dial | None = None) -> Run:
     """Run a recipe to its end. Done steps are reused, partial ones gone on with.
 
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
@@ -127,6 +127,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
         return f"{metrics['rows']} rows" + (f"; left out {left_out}" if left_out else "")
     if step.kind == "merge":
         return f"{metrics['merged_weights']} weights changed"
+    if step.kind == "dial":
+        return f"{len(metrics['points'])} scales"
     if step.kind == "layers":
         return f"{metrics['modules']} modules"
     if step.kind == "kept":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.mix import mixed_order
@@ -16,7 +16,7 @@ from qcft.files import file_digest, read_json, write_json
 from qcft.measure.distance import compare, predictions
 from qcft.measure.score import RowScore, score_rows
 from qcft.measure.stats import accuracy, kept, mean_nll
-from qcft.models.adapters import add_lora_over, load_stack
+from qcft.models.adapters import add_lora_over, combine_live, load_stack, set_scale
 from qcft.models.deltas import CONFIG, WEIGHTS
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
@@ -30,6 +30,7 @@ from qcft.recipe import Phase
 from qcft.store import Store
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -52,6 +53,7 @@ class Worker:
             "replay": self.replay,
             "kept": self.kept,
             "layers": self.layers,
+            "dial": self.dial,
         }
         try:
             return bodies[step.kind](step, folder)
@@ -60,12 +62,35 @@ class Worker:
 
     def probe(self, step: Step, folder: Path) -> dict[str, Any]:
         """Score every held-out group and answer the English prompts."""
-        model = self._load(step, quantize=step.settings["quantize"])
+        return self._measure(self._load(step, quantize=step.settings["quantize"]), step, step.title, folder)
+
+    def dial(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Measure the phase's delta at each scale, in one load; what a killed process measured is kept."""
+        model = cast("PeftModel", self._load(step, quantize=step.settings["quantize"]))
+        settings, points = step.settings, []
+        for scale in settings["scales"]:
+            place = folder / f"{scale:g}"
+            point = read_json(place / "point.json")
+            if point is None:
+                place.mkdir(exist_ok=True)
+                if settings.get("method"):
+                    combine_live(
+                        model, scale, settings["method"], settings["density"], settings["seed"], len(step.under) + 1
+                    )
+                else:
+                    set_scale(model, scale)
+                measured = self._measure(cast("PreTrainedModel", model), step, f"{step.title} at {scale:g}", place)
+                point = {"scale": scale, **measured}
+                write_json(place / "point.json", point)
+            points.append(point)
+        return {"points": points}
+
+    def _measure(self, model: PreTrainedModel, step: Step, label: str, folder: Path) -> dict[str, Any]:
         scores: dict[str, list[dict[str, Any]]] = {}
         groups: dict[str, Any] = {}
         for group in self.prepared.groups:
             encoded = self.prepared.held_out(group)
-            rows = score_rows(model, encoded.encoded, self.watch, f"{step.title}: {group.name}")
+            rows = score_rows(model, encoded.encoded, self.watch, f"{label}: {group.name}")
             scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
             groups[group.name] = {
                 "phase": group.phase,
@@ -154,6 +179,8 @@ class Worker:
         )
         stack: list[Path | tuple[Path, float]] = [*map(self._adapter, step.under)]
         stack.append((self._adapter(step.adapter), settings.get("scale", 1.0)))
+        if settings.get("method"):
+            stack = [self._combined(step, folder)]
         changed = merge_adapters(self._weights(step), stack, work, self.watch, target)
         self.prepared.tokenizer.save_pretrained(work)  # with the chat template that was trained
         work.rename(done)
@@ -217,6 +244,19 @@ class Worker:
         if step.adapter is not None and step.kind != "train":
             return load_stack(model, [self._adapter(one) for one in (*step.under, step.adapter)])
         return model
+
+    def _combined(self, step: Step, folder: Path) -> Path:
+        """The stack's adapters combined by one of PEFT's methods, saved in the step."""
+        settings = step.settings
+        model = load_stack(
+            load_model(self._weights(step), self.recipe.model),
+            [self._adapter(one) for one in (*step.under, step.adapter or "")],
+        )
+        name = combine_live(
+            model, settings["scale"], settings["method"], settings["density"], self.recipe.seed, len(step.under) + 1
+        )
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        return folder / name
 
     def _adapter(self, step: str) -> Path:
         return self.store.folder(step) / "adapter"

@@ -49,7 +49,7 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     already = _read(folder) or {}
     if _results(already).keys() - wanted.keys():  # the run holds more than this plan
         both = {**already, **{stage: step for stage, step in stages.items() if stage not in already}}
-        if wanted.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere
+        if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
             write_json(folder / "run.json", {**(read_json(folder / "run.json") or {}), "stages": both})
         return NamedRun(name, folder, both)
     try:
@@ -113,6 +113,4 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {
-        stage: step for stage, step in stages.items() if not stage.startswith(EVAL) and not stage.startswith("kept")
-    }
+    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, "kept", "dial-"))}
