@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.recipe import Dial, Goal, Phase, Recipe, parse_freeze
 
 Kind = Literal["probe", "train", "adapter", "merge", "replay", "kept", "layers", "dial"]
 
@@ -73,36 +73,6 @@ class Step:
             "parents": list(self.parents),
             **({"under": list(self.under)} if self.under else {}),
         }
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A phase to be merged beyond what the recipe's own phases need: for use elsewhere.
-
-    `dequantised` merges onto the base as 4 bits hold it; `scale` takes that much of the phase's delta.
-    """
-
-    phase: str
-    dequantised: bool = False
-    dtype: str | None = None
-    scale: float = 1.0
-    method: str | None = None
-    density: float = 1.0
-
-    def way(self) -> dict[str, Any]:
-        """How much of the delta is taken, and by which of PEFT's methods beyond scaling."""
-        method = {"method": self.method, "density": self.density} if self.method else {}
-        return {"scale": self.scale, **method} if self.scale != 1 or method else {}
-
-
-@dataclass(frozen=True)
-class Dial:
-    """A phase's delta to be measured at several scales; `method` as `Goal`'s."""
-
-    phase: str
-    scales: tuple[float, ...]
-    method: str | None = None
-    density: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from qcft.events import Watch
 from qcft.files import read_json
 from qcft.models.combine import write_adapter
 from qcft.models.sources import resolve, weights_folder
-from qcft.plan import Dial, Goal
-from qcft.recipe import Recipe
+from qcft.recipe import Dial, Goal, Recipe
 from qcft.store import Store
 
 

@@ -21,8 +21,8 @@ from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.models.tensors import weight_names
-from qcft.plan import Dial, Digests, Goal, Plan, make_plan
-from qcft.recipe import Model, Phase, Recipe, Source
+from qcft.plan import Digests, Plan, make_plan
+from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

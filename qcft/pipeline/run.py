@@ -14,8 +14,8 @@ from qcft.errors import QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
-from qcft.plan import Dial, Goal, Plan, Step
-from qcft.recipe import Merge, Recipe
+from qcft.plan import Plan, Step
+from qcft.recipe import Dial, Goal, Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable

@@ -1,6 +1,7 @@
 """The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
 
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
+from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.recipe.schema import (
     Answers,
@@ -17,7 +18,9 @@ from qcft.recipe.schema import (
 
 __all__ = [
     "Answers",
+    "Dial",
     "FreezeSpec",
+    "Goal",
     "HeldOut",
     "Lora",
     "Merge",

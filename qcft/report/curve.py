@@ -51,10 +51,10 @@ def curve_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 def draw_curve(path: Path, points: Sequence[Mapping[str, Any]], title: str) -> None:
     """Write the curve as an SVG file; lower is better."""
     lines = {key: [(p["scale"], p[key]) for p in points if p[key] is not None] for key in ("EA", "MA")}
-    values = [value for line in lines.values() for _, value in line]
-    scales = [p["scale"] for p in points]
-    across = (min(scales), max(scales))
-    up = (min(values), max(values))
+    values: list[float] = [value for line in lines.values() for _, value in line]
+    scales: list[float] = [p["scale"] for p in points]
+    across: tuple[float, float] = (min(scales), max(scales))
+    up: tuple[float, float] = (min(values), max(values))
 
     def x(scale: float) -> float:
         return MARGIN + (scale - across[0]) / ((across[1] - across[0]) or 1) * (WIDTH - 2 * MARGIN)
