@@ -184,7 +184,7 @@ def print_layers(table: Mapping[str, Any]) -> None:
         shown.add_column(title, justify="left" if title == "adapters on" else "right")
     for layer in table["layers"]:
         adapted = layer["adapted"]
-        on = ", ".join(adapted) if len(adapted) < per_layer else f"all {per_layer} linear modules"
+        on = ", ".join(_last(adapted)) if len(adapted) < per_layer else f"all {per_layer} linear modules"
         cells = [
             str(layer["layer"]),
             on or "frozen",
@@ -210,6 +210,12 @@ def print_layers(table: Mapping[str, Any]) -> None:
         style="dim",
         soft_wrap=True,
     )
+
+
+def _last(modules: list[str]) -> list[str]:
+    """The last parts of modules' names, where that tells them apart."""
+    short = [module.rsplit(".", 1)[-1] for module in modules]
+    return short if len(set(short)) == len(short) else modules
 
 
 def print_rows(titles: list[str], rows: list[list[str]]) -> None:

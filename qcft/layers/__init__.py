@@ -4,9 +4,18 @@ from qcft.layers.modules import (
     LinearModule,
     adapted_modules,
     decoder_layers,
+    frozen_in_words,
     frozen_whole,
     linear_modules,
     lowest_adapted,
 )
 
-__all__ = ["LinearModule", "adapted_modules", "decoder_layers", "frozen_whole", "linear_modules", "lowest_adapted"]
+__all__ = [
+    "LinearModule",
+    "adapted_modules",
+    "decoder_layers",
+    "frozen_in_words",
+    "frozen_whole",
+    "linear_modules",
+    "lowest_adapted",
+]

@@ -110,6 +110,30 @@ def frozen_whole(model: nn.Module, adapted: list[str]) -> list[int]:
     return [i for i in range(layers) if i not in free]
 
 
+def frozen_in_words(model: nn.Module, targets: str | list[str], adapted: list[str]) -> str:
+    """What carries no adapter: `layers 0-3, 7`, and for layers frozen in part how many modules."""
+    whole = frozen_whole(model, adapted)
+    left = {module.name: module.layer for module in linear_modules(model, targets)}
+    parts = sum(name not in adapted and layer not in whole for name, layer in left.items())
+    words = []
+    if whole:
+        words.append(f"layers {_ranges(whole)}" if len(whole) > 1 else f"layer {whole[0]}")
+    if parts:
+        words.append(f"{parts} of {len(left)} modules" + (" in other layers" if whole else ""))
+    return " and ".join(words) or "nothing"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def lowest_adapted(model: nn.Module, adapted: list[str]) -> int:
     """The lowest layer with an adapter: as many layers below it do not change in training."""
     prefix, _ = decoder_layers(model)

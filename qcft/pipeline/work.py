@@ -108,7 +108,7 @@ class Worker:
 
     def train(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
-        from qcft.layers import adapted_modules, frozen_whole, lowest_adapted
+        from qcft.layers import adapted_modules, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
         from qcft.training.sft import Shortcuts, train_adapter
@@ -120,9 +120,11 @@ class Worker:
         rows += replay.encoded if replay else ()
         seed = self.recipe.seed
         batches = make_batches(rows, lambda epoch: mixed_order(count, extra, f"{seed}:{epoch}"), phase.train)
-        mixed = self._tell_mix(phase, new, replay, batches.steps, batches.rows / batches.steps)
+        targets = self.recipe.lora.targets
+        modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self._measured(step))
+        frozen = frozen_in_words(self.prepared.meta_model, targets, modules)
+        mixed = self._tell_mix(phase, new, replay, batches.steps, batches.rows / batches.steps, frozen)
         model = self._load(step)
-        modules = adapted_modules(model, self.recipe.lora.targets, phase.freeze, seed, self._measured(step))
         _seed_everything(seed)
         under = [self._adapter(one) for one in step.under]
         if step.adapter is not None:  # start: continue
@@ -305,7 +307,13 @@ class Worker:
         return encoded
 
     def _tell_mix(
-        self, phase: Phase, new: list[EncodedSet], replay: EncodedSet | None, steps: int, rows_per_step: float
+        self,
+        phase: Phase,
+        new: list[EncodedSet],
+        replay: EncodedSet | None,
+        steps: int,
+        rows_per_step: float,
+        frozen: str,
     ) -> Mixed:
         shares = []
         for source, encoded in zip(self.prepared.sources[phase.name], new, strict=True):
@@ -317,7 +325,8 @@ class Worker:
         if replay is not None:
             assert phase.replay is not None
             shares.append(_share(f"replay ({phase.replay.kind})", replay, {}))
-        mixed = Mixed(phase.name, tuple(shares), steps, rows_per_step, phase.freeze)
+        named = phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})"
+        mixed = Mixed(phase.name, tuple(shares), steps, rows_per_step, named)
         self.watch.tell(mixed)
         return mixed
 

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcft.data.encode import IGNORED
 from qcft.errors import InputError, Interrupted, QcftError, nearest
 from qcft.events import Progress, Watch
 from qcft.files import is_whole, seal, write_text
@@ -221,6 +222,8 @@ def _make_trainer(
                 inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
             if shortcuts.prefix:
                 shortcuts.prefix.show(rows)
+            if self.label_smoother is None:
+                answers.choose(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -234,6 +237,7 @@ def _make_trainer(
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
+    answers = _Answers(model.get_base_model())
     trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
     collate = trainer.data_collator
 
@@ -243,6 +247,24 @@ def _make_trainer(
     trainer.data_collator = with_items
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+class _Answers:
+    """Has the head score the tokens that bear loss and no others; without Triton, TRL scores every token."""
+
+    def __init__(self, model: Any) -> None:
+        self.chosen: Any = None
+        model.base_model.register_forward_hook(self._keep_chosen)
+
+    def choose(self, inputs: dict[str, Any]) -> None:
+        """Replace a batch's labels by those that bear loss, each in the place of the token before it."""
+        labels = inputs.pop("labels")[:, 1:]
+        self.chosen = labels != IGNORED
+        inputs["shift_labels"] = labels[self.chosen][None]
+
+    def _keep_chosen(self, module: Any, arguments: Any, output: Any) -> None:
+        if self.chosen is not None:
+            output.last_hidden_state = output.last_hidden_state[:, :-1][self.chosen][None]
 
 
 def _dataset(batches: Batches) -> Any:
