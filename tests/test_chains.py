@@ -164,3 +164,18 @@ def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, shared_runs):
     with pytest.raises(qcft.QcftError, match="KL") as error:
         api.run(chain("merged", **{"merge.max_kl": 1e-9}), runs=shared_runs)
     assert "stacked" in error.value.hint
+
+
+def test_an_adapter_that_is_more_than_plain_lora_is_refused_under_a_stack(chain, shared_runs, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(tiny_model, Model(name="tiny"), quantize="none")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
+    raw = chain("stacked").model_dump(mode="json")
+    raw["phases"][0] = {"name": "phase1", "adapter": str(tmp_path / "dora")}
+    with pytest.raises(qcft.InputError, match="part of a stack") as error:
+        api.run(recipe_from({**raw, "name": "dora"}), runs=tmp_path / "runs")
+    assert "merged" in error.value.hint
+    assert not (tmp_path / "runs").exists()
+    merged = api.run(recipe_from({**raw, "name": "dora"}, {"phase2.start": "merged"}), runs=tmp_path / "runs")
+    assert merged.stages["merged"].metrics["merged_weights"] == 3

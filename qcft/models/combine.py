@@ -25,7 +25,7 @@ def write_adapter(stack: Sequence[Path], to: Path, base: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    check_stack([read_adapter(folder) for folder in stack])
+    check_stack([read_adapter(folder) for folder in stack], "export the whole model: leave --adapter-only out")
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for folder in stack:
         for weight, a, b, scale in lora_factors(folder):

@@ -169,14 +169,14 @@ class Delta:
         return block.mul_(magnitude.reshape(norms.shape) / norms)
 
 
-def check_stack(adapters: list[Adapter]) -> None:
+def check_stack(adapters: list[Adapter], hint: str = "start the next phase merged") -> None:
     """Check that adapters can lie on one another. Raises InputError."""
     for adapter in adapters if len(adapters) > 1 else []:
         if not adapter.plain:
             raise InputError(
                 f"adapter: {str(adapter.folder)!r} holds more than plain LoRA ({_odd(adapter)}), "
                 "which cannot be part of a stack",
-                "start the next phase merged",
+                hint,
             )
 
 

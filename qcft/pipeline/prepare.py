@@ -16,7 +16,7 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
 from qcft.models.adapters import read_adapter_config
-from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, read_adapter
+from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
@@ -203,6 +203,8 @@ class Prepared:
         weights = {name: tuple(weight.shape) for name, weight in self.meta_model.state_dict().items()}
         hint = f"it was made for another model than {self.recipe.model.name!r}"
         adapter = read_adapter(folder)
+        if any(phase.start == "stacked" for phase in self.recipe.phases[1:]):
+            check_stack([adapter, adapter])
         for name, change in adapter.changes.items():
             if name not in weights:
                 raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
