@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from qcft.events import Listener, Watch
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
+from qcft.report.card import write_card
+from qcft.report.curve import curve_points, draw_curve
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
 
@@ -37,10 +40,131 @@ def run(
 def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     """Run a recipe and write its report."""
     done = run_recipe(recipe, runs, watch)
-    whole = read(done.name, runs)  # the run may hold more than this recipe asked for
+    _report(done, runs)
+    return done
+
+
+def _report(done: Run, runs: Path) -> Run:
+    """Write a run's report; the run as it stands, which may hold more than was asked for."""
+    whole = read(done.name, runs)
     recipe = read_run(runs, done.name).recipe()
     write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
-    return done
+    return whole
+
+
+def merge(
+    name: str | None,
+    to: Path | None,
+    runs: Path,
+    watch: Watch,
+    *,
+    phase: str | None = None,
+    dequantised: bool = False,
+    dtype: str | None = None,
+    scale: float = 1.0,
+    method: str | None = None,
+    density: float = 1.0,
+) -> dict[str, Any]:
+    """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
+
+    Returns the folder, the step's stage, and what was kept. Raises QcftError.
+    """
+    from qcft.pipeline.deliver import check_place, deliver_model, goal_for
+
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    goal = replace(goal_for(recipe, phase, dequantised, dtype), scale=scale, method=method, density=density)
+    if to is not None:
+        check_place(to)
+    done = run_recipe(recipe, runs, watch, goal)
+    assert done.goal is not None
+    whole = _report(done, runs)
+    folder = done.stages[done.goal].folder / "model"
+    if to is not None:
+        onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
+        at = f" (of the last: {scale:g} of its delta)" if scale != 1 or method else ""
+        what = f"{' and '.join(_phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
+        deliver_model(
+            folder,
+            to,
+            lambda work: write_card(work, recipe, whole.table, f"eval/{done.goal}", what, adapter=False),
+            watch,
+        )
+        folder = to
+    return {"folder": str(folder), "stage": done.goal, "kept": whole.table["kept"].get(done.goal)}
+
+
+def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phase: str | None = None) -> dict[str, Any]:
+    """Write a run's phase (the last by default) as one PEFT adapter of the model as it came, with a model card.
+
+    Returns the folder and the phase. Raises QcftError.
+    """
+    from qcft.pipeline.deliver import check_place, deliver_adapter, goal_for
+
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    last = goal_for(recipe, phase, False, None).phase
+    check_place(to)
+    done = run_recipe(recipe, runs, watch)
+    whole = _report(done, runs)
+    stage = f"eval/{last}"
+    what = f"The adapter of {' and '.join(_phases_until(recipe, last))}, for the model as it came."
+    deliver_adapter(
+        recipe,
+        Store(runs),
+        done.stages[stage].step,
+        to,
+        lambda work: write_card(work, recipe, whole.table, stage, what, adapter=True),
+        watch,
+    )
+    return {"folder": str(to), "phase": last}
+
+
+def dial(
+    name: str | None,
+    scales: str,
+    runs: Path,
+    watch: Watch,
+    *,
+    phase: str | None = None,
+    method: str | None = None,
+    density: float = 1.0,
+    merge_at: float | None = None,
+    to: Path | None = None,
+) -> dict[str, Any]:
+    """Measure EA and MA at each scale of a phase's delta and draw the curve; merge one point when asked to.
+
+    Returns the points, the drawing's path, and what `merge` returns. Raises QcftError.
+    """
+    from qcft.pipeline.deliver import check_place, dial_for
+
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    wanted = dial_for(recipe, phase, scales, method, density)
+    if to is not None:
+        check_place(to)
+    done = run_recipe(recipe, runs, watch, wanted)
+    assert done.goal is not None
+    points = curve_points(done.stages[done.goal].metrics["points"])
+    drawing = done.folder / "report" / f"{done.goal}.svg"
+    _report(done, runs)
+    draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
+    found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
+    if merge_at is not None:
+        found["merged"] = merge(
+            named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
+        )
+    return found
+
+
+def _phases_until(recipe: Recipe, phase: str) -> list[str]:
+    """The phases whose deltas a phase's model has."""
+    names: list[str] = []
+    for number, one in enumerate(recipe.phases):
+        names = [one.name] if number and one.start == "base" else [*names, one.name]
+        if one.name == phase:
+            break
+    return names
 
 
 def replay_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -45,7 +46,23 @@ Freeze = Annotated[
     str | None,
     typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),
 ]
+Stage = Annotated[str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase [default: the last].")]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
+
+
+class Base(StrEnum):
+    """What a merge goes onto."""
+
+    original = "original"
+    dequantised = "dequantised"
+
+
+class Dtype(StrEnum):
+    """Of merged weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 def _print_version(asked: bool) -> None:
@@ -154,6 +171,76 @@ def replay(
         console.print_json(shown)
     else:
         console.print_replay(shown)
+
+
+@app.command()
+def merge(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    stage: Stage = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write [default: runs/RUN].")] = None,
+    base: Annotated[
+        Base, typer.Option("--base", help="Onto the 16-bit weights, or what 4 bits made of them (16-bit use only).")
+    ] = Base.original,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights [default: the base's].")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
+    from qcft import api
+
+    onto_4bit = base is Base.dequantised
+    _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, dequantised=onto_4bit, dtype=dtype), json_, quiet)
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    stage: Stage = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="One PEFT adapter for the model as it came.")
+    ] = False,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
+    from qcft import api
+
+    if adapter_only:
+        _deliver(lambda watch: api.export_adapter(run, to, runs, watch, phase=stage), json_, quiet)
+    else:
+        _deliver(lambda watch: api.merge(run, to, runs, watch, phase=stage), json_, quiet)
+
+
+@app.command()
+def dial(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.")] = "0:1:0.1",
+    stage: Stage = None,
+    method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
+    density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
+    merge_at: Annotated[float | None, typer.Option("--merge-at", help="Merge the phase at this scale.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder for the merged point.")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score English and the other languages at each scale of a phase's delta, without training."""
+    from qcft import api, console
+    from qcft.report.curve import curve_rows
+
+    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
+    with _watched(quiet) as watch:
+        done = api.dial(run, scales, runs, watch, **how)
+    if json_:
+        console.print_json(done)
+    else:
+        console.print_rows(*curve_rows(done["points"]))
+        console.stderr().print(f"curve: {done['drawing']}", style="dim", soft_wrap=True)
+        if "merged" in done:
+            sys.stdout.write(f"{done['merged']['folder']}\n")
 
 
 @app.command()
@@ -295,6 +382,17 @@ def _watched(quiet: bool) -> Iterator[Watch]:
         yield watch
     finally:
         reporter.close()
+
+
+def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
+    from qcft import console
+
+    with _watched(quiet) as watch:
+        done = work(watch)
+    if json_:
+        console.print_json(done)
+    else:
+        sys.stdout.write(f"{done['folder']}\n")
 
 
 def _hear_signals(watch: Watch) -> None:

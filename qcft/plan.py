@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.recipe import Dial, Goal, Phase, Recipe, parse_freeze
 
-Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers"]
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial"]
 
 # Raised when a change to the code changes what a step of that kind results in.
 FORMATS: dict[Kind, int] = {
@@ -20,8 +20,9 @@ FORMATS: dict[Kind, int] = {
     "merge": 1,
     "pool": 1,
     "replay": 2,
-    "kept": 1,
+    "kept": 2,
     "layers": 1,
+    "dial": 1,
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.
@@ -44,7 +45,8 @@ class Digests:
 @dataclass(frozen=True)
 class Step:
     """One unit of work. `weights` is the merge step whose weights are loaded (None: the model as it
-    came), `adapter` the step of the adapter live on them."""
+    came), `adapter` the step of the adapter live on them, `under` those that lie live and frozen under it,
+    the lowest first."""
 
     kind: Kind
     stage: str
@@ -54,6 +56,7 @@ class Step:
     adapter: str | None
     settings: Mapping[str, Any]
     parents: tuple[str, ...]
+    under: tuple[str, ...] = ()
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,18 +72,40 @@ class Step:
             "adapter": self.adapter,
             "settings": dict(self.settings),
             "parents": list(self.parents),
+            **({"under": list(self.under)} if self.under else {}),
         }
 
 
 @dataclass(frozen=True)
+class Live:
+    """A phase's model as it was trained: weights, the adapters live on them, the phases whose deltas those hold,
+    and its measurement beside that of the bare weights."""
+
+    phase: Phase
+    phases: tuple[str, ...]
+    weights: str | None
+    adapter: str
+    under: tuple[str, ...]
+    measured: Step
+    bare: Step
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """The steps of its adapters, the lowest first."""
+        return (*self.under, self.adapter)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The steps in the order they are done.
+    """The steps in the order they are done; each phase's live model; the stage of the goal's merge.
 
     `pools` are the answers that replay is drawn from: never done, as a larger ratio makes more of them, so no
     steps of the plan, but kept in the store under their ids like steps, for all that draw from them.
     """
 
     steps: tuple[Step, ...]
+    live: Mapping[str, Live] = field(default_factory=dict)
+    goal: str | None = None
     pools: Mapping[str, Step] = field(default_factory=dict)
 
     def stages(self) -> dict[str, str]:
@@ -92,7 +117,7 @@ class Plan:
         wanted = {self.step(stage).id}
         for step in reversed(self.steps):
             if step.id in wanted:
-                wanted |= {one for one in (step.weights, step.adapter, *step.parents) if one}
+                wanted |= {one for one in (step.weights, step.adapter, *step.under, *step.parents) if one}
         return tuple(step for step in self.steps if step.id in wanted)
 
     def step(self, stage: str) -> Step:
@@ -103,9 +128,23 @@ class Plan:
         raise KeyError(stage)
 
 
-def make_plan(recipe: Recipe, digests: Digests) -> Plan:
-    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn."""
-    return _Planner(recipe, digests).plan()
+def make_plan(recipe: Recipe, digests: Digests, goal: Goal | Dial | None = None) -> Plan:
+    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn; then the goal."""
+    return _Planner(recipe, digests).plan(goal)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a phase starts from: weights, the adapter it goes on with, the adapters frozen under the one it trains."""
+
+    weights: str | None
+    goes_on: str | None
+    under: tuple[str, ...]
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """The adapters of the model as the phase finds it."""
+        return (*self.under, self.goes_on) if self.goes_on else self.under
 
 
 class _Planner:
@@ -122,43 +161,117 @@ class _Planner:
         }
         self.quantize = model.quantize
         self.chain: str | None = None  # the merge step that holds every earlier delta, as far as merged
-        self.unmerged: list[tuple[Phase, Step, Step, Step]] = []
+        self.unmerged: list[Live] = []
+        self.live: dict[str, Live] = {}
 
-    def plan(self) -> Plan:
+    def plan(self, goal: Goal | Dial | None = None) -> Plan:
         if self.quantize != "none":
             self.probe("eval/base-16bit", "base, 16 bit", None, None, quantize="none")
-        before = self.probe("eval/base", f"base, {self.precision()}", None, None)
+        bare = self.probe("eval/base", f"base, {self.precision()}", None, None)
         for number, phase in enumerate(self.recipe.phases):
-            weights = None
+            weights: str | None = None
+            goes_on: str | None = None
+            under: tuple[str, ...] = ()
+            phases: tuple[str, ...] = ()
             if number and phase.start == "merged":
-                weights, before = self.merge_all()
-            elif number:
-                before = self.step_of("eval/base")
-            replay = self.replay(phase, weights) if phase.replay and phase.replay.ratio > 0 else None
+                weights, bare = self.merge_all()
+            elif number and phase.start in {"stacked", "continue"}:
+                below = self.unmerged.pop()  # this phase's model holds what that one held
+                weights, bare, phases, under = below.weights, below.bare, below.phases, below.stack
+                if phase.start == "continue":
+                    goes_on, under = below.adapter, below.under
+            else:
+                bare = self.step_of("eval/base")
+            start = _Start(weights, goes_on, under)
+            replay = self.replay(phase, start) if phase.replay and phase.replay.ratio > 0 else None
             layers = self.layers(phase, weights)
-            trained = self.adapter(phase) if phase.adapter else self.train(phase, weights, replay, layers)
-            live = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id)
-            self.unmerged.append((phase, trained, live, before))
-        return Plan(tuple(self.steps), self.pools)
+            trained = self.adapter(phase) if phase.adapter else self.train(phase, start, replay, layers)
+            measured = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id, under=under)
+            live = Live(phase, (*phases, phase.name), weights, trained.id, under, measured, bare)
+            self.unmerged.append(live)
+            self.live[phase.name] = live
+        stage = None
+        if isinstance(goal, Dial):
+            stage = self.dial(goal)
+        elif goal:
+            stage = self.reach(goal)
+        return Plan(tuple(self.steps), self.live, stage, self.pools)
+
+    def reach(self, goal: Goal) -> str:
+        """Add the goal's merge, its measurement and what it kept, where the plan lacks them; its stage."""
+        live = self.live[goal.phase]
+        settings: dict[str, Any] = {**self.merging(), **({"dtype": goal.dtype} if goal.dtype else {})}
+        stage, title, quantize = self.merged_stage(goal.phase), f"{goal.phase} merged", self.quantize
+        if goal.dequantised:
+            settings["base"], quantize = "dequantised", "none"
+            stage, title = f"merged-{goal.phase}-dequantised", f"{title} onto the dequantised base"
+        if way := goal.way():
+            settings |= way
+            at = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in way.values())
+            stage, title = f"merged-{goal.phase}-at-{at}", f"{title} at {at}"
+        merged = Step(
+            "merge", stage, f"merge {title}", goal.phase, live.weights, live.adapter, settings, (), live.under
+        )
+        there = next((step for step in self.steps if step.id == merged.id), None)
+        if there:
+            return there.stage
+        self.steps.append(merged)
+        measured = self.probe(f"eval/{stage}", title, merged.id, None, quantize=quantize)
+        if not way:
+            self.kept(stage, live, merged, measured)
+        return stage
+
+    def dial(self, dial: Dial) -> str:
+        """Add the measurement of a phase's delta at several scales; its stage."""
+        live = self.live[dial.phase]
+        settings = {
+            **live.measured.settings,
+            "seed": self.recipe.seed,
+            "scales": list(dial.scales),
+            **({"method": dial.method, "density": dial.density} if dial.method else {}),
+        }
+        stage = "-".join(["dial", dial.phase, *([dial.method, f"{dial.density:g}"] if dial.method else [])])
+        self.add(
+            "dial", stage, f"dial {dial.phase}", dial.phase, live.weights, live.adapter, settings, under=live.under
+        )
+        return stage
 
     def merge_all(self) -> tuple[str | None, Step]:
         """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
         measured = self.step_of("eval/base")
-        for phase, trained, live, base in self.unmerged:
-            stage, onto = self.numbered("merged", phase.name), self.chain
-            merged = self.add("merge", stage, f"merge {phase.name}", phase.name, onto, trained.id, {**self.model})
-            measured = self.probe(f"eval/{stage}", f"{phase.name} merged, {self.precision()}", merged.id, None)
-            if trained.weights == onto:  # else the adapter meets other weights than it was trained on
-                self.add(
-                    "kept", f"kept-{stage}", f"check what merging {phase.name} kept", phase.name, None, None, {},
-                    parents=(base.id, live.id, measured.id),
-                )  # fmt: skip
+        for live in self.unmerged:
+            name = live.phase.name
+            stage, onto = self.merged_stage(name), self.chain
+            merged = self.add(
+                "merge", stage, f"merge {' and '.join(live.phases)}", name, onto, live.adapter, self.merging(),
+                under=live.under,
+            )  # fmt: skip
+            measured = self.probe(f"eval/{stage}", f"{name} merged, {self.precision()}", merged.id, None)
+            if live.weights == onto:  # else the adapter meets other weights than it was trained on
+                self.kept(stage, live, merged, measured)
             self.chain = merged.id
         self.unmerged.clear()
         return self.chain, measured
 
+    def merging(self) -> dict[str, Any]:
+        """The settings of every merge."""
+        return {**self.model, **({"dtype": self.recipe.merge.dtype} if self.recipe.merge.dtype else {})}
+
+    def kept(self, stage: str, live: Live, merged: Step, measured: Step) -> Step:
+        """The comparison of a merge with the live model."""
+        title = f"check what merging {' and '.join(live.phases)} kept"
+        settings = {"phases": list(live.phases), "quantize": measured.settings["quantize"]}
+        parents = (live.bare.id, live.measured.id, measured.id)
+        return self.add("kept", f"kept-{stage}", title, live.phase.name, None, None, settings, parents)
+
     def probe(
-        self, stage: str, title: str, weights: str | None, adapter: str | None, quantize: str | None = None
+        self,
+        stage: str,
+        title: str,
+        weights: str | None,
+        adapter: str | None,
+        quantize: str | None = None,
+        under: tuple[str, ...] = (),
     ) -> Step:
         """A measurement of one stage on all held-out rows."""
         settings = {
@@ -167,14 +280,14 @@ class _Planner:
             "held_out": self.digests.held_out,
             "answers": self.recipe.answers.model_dump(),
         }
-        return self.add("probe", stage, f"measure {title}", None, weights, adapter, settings)
+        return self.add("probe", stage, f"measure {title}", None, weights, adapter, settings, under=under)
 
-    def replay(self, phase: Phase, weights: str | None) -> Step:
+    def replay(self, phase: Phase, start: _Start) -> Step:
         """The rows of replay a phase mixes in, drawn from pools that do not depend on how many there are."""
         assert phase.replay is not None
         parts: list[dict[str, Any]] = []
         for part, digest in zip(phase.replay.parts(), self.digests.replay[phase.name], strict=True):
-            pool = self.pool(phase, weights, digest) if part.kind == "generative" else None
+            pool = self.pool(phase, start, digest) if part.kind == "generative" else None
             parts.append({"kind": part.kind, "weight": part.weight, "pool": pool.id if pool else None, "rows": digest})
         generative = any(part["pool"] for part in parts)
         settings = {
@@ -187,12 +300,13 @@ class _Planner:
             "replay_system": self.recipe.phases[0].system,
         }
         stage = self.numbered("replay", phase.name)
-        title = "generate replay" if generative else "choose replay"
+        title = f"{'generate' if generative else 'choose'} replay for {phase.name}"
+        weights, stack = (start.weights, start.stack) if generative else (None, ())
         return self.add(
-            "replay", stage, f"{title} for {phase.name}", phase.name, weights if generative else None, None, settings
+            "replay", stage, title, phase.name, weights, stack[-1] if stack else None, settings, under=stack[:-1]
         )
 
-    def pool(self, phase: Phase, weights: str | None, prompts: str) -> Step:
+    def pool(self, phase: Phase, start: _Start, prompts: str) -> Step:
         """The answers of the model the phase starts from to prompts in their order; as many as were needed so far."""
         assert phase.replay is not None
         settings = {
@@ -204,8 +318,9 @@ class _Planner:
             "max_length": phase.train.max_length,
             **{key: getattr(phase.replay, key) for key in ("max_new_tokens", "temperature", "top_p", "chunk", "batch")},
         }
-        title = f"answers for the replay of {phase.name}"
-        pool = Step("pool", "pool", title, phase.name, weights, None, settings, ())
+        title, stack = f"answers for the replay of {phase.name}", start.stack
+        adapter = stack[-1] if stack else None
+        pool = Step("pool", "pool", title, phase.name, start.weights, adapter, settings, (), stack[:-1])
         return self.pools.setdefault(pool.id, pool)
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
@@ -219,13 +334,19 @@ class _Planner:
             title = f"measure signal to noise for {phase.name}"
             return self.add("layers", stage, title, phase.name, weights, None, settings)
         names = [p.name for p in self.recipe.phases]
-        earlier = names[: names.index(phase.name)]
+        number = names.index(phase.name)
+        # An adapter that a later phase went on with is part of that phase's.
+        earlier = [
+            name
+            for name, later in zip(names[:number], self.recipe.phases[1:], strict=False)
+            if later.name == phase.name or later.start != "continue"
+        ]
         settings["since"] = None if earlier else self.digests.base
         title = f"measure what {' and '.join(earlier) or 'tuning the base'} changed"
         parents = tuple(self.step_of(name).id for name in earlier)
         return self.add("layers", stage, title, phase.name, None, None, settings, parents)
 
-    def train(self, phase: Phase, weights: str | None, replay: Step | None, layers: Step | None) -> Step:
+    def train(self, phase: Phase, start: _Start, replay: Step | None, layers: Step | None) -> Step:
         """The training of a phase's adapter."""
         settings = {
             **self.model,
@@ -239,7 +360,8 @@ class _Planner:
             "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
         }
         parents = tuple(step.id for step in (replay, layers) if step)
-        return self.add("train", phase.name, f"train {phase.name}", phase.name, weights, None, settings, parents)
+        title, weights = f"train {phase.name}", start.weights
+        return self.add("train", phase.name, title, phase.name, weights, start.goes_on, settings, parents, start.under)
 
     def adapter(self, phase: Phase) -> Step:
         """An adapter made elsewhere, taken in as a phase."""
@@ -256,8 +378,9 @@ class _Planner:
         adapter: str | None,
         settings: Mapping[str, Any],
         parents: tuple[str, ...] = (),
+        under: tuple[str, ...] = (),
     ) -> Step:
-        step = Step(kind, stage, title, phase, weights, adapter, settings, parents)
+        step = Step(kind, stage, title, phase, weights, adapter, settings, parents, under)
         self.steps.append(step)
         return step
 
@@ -267,6 +390,10 @@ class _Planner:
     def numbered(self, word: str, phase: str) -> str:
         """`merged` the first time, `merged-NAME` after."""
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
+
+    def merged_stage(self, phase: str) -> str:
+        """`merged` for the first phase, `merged-NAME` for others."""
+        return "merged" if phase == self.recipe.phases[0].name else f"merged-{phase}"
 
     def precision(self) -> str:
         return "NF4" if self.quantize == "nf4" else "16 bit"

@@ -11,9 +11,10 @@ from qcft import InputError, QcftError
 from qcft.events import Watch
 from qcft.layers import adapted_modules
 from qcft.models import merge
-from qcft.models.adapters import adapted_shapes, add_lora, read_adapter_config
+from qcft.models.adapters import add_lora, read_adapter_config
+from qcft.models.deltas import read_adapter
 from qcft.models.load import load_model
-from qcft.models.merge import merge_adapter
+from qcft.models.merge import merge_adapters
 from qcft.recipe import Lora, Model
 
 from .conftest import make_llama
@@ -53,7 +54,7 @@ def test_merge_equals_pefts_in_fp32(tiny_model, adapter, tmp_path):
     folder, expected = adapter
     base = fp32_copy(tiny_model, tmp_path / "base")
     (tmp_path / "out").mkdir()
-    merge_adapter(base, folder, tmp_path / "out", Watch())
+    merge_adapters(base, [folder], tmp_path / "out", Watch())
     merged, before = tensors(tmp_path / "out"), tensors(base)
     assert merged.keys() == before.keys()
     changed = [name for name in merged if not torch.equal(merged[name], before[name])]
@@ -67,7 +68,7 @@ def test_merge_is_w_plus_scaled_ba_in_the_bases_dtype(tiny_model, adapter, tmp_p
     folder, _ = adapter
     config = json.loads((folder / "adapter_config.json").read_text())
     (tmp_path / "out").mkdir()
-    count = merge_adapter(tiny_model, folder, tmp_path / "out", Watch())
+    count = merge_adapters(tiny_model, [folder], tmp_path / "out", Watch())
     merged, base, factors = tensors(tmp_path / "out"), tensors(tiny_model), tensors(folder)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     by_hand = 0
@@ -89,10 +90,10 @@ def test_shards_have_an_index_and_merging_twice_is_the_same(tiny_model, adapter,
     folder, _ = adapter
     for name in ("one", "two", "whole"):
         (tmp_path / name).mkdir()
-    merge_adapter(tiny_model, folder, tmp_path / "whole", Watch())
+    merge_adapters(tiny_model, [folder], tmp_path / "whole", Watch())
     monkeypatch.setattr(merge, "SHARD_BYTES", 50_000)
     for name in ("one", "two"):
-        merge_adapter(tiny_model, folder, tmp_path / name, Watch())
+        merge_adapters(tiny_model, [folder], tmp_path / name, Watch())
     shards = sorted(p.name for p in (tmp_path / "one").glob("*.safetensors"))
     assert len(shards) > 2
     for shard in shards:
@@ -107,19 +108,18 @@ def test_an_adapter_for_another_model_is_refused(adapter, tokenizer, tmp_path):
     other = make_llama(tmp_path / "other", tokenizer, layers=1)
     (tmp_path / "out").mkdir()
     with pytest.raises(QcftError, match="the model lacks"):
-        merge_adapter(other, folder, tmp_path / "out", Watch())
+        merge_adapters(other, [folder], tmp_path / "out", Watch())
     wide = make_llama(tmp_path / "wide", tokenizer, intermediate_size=256, num_key_value_heads=4)
     with pytest.raises(QcftError, match="delta for"):
-        merge_adapter(wide, folder, tmp_path / "out", Watch())
+        merge_adapters(wide, [folder], tmp_path / "out", Watch())
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"trainable_token_indices": [1, 2]}, "trained tokens"),
+        ({"target_parameters": ["experts"]}, "adapted parameters"),
+        ({"a_key_of_a_later_peft": True}, "a_key_of_a_later_peft"),
         ({"peft_type": "LOHA"}, "not LORA"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
@@ -154,11 +154,11 @@ def test_only_the_files_a_model_is_loaded_from_are_merged(tiny_model, adapter, t
     base = shutil.copytree(tiny_model, tmp_path / "base")
     shutil.copyfile(base / "model.safetensors", base / "consolidated.safetensors")
     (tmp_path / "out").mkdir()
-    merge_adapter(base, folder, tmp_path / "out", Watch())
+    merge_adapters(base, [folder], tmp_path / "out", Watch())
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_an_adapter_on_embeddings_is_refused_by_name(adapter):
+def test_a_factor_without_its_partner_is_refused_by_name(adapter):
     from safetensors.torch import load_file, save_file
 
     folder, _ = adapter
@@ -166,4 +166,4 @@ def test_an_adapter_on_embeddings_is_refused_by_name(adapter):
     held["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 10)
     save_file(held, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match="lora_embedding_A"):
-        adapted_shapes(folder)
+        read_adapter(folder)

@@ -3,7 +3,7 @@
 import pytest
 
 from qcft.plan import Digests, make_plan
-from qcft.recipe import recipe_from
+from qcft.recipe import Dial, Goal, recipe_from
 
 RAW = {
     "name": "x",
@@ -124,3 +124,43 @@ def test_a_pool_depends_on_what_is_generated_not_on_how_much_is_drawn(change, sa
 def test_up_to_a_stage_takes_what_it_rests_on():
     assert [s.stage for s in plan().up_to("replay")] == ["phase1", "merged", "replay"]
     assert [s.stage for s in plan({"phase2.replay.kind": "phase1"}).up_to("replay")] == ["replay"]
+
+
+def chained(*starts, goal=None):
+    phases = [{"name": f"p{i}", "data": [{"path": "a", "lang": "en"}]} for i in range(len(starts) + 1)]
+    for phase, start in zip(phases[1:], starts, strict=True):
+        phase["start"] = start
+    digests = Digests("model", {p["name"]: p["name"] for p in phases}, {}, "held")
+    return make_plan(recipe_from({**RAW, "phases": phases}), digests, goal)
+
+
+def test_a_stack_lies_on_one_base_and_a_continued_adapter_takes_the_place_of_its_start():
+    made = chained("stacked", "continue", "stacked")
+    steps = {s.stage: s for s in made.steps}
+    p0, p1, p2, p3 = (steps[f"p{i}"].id for i in range(4))
+    assert not [s for s in made.steps if s.kind == "merge"]
+    assert (steps["p1"].under, steps["p1"].adapter) == ((p0,), None)
+    assert (steps["p2"].under, steps["p2"].adapter) == ((p0,), p1)
+    assert (steps["p3"].under, steps["p3"].adapter) == ((p0, p2), None)
+    assert (steps["eval/p3"].under, steps["eval/p3"].adapter) == ((p0, p2), p3)
+    assert made.live["p3"].phases == ("p0", "p1", "p2", "p3")
+
+
+def test_a_merged_phase_after_a_stack_merges_it_in_one_step():
+    steps = {s.stage: s for s in chained("stacked", "merged").steps}
+    merged = steps["merged-p1"]
+    assert (merged.under, merged.adapter) == ((steps["p0"].id,), steps["p1"].id)
+    assert steps["p2"].weights == merged.id
+    assert steps["kept-merged-p1"].parents == tuple(steps[f"eval/{s}"].id for s in ("base", "p1", "merged-p1"))
+
+
+def test_a_goal_adds_steps_and_changes_none():
+    bare, asked = chained("merged"), chained("merged", goal=Goal("p1"))
+    assert asked.steps[: len(bare.steps)] == bare.steps
+    assert asked.goal == "merged-p1"
+    assert chained("merged", goal=Goal("p0")).steps == bare.steps  # the plan has that merge already
+    at = chained("merged", goal=Goal("p1", scale=0.7))
+    assert at.goal == "merged-p1-at-0.7"
+    assert "kept" not in {s.kind for s in at.steps[len(bare.steps) :]}
+    dialled = chained("merged", goal=Dial("p1", (0.0, 1.0)))
+    assert dialled.steps[-1].stage == dialled.goal == "dial-p1"

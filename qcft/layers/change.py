@@ -9,7 +9,7 @@ from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.layers.snr import BLOCK_BYTES, matrix_of
 from qcft.models.adapters import lora_factors
-from qcft.models.merge import tensor_files
+from qcft.models.tensors import tensor_files
 
 
 def change_by_adapter(folder: Path) -> dict[str, float]:

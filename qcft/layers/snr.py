@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.models.merge import tensor_files
+from qcft.models.tensors import tensor_files
 
 if TYPE_CHECKING:
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
     """Stages x held-out groups, as plain data; `folders` maps stages to the folders of their done steps.
 
     `changes` compares the last stage with phase 1 (the model as it came, where there is one phase only)
-    and with the base as it is loaded, on the same rows and in the same precision: NLL differences in
-    nats per answer token, with a paired 95% interval, and relative to where they start.
+    and with the base as it is loaded, then each phase with the one before it, on the same rows and in the
+    same precision: NLL differences in nats per answer token, with a paired 95% interval, and relative to
+    where they start.
     """
     stages = [_stage(stage, folder, recipe) for stage, folder in folders.items() if stage.startswith("eval/")]
     groups = [
@@ -30,10 +32,13 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
     names = [s["stage"] for s in stages]
     reference = f"eval/{recipe.phases[0].name}" if len(recipe.phases) > 1 else "eval/base"
     last = f"eval/{recipe.phases[-1].name}"
+    measured = [f"eval/{phase.name}" for phase in recipe.phases]
+    pairs = [(start, last) for start in (reference, "eval/base")]
+    pairs += pairwise(measured)
     changes = [
-        _change(stages[names.index(start)], stages[names.index(last)], folders)
-        for start in dict.fromkeys([reference, "eval/base"])
-        if start in names and last in names and start != last
+        _change(stages[names.index(start)], stages[names.index(end)], folders)
+        for start, end in dict.fromkeys(pairs)
+        if start in names and end in names and start != end
     ]
     kept = {
         stage.removeprefix("kept-"): _metrics(folder) for stage, folder in folders.items() if stage.startswith("kept")
@@ -51,7 +56,7 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
 
 def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
     metrics = _metrics(folder)
-    sixteen = stage == "eval/base-16bit" or recipe.model.quantize == "none"
+    sixteen = read_json(folder / "step.json")["inputs"]["settings"]["quantize"] == "none"
     word = stage.removeprefix("eval/")
     phases = [p.name for p in recipe.phases]
     if word in {"base-16bit", "base"}:
@@ -60,6 +65,7 @@ def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
         name = word
     else:
         name = f"{word.removeprefix('merged-')} merged" if word != "merged" else f"{phases[0]} merged"
+        name = name.replace("-dequantised merged", " merged onto the dequantised base")
     return {
         "stage": stage,
         "name": name,

@@ -30,7 +30,7 @@ class RowScore:
 def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch, label: str) -> list[RowScore]:
     """Score each row's answer tokens, the end-of-turn tokens among them; in the order of `rows`."""
     scores: dict[int, RowScore] = {}
-    limited = "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    limited = keeps_logits(model)
     with evaluating(model):
         for chosen in _batches(rows):
             for i, score in zip(chosen, _score(model, [rows[i] for i in chosen], limited), strict=True):
@@ -40,7 +40,15 @@ def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch,
 
 
 def _score(model: PreTrainedModel, rows: list[EncodedRow], limited: bool) -> list[RowScore]:
-    """Score one batch, padded on the right; logits are computed where answers lie and nowhere else."""
+    """Score one batch."""
+    logits, targets = answer_logits(model, rows, limited)
+    return [_row_score(logits[i], targets[i]) for i in range(len(rows))]
+
+
+def answer_logits(
+    model: PreTrainedModel, rows: Sequence[EncodedRow], limited: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets (rows x positions) of one batch, padded on the right, where answers lie and nowhere else."""
     import torch
 
     width = max(len(row.input_ids) for row in rows)
@@ -62,7 +70,7 @@ def _score(model: PreTrainedModel, rows: list[EncodedRow], limited: bool) -> lis
     ).logits
     if not limited:
         logits = logits[:, first:last]
-    return [_row_score(logits[i], targets[i]) for i in range(len(rows))]
+    return logits, targets
 
 
 def _row_score(logits: torch.Tensor, targets: torch.Tensor) -> RowScore:
@@ -85,6 +93,11 @@ def _batches(rows: Sequence[EncodedRow]) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether a model computes logits only where it is asked to."""
+    return "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
 
 
 def _inner(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
 from qcft.files import is_whole_safetensors, read_json
+from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, read_adapter
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -16,15 +16,25 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
+COMBINED = "combined"
+TOP, UNDER = "default", "under"  # PEFT's names for the adapter that trains, or trained last, and for those below it
 
 
 def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftModel:
     """Put fresh adapters on exactly `modules` (full names) and freeze the rest."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = LoraConfig(
+    adapted = get_peft_model(model, _config(modules, lora))
+    found = {name for name, _ in _lora_layers(adapted)}
+    if found != set(modules):
+        raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
+    return adapted
+
+
+def _config(modules: list[str], lora: Lora) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -33,11 +43,6 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
         bias="none",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
-    found = {name for name, _ in _lora_layers(adapted)}
-    if found != set(modules):
-        raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
-    return adapted
 
 
 def keep_adapters_in_fp32(model: PeftModel) -> None:
@@ -51,9 +56,106 @@ def keep_adapters_in_fp32(model: PeftModel) -> None:
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A model with a saved adapter live on it, not trainable."""
+    return load_stack(model, [folder])
+
+
+def load_stack(model: PreTrainedModel, folders: Sequence[Path], trainable: Collection[str] = ()) -> PeftModel:
+    """A model with saved adapters live on one another, the lowest first; all frozen, but for the top one's adapters
+    on the modules `trainable` (full names)."""
+    names = [*(f"{UNDER}{i}" for i in range(len(folders) - 1)), TOP]
+    adapted = _load_on(model, folders, names)
+    _activate(adapted, names)
+    for name, parameter in adapted.named_parameters():
+        module = name.removeprefix(PREFIX).partition(".lora_")[0]
+        parameter.requires_grad = module in trainable and f".{TOP}" in name
+    if trainable and not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise InputError(
+            "start: continue goes on with an adapter that has none of the modules this phase trains",
+            "freeze other layers, or use start: stacked",
+        )
+    return adapted
+
+
+def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[str], lora: Lora) -> PeftModel:
+    """Fresh adapters on exactly `modules`, over saved ones that stay live and frozen; the lowest first."""
+    if not under:
+        return add_lora(model, modules, lora)
+    names = [f"{UNDER}{i}" for i in range(len(under))]
+    adapted = _load_on(model, under, names)
+    adapted.add_adapter(TOP, _config(modules, lora))
+    _activate(adapted, [*names, TOP])
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad = f".{TOP}" in name and ".lora_" in name
+    return adapted
+
+
+def set_scale(model: PeftModel, scale: float) -> None:
+    """Take `scale` times the delta of the top adapter; those under it stay as they are."""
+    for _, layer in _lora_layers(model):
+        layer.set_scale(TOP, scale)
+
+
+def combine_live(model: PeftModel, scale: float, method: str, density: float, seed: int, stack: int) -> str:
+    """Have the stack's adapters combined by one of PEFT's methods, the top one weighted by `scale`; the name of the
+    combination, which alone is live then. Raises InputError for what PEFT cannot combine."""
+    import torch
+
+    names = [*(f"{UNDER}{i}" for i in range(stack - 1)), TOP]
+    if COMBINED in model.peft_config:
+        _activate(model, names)
+        model.delete_adapter(COMBINED)
+    torch.manual_seed(seed)  # dare drops at random
+    weights = [*(1.0 for _ in names[:-1]), scale]
+    try:
+        model.add_weighted_adapter(names, weights, COMBINED, combination_type=method, density=density)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"dial: PEFT cannot combine the adapters by {method}: {' '.join(str(error).split())[:160]}",
+            f"use --method {method}_svd for adapters of different ranks, or leave --method out",
+        ) from None
+    model.set_adapter(COMBINED)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    return COMBINED
+
+
+def read_trained(model: PeftModel, folder: Path) -> None:
+    """Put a checkpoint's adapter in the place of the one that trains; those under it stay as they are."""
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=TOP)
+    if result.unexpected_keys:
+        raise QcftError(f"{folder.name} holds {result.unexpected_keys[0]}, which is not trained", "please report this")
+
+
+def save_trained(model: PeftModel, folder: Path) -> None:
+    """Save the adapter that trains, and none of those under it."""
+    model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False)
+
+
+def _load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False, use_safetensors=True)
+    first, *others = zip(folders, names, strict=True)
+    adapted = PeftModel.from_pretrained(
+        model, str(first[0]), adapter_name=first[1], is_trainable=False, use_safetensors=True
+    )
+    for folder, name in others:
+        adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
+    return adapted
+
+
+def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
+    """Make adapters add up; the last is the one PEFT's own functions mean. Frozen ones drop nothing out."""
+    from torch import nn
+
+    adapted.set_adapter(TOP)
+    if len(names) > 1:
+        adapted.base_model.set_adapter(list(names))
+        for _, layer in _lora_layers(adapted):
+            for name in names[:-1]:
+                if name in layer.lora_dropout:
+                    layer.lora_dropout[name] = nn.Identity()
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -73,8 +175,31 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+# Keys of PEFT's LoraConfig that qcft merges rightly, or that change nothing in a finished adapter. Any other that
+# is set is refused by name: a key of a later PEFT must not be passed over in silence.
+MERGED = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias",
+    "modules_to_save", "use_dora",
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
+    "runtime_config", "qalora_group_size",
+}  # fmt: skip
+REFUSED = {
+    "trainable_token_indices": "trained tokens",
+    "layer_replication": "layer replication",
+    "target_parameters": "adapted parameters",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "ensure_weight_tying": "adapters tied to one another",
+}
+
+
 def check_mergeable(config: dict[str, Any], where: str) -> None:
-    """Refuse by name what an adapter may hold beyond LoRA on linear layers. Raises InputError."""
+    """Refuse by name what an adapter may hold beyond what qcft merges rightly. Raises InputError."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapter: {where!r} is {config.get('peft_type')}, not LORA", "give a LoRA adapter")
     if config.get("init_lora_weights", True) not in {True, False, "gaussian", "orthogonal", "eva"}:
@@ -82,75 +207,25 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
             f"adapter: {where!r} was begun with {config['init_lora_weights']}, which changes the base weights",
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first",
         )
-    held = {
-        "DoRA (use_dora)": config.get("use_dora"),
-        "trained biases (bias)": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "whole modules (modules_to_save)": config.get("modules_to_save"),
-        "patterns of ranks (rank_pattern)": config.get("rank_pattern"),
-        "patterns of alphas (alpha_pattern)": config.get("alpha_pattern"),
-        "trained tokens (trainable_token_indices)": config.get("trainable_token_indices"),
-        "layer replication (layer_replication)": config.get("layer_replication"),
-        "transposed weights (fan_in_fan_out)": config.get("fan_in_fan_out"),
-        "adapted parameters (target_parameters)": config.get("target_parameters"),
-        "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
-        "QALoRA (use_qalora)": config.get("use_qalora"),
-        "block-diagonal LoRA (use_bdlora)": config.get("use_bdlora"),
-    }
-    for what, present in held.items():
-        if present:
+    for key, value in config.items():
+        if value and key not in MERGED and key not in WITHOUT_EFFECT:
+            what = f"{REFUSED[key]} ({key})" if key in REFUSED else key
             raise InputError(f"adapter: {where!r} holds {what}, which qcft cannot merge", "merge it with PEFT first")
-
-
-def adapted_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """The weights an adapter changes, by their names in the model, and the (out, in) shape of each delta.
-
-    Raises InputError for an adapter that holds anything but pairs of LoRA factors.
-    """
-    from safetensors import safe_open
-
-    shapes = {}
-    opened: Any = safe_open(folder / WEIGHTS, framework="pt")
-    with opened as tensors:
-        names = set(tensors.keys())
-        for name in sorted(names):
-            partner = name.replace(".lora_A.", ".lora_B.")
-            if name.endswith(".lora_A.weight") and partner in names:
-                rows, columns = tensors.get_slice(partner).get_shape()[0], tensors.get_slice(name).get_shape()[1]
-                shapes[weight_name(name)] = (rows, columns)
-            elif not name.endswith(".lora_B.weight"):
-                raise InputError(
-                    f"adapter: {str(folder)!r} holds {name!r}, which is no LoRA factor of a linear layer",
-                    "merge it with PEFT first",
-                )
-    return shapes
 
 
 def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A.
 
-    Raises InputError for an adapter that holds anything but pairs of LoRA factors.
+    Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
     """
-    from safetensors import safe_open
-
-    config = read_json(folder / CONFIG)
-    check_mergeable(config, str(folder))
-    opened: Any = safe_open(folder / WEIGHTS, framework="pt")
-    with opened as tensors:
-        for weight in adapted_shapes(folder):
-            a, b = (tensors.get_tensor(factor) for factor in factor_names(weight))
-            rank = len(a)
-            yield weight, a, b, config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def weight_name(factor: str) -> str:
-    """The name of the model's weight that a `lora_A` factor belongs to."""
-    return factor.removeprefix(PREFIX).removesuffix(".lora_A.weight") + ".weight"
-
-
-def factor_names(weight: str) -> tuple[str, str]:
-    """The names of the two factors, A and B, of a model's weight."""
-    module = PREFIX + weight.removesuffix(".weight")
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    adapter = read_adapter(folder)
+    for weight, change in adapter.changes.items():
+        if not change.plain or change.embedding or change.a is None or change.b is None:
+            raise InputError(
+                f"adapter: {str(folder)!r} holds more than plain LoRA ({weight}), whose change has no two factors",
+                "name the frozen layers, as in layers:0-11",
+            )
+        yield weight, change.a.read(), change.b.read(), change.scale
 
 
 def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:

@@ -1,154 +1,245 @@
-"""Merging a LoRA adapter onto the original 16-bit weights, tensor by tensor.
+"""Merging LoRA adapters onto the original 16-bit weights, tensor by tensor.
 
-Never into 4-bit weights and never onto a dequantised base: once the result is back in 4 bits, both lose
-nearly all that the adapter learned.
+Never into 4-bit weights and, before another 4-bit phase, never onto a dequantised base: once the result is
+back in 4 bits, both lose nearly all that the adapter learned.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.files import read_json
-from qcft.models.adapters import CONFIG, WEIGHTS, adapted_shapes, check_mergeable, factor_names
+from qcft.files import read_json, write_json
+from qcft.models.deltas import Adapter, Delta, check_shape, check_stack, read_adapter
+from qcft.models.tensors import (
+    DTYPES,
+    FLOATS,
+    TORCH_NAMES,
+    Planned,
+    Stored,
+    shards,
+    stored_weights,
+    write_bytes,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 SHARD_BYTES = 10**9
+BLOCK = 1 << 19  # numbers that are changed at a time: they stay in the processor's cache
+MARK = "qcft_merge.json"  # says how a folder was merged, where that decides how it may be loaded
+COPIED = {".json", ".jinja", ".model", ".txt", ".py"}  # config, tokenizer, chat template, a model's own code
 
 
-def merge_adapter(base: Path, adapter: Path, to: Path, watch: Watch) -> int:
-    """Write base + adapter as a model folder: W + s B A, added in fp32, kept in the base's dtype.
+@dataclass(frozen=True)
+class Target:
+    """What the result is to be: its dtype (None: the base's, tensor by tensor), and what it is merged onto.
 
-    Tensors are read one at a time and written in shards of at most 1 GB. Returns the number of weights
-    that were changed. Raises QcftError when the adapter does not fit the base.
+    `dequantised`: the base as 4 bits hold it, brought back to 16. That is what the adapter was trained on, so
+    the result is what was trained, in 16 bits; back in 4 bits it loses the adapter.
     """
-    from safetensors.torch import save_file
 
-    deltas = _Deltas(adapter)
-    weight_map: dict[str, str] = {}
-    shards: list[Path] = []
-    total = 0
-    shard: dict[str, torch.Tensor] = {}
-    held = 0
-
-    def write() -> None:
-        nonlocal shard, held
-        path = to / f"part-{len(shards) + 1:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
-        shards.append(path)
-        weight_map.update(dict.fromkeys(shard, path.name))
-        shard, held = {}, 0
-
-    names = len(weight_names(base))
-    for done, (name, tensor) in enumerate(_tensors(base), start=1):
-        merged = deltas.add_to(name, tensor)
-        size = merged.numel() * merged.element_size()
-        if shard and held + size > SHARD_BYTES:
-            write()
-        shard[name] = merged
-        held += size
-        total += size
-        watch.progress("merging", done, names, "tensors")
-    write()
-    deltas.check_all_used()
-    _name_shards(to, shards, weight_map, total)
-    for file in base.iterdir():
-        if file.is_file() and file.suffix in {".json", ".jinja", ".model", ".txt", ".py"} and "index" not in file.name:
-            shutil.copyfile(file, to / file.name)
-    return deltas.used
+    dtype: str | None = None
+    dequantised: bool = False
+    trust_remote_code: bool = False
 
 
-class _Deltas:
-    """An adapter's factors, by the name of the weight they change."""
+@dataclass(frozen=True)
+class _Source:
+    """Where an output tensor comes from: what is stored, and the adapters that change it."""
 
-    def __init__(self, adapter: Path) -> None:
-        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-        check_mergeable(config, str(adapter))
-        self.alpha = float(config["lora_alpha"])
-        self.rslora = bool(config.get("use_rslora"))
-        self.file = _open(adapter / WEIGHTS)
-        self.shapes = adapted_shapes(adapter)
-        self.used = 0
-
-    def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with its delta, or as it is where the adapter has none for it."""
-        shape = self.shapes.pop(name, None)
-        if shape is None:
-            return weight
-        import torch
-
-        if shape != tuple(weight.shape):
-            raise QcftError(
-                f"the adapter's delta for {name} is {shape[0]} x {shape[1]}, the weight {tuple(weight.shape)}",
-                "the adapter was made for another model",
-            )
-        a, b = (self._factor(factor) for factor in factor_names(name))
-        scale = self.alpha / (math.sqrt(len(a)) if self.rslora else len(a))
-        self.used += 1
-        return (weight.to(torch.float32) + scale * (b @ a)).to(weight.dtype)
-
-    def _factor(self, name: str) -> torch.Tensor:
-        import torch
-
-        factor: torch.Tensor = self.file.get_tensor(name)
-        return factor.to(torch.float32)
-
-    def check_all_used(self) -> None:
-        if self.shapes:
-            raise QcftError(
-                f"the adapter changes {len(self.shapes)} weights the model lacks, such as {next(iter(self.shapes))}",
-                "the adapter was made for another model",
-            )
+    stored: Stored
+    adapters: tuple[Adapter, ...]
+    dequantised: bool
 
 
-def _open(file: Path) -> Any:
-    from safetensors import safe_open
+def merge_adapters(
+    base: Path,
+    adapters: Sequence[Path | tuple[Path, float]],
+    to: Path,
+    watch: Watch,
+    target: Target = Target(),
+) -> int:
+    """Write base + adapters as a model folder: W + s1 B1 A1 + s2 B2 A2..., added in fp32, rounded once.
 
-    return safe_open(file, framework="pt")
+    An adapter may come with a scale: (folder, 0.7). All is checked before anything is written; one tensor is
+    held in memory at a time, shards are at most 1 GB. Weights that are tied in the base, and that the
+    adapters make differ, are untied in the result. Returns the number of weights that were changed. Raises
+    QcftError when an adapter does not fit the base, InputError for one that cannot be merged.
+    """
+    read = [read_adapter(*(entry if isinstance(entry, tuple) else (entry,))) for entry in adapters]
+    check_stack(read)
+    sources, untied = _plan(base, read, target)
+    planned = [Planned(name, _dtype(source.stored.dtype, target), source.stored.shape) for name, source in sources]
+    parts = shards(planned, SHARD_BYTES)
+    source_of = dict(sources)
+    done = 0
+
+    def write(tensor: Planned, out: BinaryIO) -> None:
+        nonlocal done
+        _write(tensor, source_of[tensor.name], out)
+        done += 1
+        watch.progress("merging", done, len(planned), "tensors")
+
+    names = _shard_names(len(parts))
+    with _one_thread():
+        for name, part in zip(names, parts, strict=True):
+            write_tensors(to / name, part, write)
+    if len(parts) > 1:
+        weight_map = {tensor.name: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        total = sum(tensor.size for tensor in planned)
+        write_json(
+            to / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+    _copy_rest(base, to, target, untied)
+    return sum(bool(source.adapters) for source in source_of.values())
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files a model folder is loaded from: those of its index, else model.safetensors, else all."""
-    index = read_json(folder / "model.safetensors.index.json")
-    if isinstance(index, dict):
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
-def tensor_files(folder: Path) -> dict[str, Any]:
-    """The open safetensors file of each weight in a model folder, by the name it is stored under."""
-    opened = [_open(file) for file in weight_files(folder)]
-    return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tuple[str, _Source]], bool]:
+    """Each output tensor and its source, and whether tied weights are untied. Raises QcftError."""
+    stored = stored_weights(base)
+    changed = {name for adapter in adapters for name in adapter.changes}
+    outside = [name for name in changed if not re.search(r"\.\d+\.", name)]  # not of a layer: embeddings, head, norm
+    tied: Mapping[str, str] = {}
+    if outside:
+        tied = getattr(meta_model(base, target.trust_remote_code), "all_tied_weights_keys", {})
+    untied = False
+    for copy, original in tied.items():
+        if original in stored and changed & {copy, original}:
+            stored[copy] = stored[original]
+            untied = True
+    missing = sorted(changed - stored.keys())
+    if missing:
+        raise QcftError(
+            f"the adapter changes {len(missing)} weights the model lacks, such as {missing[0]}",
+            "the adapter was made for another model",
+        )
+    for adapter in adapters:
+        for name, change in adapter.changes.items():
+            check_shape(name, change, stored[name].shape, adapter.transposed)
+    quantised = _quantised(base, target) if target.dequantised else set()
+    return [
+        (name, _Source(one, tuple(a for a in adapters if name in a.changes), name in quantised))
+        for name, one in stored.items()
+    ], untied
 
 
-def weight_names(folder: Path) -> set[str]:
-    """The names of the weights in a model folder, as they are stored."""
-    return set(tensor_files(folder))
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in weight_files(folder):
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, tensors.get_tensor(name)
-
-
-def _name_shards(to: Path, shards: list[Path], weight_map: dict[str, str], total: int) -> None:
-    """Give the shards the names transformers looks for, with an index when there are several."""
-    if len(shards) == 1:
-        shards[0].rename(to / "model.safetensors")
+def _write(tensor: Planned, source: _Source, out: BinaryIO) -> None:
+    """Write one tensor: copied as it is, or changed in fp32 a block of rows at a time."""
+    stored = source.stored
+    if not source.adapters and not source.dequantised and tensor.dtype == stored.dtype:
+        stored.copy_to(out)
         return
-    final = {p.name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, p in enumerate(shards, start=1)}
-    for path in shards:
-        path.rename(to / final[path.name])
-    index = {"metadata": {"total_size": total}, "weight_map": {k: final[v] for k, v in sorted(weight_map.items())}}
-    (to / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    import torch
+
+    dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    deltas = [Delta(a.changes[tensor.name], tensor.shape, a.transposed) for a in source.adapters]
+    if source.dequantised:
+        blocks: Iterable[torch.Tensor] = [_through_nf4(stored.read())]
+    else:
+        blocks = stored.blocks(None if any(delta.whole for delta in deltas) else BLOCK)
+    first = 0
+    held = rounded = None
+    for block in blocks:
+        rows = len(block)
+        if held is None or rounded is None:
+            held, rounded = torch.empty_like(block, dtype=torch.float32), torch.empty_like(block, dtype=dtype)
+        changed = held[:rows].copy_(block)
+        for delta in deltas:
+            changed = delta.onto(changed, first)
+        write_bytes(rounded[:rows].copy_(changed), out)
+        first += rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are small and the disk is slower: more threads gain nothing, and on a busy machine cost everything."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _through_nf4(weight: Any) -> Any:
+    """A weight as `load_model` holds it in NF4, brought back to 16 bits."""
+    import bitsandbytes.functional as bnb
+
+    from qcft.models.load import compute_dtype, device
+
+    place = device()
+    packed, state = bnb.quantize_4bit(
+        weight.to(place, compute_dtype()), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    return bnb.dequantize_4bit(packed, state).cpu()
+
+
+def _quantised(base: Path, target: Target) -> set[str]:
+    """The weights that are held in 4 bits when the model is: transformers' own choice."""
+    from torch import nn
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = meta_model(base, target.trust_remote_code)
+    left = get_keys_to_not_convert(model)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, left)
+    }
+
+
+def _dtype(stored: str, target: Target) -> str:
+    return DTYPES[target.dtype] if target.dtype and stored in FLOATS else stored
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _copy_rest(base: Path, to: Path, target: Target, untied: bool) -> None:
+    """Config, tokenizer, chat template, generation config; the config is told of a new dtype and of untying."""
+    for file in base.iterdir():
+        if file.is_file() and file.suffix in COPIED and "index" not in file.name and file.name != MARK:
+            shutil.copyfile(file, to / file.name)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            if untied:
+                part["tie_word_embeddings"] = False
+            if target.dtype:
+                part.pop("torch_dtype", None)
+                part["dtype"] = target.dtype
+    if untied or target.dtype:
+        write_json(to / "config.json", config)
+    if target.dequantised:
+        write_json(to / MARK, {"merged_onto": "dequantised", "load": "16 bit"})
+    elif (mark := read_json(base / MARK)) is not None:
+        write_json(to / MARK, mark)

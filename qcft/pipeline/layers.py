@@ -15,6 +15,7 @@ from qcft.files import read_json, write_json
 from qcft.layers import LinearModule, adapted_modules, decoder_layers, linear_modules, lowest_adapted
 from qcft.layers.change import change_between, change_by_adapter
 from qcft.layers.snr import measure_snr
+from qcft.models.load import quiet_libraries
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import resolve, weights_folder
 from qcft.recipe import Model, Recipe, parse_freeze
@@ -72,6 +73,7 @@ class Weights:
 
 def weights_of(recipe: Recipe, run: NamedRun | None, store: Store, watch: Watch) -> Weights:
     """What the recipe's last phase starts from, as far as the run is done: its merge, or the model as it came."""
+    quiet_libraries()
     source = resolve(recipe.model)
     model = Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name} as it came")
     if run is None:

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.load import LoadedSource, load_source
 from qcft.data.rows import Row, digest_rows
-from qcft.errors import InputError
+from qcft.errors import InputError, QcftError
 from qcft.events import Watch
-from qcft.files import file_digest
-from qcft.models.adapters import CONFIG, WEIGHTS, adapted_shapes, read_adapter_config
-from qcft.models.merge import weight_names
+from qcft.files import file_digest, read_json
+from qcft.models.adapters import read_adapter_config
+from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, check_stack, read_adapter
+from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
+from qcft.models.tensors import weight_names
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Model, Phase, Recipe, Source
+from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +51,7 @@ class Group:
 class Prepared:
     """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded."""
 
-    def __init__(self, recipe: Recipe, watch: Watch) -> None:
+    def __init__(self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None) -> None:
         self.recipe = recipe
         self.watch = watch
         self._loaded: dict[str, LoadedSource] = {}
@@ -61,7 +63,7 @@ class Prepared:
         self.groups = self._groups()
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
         self.pools = {p.name: self._pools(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
-        self.plan: Plan = make_plan(recipe, self._digests())
+        self.plan: Plan = make_plan(recipe, self._digests(), goal)
 
     @cached_property
     def folder(self) -> Path:
@@ -145,6 +147,13 @@ class Prepared:
         """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
         from qcft.training.sft import check_settings
 
+        mark = read_json(self.folder / MARK) or {}
+        if mark.get("merged_onto") == "dequantised" and self.recipe.model.quantize != "none":
+            raise InputError(
+                f"model: {self.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
+                "in 4 bits again it loses what was learned",
+                "merge it without --base dequantised, or --set model.quantize=none",
+            )
         for group in self.groups:
             self.held_out(group)
         for phase in self.recipe.phases:
@@ -173,14 +182,18 @@ class Prepared:
 
     def _check_adapter(self, folder: Path) -> None:
         """Check that an adapter made elsewhere fits the model."""
-        weights = {name: tuple(weight.shape) for name, weight in self.meta_model.named_parameters()}
-        for name, shape in adapted_shapes(folder).items():
-            if weights.get(name) != shape:
-                raise InputError(
-                    f"adapter: {str(folder)!r} changes {name} by {shape[0]} x {shape[1]}; the model's is "
-                    + (" x ".join(map(str, weights[name])) if name in weights else "not there"),
-                    f"it was made for another model than {self.recipe.model.name!r}",
-                )
+        weights = {name: tuple(weight.shape) for name, weight in self.meta_model.state_dict().items()}
+        hint = f"it was made for another model than {self.recipe.model.name!r}"
+        adapter = read_adapter(folder)
+        if any(phase.start == "stacked" for phase in self.recipe.phases[1:]):
+            check_stack([adapter, adapter])
+        for name, change in adapter.changes.items():
+            if name not in weights:
+                raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
+            try:
+                check_shape(name, change, weights[name], adapter.transposed)
+            except QcftError as error:
+                raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
 
     def _tokenising(self, name: str, total: int, done: int) -> None:
         if done % 500 == 0:

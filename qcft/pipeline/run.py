@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
-from qcft.recipe import Merge, Recipe
+from qcft.recipe import Dial, Goal, Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
@@ -40,6 +40,7 @@ class Run:
     folder: Path
     stages: Mapping[str, Stage]
     table: Mapping[str, Any]
+    goal: str | None = None  # the stage of a merge that was asked for beyond the recipe's
 
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
@@ -49,7 +50,9 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[st
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
-def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = None) -> Run:
+def run_recipe(
+    recipe: Recipe, runs: Path, watch: Watch, goal: Goal | Dial | None = None, up_to: str | None = None
+) -> Run:
     """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
 
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
@@ -58,7 +61,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = Non
     _set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
-    prepared, store = Prepared(recipe, watch), Store(runs)
+    prepared, store = Prepared(recipe, watch, goal), Store(runs)
     plan = prepared.plan
     steps = plan.up_to(up_to) if up_to else plan.steps
     records = {step.id: store.done(step.id, watch) for step in steps}
@@ -80,7 +83,8 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = Non
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
             _judge_merge(step, record["metrics"], recipe.merge, watch)
-    return finished_run(run, recipe.model_copy(update={"name": run.name}), plan.stages(), store)
+    done = finished_run(run, recipe.model_copy(update={"name": run.name}), plan.stages(), store)
+    return replace(done, goal=plan.goal)
 
 
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
@@ -127,14 +131,17 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
         return f"{metrics['rows']} rows: {share}" + (f"; left out {left_out}" if left_out else "")
     if step.kind == "merge":
         return f"{metrics['merged_weights']} weights changed"
+    if step.kind == "dial":
+        return f"{len(metrics['points'])} scales"
     if step.kind == "layers":
         return f"{metrics['modules']} modules"
     if step.kind == "kept":
         share = metrics["share"]
         rows = metrics["gain"]["rows"]
+        far = f"KL {metrics['kl']:.3f} nats, greedy agreement {metrics['agreement']:.0%}"
         if share is None:
-            return f"not measurable: a gain of {metrics['gain']['value']:.3f} nats on {rows} rows is too small"
-        return f"{share:.0%} of a gain of {metrics['gain']['value']:.3f} nats, on {rows} rows"
+            return f"not measurable: a gain of {metrics['gain']['value']:.3f} nats on {rows} rows is too small; {far}"
+        return f"{share:.0%} of a gain of {metrics['gain']['value']:.3f} nats, on {rows} rows; {far}"
     return ""
 
 
@@ -150,6 +157,13 @@ def _replayed(metrics: Mapping[str, Any]) -> str:
 
 def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
     """Warn or refuse when merging lost what the phase learned."""
+    far = None
+    if limits.max_kl is not None and metrics["kl"] > limits.max_kl:
+        far = f"KL {metrics['kl']:.3g} nats per answer token from the live adapter, over {limits.max_kl:g}"
+    if limits.min_agreement is not None and metrics["agreement"] < limits.min_agreement:
+        far = f"greedy agreement {metrics['agreement']:.1%} with the live adapter, under {limits.min_agreement:.1%}"
+    if far:
+        raise QcftError(f"merging {step.phase}: {far}", "start the next phase stacked, which is exact")
     share = metrics["share"]
     if share is None:
         if metrics["worse"]:
@@ -158,8 +172,9 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
     elif limits.refuse_below is not None and share < limits.refuse_below:
         raise QcftError(
             f"merging {step.phase} kept only {share:.0%} of what it learned, under {limits.refuse_below:.0%}",
-            "train it longer or with a higher lr, so that its delta stands out of the 4-bit grid, or use "
-            "--set model.quantize=none; --set merge.refuse_below=null goes on all the same",
+            "keep the adapter live under the next phase instead (start: stacked), which is exact; or train it longer "
+            "or with a higher lr; --set merge.refuse_below=null goes on all the same. For use in 16 bits only: "
+            "qcft merge --base dequantised",
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")

@@ -7,20 +7,22 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.mix import mixed_order
 from qcft.data.rows import Row
 from qcft.errors import QcftError
 from qcft.events import Mixed, SourceShare, Watch
-from qcft.files import read_json, write_json
+from qcft.files import file_digest, read_json, write_json
+from qcft.measure.distance import compare, predictions
 from qcft.measure.score import RowScore, score_rows
 from qcft.measure.stats import accuracy, kept, mean_nll
-from qcft.models.adapters import CONFIG, WEIGHTS, add_lora, load_adapter
+from qcft.models.adapters import add_lora_over, combine_live, load_stack, set_scale
+from qcft.models.deltas import CONFIG, WEIGHTS
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
-from qcft.models.merge import merge_adapter
+from qcft.models.merge import Target, merge_adapters
 from qcft.pipeline.generation import Generation
 from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_changes
 from qcft.pipeline.pools import ENGLISH
@@ -32,6 +34,7 @@ from qcft.recipe import Phase
 from qcft.store import Store
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -54,6 +57,7 @@ class Worker:
             "replay": self.replay,
             "kept": self.kept,
             "layers": self.layers,
+            "dial": self.dial,
         }
         try:
             return bodies[step.kind](step, folder)
@@ -62,12 +66,35 @@ class Worker:
 
     def probe(self, step: Step, folder: Path) -> dict[str, Any]:
         """Score every held-out group and answer the English prompts."""
-        model = self._load(step, quantize=step.settings["quantize"])
+        return self._measure(self._load(step, quantize=step.settings["quantize"]), step, step.title, folder)
+
+    def dial(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Measure the phase's delta at each scale, in one load; what a killed process measured is kept."""
+        model = cast("PeftModel", self._load(step, quantize=step.settings["quantize"]))
+        settings, points = step.settings, []
+        for scale in settings["scales"]:
+            place = folder / f"{scale:g}"
+            point = read_json(place / "point.json")
+            if point is None:
+                place.mkdir(exist_ok=True)
+                if settings.get("method"):
+                    combine_live(
+                        model, scale, settings["method"], settings["density"], settings["seed"], len(step.under) + 1
+                    )
+                else:
+                    set_scale(model, scale)
+                measured = self._measure(cast("PreTrainedModel", model), step, f"{step.title} at {scale:g}", place)
+                point = {"scale": scale, **measured}
+                write_json(place / "point.json", point)
+            points.append(point)
+        return {"points": points}
+
+    def _measure(self, model: PreTrainedModel, step: Step, label: str, folder: Path) -> dict[str, Any]:
         scores: dict[str, list[dict[str, Any]]] = {}
         groups: dict[str, Any] = {}
         for group in self.prepared.groups:
             encoded = self.prepared.held_out(group)
-            rows = score_rows(model, encoded.encoded, self.watch, f"{step.title}: {group.name}")
+            rows = score_rows(model, encoded.encoded, self.watch, f"{label}: {group.name}")
             scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
             groups[group.name] = {
                 "phase": group.phase,
@@ -112,11 +139,19 @@ class Worker:
         self.watch.tell(mixed)
         model = self._load(step)
         _seed_everything(seed)
-        adapted = add_lora(model, modules, self.recipe.lora)
+        under = [self._adapter(one) for one in step.under]
+        if step.adapter is not None:  # start: continue
+            adapted = load_stack(model, [*under, self._adapter(step.adapter)], modules)
+        else:
+            adapted = add_lora_over(model, under, modules, self.recipe.lora)
         below = lowest_adapted(model, modules)
         by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
-        weights = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
-        prefix = open_prefix(model, below, rows, batches.rows, weights, phase.train, self.store, self.watch)
+        weights: dict[str, Any] = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
+        if under:
+            weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
+        # An adapter that goes on keeps its part in the frozen layers, which a cut model would lose.
+        cut = below if step.adapter is None else 0
+        prefix = open_prefix(model, cut, rows, batches.rows, weights, phase.train, self.store, self.watch)
         trained = train_adapter(
             adapted,
             self.prepared.tokenizer,
@@ -153,7 +188,15 @@ class Worker:
         for place in (work, done):
             shutil.rmtree(place, ignore_errors=True)
         work.mkdir()
-        changed = merge_adapter(self._weights(step), self.store.folder(step.adapter) / "adapter", work, self.watch)
+        settings = step.settings
+        target = Target(
+            settings.get("dtype"), settings.get("base") == "dequantised", self.recipe.model.trust_remote_code
+        )
+        stack: list[Path | tuple[Path, float]] = [*map(self._adapter, step.under)]
+        stack.append((self._adapter(step.adapter), settings.get("scale", 1.0)))
+        if settings.get("method"):
+            stack = [self._combined(step, folder)]
+        changed = merge_adapters(self._weights(step), stack, work, self.watch, target)
         self.prepared.tokenizer.save_pretrained(work)  # with the chat template that was trained
         work.rename(done)
         return {"merged_weights": changed}
@@ -174,18 +217,27 @@ class Worker:
                 place = held.enter_context(self.store.claim(source.id, source.inputs(), self.watch))
                 load = partial(self._load, source)
                 made = Generation(place, pool.rows, phase.replay, self.recipe.seed, encoder, load, self.watch)
-                generations.append((made, source.weights or self.prepared.model.digest, source.id))
+                answerer = " + ".join(filter(None, (source.weights, *source.under, source.adapter)))
+                generations.append((made, answerer or self.prepared.model.digest, source.id))
             new = self.prepared.encoded(phase)
             return make_replay(phase, pools, new, encoder, generations, folder, self.watch)
 
     def kept(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Compare base, live adapter and merged model on the phase's held-out rows."""
+        """Compare base, live adapters and merged model on the held-out rows of the phases they hold."""
         base, live, merged = (read_json(self.store.folder(parent) / "scores.json") for parent in step.parents)
         groups = self.prepared.groups
         # An adapter made elsewhere has no rows of its own here: English stands for them.
-        own = [g.name for g in groups if g.phase == step.phase] or [g.name for g in groups if g.lang == ENGLISH]
-        a, b, c = ([_score(s) for name in own for s in scores[name]] for scores in (base, live, merged))
-        return {"groups": own, **asdict(kept(a, b, c))}
+        phases = step.settings["phases"]
+        own = [g for g in groups if g.phase in phases] or [g for g in groups if g.lang == ENGLISH]
+        a, b, c = ([_score(s) for g in own for s in scores[g.name]] for scores in (base, live, merged))
+        rows = [row for group in own for row in self.prepared.held_out(group).encoded]
+        steps = {one.id: one for one in self.prepared.plan.steps}
+        live_step, merged_step = (steps[parent] for parent in step.parents[1:])
+        seen = predictions(self._load(live_step), rows, self.watch, f"{step.title}: live")
+        free_memory()
+        model = self._load(merged_step, quantize=merged_step.settings["quantize"])
+        distance = compare(model, rows, seen, self.watch, f"{step.title}: merged")
+        return {"groups": [g.name for g in own], **asdict(kept(a, b, c)), **asdict(distance)}
 
     def layers(self, step: Step, folder: Path) -> dict[str, Any]:
         """Measure what a freeze spec goes by, module by module."""
@@ -212,9 +264,25 @@ class Worker:
 
     def _load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
         model = load_model(self._weights(step), self.recipe.model, quantize)
-        if step.adapter is not None and step.kind == "probe":
-            return load_adapter(model, self.store.folder(step.adapter) / "adapter")
+        if step.adapter is not None and step.kind != "train":
+            return load_stack(model, [self._adapter(one) for one in (*step.under, step.adapter)])
         return model
+
+    def _combined(self, step: Step, folder: Path) -> Path:
+        """The stack's adapters combined by one of PEFT's methods, saved in the step."""
+        settings = step.settings
+        model = load_stack(
+            load_model(self._weights(step), self.recipe.model),
+            [self._adapter(one) for one in (*step.under, step.adapter or "")],
+        )
+        name = combine_live(
+            model, settings["scale"], settings["method"], settings["density"], self.recipe.seed, len(step.under) + 1
+        )
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        return folder / name
+
+    def _adapter(self, step: str) -> Path:
+        return self.store.folder(step) / "adapter"
 
     def _weights(self, step: Step) -> Path:
         return self.prepared.folder if step.weights is None else self.store.folder(step.weights) / "model"

@@ -1,6 +1,7 @@
 """The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
 
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
+from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.recipe.parts import Source
 from qcft.recipe.replay import Filters, Replay, ReplayPart
@@ -8,8 +9,10 @@ from qcft.recipe.schema import Answers, HeldOut, Lora, Merge, Model, Phase, Reci
 
 __all__ = [
     "Answers",
+    "Dial",
     "Filters",
     "FreezeSpec",
+    "Goal",
     "HeldOut",
     "Lora",
     "Merge",

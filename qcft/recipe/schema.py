@@ -79,7 +79,7 @@ class Phase(Part):
     name: str
     data: Sources = []
     adapter: str | None = None
-    start: Literal["merged", "base"] = "merged"
+    start: Literal["merged", "stacked", "continue", "base"] = "merged"
     freeze: str = "none"
     replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
     system: str | None = None
@@ -122,10 +122,15 @@ class Answers(Part):
 
 
 class Merge(Part):
-    """The least share of what a phase learned that its merge must keep: to pass unwarned, to pass (null: any)."""
+    """What a merge must come to. `warn_below`, `refuse_below`: the least share of what a phase learned that it must
+    keep, to pass unwarned, to pass (null: any). `max_kl` (nats per answer token) and `min_agreement` (share of
+    answer tokens) refuse by how far it is from the live adapter. `dtype`: of the weights (null: the base's)."""
 
     warn_below: Annotated[Number, Field(le=1)] = 0.8
     refuse_below: Annotated[Number, Field(le=1)] | None = 0.5
+    max_kl: Annotated[Number, Field(gt=0)] | None = None
+    min_agreement: Annotated[Number, Field(gt=0, le=1)] | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
 
 class Recipe(Part):

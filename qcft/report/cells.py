@@ -57,7 +57,7 @@ def conclusion(table: Table) -> list[str]:
         return []
     english = [g["name"] for g in table["groups"] if g["english"]]
     others = [g["name"] for g in table["groups"] if not g["english"]]
-    base = table["changes"][-1]
+    base = next((c for c in table["changes"] if c["from"] == "eval/base"), table["changes"][0])
     since = table["changes"][0]
     sentences = []
     if others:
@@ -86,7 +86,8 @@ def conclusion(table: Table) -> list[str]:
         else:
             sentences.append(
                 f"Merging kept {share:.0%} of the {kept['gain']['value']:.3f} nats gained "
-                f"({stage}, {kept['gain']['rows']} rows)."
+                f"({stage}, {kept['gain']['rows']} rows); KL to the live adapter {kept['kl']:.3f} nats per answer "
+                f"token, greedy agreement {kept['agreement']:.0%} of {kept['compared_tokens']} tokens."
             )
     return sentences
 

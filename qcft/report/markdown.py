@@ -22,7 +22,7 @@ def write_report(folder: Path, recipe: Recipe, table: Mapping[str, Any], steps: 
         f"# {recipe.name}\n",
         *(f"- {sentence}" for sentence in conclusion(table)),
         "\n## Stages and languages\n",
-        _table(header(table), stage_rows(table) + change_rows(table)),
+        markdown_table(header(table), stage_rows(table) + change_rows(table)),
         "\nHeld-out rows: mean NLL in nats per answer token (lower is better) and the share of answer tokens "
         "predicted right. `*` marks English; `!` marks an English loss whose 95% interval (paired bootstrap over "
         "rows) excludes zero. Compare stages of one precision only.\n",
@@ -39,7 +39,8 @@ def write_report(folder: Path, recipe: Recipe, table: Mapping[str, Any], steps: 
     return path
 
 
-def _table(titles: list[str], rows: list[list[str]]) -> str:
+def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(map(_cell, titles)) + " |", "|" + "---|" * len(titles)]
     return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])
 
@@ -72,7 +73,7 @@ def _mix(steps: Mapping[str, Path]) -> list[str]:
         ]
         parts += [
             f"\n## What {stage} trained on\n",
-            _table(["source", "rows", "tokens", "answer tokens", "trained, all epochs", "left out"], rows),
+            markdown_table(["source", "rows", "tokens", "answer tokens", "trained, all epochs", "left out"], rows),
         ]
     return parts
 
@@ -105,7 +106,7 @@ def _cost(steps: Mapping[str, Path]) -> str:
         record = read_json(folder / "done.json")
         peak = next((v for k, v in record["metrics"].items() if k.startswith("peak_")), 0)
         rows.append([stage, folder.name, f"{record['seconds']:.0f}", f"{peak / 2**30:.2f}"])
-    return _table(["stage", "step", "seconds", "peak memory of the process or GPU, GiB"], rows)
+    return markdown_table(["stage", "step", "seconds", "peak memory of the process or GPU, GiB"], rows)
 
 
 def _versions(steps: Mapping[str, Path]) -> str:

@@ -47,8 +47,11 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         name = f"{recipe.name}-{number}"
     folder = runs / name
     already = _read(folder) or {}
-    if _results(already).keys() - wanted.keys():
-        return NamedRun(name, folder, {**stages, **already})  # the run holds more than this plan
+    if _results(already).keys() - wanted.keys():  # the run holds more than this plan
+        both = {**already, **{stage: step for stage, step in stages.items() if stage not in already}}
+        if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
+            write_json(folder / "run.json", {**(read_json(folder / "run.json") or {}), "stages": both})
+        return NamedRun(name, folder, both)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,6 +113,4 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {
-        stage: step for stage, step in stages.items() if not stage.startswith(EVAL) and not stage.startswith("kept")
-    }
+    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, "kept", "dial-"))}

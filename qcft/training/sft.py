@@ -19,7 +19,7 @@ from qcft.errors import InputError, Interrupted, QcftError, nearest
 from qcft.events import Progress, Watch
 from qcft.files import is_whole, seal, write_text
 from qcft.layers import decoder_layers
-from qcft.models.adapters import keep_adapters_in_fp32
+from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
 from qcft.models.load import compute_dtype, device, peak_memory
 from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
@@ -138,7 +138,7 @@ def train_adapter(
             "the same command goes on from it",
             watch.stop_code,
         )
-    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    save_trained(model, folder / "adapter")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
         steps=trainer.state.global_step,
@@ -236,7 +236,11 @@ def _make_trainer(
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+            save_trained(self.model, Path(output_dir or self.args.output_dir))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # The Trainer's own loads one adapter only, under whichever name comes first.
+            read_trained(self.model, Path(resume_from_checkpoint))
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each

@@ -1,0 +1,223 @@
+"""What an adapter changes, weight by weight: LoRA and DoRA factors, embeddings, biases, whole modules.
+
+A pure function of (weight, factors) each, in fp32; equal to PEFT's own merge where PEFT has one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcft.errors import InputError, QcftError
+from qcft.files import read_json
+from qcft.models.tensors import Stored, stored_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
+
+# A factor's name: the module it belongs to, and which factor it is.
+FACTOR = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(weight|bias))?"
+)
+
+
+@dataclass
+class Change:
+    """How one weight is changed. `magnitude` is DoRA's; `bias` the bias of a B factor; `value` replaces the weight."""
+
+    a: Stored | None = None
+    b: Stored | None = None
+    embedding: bool = False
+    magnitude: Stored | None = None
+    bias: Stored | None = None
+    value: Stored | None = None
+    scale: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is W + s B A and nothing else, so that it may be scaled, or lie in a stack."""
+        return self.a is not None and self.magnitude is None and self.value is None
+
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it is made for; a Conv1D's is the other way round."""
+        if self.a is not None and self.b is not None:
+            rows, columns = self.b.shape[0], self.a.shape[1]
+            return (columns, rows) if self.embedding else (rows, columns)
+        only = self.value or self.bias
+        assert only is not None
+        return only.shape
+
+
+@dataclass
+class Adapter:
+    """An adapter's changes by the name of the weight, `scale` times what it was trained to be."""
+
+    folder: Path
+    scale: float = 1.0
+    changes: dict[str, Change] = field(default_factory=dict)
+    transposed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether all of it is W + s B A."""
+        return all(change.plain for change in self.changes.values())
+
+
+def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
+    """What an adapter changes. Raises InputError for what qcft cannot merge, by name."""
+    from qcft.models.adapters import check_mergeable
+
+    config = read_json(folder / CONFIG)
+    check_mergeable(config, str(folder))
+    adapter = Adapter(folder, scale, transposed=bool(config.get("fan_in_fan_out")))
+    for name, stored in stored_tensors(folder / WEIGHTS).items():
+        plain = name.removeprefix(PREFIX)
+        found = FACTOR.fullmatch(plain)
+        if found is None:
+            if "lora_" in plain or "token_adapter" in plain:
+                raise _foreign(folder, name)
+            weight = plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            adapter.changes.setdefault(weight, Change()).value = stored
+            continue
+        module, factor, kind = found.groups()
+        if factor == "lora_B" and kind == "bias":
+            adapter.changes.setdefault(f"{module}.bias", Change()).bias = stored
+            continue
+        change = adapter.changes.setdefault(f"{module}.weight", Change())
+        if factor == "lora_magnitude_vector":
+            change.magnitude = stored
+        elif len(stored.shape) != 2:
+            raise _foreign(folder, name)
+        elif factor.endswith("A"):
+            change.a, change.embedding = stored, "embedding" in factor
+        else:
+            change.b, change.embedding = stored, "embedding" in factor
+    for weight, change in adapter.changes.items():
+        if (change.a is None) != (change.b is None) or (change.magnitude is not None and change.a is None):
+            left = change.a or change.b
+            names = [n for n, s in stored_tensors(folder / WEIGHTS).items() if s == (left or change.magnitude)]
+            raise _foreign(folder, names[0])
+        if config.get("use_dora") and change.a is not None and change.magnitude is None:
+            raise InputError(f"adapter: {str(folder)!r} is DoRA without magnitudes ({weight})", "save it again")
+        if change.embedding and change.magnitude is not None:
+            raise InputError(
+                f"adapter: {str(folder)!r} holds DoRA on the embeddings ({weight}), which qcft cannot merge",
+                "merge it with PEFT first",
+            )
+        module = weight.rpartition(".")[0]
+        rank = adapter.changes.get(f"{module}.weight", change).a
+        if rank is not None:
+            change.scale = scale * _scaling(config, module, rank.shape[0])
+    if scale != 1 and not adapter.plain:
+        raise InputError(
+            f"adapter: {str(folder)!r} holds more than plain LoRA ({_odd(adapter)}), which has no scale",
+            "merge it whole",
+        )
+    return adapter
+
+
+class Delta:
+    """A change with its factors read, ready to be added to a weight block of rows by block of rows.
+
+    W + s B A; DoRA's m (W + s B A) / ||W + s B A||, norms over each output's row (arXiv 2402.09353, eq. 5);
+    an embedding's W + s (B A)^T; a bias's b + s b_B; or what replaces the weight.
+    """
+
+    def __init__(self, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
+        self.value = change.value.read().reshape(_rows(shape)) if change.value else None
+        self.bias = _fp32(change.bias) * change.scale if change.bias else None
+        self.magnitude = _fp32(change.magnitude) if change.magnitude else None
+        self.left: torch.Tensor | None = None
+        self.product: torch.Tensor | None = None
+        self.flipped = False
+        if change.a is not None and change.b is not None:
+            a, b = _fp32(change.a), _fp32(change.b)
+            # A square Conv1D is told by the adapter's flag, any other by its shape.
+            self.flipped = change.embedding or (transposed and shape == (a.shape[1], b.shape[0]))
+            self.left, self.right = (a.T * change.scale, b.T) if self.flipped else (b * change.scale, a)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are needed at once: DoRA's norms on a weight that lies the other way round."""
+        return self.magnitude is not None and self.flipped
+
+    def onto(self, block: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows `first`... of the weight, in fp32, with the change."""
+        import torch
+
+        if self.value is not None:
+            block = self.value[first : first + len(block)].to(torch.float32)
+        if self.bias is not None:
+            return block + self.bias
+        if self.left is None:
+            return block
+        if self.product is None or len(self.product) < len(block):
+            self.product = torch.empty_like(block)  # kept: fresh pages for every block cost more than the product
+        block.add_(torch.mm(self.left[first : first + len(block)], self.right, out=self.product[: len(block)]))
+        if self.magnitude is None:
+            return block
+        norms = torch.linalg.vector_norm(block, dim=0 if self.flipped else 1, keepdim=True)
+        magnitude = self.magnitude.flatten()
+        if not self.flipped:
+            magnitude = magnitude[first : first + len(block)]
+        return block.mul_(magnitude.reshape(norms.shape) / norms)
+
+
+def check_stack(adapters: list[Adapter], hint: str = "start the next phase merged") -> None:
+    """Check that adapters can lie on one another. Raises InputError."""
+    for adapter in adapters if len(adapters) > 1 else []:
+        if not adapter.plain:
+            raise InputError(
+                f"adapter: {str(adapter.folder)!r} holds more than plain LoRA ({_odd(adapter)}), "
+                "which cannot be part of a stack",
+                hint,
+            )
+
+
+def check_shape(name: str, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
+    """Check that a change fits the weight. Raises QcftError."""
+    wanted = change.shape()
+    if wanted == shape or (transposed and change.a is not None and wanted[::-1] == shape):
+        return
+    raise QcftError(
+        f"the adapter's delta for {name} is {' x '.join(map(str, wanted))}, the weight {' x '.join(map(str, shape))}",
+        "the adapter was made for another model, or another vocabulary",
+    )
+
+
+def _fp32(stored: Stored) -> torch.Tensor:
+    import torch
+
+    return stored.read().to(torch.float32)
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape as rows: a bias is one row."""
+    return shape if len(shape) == 2 else (1, -1)
+
+
+def _scaling(config: dict[str, object], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns that set either for some modules."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    assert isinstance(patterns, dict)
+    alpha = float(patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _odd(adapter: Adapter) -> str:
+    return next(name for name, change in adapter.changes.items() if not change.plain)
+
+
+def _foreign(folder: Path, name: str) -> InputError:
+    return InputError(
+        f"adapter: {str(folder)!r} holds {name!r}, which is no LoRA factor of a linear layer or an embedding",
+        "merge it with PEFT first",
+    )

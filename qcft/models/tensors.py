@@ -1,0 +1,193 @@
+"""Weights on disk, one tensor at a time: where each lies in a safetensors file, reading it, writing a file.
+
+The safetensors library writes a file from tensors that are all in memory. A merge writes shards of a
+gigabyte and need hold one tensor: the format is a length, a JSON header and the bytes, so it is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from qcft.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 1 << 23
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file: its dtype in the format's words, its shape, its bytes' place."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    size: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own (a mapped file would count as resident for as long as it is open)."""
+        return next(self.blocks(None)).reshape(self.shape)
+
+    def blocks(self, most: int | None) -> Iterator[torch.Tensor]:
+        """The tensor's rows, at most about `most` numbers at a time (None: all at once); a bias is one row.
+
+        A block lives until the next one is asked for.
+        """
+        import torch
+
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        rows, columns = self.shape if len(self.shape) == 2 else (1, math.prod(self.shape))
+        step = rows if most is None else min(rows, max(1, most // max(1, columns)))
+        if not self.size:
+            yield torch.empty((rows, columns), dtype=dtype)
+            return
+        width = self.size // rows
+        data = torch.empty(step * width, dtype=torch.uint8)
+        view = data.numpy().data.cast("B")
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.begin)
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                _read_into(stream, view[: count * width])
+                yield data[: count * width].view(dtype).reshape(count, columns)
+
+    def copy_to(self, out: BinaryIO) -> None:
+        """Copy the tensor's bytes as they are."""
+        buffer = memoryview(bytearray(min(CHUNK, max(1, self.size))))
+        left = self.size
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.begin)
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                _read_into(stream, part)
+                out.write(part)
+                left -= len(part)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, in the order they lie in."""
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return dict(sorted(found.items(), key=lambda item: item[1].begin))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files a model folder is loaded from: those of its index, else model.safetensors, else all."""
+    index = read_json(folder / "model.safetensors.index.json")
+    if isinstance(index, dict):
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def stored_weights(folder: Path) -> dict[str, Stored]:
+    """A model folder's weights by their stored names."""
+    found: dict[str, Stored] = {}
+    for file in weight_files(folder):
+        found |= stored_tensors(file)
+    return found
+
+
+def tensor_files(folder: Path) -> dict[str, Any]:
+    """The open safetensors file of each weight in a model folder, by the name it is stored under."""
+    from safetensors import safe_open
+
+    opened: list[Any] = [safe_open(file, framework="pt") for file in weight_files(folder)]
+    return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+
+def weight_names(folder: Path) -> set[str]:
+    """The names of the weights in a model folder, as they are stored."""
+    return set(stored_weights(folder))
+
+
+def write_tensors(file: Path, tensors: Sequence[Planned], write: Callable[[Planned, BinaryIO], None]) -> None:
+    """Write a safetensors file; `write(tensor, stream)` is called for each tensor in turn and writes its bytes.
+
+    Wider dtypes come first, as the format's own library lays them, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors, key=lambda t: -ITEM_BYTES[t.dtype])  # stable: the order given, within a width
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.size],
+        }
+        place += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered:
+            write(tensor, out)
+        if out.tell() != 8 + len(text) + place:
+            raise ValueError(f"{file.name}: its tensors came out at another size than planned")
+
+
+def write_bytes(tensor: torch.Tensor, out: BinaryIO) -> None:
+    """Write a tensor's bytes without another copy of it."""
+    import torch
+
+    out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def shards(tensors: Iterable[Planned], most: int) -> list[list[Planned]]:
+    """Tensors in shards of at most `most` bytes; a tensor that is larger has one to itself."""
+    parts: list[list[Planned]] = []
+    held = 0
+    for tensor in tensors:
+        if not parts or held + tensor.size > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(tensor)
+        held += tensor.size
+    return parts
+
+
+def _read_into(stream: BinaryIO, part: memoryview) -> None:
+    done = 0
+    while done < len(part):
+        count = stream.readinto(part[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError("a safetensors file ended too early")
+        done += count

@@ -1,0 +1,36 @@
+"""What can be asked of a run beyond its recipe: a phase merged for use elsewhere, or dialled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A phase to be merged beyond what the recipe's own phases need: for use elsewhere.
+
+    `dequantised` merges onto the base as 4 bits hold it; `scale` takes that much of the phase's delta.
+    """
+
+    phase: str
+    dequantised: bool = False
+    dtype: str | None = None
+    scale: float = 1.0
+    method: str | None = None
+    density: float = 1.0
+
+    def way(self) -> dict[str, Any]:
+        """How much of the delta is taken, and by which of PEFT's methods beyond scaling."""
+        method = {"method": self.method, "density": self.density} if self.method else {}
+        return {"scale": self.scale, **method} if self.scale != 1 or method else {}
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A phase's delta to be measured at several scales; `method` as `Goal`'s."""
+
+    phase: str
+    scales: tuple[float, ...]
+    method: str | None = None
+    density: float = 1.0

@@ -1,0 +1,75 @@
+"""The model card of a model that leaves the runs folder: what it is, its data, its recipe, EA and MA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcft.files import write_text
+from qcft.recipe import Recipe
+from qcft.report.cells import header, stage_rows
+from qcft.report.markdown import markdown_table
+
+
+def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: str, what: str, adapter: bool) -> None:
+    """Write `folder/README.md`. `stage` is the measured stage of the table that the model is; `what` says how it
+    was made."""
+    hub = recipe.model.name if recipe.model.name.count("/") == 1 and not Path(recipe.model.name).exists() else None
+    languages = sorted({g["lang"] for g in table["groups"] if g["lang"] != "?"})
+    front: dict[str, Any] = {
+        **({"base_model": hub} if hub else {}),
+        **({"language": languages} if languages else {}),
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qcft", "lora", "continual-fine-tuning"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {recipe.name}\n",
+        f"{what} Base model: `{_name(recipe.model.name)}`. Made with qcft: continual fine-tuning in phases, "
+        "measured on rows that were held out of training.\n",
+        "## Data\n",
+        *_data(recipe),
+        "\n## English and multilingual ability (EA, MA)\n",
+        _abilities(table, stage),
+        "\nMean NLL in nats per answer token over held-out rows, lower is better; compare stages of one precision "
+        "only.\n\n## All stages and languages\n",
+        markdown_table(header(table), stage_rows(table)),
+        "\nNLL and the share of answer tokens predicted right.\n\n## Recipe\n",
+        f"```yaml\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False, allow_unicode=True)}```\n",
+    ]
+    write_text(folder / "README.md", "\n".join(parts))
+
+
+def _abilities(table: Mapping[str, Any], last: str) -> str:
+    rows = []
+    for stage in table["stages"]:
+        if stage["stage"] not in {"eval/base-16bit", "eval/base", last}:
+            continue
+        means = []
+        for english in (True, False):
+            scores = [stage["groups"][g["name"]] for g in table["groups"] if g["english"] is english]
+            tokens = sum(s["answer_tokens"] for s in scores)
+            mean = sum(s["nll"] * s["answer_tokens"] for s in scores) / tokens if tokens else None
+            means.append("-" if mean is None else f"{mean:.3f} ({sum(s['rows'] for s in scores)} rows)")
+        rows.append([f"{stage['name']}, {stage['precision']}", *means])
+    return markdown_table(["stage", "EA (English)", "MA (other languages)"], rows)
+
+
+def _data(recipe: Recipe) -> list[str]:
+    lines = []
+    for phase in recipe.phases:
+        if phase.adapter:
+            lines.append(f"- {phase.name}: an adapter made elsewhere, `{_name(phase.adapter)}`")
+        for source in phase.sources():
+            take = f", first {source.take:,} rows" if source.take else ""
+            lines.append(f"- {phase.name}: `{_name(source.path)}` ({source.lang or 'language not given'}{take})")
+    return lines
+
+
+def _name(path: str) -> str:
+    """A path without the folders of the machine it lay on."""
+    return Path(path).name if Path(path).is_absolute() else path

@@ -1,0 +1,181 @@
+"""Chains of phases: stacked, continued, merged, from the base; each trained, resumed, measured, merged."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qcft
+from qcft import api
+from qcft.events import Progress, StepBegun, Watch
+from qcft.files import read_json
+from qcft.models.adapters import add_lora_over, load_stack
+from qcft.models.load import evaluating, load_model
+from qcft.recipe import Lora, Model, recipe_from
+
+
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("chains") / "runs"
+
+
+@pytest.fixture
+def chain(raw_recipe, color_data):
+    """A recipe of as many phases as starts are named: en, es, pt."""
+
+    def make(*starts, **changes):
+        first, second = raw_recipe["phases"]
+        phases = [{**first, "train": {**first["train"], "epochs": 1}}]
+        for i, start in enumerate(starts):
+            data = [{"path": str(color_data / f"{('es', 'pt')[i]}.jsonl"), "lang": ("es", "pt")[i], "take": 16}]
+            train = {**second["train"], "epochs": 1}
+            phases.append({"name": f"phase{i + 2}", "data": data, "start": start, "train": train})
+        raw = {**raw_recipe, "phases": phases, "name": "-".join(starts), "answers": {"prompts": 1, "max_new_tokens": 4}}
+        return recipe_from(raw, changes)
+
+    return make
+
+
+def nll(done):
+    return {s["stage"]: {g: v["nll"] for g, v in s["groups"].items()} for s in done.table["stages"]}
+
+
+def weights(done, stage):
+    return load_file(done.stages[stage].folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_stack_starts_exactly_where_the_phase_before_ended(tiny_model, chain, shared_runs):
+    """No requantisation: the live model under a fresh adapter is the phase-1 model, to the bit."""
+    done = api.run(chain("stacked"), runs=shared_runs)
+    assert not any(stage.startswith("merged") for stage in done.stages)
+    one, two = (done.stages[f"phase{n}"].folder / "adapter" for n in (1, 2))
+    ids = torch.arange(3, 43).reshape(2, 20)
+    live = load_stack(load_model(tiny_model, Model(name="tiny")), [one])
+    fresh = add_lora_over(
+        load_model(tiny_model, Model(name="tiny")), [one], ["model.layers.1.self_attn.q_proj"], Lora(r=4)
+    )
+    trainable = [n for n, p in fresh.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2
+    assert all(".default." in name for name in trainable)
+    with evaluating(live), evaluating(fresh):
+        assert torch.equal(live(ids).logits, fresh(ids).logits)
+    stack = load_stack(load_model(tiny_model, Model(name="tiny")), [one, two])
+    alone = load_stack(load_model(tiny_model, Model(name="tiny")), [two])
+    with evaluating(stack), evaluating(alone):
+        assert not torch.equal(stack(ids).logits, live(ids).logits)
+        assert not torch.equal(stack(ids).logits, alone(ids).logits)
+    assert not any(p.requires_grad for p in stack.parameters())
+
+
+def test_each_start_learns_and_the_table_has_a_row_per_stage(chain, shared_runs):
+    for starts in (("stacked", "stacked"), ("continue", "stacked"), ("stacked", "merged"), ("base", "continue")):
+        done = api.run(chain(*starts), runs=shared_runs)
+        table = nll(done)
+        assert table["eval/phase2"]["phase2 es"] < table["eval/base"]["phase2 es"] - 0.3
+        assert table["eval/phase3"]["phase3 pt"] < table["eval/phase2"]["phase3 pt"]
+        assert [s["stage"] for s in done.table["stages"]][:3] == ["eval/base-16bit", "eval/base", "eval/phase1"]
+        names = {(c["from_name"], c["to_name"]) for c in done.table["changes"]}
+        assert {("phase1", "phase3"), ("base", "phase3"), ("phase1", "phase2"), ("phase2", "phase3")} <= names
+
+
+def test_a_stack_merges_in_one_go_before_a_merged_phase(chain, shared_runs):
+    done = api.run(chain("stacked", "merged"), runs=shared_runs)
+    assert [s for s in done.stages if s.startswith("merged")] == ["merged-phase2"]
+    kept = done.stages["kept-merged-phase2"].metrics
+    assert kept["groups"] == ["phase1 en", "phase2 es"]
+    assert kept["share"] is None or kept["share"] > 0.5
+    assert kept["kl"] > 0
+    assert 0.5 < kept["agreement"] <= 1
+    assert kept["compared_tokens"] > 0
+
+
+def test_continue_goes_on_with_the_same_adapter_and_leaves_frozen_layers_as_they_were(chain, shared_runs):
+    done = api.run(chain("continue", **{"phase2.freeze": "first:1"}), runs=shared_runs)
+    before, after = weights(done, "phase1"), weights(done, "phase2")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "layers.0." not in name}
+    assert done.stages["phase2"].metrics["trainable_parameters"] == sum(before[n].numel() for n in moved)
+
+
+def interrupted(recipe, runs, label, step):
+    watch = Watch()
+
+    def stop(event):
+        if isinstance(event, Progress) and event.label == label and event.done == step:
+            watch.ask_to_stop()
+
+    watch._listener = stop
+    with pytest.raises(qcft.Interrupted):
+        api.run_watched(recipe, runs, watch)
+
+
+@pytest.mark.parametrize("starts", [("stacked", "stacked"), ("continue",)])
+def test_resuming_restores_every_adapter_and_the_optimizer(chain, starts, shared_runs, tmp_path):
+    last = f"phase{len(starts) + 1}"
+    changes = {f"{last}.train.checkpoint_steps": 2, f"{last}.train.epochs": 2, "lora.dropout": 0.1}
+    recipe = chain(*starts, **changes)
+    whole = api.run(recipe, runs=shared_runs)
+    shutil.copytree(shared_runs, tmp_path / "runs", symlinks=True)
+    shutil.rmtree(tmp_path / "runs" / ".steps" / whole.stages[last].step)
+    interrupted(recipe, tmp_path / "runs", f"training {last}", 3)
+    events = []
+    again = api.run_watched(recipe, tmp_path / "runs", Watch(events.append))
+    assert again.stages[last].metrics["resumed_from"] > 0
+    assert "resumed" in {e.state for e in events if isinstance(e, StepBegun)}
+    a, b = weights(whole, last), weights(again, last)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_prefix_cache_under_a_stack_changes_nothing(chain, shared_runs, tmp_path):
+    """The frozen layers carry phase 1's adapter, and their stored states do too."""
+    changes = {"phase2.freeze": "first:2", "phase2.train.epochs": 2}
+    done = [
+        api.run(chain("stacked", **changes, **{"phase2.train.prefix_cache": asked}), runs=tmp_path / str(asked))
+        for asked in (True, False)
+    ]
+    assert [run.stages["phase2"].metrics["prefix_cache"] for run in done] == [True, False]
+    a, b = (weights(run, "phase2") for run in done)
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-5), name
+
+
+def test_replay_of_a_stacked_phase_is_answered_by_the_live_model(chain, shared_runs, tmp_path):
+    changes = {"phase1.train.epochs": 12, "phase2.replay": {"ratio": 0.2, "max_new_tokens": 24}}
+    done = api.run(chain("stacked", **changes), runs=tmp_path / "runs")
+    step = read_json(done.stages["replay"].folder / "step.json")["inputs"]
+    assert step["adapter"] == done.stages["phase1"].step
+    assert done.stages["replay"].metrics["rows"] > 0
+
+
+def test_an_adapter_made_elsewhere_can_lie_under_a_stack(chain, shared_runs, raw_recipe, color_data):
+    first = api.run(chain("stacked"), runs=shared_runs)
+    raw = chain("stacked").model_dump(mode="json")
+    raw["phases"][0] = {"name": "phase1", "adapter": str(first.stages["phase1"].folder / "adapter")}
+    raw["probe"] = [{"path": str(color_data / "en.jsonl"), "lang": "en"}]
+    done = api.run(recipe_from({**raw, "name": "brought"}), runs=shared_runs)
+    a, b = weights(first, "phase2"), weights(done, "phase2")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, shared_runs):
+    with pytest.raises(qcft.QcftError, match="KL") as error:
+        api.run(chain("merged", **{"merge.max_kl": 1e-9}), runs=shared_runs)
+    assert "stacked" in error.value.hint
+
+
+def test_an_adapter_that_is_more_than_plain_lora_is_refused_under_a_stack(chain, shared_runs, tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(tiny_model, Model(name="tiny"), quantize="none")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
+    raw = chain("stacked").model_dump(mode="json")
+    raw["phases"][0] = {"name": "phase1", "adapter": str(tmp_path / "dora")}
+    with pytest.raises(qcft.InputError, match="part of a stack") as error:
+        api.run(recipe_from({**raw, "name": "dora"}), runs=tmp_path / "runs")
+    assert "merged" in error.value.hint
+    assert not (tmp_path / "runs").exists()
+    merged = api.run(recipe_from({**raw, "name": "dora"}, {"phase2.start": "merged"}), runs=tmp_path / "runs")
+    assert merged.stages["merged"].metrics["merged_weights"] == 3

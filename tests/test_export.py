@@ -1,0 +1,235 @@
+"""Models that leave the runs folder: whole or not there, loadable by others, with a card."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qcft.events import Watch
+from qcft.files import file_digest, read_json
+from qcft.models.adapters import load_stack
+from qcft.models.load import evaluating, load_model
+from qcft.models.merge import MARK
+from qcft.recipe import Model
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A runs folder where the module's runs are made once."""
+    return tmp_path_factory.mktemp("export") / "runs"
+
+
+@pytest.fixture
+def runs(made, raw_recipe, qcft, tmp_path):
+    """Two runs: `tiny`, whose phase 2 starts merged, and `stack`, whose phase 2 is stacked."""
+    raw_recipe["phases"][1].pop("replay")
+    for name, start in (("tiny", "merged"), ("stack", "stacked")):
+        raw_recipe["phases"][1]["start"] = start
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**raw_recipe, "name": name}))
+        code, _, error = qcft("run", tmp_path / f"{name}.yaml", "--runs", made, "-q")
+        assert code == 0, error
+    return made
+
+
+def logits(model):
+    with evaluating(model):
+        return model(IDS).logits.float()
+
+
+def of(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["tiny", "stack"])
+def test_a_merged_phase_is_measured_and_loads_elsewhere(runs, qcft, name, tmp_path):
+    code, out, error = qcft("merge", name, "--runs", runs, "--to", tmp_path / "out", "--json", "-q")
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["stage"] == "merged-phase2"
+    assert told["kept"]["share"] is None or told["kept"]["share"] > 0.4
+    assert read_json(runs / name / "kept-merged-phase2" / "done.json")["metrics"]["kl"] == told["kept"]["kl"]
+    assert "phase2 merged, NF4" in (runs / name / "report" / "report.md").read_text()
+    out = tmp_path / "out"
+    model, tokenizer = of(out), AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template
+    assert (out / "generation_config.json").is_file()
+    assert torch.isfinite(logits(model)).all()
+    card = (out / "README.md").read_text()
+    assert {"EA (English)", "MA (other languages)"} <= {cell.strip() for cell in card.split("|")}
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["language"] == ["en", "es", "pt"]
+    assert str(Path.home()) not in card.split("## Recipe")[0]
+    again = qcft("merge", name, "--runs", runs, "--to", tmp_path / "again", "-q")
+    assert again[1].strip() == str(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_the_folder_is_what_llama_cpps_converter_reads(runs, qcft, tmp_path):
+    import gguf
+
+    assert qcft("export", "tiny", "--runs", runs, "--to", tmp_path / "out", "-q")[0] == 0
+    folder = tmp_path / "out"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    vocab = gguf.SpecialVocab(folder, load_merges=True)  # what the converter reads beside the weights
+    assert vocab.chat_template
+    assert vocab.merges
+    assert vocab.special_token_ids["eos"] == AutoTokenizer.from_pretrained(folder).eos_token_id
+
+
+def test_lm_eval_loads_the_folder(runs, qcft, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
+    assert qcft("export", "tiny", "--runs", runs, "--to", tmp_path / "out", "-q")[0] == 0
+    assert lm_eval.HFLM(pretrained=str(tmp_path / "out"), device="cpu").model
+
+
+@pytest.mark.parametrize("name", ["tiny", "stack"])
+def test_one_adapter_holds_all_phases_for_the_model_as_it_came(runs, qcft, tiny_model, name, tmp_path):
+    code, _, error = qcft("export", name, "--runs", runs, "--to", tmp_path / "adapter", "--adapter-only", "-q")
+    assert code == 0, error
+    assert qcft("export", name, "--runs", runs, "--to", tmp_path / "model", "-q")[0] == 0
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
+    merged = PeftModel.from_pretrained(of(tiny_model), tmp_path / "adapter").merge_and_unload().state_dict()
+    for key, tensor in load_file(tmp_path / "model" / "model.safetensors").items():
+        # merged starts round to 16 bits between the phases, so equal up to that
+        assert (tensor.float() - merged[key]).norm() <= 0.006 * merged[key].norm(), key
+    if name == "stack":
+        live = load_stack(of(tiny_model), [(runs / name / f"phase{n}").resolve() / "adapter" for n in (1, 2)])
+        alone = PeftModel.from_pretrained(of(tiny_model), tmp_path / "adapter")
+        assert torch.allclose(logits(live), logits(alone), atol=1e-4)
+
+
+def test_a_dequantised_base_gives_the_live_model_in_16_bits_and_is_refused_in_4(runs, qcft, raw_recipe, tmp_path):
+    code, _, error = qcft("merge", "tiny", "--stage", "phase1", "--base", "dequantised", "--runs", runs, "--to", "x")
+    assert code == 2
+    assert "phase2 loads phase1 merged in 4 bits again" in error
+    command = ("merge", "stack", "--base", "dequantised", "--runs", runs, "--to", tmp_path / "out", "--json", "-q")
+    code, out, error = qcft(*command)
+    assert code == 0, error
+    kept = json.loads(out)["kept"]
+    assert kept["kl"] < 0.01
+    plain = json.loads(qcft("merge", "stack", "--runs", runs, "--json", "-q")[1])["kept"]
+    assert kept["kl"] < plain["kl"]
+    assert read_json(tmp_path / "out" / MARK)["merged_onto"] == "dequantised"
+    recipe = {**raw_recipe, "model": str(tmp_path / "out"), "name": "again"}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, error = qcft("run", tmp_path / "again.yaml", "--runs", tmp_path / "runs")
+    assert code == 2
+    assert "dequantised base" in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["merge", "tiny", "--stage", "phase3", "--to", "x"], "no phase 'phase3'"),
+        (["merge", "tiny", "--to", "full"], "there already"),
+        (["export", "tiny", "--to", "file/x"], "is a file"),
+        (["merge", "tiny", "--base", "nf4", "--to", "x"], "nf4"),
+        (["export", "tiny"], "--to"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(runs, qcft, arguments, says, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "file").touch()
+    before = sorted(p.name for p in (runs / ".steps").iterdir())
+    code, _, error = qcft(*arguments, "--runs", runs)
+    assert code == 2
+    assert says in error
+    assert sorted(p.name for p in (runs / ".steps").iterdir()) == before
+
+
+MERGING = """
+import sys
+from pathlib import Path
+from qcft.events import Watch
+from qcft.models import merge
+from qcft.pipeline.deliver import whole_folder
+base, adapter, place = map(Path, sys.argv[1:4])
+merge.SHARD_BYTES, merge.BLOCK = map(int, sys.argv[4:])
+print("begun", flush=True)
+with whole_folder(place) as work:
+    merge.merge_adapters(base, [adapter], work, Watch())
+"""
+
+
+def kill_merges(base: Path, adapter: Path, place: Path, times: int, seed: int, shard: int, block: int) -> int:
+    """Kill `times` merges to a folder at random moments; after each the folder is whole or not there, and the next
+    merge comes to the same files. Returns how many were killed before they were done."""
+    command = [sys.executable, "-c", MERGING, base, adapter, place, str(shard), str(block)]
+    rng = random.Random(seed)
+
+    def merge(kill_after: float | None) -> float:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"begun\n"
+        begun = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        return time.monotonic() - begun
+
+    def content() -> dict[str, str]:
+        return {file.name: file_digest(file) for file in place.iterdir()}
+
+    longest, killed = merge(None), 0
+    whole = content()
+    for _ in range(times):
+        shutil.rmtree(place, ignore_errors=True)
+        merge(rng.uniform(0, longest))
+        if place.exists():
+            assert content() == whole
+        else:
+            killed += 1
+    if not place.exists():
+        merge(None)
+    assert content() == whole
+    assert not list(place.parent.glob(".*.partial"))
+    return killed
+
+
+def test_a_merge_killed_at_random_is_whole_or_not_there(runs, tiny_model, tmp_path):
+    adapter = (runs / "tiny" / "phase1").resolve() / "adapter"
+    assert kill_merges(tiny_model, adapter, tmp_path / "out", 3, seed=0, shard=40_000, block=64)
+    assert torch.isfinite(logits(of(tmp_path / "out"))).all()
+
+
+def test_a_merge_step_killed_on_the_way_is_done_again_whole(runs, qcft, tmp_path):
+    """The step's own folder: a model folder without done.json is not taken for a model."""
+    shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    step = (tmp_path / "runs" / "tiny" / "merged").resolve()
+    whole = (step / "model" / "model.safetensors").read_bytes()
+    (step / "done.json").unlink()
+    (step / "model" / "model.safetensors").write_bytes(whole[:1000])
+    (step / "model.partial").mkdir()
+    assert qcft("run", tmp_path / "tiny.yaml", "--runs", tmp_path / "runs", "-q")[0] == 0
+    assert (step / "model" / "model.safetensors").read_bytes() == whole
+    assert not (step / "model.partial").exists()
+
+
+def test_a_stacked_phase_2_kept_all_of_phase_1(runs, tiny_model):
+    """Phase 1 under phase 2 is the live adapter itself: logits equal, so kept is 1."""
+    one = (runs / "stack" / "phase1").resolve() / "adapter"
+    two = (runs / "stack" / "phase2").resolve() / "adapter"
+    stack = load_stack(load_model(tiny_model, Model(name="tiny")), [one, two])
+    live = load_stack(load_model(tiny_model, Model(name="tiny")), [one])
+    for module in stack.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.0)
+    assert torch.equal(logits(stack), logits(live))
+    assert Watch().stop_code is None
