@@ -12,6 +12,7 @@ from qcft.events import Progress, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.load import evaluating, load_model
+from qcft.pipeline.prepare import Prepared
 from qcft.recipe import Lora, Model, recipe_from
 
 
@@ -179,3 +180,37 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_under_a_stack(chain,
     assert not (tmp_path / "runs").exists()
     merged = api.run(recipe_from({**raw, "name": "dora"}, {"phase2.start": "merged"}), runs=tmp_path / "runs")
     assert merged.stages["merged"].metrics["merged_weights"] == 3
+
+
+def test_replay_draws_on_all_earlier_phases_by_weight(chain, shared_runs):
+    """The third phase replays rows of the first and, at three times the weight, of the second."""
+    mix = [{"kind": "phase1", "weight": 1}, {"kind": "phase1", "phase": "phase2", "weight": 3}]
+    done = api.run(chain("stacked", "stacked", **{"phase3.replay": {"ratio": 0.5, "mix": mix}}), runs=shared_runs)
+    parts = done.stages["replay"].metrics["parts"]
+    assert [part["reason"] for part in parts] == ["rows of phase1", "rows of phase2"]
+    assert [part["rows"] for part in parts] == [4, 12]  # of the 16 that make up half beside 16 new ones
+    fed = {entry["source"]: entry["rows"] for entry in done.stages["phase3"].metrics["exposure"]}
+    assert fed["replay (phase1)"] == 4
+    assert fed["replay (phase1, phase2)"] == 12
+
+
+def test_the_prompts_of_an_earlier_phase_are_asked_in_its_language(chain):
+    recipe = chain("merged", "merged", **{"phase3.replay": {"ratio": 0.5, "phase": "phase2"}})
+    (pool,) = Prepared(recipe, Watch()).pools["phase3"]
+    assert (pool.reason, pool.language) == ("prompts of phase2", "es")
+    assert all("de que color" in row.prompt[0].content and not row.completion for row in pool.rows)
+
+
+@pytest.mark.parametrize(
+    ("replay", "says"),
+    [
+        ({"ratio": 0.2, "kind": "phase1", "phase": "phase9"}, "'phase9' is no phase before phase3"),
+        ({"ratio": 0.2, "kind": "phase1", "phase": "phase3"}, "'phase3' is no phase before phase3"),
+        ({"ratio": 0.2, "kind": "english", "phase": "phase1"}, "phase is for replay of kind phase1 or generative"),
+        ({"ratio": 0.2, "phase": "phase1", "mix": ["phase1"]}, "both mix and one kind"),
+    ],
+)
+def test_replay_of_a_phase_that_is_not_before(chain, tmp_path, replay, says):
+    with pytest.raises(qcft.InputError, match=says):
+        api.run(chain("merged", "merged", **{"phase3.replay": replay}), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -10,7 +10,7 @@ from qcft.data.load import LoadedSource
 from qcft.data.mix import shuffled, stratified
 from qcft.data.pool import PoolRows, read_pool
 from qcft.data.rows import Row
-from qcft.errors import InputError
+from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.recipe import Phase, Recipe, Replay, ReplayPart, Source
 
@@ -22,12 +22,16 @@ ENOUGH = 0.5  # share of a phase's rows that must have an English version for re
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows, or prompts without answers, in the order they are drawn; `left_out` counts others by reason."""
+    """Rows, or prompts without answers, in the order they are drawn; `left_out` counts others by reason.
+
+    `language` is what answers should be in where that is not the filters' to say: that of a named phase's prompts.
+    """
 
     part: ReplayPart
     rows: tuple[Row, ...]
     reason: str
     left_out: dict[str, int]
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class _Finder:
         first = recipe.phases[0].name
         self.first_name = first
         self.first = list(sources[first]) if first != phase.name else []
+        names = [p.name for p in recipe.phases]
+        self.earlier = {name: list(sources[name]) for name in names[: names.index(phase.name)]}
         self.held = held
         self.watch = watch
 
@@ -93,10 +99,15 @@ class _Finder:
                 f"({', '.join(f'{n} {why}' for why, n in left_out.items()) or 'no rows'})",
                 f"name other rows in {self.phase.name}.replay.data",
             )
-        return Pool(part, tuple(self.ordered(list(free.values()))), reason, dict(left_out))
+        spoken = {lang for _, lang in free.values()}
+        language = spoken.pop() if part.phase is not None and len(spoken) == 1 else None
+        return Pool(part, tuple(self.ordered(list(free.values()))), reason, dict(left_out), language)
 
     def prompts(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
         """English prompts: those that are named, else of the phase's own rows, else of the first phase's."""
+        if part.phase is not None:
+            named = [(Row(row.prompt, (), row.id), lang) for row, lang in _rows(self.named(part.phase))]
+            return named, f"prompts of {part.phase}", {}
         drawn, unusable = self.read(part.data, answers=False) if part.data else ([], {})
         reason = f"prompts of {_names(part.data)}"
         if not drawn:
@@ -138,7 +149,9 @@ class _Finder:
         return parallel, f"rows of {_names(part.data)} parallel to {self.phase.name} by id", unusable
 
     def phase1(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
-        """Rows the first phase was trained on."""
+        """Rows the first phase was trained on, or the earlier phase that is named."""
+        if part.phase is not None:
+            return _rows(self.named(part.phase)), f"rows of {part.phase}", {}
         if not self.first:
             raise InputError(
                 "replay of kind phase1 needs rows of a first phase, but "
@@ -146,6 +159,16 @@ class _Finder:
                 f"name English rows: {self.phase.name}.replay.kind=english, .data=PATH, .parallel=false",
             )
         return _rows(self.first), f"rows of {self.first_name}", {}
+
+    def named(self, phase: str) -> list[LoadedSource]:
+        """The data of an earlier phase. Raises InputError when there is none of that name."""
+        if phase not in self.earlier:
+            known = ", ".join(self.earlier) or "none"
+            raise InputError(
+                f"{self.phase.name}.replay.phase: {phase!r} is no phase before {self.phase.name}",
+                nearest(phase, list(self.earlier)) + f"earlier phases: {known}",
+            )
+        return self.earlier[phase]
 
     def file(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
         """Rows of one file."""

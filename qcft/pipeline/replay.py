@@ -55,11 +55,15 @@ class Drawing:
                 self.leave(row, "drawn as another kind")
             else:
                 self.seen.add(identity)
-                yield Candidate(row, encoded.answer_tokens, {"kind": self.pool.part.kind, "prompt": _short(row)})
+                yield Candidate(row, encoded.answer_tokens, self.kind() | {"prompt": _short(row)})
 
     def answers(self, generated: Iterator[Generated], replay: Replay, model: str, pool_id: str) -> Iterator[Candidate]:
         """The answers that pass the filters."""
-        keep = AnswerFilter(replay.filters)
+        filters = replay.filters
+        if self.pool.language is not None and filters.language is not None:
+            language = self.pool.language.split("-")[0]
+            filters = filters.model_copy(update={"language": language if language in known_languages() else None})
+        keep = AnswerFilter(filters)
         settings = {key: getattr(replay, key) for key in ("max_new_tokens", "temperature", "top_p")}
         for answer in generated:
             if answer.skipped is not None:
@@ -72,7 +76,7 @@ class Drawing:
                 self.leave(row, encoded)
                 continue
             provenance = {
-                "kind": "generative",
+                **self.kind(),
                 "prompt": _short(row),
                 "model": model,
                 "pool": pool_id,
@@ -85,7 +89,12 @@ class Drawing:
     def leave(self, row: Row, reason: str) -> None:
         """Count a row that is left out, and keep it."""
         self.left_out[reason] += 1
-        self.aside.append(row.as_dict() | {"reason": reason, "provenance": {"kind": self.pool.part.kind}})
+        self.aside.append(row.as_dict() | {"reason": reason, "provenance": self.kind()})
+
+    def kind(self) -> dict[str, Any]:
+        """The kind of the rows, and the earlier phase they are of where one is named."""
+        part = self.pool.part
+        return {"kind": part.kind, **({"phase": part.phase} if part.phase else {})}
 
 
 def weigher(replay: Replay) -> Callable[[Candidate], int]:
@@ -204,14 +213,15 @@ def make_replay(
 
 
 def read_replay(file: Path) -> list[tuple[Row, str]]:
-    """The rows of a replay file, each with its kind."""
+    """The rows of a replay file, each with its kind, and the earlier phase it is of where one was named."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         prompt, completion = (
             tuple(Message(m["role"], m["content"]) for m in record[part]) for part in ("prompt", "completion")
         )
-        rows.append((Row(prompt, completion, record.get("id")), str(record["provenance"]["kind"])))
+        kind, phase = record["provenance"]["kind"], record["provenance"].get("phase")
+        rows.append((Row(prompt, completion, record.get("id")), f"{kind}, {phase}" if phase else str(kind)))
     return rows
 
 

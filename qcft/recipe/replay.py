@@ -30,12 +30,14 @@ class ReplayKind(Part):
     versions of the phase's own prompts, else those of the first phase, else of what ships with qcft.
     english: real English rows, those of `data` or of the first phase that are parallel to the phase's rows by id,
     or the phase's `*_en` columns; with `parallel: false` the rows of `data` as they come. phase1: rows of the
-    first phase. file: the rows of `path`, such as a replay.jsonl read and edited.
+    first phase. file: the rows of `path`, such as a replay.jsonl read and edited. `phase` names another earlier
+    phase, for generative (its prompts, in its language) and phase1 (its rows).
     """
 
     kind: Literal["generative", "english", "phase1", "file"] = "generative"
     data: Sources = []
     path: str | None = None
+    phase: str | None = None
     parallel: bool = True
 
     @model_validator(mode="after")
@@ -45,6 +47,8 @@ class ReplayKind(Part):
             raise ValueError(f"replay of kind {self.kind} {what} | kind: file, path: replay.jsonl belong together")
         if self.data and self.kind in {"phase1", "file"}:
             raise ValueError(f"replay of kind {self.kind} takes no data | leave data out, or use kind: english")
+        if self.phase is not None and (self.kind in {"english", "file"} or self.data):
+            raise ValueError("phase is for replay of kind phase1 or generative, without data | leave one of them out")
         if not self.parallel and not (self.kind == "english" and self.data):
             raise ValueError("parallel: false is for kind: english with data | leave it out")
         return self
@@ -64,7 +68,7 @@ def ratio_alone(value: Any) -> Any:
 class Replay(ReplayKind):
     """Rows that keep English alive: `ratio` is their share of the final mix, by rows or by answer tokens.
 
-    `kind`, `data`, `path` and `parallel` name one kind of rows; `mix` names several, with weights. When there
+    `kind`, `data`, `path`, `phase` and `parallel` name one kind of rows; `mix` names several, with weights. When there
     are too few rows, `on_shortfall` is an error, repeats them, or shrinks the share. `stratify` draws them so
     that any part of them has the lengths, or the languages, of all.
     """
@@ -83,11 +87,11 @@ class Replay(ReplayKind):
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
-        if self.mix and (self.kind != "generative" or self.data or self.path is not None or not self.parallel):
+        if self.mix and ReplayKind(**{key: getattr(self, key) for key in ReplayKind.model_fields}) != ReplayKind():
             raise ValueError("both mix and one kind of replay | put kind, data and path into the entries of mix")
         return self
 
     def parts(self) -> list[ReplayPart]:
         """The kinds of rows that are mixed."""
-        single = ReplayPart(kind=self.kind, data=self.data, path=self.path, parallel=self.parallel)
+        single = ReplayPart(**{key: getattr(self, key) for key in ReplayKind.model_fields})
         return list(self.mix) or [single]

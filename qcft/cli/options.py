@@ -1,0 +1,99 @@
+"""The app, the flags that commands share, and the watch over work that can be stopped."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qcft.events import Watch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Two-phase continual fine-tuning on one GPU, in 4 bits: teach a model languages and keep its English.",
+    epilog="Start with: qcft run quickstart",
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. phase2.train.lr=1e-4. Repeatable."),
+]
+Runs = Annotated[Path, typer.Option("--runs", envvar="QCFT_RUNS", help="Folder that holds the runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps and do nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, or smollm2-135m-instruct.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="[LANG=]PATH",
+        help="Data set: file, folder, hub id, or qcft:NAME. Repeatable, one per language.",
+    ),
+]
+Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
+Freeze = Annotated[
+    str | None,
+    typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),
+]
+Stage = Annotated[str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase [default: the last].")]
+As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from qcft import __version__
+
+        typer.echo(f"qcft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    """Options before any command; --debug is taken out of the line in `main`."""
+
+
+@contextmanager
+def watched(quiet: bool) -> Iterator[Watch]:
+    """Work that is shown on stderr and hears Ctrl-C."""
+    from qcft import console
+    from qcft.events import Watch
+
+    reporter = console.Reporter(quiet)
+    watch = Watch(reporter)
+    hear_signals(watch)
+    try:
+        yield watch
+    finally:
+        reporter.close()
+
+
+def hear_signals(watch: Watch) -> None:
+    """The first Ctrl-C or SIGTERM asks the work to stop at a safe point, the second ends it at once."""
+
+    from qcft.errors import Interrupted
+
+    def handle(number: int, frame: Any) -> None:
+        code = 143 if number == signal.SIGTERM else 130
+        if watch.stop_code is not None:
+            raise Interrupted(
+                "stopped at once", "the same command goes on from the last whole step or checkpoint", code
+            )
+        watch.ask_to_stop(code)
+        sys.stderr.write("\nstopping at the next safe point (again to stop at once)\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)

@@ -1,0 +1,147 @@
+"""Commands that run recipes and phases, and list what was run. Flags are sugar for recipe keys."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qcft.cli.options import As, Data, DryRun, Freeze, Json, Model, Quiet, Runs, Set, Take, app, watched
+
+if TYPE_CHECKING:
+    from qcft.recipe import Recipe
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    set_: Set = None,
+    name: As = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a whole recipe: its phases, what is measured between them, the report."""
+    from qcft.recipe import load_recipe, parse_assignments
+
+    changes = parse_assignments(set_ or [])
+    _run(load_recipe(recipe, changes | ({"name": name} if name else {})), runs, dry_run, json_, quiet)
+
+
+@app.command()
+def phase1(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    model: Model = None,
+    data: Data = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")
+    ] = None,
+    take: Take = None,
+    freeze: Freeze = None,
+    set_: Set = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the first phase (English, unless --data says LANG=PATH), or take in an adapter."""
+    from qcft.commands import phase1_recipe
+
+    recipe = phase1_recipe(run, model, data or [], adapter, take, freeze, set_ or [])
+    _run(recipe, runs, dry_run, json_, quiet)
+
+
+@app.command()
+def phase2(
+    run: Annotated[
+        str | None, typer.Argument(help="Run with a phase 1 [default: the latest]; a new name with --model.")
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,
+    freeze: Freeze = None,
+    take: Take = None,
+    set_: Set = None,
+    name: As = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge phase 1, mix in replay, train the second phase, and show what was gained and lost."""
+    from qcft.commands import phase2_recipe
+
+    recipe = phase2_recipe(runs, run, model, data or [], replay, freeze, take, name, set_ or [])
+    _run(recipe, runs, dry_run, json_, quiet)
+
+
+@app.command()
+def recipes(
+    show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print one recipe.")] = None,
+    json_: Json = False,
+) -> None:
+    """List the recipes that ship with qcft."""
+    from qcft import console
+    from qcft.commands import recipe_text, recipes_listed
+
+    if show:
+        sys.stdout.write(recipe_text(show))
+        return
+    listed = recipes_listed()
+    if json_:
+        console.print_json(listed)
+    else:
+        console.print_rows(["name", "what it does"], [[r["name"], r["about"]] for r in listed])
+
+
+@app.command()
+def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
+    """List the runs, the latest first."""
+    from qcft import console
+    from qcft.commands import runs_listed
+
+    listed = runs_listed(runs)
+    if json_:
+        console.print_json(listed)
+    else:
+        console.print_rows(["run", "model", "phases", "steps done"], [list(r.values()) for r in listed])
+
+
+@app.command()
+def show(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Show a run's table of stages and languages."""
+    from qcft import api, console
+
+    found = api.read(run, runs)
+    if json_:
+        console.print_json(found.table)
+    else:
+        console.print_table(found.table)
+
+
+def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
+    from qcft import api, console
+    from qcft.commands import plan_listed
+
+    if dry_run:
+        with watched(quiet) as watch:
+            steps = plan_listed(recipe, runs, watch)
+        if json_:
+            console.print_json(steps)
+        else:
+            console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+        return
+    with watched(quiet) as watch:
+        done = api.run_watched(recipe, runs, watch)
+    if json_:
+        console.print_json({"run": done.name, "folder": str(done.folder), **done.table})
+    else:
+        console.print_table(done.table)
+        console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
