@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from qcft import Interrupted
 from qcft.data.encode import Encoder
 from qcft.data.mix import mixed_order
 from qcft.data.rows import Message, Row
@@ -273,3 +274,61 @@ def test_rows_come_back_as_they_were_stored(tmp_path_factory, groups, itemsize):
     states = RowStates(folder, 5, itemsize)
     assert states.missing([*stored, "other"]) == ["other"]
     assert all(np.array_equal(states.read(key), value) for key, value in stored.items())
+
+
+def test_gradients_are_the_plain_ones_though_the_backward_pass_ends_earlier(model5):
+    """With TRL's hook on the embeddings it walks to the bottom; without, it ends at layer 2. Equal to the bit."""
+    tokenizer = load_tokenizer(model5, Model(name="tiny"))
+    model = load_model(model5, Model(name="tiny"))
+    torch.manual_seed(0)
+    adapted = add_lora(model, adapted_modules(model, "all-linear", "first:2", 0), Lora(r=4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.train()  # in evaluation bitsandbytes takes other kernels where no gradient is needed
+    ids = torch.tensor([rows_of(tokenizer, 1)[0].input_ids])
+    seen = {}
+    for hooked in (True, False):
+        if hooked:
+            adapted.enable_input_require_grads()
+        else:
+            adapted.disable_input_require_grads()
+        adapted.zero_grad()
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        seen[hooked] = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
+    assert len(seen[True]) == 2 * 3 * 7
+    assert seen[True].keys() == seen[False].keys()
+    assert all(torch.equal(seen[True][name], seen[False][name]) for name in seen[True])
+
+
+def test_a_training_from_stored_states_goes_on_after_a_stop(model5, tmp_path):
+    losses, whole, _ = train(model5, tmp_path / "whole", Store(tmp_path / "s"))
+    watch = Watch(
+        lambda event: (
+            watch.ask_to_stop()
+            if isinstance(event, Progress) and event.label == "training" and event.done == 7
+            else None
+        )
+    )
+    with pytest.raises(Interrupted):
+        train(model5, tmp_path / "step", Store(tmp_path / "s"), watch=watch)
+    again, adapter, prefix = train(model5, tmp_path / "step", Store(tmp_path / "s"))
+    assert prefix is not None
+    assert again == losses
+    assert all(torch.equal(adapter[k], whole[k]) for k in whole)
+
+
+def test_a_family_that_cannot_be_split_trains_the_plain_way_and_says_so(tmp_path, tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=3, vocab_size=len(tokenizer), head_dim=16, **sizes)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    told = []
+    settings = set_to(TRAIN, steps=2, epochs=1)
+    losses, _, prefix = train(
+        tmp_path / "model", tmp_path / "a", Store(tmp_path / "s"), settings, watch=Watch(told.append), freeze="first:1"
+    )
+    assert (len(losses), prefix) == (2, None)
+    assert any("does not know how to split gemma3_text" in e.text for e in told if isinstance(e, Note))

@@ -19,6 +19,7 @@ from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
 from qcft.models.deltas import Adapter, Delta, check_shape, check_stack, read_adapter
+from qcft.models.meta import model_without_weights
 from qcft.models.tensors import (
     DTYPES,
     FLOATS,
@@ -30,6 +31,7 @@ from qcft.models.tensors import (
     write_bytes,
     write_tensors,
 )
+from qcft.recipe import Model
 
 if TYPE_CHECKING:
     import torch
@@ -106,17 +108,6 @@ def merge_adapters(
     return sum(bool(source.adapters) for source in source_of.values())
 
 
-def meta_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
-
-
 def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tuple[str, _Source]], bool]:
     """Each output tensor and its source, and whether tied weights are untied. Raises QcftError."""
     stored = stored_weights(base)
@@ -124,7 +115,7 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
     outside = [name for name in changed if not re.search(r"\.\d+\.", name)]  # not of a layer: embeddings, head, norm
     tied: Mapping[str, str] = {}
     if outside:
-        tied = getattr(meta_model(base, target.trust_remote_code), "all_tied_weights_keys", {})
+        tied = getattr(_without_weights(base, target), "all_tied_weights_keys", {})
     untied = False
     for copy, original in tied.items():
         if original in stored and changed & {copy, original}:
@@ -205,13 +196,17 @@ def _quantised(base: Path, target: Target) -> set[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = meta_model(base, target.trust_remote_code)
+    model = _without_weights(base, target)
     left = get_keys_to_not_convert(model)
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
         if type(module) is nn.Linear and should_convert_module(name, left)
     }
+
+
+def _without_weights(base: Path, target: Target) -> PreTrainedModel:
+    return model_without_weights(base, Model(name=str(base), trust_remote_code=target.trust_remote_code))
 
 
 def _dtype(stored: str, target: Target) -> str:

@@ -79,7 +79,7 @@ def make(folder: Path, gigabytes: float) -> None:
     from transformers import AutoTokenizer, LlamaConfig
 
     from qcft.events import Watch
-    from qcft.models.merge import meta_model
+    from qcft.models.meta import model_without_weights
     from qcft.models.sources import resolve, weights_folder
     from qcft.models.tensors import Planned, stored_weights, write_bytes, write_tensors
     from qcft.recipe import Model
@@ -92,7 +92,10 @@ def make(folder: Path, gigabytes: float) -> None:
     config = LlamaConfig(vocab_size=32000, **sizes, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(large)
     AutoTokenizer.from_pretrained(small).save_pretrained(large)
-    tensors = [Planned(name, "BF16", tuple(t.shape)) for name, t in meta_model(large).state_dict().items()]
+    tensors = [
+        Planned(name, "BF16", tuple(t.shape))
+        for name, t in model_without_weights(large, Model(name=str(large))).state_dict().items()
+    ]
     size, parts, held = sum(t.size for t in tensors), [[]], 0
     for tensor in tensors:
         if held >= size / 6 * len(parts) and len(parts) < 6:
