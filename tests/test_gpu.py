@@ -14,3 +14,17 @@ def test_two_phases_on_the_gpu(raw_recipe, tmp_path):
     nll = {s["stage"]: s["groups"]["phase2 es"]["nll"] for s in run.table["stages"]}
     assert nll["eval/phase2"] < nll["eval/base"] - 0.5
     assert run.stages["phase2"].metrics["peak_GPU_bytes"] > 0
+
+
+def test_training_from_stored_states_is_the_plain_training(tmp_path, tokenizer):
+    """Row by row, with the prefix cache and without; kernels there need not be equal to the bit."""
+    from qcft.store import Store
+
+    from .conftest import make_llama
+    from .test_prefix import TRAIN, set_to, train
+
+    model = make_llama(tmp_path / "model", tokenizer, layers=5)
+    plain, _, _ = train(model, tmp_path / "plain", Store(tmp_path / "p"), set_to(TRAIN, prefix_cache=False))
+    losses, _, prefix = train(model, tmp_path / "cached", Store(tmp_path / "c"))
+    assert prefix is not None
+    assert losses == pytest.approx(plain, rel=2e-2)
