@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ class Adapter:
     scale: float = 1.0
     changes: dict[str, Change] = field(default_factory=dict)
     transposed: bool = False
+    biases: str = "none"
 
     @property
     def plain(self) -> bool:
@@ -75,7 +77,7 @@ def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
 
     config = read_json(folder / CONFIG)
     check_mergeable(config, str(folder))
-    adapter = Adapter(folder, scale, transposed=bool(config.get("fan_in_fan_out")))
+    adapter = Adapter(folder, scale, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))
     for name, stored in stored_tensors(folder / WEIGHTS).items():
         plain = name.removeprefix(PREFIX)
         found = FACTOR.fullmatch(plain)
@@ -120,6 +122,20 @@ def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
             "merge it whole",
         )
     return adapter
+
+
+def check_biases(adapter: Adapter, weights: Container[str]) -> None:
+    """Refuse an adapter that trained its modules' biases but does not hold them: PEFT before 0.21 left them out when
+    it saved `bias: lora_only`. `weights` are the model's. Raises InputError."""
+    if adapter.biases == "none":
+        return
+    for name, change in adapter.changes.items():
+        bias = f"{name.removesuffix('weight')}bias"
+        if change.a is not None and bias in weights and bias not in adapter.changes:
+            raise InputError(
+                f"adapter: {str(adapter.folder)!r} trained biases (bias: {adapter.biases}) but does not hold {bias}",
+                "save it again with PEFT 0.21 or later, which keeps them",
+            )
 
 
 class Delta:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.models.deltas import Adapter, Delta, check_shape, check_stack, read_adapter
+from qcft.models.deltas import Adapter, Delta, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.meta import model_without_weights
 from qcft.models.tensors import (
     DTYPES,
@@ -128,6 +128,7 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
             "the adapter was made for another model",
         )
     for adapter in adapters:
+        check_biases(adapter, stored)
         for name, change in adapter.changes.items():
             check_shape(name, change, stored[name].shape, adapter.transposed)
     quantised = _quantised(base, target) if target.dequantised else set()

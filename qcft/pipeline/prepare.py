@@ -15,7 +15,7 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
 from qcft.models.adapters import read_adapter_config
-from qcft.models.deltas import CONFIG, WEIGHTS, check_shape, check_stack, read_adapter
+from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
@@ -187,6 +187,7 @@ class Prepared:
         adapter = read_adapter(folder)
         if any(phase.start == "stacked" for phase in self.recipe.phases[1:]):
             check_stack([adapter, adapter])
+        check_biases(adapter, weights)
         for name, change in adapter.changes.items():
             if name not in weights:
                 raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
