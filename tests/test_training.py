@@ -24,7 +24,8 @@ from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, Train
 from qcft.training.batches import Fed, make_batches
-from qcft.training.sft import _last_whole, check_settings, train_adapter
+from qcft.training.settings import check_settings, sft_config
+from qcft.training.sft import _last_whole, train_adapter
 
 TRAIN = Train(lr=1e-2, batch=4, epochs=3, max_length=64, checkpoint_steps=2)
 
@@ -231,9 +232,8 @@ def test_every_field_qcft_sets_is_owned_and_exists():
     from trl import SFTConfig
 
     from qcft.recipe.schema import OWNED
-    from qcft.training import sft
 
-    calls = [n for n in ast.walk(ast.parse(inspect.getsource(sft._config))) if isinstance(n, ast.Call)]
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(sft_config))) if isinstance(n, ast.Call)]
     call = next(c for c in calls if getattr(c.func, "id", "") == "SFTConfig")
     assert {k.arg for k in call.keywords if k.arg} <= OWNED.keys()
     assert OWNED.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}

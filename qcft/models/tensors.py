@@ -6,6 +6,7 @@ gigabyte and need hold one tensor: the format is a length, a JSON header and the
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -184,10 +185,10 @@ def shards(tensors: Iterable[Planned], most: int) -> list[list[Planned]]:
     return parts
 
 
-def _read_into(stream: BinaryIO, part: memoryview) -> None:
+def _read_into(stream: io.FileIO, part: memoryview) -> None:
     done = 0
     while done < len(part):
-        count = stream.readinto(part[done:])  # type: ignore[attr-defined]
+        count = stream.readinto(part[done:])
         if not count:
             raise OSError("a safetensors file ended too early")
         done += count

@@ -145,7 +145,7 @@ class Prepared:
 
     def check(self) -> None:
         """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
-        from qcft.training.sft import check_settings
+        from qcft.training.settings import check_settings
 
         mark = read_json(self.folder / MARK) or {}
         if mark.get("merged_onto") == "dequantised" and self.recipe.model.quantize != "none":

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED
-from qcft.errors import InputError, Interrupted, QcftError, nearest
-from qcft.events import Progress, Watch
-from qcft.files import is_whole, seal, write_text
-from qcft.layers import decoder_layers
+from qcft.errors import Interrupted, QcftError
+from qcft.events import Watch
+from qcft.files import is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
-from qcft.models.load import compute_dtype, device, peak_memory
 from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
+from qcft.training.reporter import reporter
+from qcft.training.settings import checkpointing, sft_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
     from qcft.training.prefix import Prefix
 
 ITEM = "item"  # the column that says which of the batches' items an example is
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 @dataclass(frozen=True)
@@ -58,44 +53,6 @@ class Shortcuts:
     prefix: Prefix | None = None
 
 
-def check_settings(train: Train) -> None:
-    """Check what only TRL can judge: the extra fields, the scheduler, the optimizer, the trackers.
-
-    Raises InputError.
-    """
-    from transformers import SchedulerType
-    from transformers.training_args import OptimizerNames
-    from trl import SFTConfig
-
-    known = [f.name for f in fields(SFTConfig)]
-    for key in train.sft:
-        if key not in known:
-            raise InputError(
-                f"train.sft: SFTConfig has no field {key!r}",
-                nearest(key, known) + "see TRL's documentation of SFTConfig",
-            )
-    for value, choices, name in (
-        (train.scheduler, [str(s.value) for s in SchedulerType], "scheduler"),
-        (train.optimizer, ["auto", *(str(o.value) for o in OptimizerNames)], "optimizer"),
-    ):
-        if value not in choices:
-            raise InputError(
-                f"train.{name}: there is no {name} {value!r}", nearest(value, choices) + "known: " + ", ".join(choices)
-            )
-    for tracker in train.report_to:
-        package = TRACKERS.get(tracker)
-        if package is None:
-            raise InputError(f"train.report_to: {tracker!r} is not known", f"use {', '.join(TRACKERS)}")
-        if find_spec(package) is None:
-            raise InputError(f"train.report_to: {tracker} is not installed", f"pip install {package}")
-    try:
-        _config(train, Path("."), Batches([[]], 1, 1, False), 0, False, False)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"train.sft: {' '.join(str(error).split())[:160]}", "see TRL's documentation of SFTConfig"
-        ) from None
-
-
 def train_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -117,14 +74,14 @@ def train_adapter(
 
     checkpoints = folder / "checkpoints"
     last = _last_whole(checkpoints)
-    checkpointing = _checkpointing(model, batches, train, shortcuts.below)
-    config = _config(train, checkpoints, batches, seed, checkpointing, shortcuts.by_rows)
+    recompute = checkpointing(model, batches, train, shortcuts.below)
+    config = sft_config(train, checkpoints, batches, seed, recompute, shortcuts.by_rows)
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
         trainer = _make_trainer(model, tokenizer, batches, config, shortcuts)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
-    trainer.add_callback(_reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below))
+    trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below))
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.cuda.OutOfMemoryError:
@@ -162,46 +119,6 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _config(
-    train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool, by_rows: bool
-) -> SFTConfig:
-    import torch
-    from trl import SFTConfig
-
-    optimizer = train.optimizer
-    if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if device() == "cuda" else "adamw_torch"
-    every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        learning_rate=train.lr,
-        num_train_epochs=1,  # all epochs are laid out one after the other, each in an order of its own
-        per_device_train_batch_size=batches.per_pass,
-        gradient_accumulation_steps=batches.accumulation,
-        max_length=None,  # rows come cut to length
-        padding_free=batches.packed or by_rows,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        train_sampling_strategy="sequential",  # the order is the mix's
-        lr_scheduler_type=train.scheduler,
-        warmup_steps=train.warmup,
-        optim=optimizer,
-        gradient_checkpointing=checkpointing,
-        bf16=compute_dtype() == torch.bfloat16,
-        fp16=compute_dtype() == torch.float16,
-        use_cpu=device() == "cpu",
-        seed=seed,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=train.report_to or "none",
-        disable_tqdm=True,
-        eval_strategy="no",
-        **train.sft,
-    )
 
 
 def _make_trainer(
@@ -291,72 +208,6 @@ def _dataset(batches: Batches) -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) -> Any:
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):
-        """Tells progress after every step, keeps log.jsonl, and hears the wish to stop."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.begun, self.first = time.monotonic(), state.global_step
-            if args.gradient_checkpointing:
-                # TRL and, just before this, the Trainer ask for gradients of the embeddings' output, which walks
-                # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
-                kwargs["model"].disable_input_require_grads()
-                _checkpoint_from(kwargs["model"], below)
-            if log.is_file():  # steps after the checkpoint are trained, and logged, again
-                lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if watch.stop_code is not None:
-                control.should_save = True
-                control.should_training_stop = True
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-        ) -> None:
-            if not logs or "loss" not in logs:
-                return
-            step, loss = state.global_step, logs["loss"]
-            if not math.isfinite(loss):
-                raise QcftError(f"the loss is {loss} at step {step}", "try a lower train.lr")
-            tokens = batches.tokens_until(step)
-            rate = (tokens - batches.tokens_until(self.first)) / max(1e-9, time.monotonic() - self.begun)
-            kind, peak = peak_memory()
-            entry = {
-                "step": step,
-                "loss": loss,
-                "lr": logs.get("learning_rate"),
-                "grad_norm": logs.get("grad_norm"),
-                "token_accuracy": logs.get("mean_token_accuracy"),
-                "tokens": tokens,
-                "tokens_per_second": round(rate, 1),
-                f"peak_{kind}_bytes": peak,
-            }
-            with log.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-            stats = {"loss": f"{loss:.3f}", "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
-            watch.tell(Progress(label, step, batches.steps, "steps", stats))
-
-    return Reporter()
-
-
-def _checkpoint_from(model: Any, below: int) -> None:
-    """Recompute no layer under the lowest adapter: the backward pass ends above, so nothing of theirs is kept."""
-    base = model.get_base_model()
-    for layer in base.get_submodule(decoder_layers(base)[0])[:below]:
-        layer.gradient_checkpointing = False
-
-
-def _step_of(line: str) -> float:
-    """The step a line of log.jsonl is about; a line cut short by a kill is after every step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
 def _last_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is whole; those that are not are removed."""
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
@@ -365,25 +216,3 @@ def _last_whole(checkpoints: Path) -> Path | None:
             return checkpoint
         shutil.rmtree(checkpoint)
     return None
-
-
-def _checkpointing(model: PeftModel, batches: Batches, train: Train, below: int) -> bool:
-    """Whether to recompute activations: as asked, or on a GPU when keeping those of the layers from `below` up would
-    take over half of the memory that is free once the weights are loaded.
-
-    Kept per token and layer in 16 bits: about 34 hidden sizes (Korthikanti et al. 2022, arXiv 2205.05198,
-    without attention scores), which a gated MLP and LoRA's inputs bring to about 50.
-    """
-    if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing
-    if device() != "cuda":
-        return False
-    import torch
-
-    config: Any = model.config.get_text_config()
-    per_pass = max(
-        sum(len(row.input_ids) for item in batches.items[i : i + batches.per_pass] for row in item)
-        for i in range(0, len(batches.items), batches.per_pass)
-    )
-    needed = per_pass * (config.num_hidden_layers - below) * config.hidden_size * 50
-    return bool(needed > 0.5 * torch.cuda.mem_get_info()[0])
