@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
 from qcft.files import is_whole_safetensors, read_json
-from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, read_adapter
+from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_factors, read_adapter
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -219,12 +219,10 @@ def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
     Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
     """
     adapter = read_adapter(folder)
+    check_factors(adapter)
     for weight, change in adapter.changes.items():
-        if not change.plain or change.embedding or change.a is None or change.b is None:
-            raise InputError(
-                f"adapter: {str(folder)!r} holds more than plain LoRA ({weight}), whose change has no two factors",
-                "name the frozen layers, as in layers:0-11",
-            )
+        assert change.a is not None
+        assert change.b is not None
         yield weight, change.a.read(), change.b.read(), change.scale
 
 

@@ -149,9 +149,11 @@ class Worker:
         weights: dict[str, Any] = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
-        # An adapter that goes on keeps its part in the frozen layers, which a cut model would lose.
-        cut = below if step.adapter is None else 0
-        prefix = open_prefix(model, cut, rows, batches.rows, weights, phase.train, self.store, self.watch)
+        prefix = None
+        if step.adapter is None:
+            prefix = open_prefix(model, below, rows, batches.rows, weights, phase.train, self.store, self.watch)
+        elif phase.train.prefix_cache is True:
+            self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
             adapted,
             self.prepared.tokenizer,
