@@ -47,11 +47,35 @@ def write_json(path: Path, document: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text by way of a file beside it and a rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # what a full disk left of it
+
+
+def write_sealed(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON object with a digest of itself under `seal`."""
+    write_json(path, document | {"seal": _own_digest(document)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, without its seal; None where there is none, or it is not as it was written.
+
+    One that never had a seal is taken as it is.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        return None
+    seal = document.pop("seal", None)
+    return document if seal is None or seal == _own_digest(document) else None
+
+
+def _own_digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
