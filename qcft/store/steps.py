@@ -19,9 +19,10 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import file_digest, read_json, read_sealed, write_json, write_sealed
+from qcft.files import file_digest, read_json, read_sealed, telling_full_disk, write_json, write_sealed
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
 LAYOUT = 2  # of step folders; raised when an older qcft could misread them
 UNSEALED = {"step.json", "done.json", "log.jsonl"}  # not part of a step's result
 SLOW = 10**9  # bytes whose digests take seconds
@@ -94,7 +95,8 @@ class Store:
     def claim(self, step: str, inputs: dict[str, Any], watch: Watch) -> Iterator[Path]:
         """The step's folder, held by this process alone; what a killed process left there stays.
 
-        Waits when another process works on the step. Raises InputError when the folder can't be written.
+        Waits when another process works on the step. Raises InputError when the folder can't be written, QcftError
+        when the disk is full, then or while the step is worked on.
         """
         folder = self.folder(step)
         try:
@@ -103,7 +105,7 @@ class Store:
             raise InputError(
                 f"the runs folder {str(self.runs)!r} cannot be written: {error.strerror}", "name another with --runs"
             ) from None
-        with self._lock(step, watch):
+        with telling_full_disk(self.runs, FREE), self._lock(step, watch):
             if (folder / "done.json").exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told
             folder.mkdir(exist_ok=True)
@@ -130,11 +132,15 @@ class Store:
         self._verified.add(step)
         return record
 
+    def lock_file(self, step: str) -> Path:
+        """The file whose lock says that a process works on a step."""
+        return self.steps / f".{step}.lock"
+
     @contextmanager
     def _lock(self, step: str, watch: Watch) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
-        lock, holder = FileLock(str(self.steps / f".{step}.lock")), self.steps / f".{step}.holder"
+        lock, holder = FileLock(self.lock_file(step)), self.steps / f".{step}.holder"
         told = False
         while True:
             try:
