@@ -61,7 +61,8 @@ def unused_steps(runs: Path) -> list[Unused]:
 
 def remove_unused(runs: Path) -> tuple[list[Unused], list[Unused]]:
     """Remove what no run uses; what was removed, and what a process works on and was left. Raises InputError."""
-    removed, left = [], []
+    removed: list[Unused] = []
+    left: list[Unused] = []
     store = Store(runs)
     if not store.steps.is_dir():
         return [], []
