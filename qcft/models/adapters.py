@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
-from qcft.files import is_whole_safetensors, read_json
+from qcft.files import is_whole_safetensors, read_json, write_json
 from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_factors, read_adapter
 from qcft.recipe import Lora
 
@@ -129,8 +129,13 @@ def read_trained(model: PeftModel, folder: Path) -> None:
 
 
 def save_trained(model: PeftModel, folder: Path) -> None:
-    """Save the adapter that trains, and none of those under it."""
+    """Save the adapter that trains, and none of those under it: the same files from every process."""
     model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+    config = read_json(folder / CONFIG)
+    if isinstance(config["target_modules"], list):  # a set in memory, in another order in each process
+        config["target_modules"].sort()
+    write_json(folder / CONFIG, config)
 
 
 def _load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
