@@ -122,9 +122,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     if step.kind == "probe":
         return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
     if step.kind == "train":
-        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}" + _replayed(
-            metrics
-        )
+        trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        return trained + _replayed(metrics) + _probed(metrics)
     if step.kind == "replay":
         left_out = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
@@ -153,6 +152,18 @@ def _replayed(metrics: Mapping[str, Any]) -> str:
         return ""
     rows, tokens = (sum(e[k] for e in replay) / sum(e[k] for e in fed) for k in ("rows", "answer_tokens"))
     return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
+
+
+def _probed(metrics: Mapping[str, Any]) -> str:
+    """What the live probe found, and what it cost."""
+    found = metrics.get("forgetting")
+    if not found:
+        return ""
+    last = next(probe for probe in reversed(found["probes"]) if probe["step"] <= metrics["steps"])
+    return (
+        f"; English NLL {last['change']:+.1%} ({len(found['probes'])} probes of {found['rows']} rows, "
+        f"{found['share_of_time']:.1%} of the time)"
+    )
 
 
 def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
