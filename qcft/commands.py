@@ -174,6 +174,20 @@ def similarity_table(
     return found
 
 
+def text_files(given: list[str]) -> dict[str, Path]:
+    """Text files by language, from `[LANG=]FILE`. Raises InputError."""
+    files: dict[str, Path] = {}
+    for text in given:
+        match = LANG_PATH.fullmatch(text)
+        lang, path = (match[1], match[2]) if match else ("text", text)
+        if not Path(path).is_file():
+            raise InputError(f"--text: there is no file {path!r}", "give a text file, a sentence a line")
+        if lang in files:
+            raise InputError(f"--text names {lang} twice", "write LANG=FILE, one file for each language")
+        files[lang] = Path(path)
+    return files
+
+
 def _phase_sources(text: str, runs: Path) -> list[Source] | None:
     """The sources of `RUN:PHASE` or `RECIPE:PHASE`; None where the text is no such thing."""
     name, colon, phase_name = text.rpartition(":")

@@ -36,7 +36,10 @@ NEVER = Probing((), 1, None, None)
 
 def english(tokenizer, count=5):
     made = [
-        Row((Message("user", f"the cat number {i}"),), (Message("assistant", "%ZQX;9" * (6 + i % 3)),))
+        Row(
+            (Message("user", f"the cat number {i}"),),
+            (Message("assistant", f"{'four number animal what eats color ' * 3}{i}"),),
+        )
         for i in range(count)
     ]
     return Encoder(tokenizer).encode_all(made).encoded

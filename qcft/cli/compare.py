@@ -37,3 +37,39 @@ def similarity(
     else:
         console.print_rows(*similarity_rows(found))
         console.print_lines(found["says"])
+
+
+@app.command()
+def drift(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="base, a phase or a merge [default: what the phase began with]."),
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="[default: the last phase]")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", help="Compare with another run's last phase, or --from.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each language.")] = 16,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="[LANG=]FILE", help="Lines of a file instead of held-out rows. Repeatable."),
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show how far a phase moved the model, layer by layer: its weights (MPD) and what it makes of the same text."""
+    from qcft import api, console
+    from qcft.commands import text_files
+    from qcft.report.drift import NOTE, drift_rows, drift_says
+
+    files = text_files(text or [])
+    with watched(quiet) as watch:
+        found = api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=files)
+    if json_:
+        console.print_json(found)
+    else:
+        console.print_rows(*drift_rows(found))
+        console.print_lines([*drift_says(found), NOTE])
+        console.stderr().print(f"drawing: {found['drawing']}", style="dim", soft_wrap=True)

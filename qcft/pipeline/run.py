@@ -45,7 +45,7 @@ class Run:
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
     """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
-    _set_environment()
+    set_environment()
     prepared, store = Prepared(recipe, watch), Store(runs)
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
@@ -58,7 +58,7 @@ def run_recipe(
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
     """
-    _set_environment()
+    set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
     prepared, store = Prepared(recipe, watch, goal), Store(runs)
@@ -191,7 +191,7 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,6 +14,7 @@ from qcft.files import read_json, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
 
 EVAL = "eval/"  # stages that measure; they may be measured again without making a new run
+DRIFT = "drift/"  # stages that compare what the run holds; no plan has them
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         raise InputError(
             f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
         ) from None
+    stages = stages | {stage: step for stage, step in already.items() if stage.startswith(DRIFT)}
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
     created = (read_json(folder / "run.json") or {}).get("created") or time.strftime(
@@ -65,6 +67,12 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     )
     write_json(folder / "run.json", {"version": 1, "created": created, "stages": stages})
     return NamedRun(name, folder, stages)
+
+
+def add_stage(run: NamedRun, stage: str, step: str) -> None:
+    """Write down a stage that was made of what the run holds, beyond its plan."""
+    document = read_json(run.folder / "run.json") or {}
+    write_json(run.folder / "run.json", {**document, "stages": {**document.get("stages", {}), stage: step}})
 
 
 def link_stage(run: NamedRun, stage: str, step: Path) -> None:
@@ -113,4 +121,4 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, "kept", "dial-"))}
+    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, DRIFT, "kept", "dial-"))}
