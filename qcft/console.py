@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -261,6 +261,12 @@ def print_rows(titles: list[str], rows: list[list[str]]) -> None:
 def say(text: str) -> None:
     """A line beside the data, on stderr."""
     stderr().print(Text(text), soft_wrap=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences on stdout, each on a line of its own."""
+    for line in lines:
+        stdout().print(Text(line), soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

@@ -13,7 +13,7 @@ from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.files import file_digest, is_whole_safetensors, write_text
-from qcft.hub import unreachable
+from qcft.hub import OFFLINE, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.recipe import Model
 
@@ -47,7 +47,7 @@ def resolve(model: Model) -> ModelSource:
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model: there is no file or folder {name!r}", f"give {WHAT}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _resolve_hub(model)
+        return ModelSource(name, "hub", name, f"hub:{name}@{pin_hub(name, model.revision)}")
     raise InputError(
         f"model: {name!r} is no embedded model, file or folder",
         nearest(name, list(EMBEDDED))
@@ -146,21 +146,21 @@ def _folder_digest(folder: Path) -> str:
     return f"folder:{total.hexdigest()}"
 
 
-def _resolve_hub(model: Model) -> ModelSource:
-    """Pin a hub id to a commit: asked of the hub, or what is cached when it can't be reached."""
+def pin_hub(name: str, revision: str | None, what: str = "model", offline: str = OFFLINE) -> str:
+    """The commit of a hub id: asked of the hub, or what is cached when it can't be reached. Raises InputError."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    name = model.name
-    known = cache_folder() / "hub" / f"{name.replace('/', '--')}@{model.revision or 'main'}".replace("/", "--")
+    known = cache_folder() / "hub" / f"{name.replace('/', '--')}@{revision or 'main'}".replace("/", "--")
+    commit: str | None
     try:
-        commit = HfApi().model_info(name, revision=model.revision, timeout=10).sha
+        commit = HfApi().model_info(name, revision=revision, timeout=10).sha
         known.parent.mkdir(parents=True, exist_ok=True)
         write_text(known, f"{commit}\n")
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
-        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else model.revision
+        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else revision
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=commit), str):
-            raise unreachable("model", name, error) from None
-    return ModelSource(name, "hub", name, f"hub:{name}@{commit}")
+            raise unreachable(what, name, error, offline) from None
+    return str(commit)
 
 
 def _fetch_hub(source: ModelSource, watch: Watch) -> Path:

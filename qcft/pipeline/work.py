@@ -28,6 +28,7 @@ from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_chan
 from qcft.pipeline.pools import ENGLISH
 from qcft.pipeline.prefix import open_prefix
 from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.probing import english_rows
 from qcft.pipeline.replay import make_replay, read_replay
 from qcft.plan import Step
 from qcft.recipe import Phase
@@ -112,9 +113,10 @@ class Worker:
 
     def train(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
-        from qcft.layers import adapted_modules, frozen_in_words, frozen_whole, lowest_adapted
+        from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
+        from qcft.training.probe import lay_out
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self._phase(step)
@@ -149,13 +151,19 @@ class Worker:
         else:
             adapted = add_lora_over(model, under, modules, self.recipe.lora)
         below = lowest_adapted(model, modules)
+        probing = None
+        if self.recipe.forgetting is not None and (english := english_rows(self.prepared, phase)):
+            probing = lay_out(self.recipe.forgetting, english, batches, below / decoder_layers(model)[1])
+            if probing is None:
+                self.watch.note("no live probe: even a small one would cost over 5% of so short a training")
         by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
         weights: dict[str, Any] = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
         prefix = None
         if step.adapter is None:
-            prefix = open_prefix(model, below, rows, batches.rows, weights, phase.train, self.store, self.watch)
+            seen = [*rows, *(probing.rows if probing else ())]
+            prefix = open_prefix(model, below, seen, batches.rows, weights, phase.train, self.store, self.watch)
         elif phase.train.prefix_cache is True:
             self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
@@ -168,6 +176,7 @@ class Worker:
             self.watch,
             f"training {phase.name}",
             Shortcuts(below, by_rows, prefix),
+            probing,
         )
         return {
             **asdict(trained),

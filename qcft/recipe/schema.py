@@ -133,6 +133,18 @@ class Merge(Part):
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
 
+class Forgetting(Part):
+    """The live probe: English NLL on at most `rows` held-out rows, every so many optimizer steps of a phase, against
+    the model the phase starts from. `auto`: as often as costs at most 5% of the training. A relative rise of `warn`
+    is told once; at a rise of `stop` training ends, and the adapter of the last probe under it is kept.
+    """
+
+    every: Annotated[Count, Field(ge=1)] | Literal["auto"] = "auto"
+    rows: Annotated[Count, Field(ge=1)] = 16
+    warn: Annotated[Number, Field(gt=0)] | None = 0.05
+    stop: Annotated[Number, Field(gt=0)] | None = None
+
+
 class Recipe(Part):
     """A whole experiment."""
 
@@ -144,6 +156,7 @@ class Recipe(Part):
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()
     merge: Merge = Merge()
+    forgetting: Forgetting | None = Forgetting()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
 
@@ -195,7 +208,7 @@ class Recipe(Part):
         raise KeyError(name)
 
 
-RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report"}
+RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report", "drift", "similarity"}
 
 # Fields of trl's SFTConfig that qcft sets itself, and the recipe key that stands for each.
 OWNED = {

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
@@ -17,12 +17,18 @@ from qcft.layers import decoder_layers
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
 
+if TYPE_CHECKING:
+    from qcft.training.probe import EnglishProbe
+
 EXPLODED = 1e4  # a norm of gradients; trainings that learn stay orders of magnitude below
 NAMED = 4  # rows of each source in a message
 
 
-def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) -> Any:
-    """The callback that watches a training; `below` layers are frozen under the lowest adapter."""
+def reporter(
+    batches: Batches, log: Path, watch: Watch, label: str, below: int, english: EnglishProbe | None = None
+) -> Any:
+    """The callback that watches a training; `below` layers are frozen under the lowest adapter, `english` is the live
+    probe."""
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
@@ -70,9 +76,13 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
                 "tokens_per_second": round(rate, 1),
                 f"peak_{kind}_bytes": peak,
             }
+            if english and (here := english.latest(step)):
+                entry |= {"english_nll": here["nll"], "english_change": here["change"]}
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
             stats = {"loss": f"{loss:.3f}", "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
+            if english and (last := english.latest()):
+                stats["English"] = f"English NLL {last['nll']:.3f} ({last['change']:+.1%})"
             watch.tell(Progress(label, step, batches.steps, "steps", stats))
 
     return Reporter()

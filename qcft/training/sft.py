@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.encode import IGNORED
+from qcft.data.encode import IGNORED, EncodedRow
 from qcft.errors import Interrupted, QcftError
 from qcft.events import Watch
 from qcft.files import SEAL, is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
 from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
+from qcft.training.probe import EnglishProbe, Probing, probe_callback
 from qcft.training.reporter import reporter
 from qcft.training.settings import checkpointing, sft_config
 
@@ -34,7 +35,7 @@ ITEM = "item"  # the column that says which of the batches' items an example is
 @dataclass(frozen=True)
 class Trained:
     """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
-    through the model, as counted while they did, all epochs together."""
+    through the model, as counted while they did, all epochs together. `forgetting`: what the live probe found."""
 
     steps: int
     rows: int
@@ -42,6 +43,7 @@ class Trained:
     loss: float
     resumed_from: int
     exposure: list[dict[str, Any]]
+    forgetting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def train_adapter(
     watch: Watch,
     label: str,
     shortcuts: Shortcuts = Shortcuts(),
+    probing: Probing | None = None,
 ) -> Trained:
-    """Train the adapters on a model, leaving them in `folder/adapter`.
+    """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
 
     Goes on from the last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint
     is written and Interrupted raised. Raises QcftError when the loss is no longer finite, the gradients explode
@@ -82,7 +85,10 @@ def train_adapter(
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
-    trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below))
+    english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
+    if english:
+        trainer.add_callback(probe_callback(english))  # before the reporter, which tells what it found
+    trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below, english))
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.cuda.OutOfMemoryError:
@@ -90,21 +96,25 @@ def train_adapter(
             "the GPU's memory ran out while training",
             "try --set NAME.train.gradient_checkpointing=true, a smaller train.max_length or micro_batch",
         ) from None
-    if watch.stop_code is not None and trainer.state.global_step < batches.steps:
+    stopped = english is not None and english.stopped
+    if watch.stop_code is not None and trainer.state.global_step < batches.steps and not stopped:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {batches.steps}; a checkpoint was written",
             "the same command goes on from it",
             watch.stop_code,
         )
+    steps = english.go_back(model) if english and stopped else trainer.state.global_step
     save_trained(model, folder / "adapter")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
+    exposure = trainer.fed.exposure(steps)
     return Trained(
-        steps=trainer.state.global_step,
-        rows=batches.rows,
-        tokens=batches.tokens_until(batches.steps),
+        steps=steps,
+        rows=sum(entry["rows"] for entry in exposure),
+        tokens=batches.tokens_until(steps),
         loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
         resumed_from=int(last.name.split("-")[1]) if last else 0,
-        exposure=trainer.fed.exposure(trainer.state.global_step),
+        exposure=exposure,
+        forgetting=english.summary() if english else None,
     )
 
 
@@ -125,6 +135,7 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
 def _make_trainer(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, config: SFTConfig, shortcuts: Shortcuts
 ) -> Any:
+    import torch
     from transformers import PrinterCallback, Trainer
     from trl import SFTTrainer
 
@@ -152,6 +163,24 @@ def _make_trainer(
             if self.label_smoother is None:
                 answers.choose(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def nll(self, rows: Sequence[EncodedRow]) -> float:
+            """The summed NLL of rows' answer tokens; several rows only where attention goes row by row."""
+            lengths = tuple(len(row.input_ids) for row in rows)
+            device = self.model.device
+            inputs: dict[str, Any] = {
+                "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]], device=device),
+                "labels": torch.tensor([[label for row in rows for label in row.labels]], device=device),
+                "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+            }
+            if shortcuts.by_rows:
+                inputs["row_lengths"] = lengths
+            if shortcuts.prefix:
+                shortcuts.prefix.show(rows)
+            answers.choose(inputs)
+            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            answers.chosen = None  # where labels are smoothed, training itself does not choose
+            return -float(outputs.log_probs.sum())
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             save_trained(self.model, Path(output_dir or self.args.output_dir))
