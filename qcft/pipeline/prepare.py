@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,7 +159,7 @@ class Prepared:
             self.held_out(group)
         for phase in self.recipe.phases:
             if phase.adapter:
-                self._check_adapter(Path(phase.adapter).expanduser())
+                self._check_adapter(Path(os.path.expanduser(phase.adapter)))
                 continue
             self._check_layers(phase)
             check_settings(phase.train)
@@ -254,7 +255,7 @@ class Prepared:
         phases = {}
         for phase in self.recipe.phases:
             if phase.adapter:
-                phases[phase.name] = _adapter_digest(Path(phase.adapter).expanduser())
+                phases[phase.name] = _adapter_digest(Path(os.path.expanduser(phase.adapter)))
             else:
                 phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
         held = hashlib.sha256()

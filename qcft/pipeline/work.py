@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -193,7 +194,7 @@ class Worker:
         assert phase.adapter is not None
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(Path(phase.adapter).expanduser() / name, folder / "adapter" / name)
+            shutil.copyfile(Path(os.path.expanduser(phase.adapter)) / name, folder / "adapter" / name)
         return {"adapter": phase.adapter}
 
     def merge(self, step: Step, folder: Path) -> dict[str, Any]:
