@@ -38,8 +38,8 @@ def main() -> None:
         plain, probed = (statistics.median(seconds[key]) for key in (False, True))
         own = found["share_of_time"]
         print(
-            f"freeze {freeze}: {plain:.1f} s plain, {probed:.1f} s with {len(found['probes'])} probes of {found['rows']} "
-            f"rows: {probed / plain - 1:.1%} more; by the probe's own clock {own:.1%} of the training"
+            f"freeze {freeze}: {plain:.1f} s plain, {probed:.1f} s with {len(found['probes'])} probes of "
+            f"{found['rows']} rows: {probed / plain - 1:.1%} more; by the probe's own clock {own:.1%} of the training"
         )
         figures[f"cost_{freeze}"] = figure(probed / plain - 1)
         figures[f"own_clock_{freeze}"] = figure(own)
