@@ -9,6 +9,7 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Listener, Watch
+from qcft.files import telling_full_disk
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
@@ -17,6 +18,7 @@ from qcft.report.curve import curve_points, draw_curve
 from qcft.report.drift import draw_drift
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
+from qcft.store.steps import FREE
 
 
 def run(
@@ -49,7 +51,8 @@ def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
     whole = read(done.name, runs)
     recipe = read_run(runs, done.name).recipe()
-    write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
+    with telling_full_disk(runs, FREE):
+        write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
     return whole
 
 
@@ -149,7 +152,8 @@ def dial(
     points = curve_points(done.stages[done.goal].metrics["points"])
     drawing = done.folder / "report" / f"{done.goal}.svg"
     _report(done, runs)
-    draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
+    with telling_full_disk(runs, FREE):
+        draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
     found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
     if merge_at is not None:
         found["merged"] = merge(

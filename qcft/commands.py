@@ -237,13 +237,17 @@ def runs_listed(runs: Path) -> list[dict[str, str]]:
     """Runs with their model, phases and how many of their steps are done."""
     listed = []
     for run in list_runs(runs):
-        recipe = run.recipe()
+        try:
+            recipe = run.recipe()
+            model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
+        except InputError as error:  # one that cannot be read does not hide the others
+            model, phases = "?", error.message
         done = sum((runs / ".steps" / step / "done.json").is_file() for step in run.stages.values())
         listed.append(
             {
                 "run": run.name,
-                "model": recipe.model.name,
-                "phases": ", ".join(phase.name for phase in recipe.phases),
+                "model": model,
+                "phases": phases,
                 "steps done": f"{done} of {len(run.stages)}",
             }
         )

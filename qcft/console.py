@@ -258,6 +258,11 @@ def print_rows(titles: list[str], rows: list[list[str]]) -> None:
     stdout().print(table)
 
 
+def say(text: str) -> None:
+    """A line beside the data, on stderr."""
+    stderr().print(Text(text), soft_wrap=True)
+
+
 def print_lines(lines: Sequence[str]) -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
@@ -285,6 +290,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """`340 kB`, `1.2 GB`; thousands, as disks are sold."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def _of(event: Progress) -> str:

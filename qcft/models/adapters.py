@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
-from qcft.files import is_whole_safetensors, read_json
-from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, read_adapter
+from qcft.files import is_whole_safetensors, read_json, write_json
+from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_factors, read_adapter
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -129,8 +129,13 @@ def read_trained(model: PeftModel, folder: Path) -> None:
 
 
 def save_trained(model: PeftModel, folder: Path) -> None:
-    """Save the adapter that trains, and none of those under it."""
+    """Save the adapter that trains, and none of those under it: the same files from every process."""
     model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+    config = read_json(folder / CONFIG)
+    if isinstance(config["target_modules"], list):  # a set in memory, in another order in each process
+        config["target_modules"].sort()
+    write_json(folder / CONFIG, config)
 
 
 def load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
@@ -220,12 +225,10 @@ def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
     Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
     """
     adapter = read_adapter(folder)
+    check_factors(adapter)
     for weight, change in adapter.changes.items():
-        if not change.plain or change.embedding or change.a is None or change.b is None:
-            raise InputError(
-                f"adapter: {str(folder)!r} holds more than plain LoRA ({weight}), whose change has no two factors",
-                "name the frozen layers, as in layers:0-11",
-            )
+        assert change.a is not None
+        assert change.b is not None
         yield weight, change.a.read(), change.b.read(), change.scale
 
 

@@ -15,7 +15,7 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
 from qcft.models.adapters import read_adapter_config
-from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_shape, check_stack, read_adapter
+from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
@@ -23,7 +23,7 @@ from qcft.models.tensors import weight_names
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source
+from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source, parse_freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -187,6 +187,8 @@ class Prepared:
         adapter = read_adapter(folder)
         if any(phase.start == "stacked" for phase in self.recipe.phases[1:]):
             check_stack([adapter, adapter])
+        if any(parse_freeze(phase.freeze).measure == "change" for phase in self.recipe.phases[1:]):
+            check_factors(adapter)
         check_biases(adapter, weights)
         for name, change in adapter.changes.items():
             if name not in weights:

@@ -74,6 +74,8 @@ def run_recipe(
     run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
+    # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
+    records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
     for position, step in enumerate(steps, start=1):
         record = records[step.id] or _do(step, position, len(steps), prepared, store, watch)
         if records[step.id]:

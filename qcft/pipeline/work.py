@@ -14,7 +14,7 @@ from qcft.data.mix import mixed_order
 from qcft.data.rows import Row
 from qcft.errors import QcftError
 from qcft.events import Mixed, SourceShare, Watch
-from qcft.files import file_digest, read_json, write_json
+from qcft.files import file_digest, read_json, read_sealed, write_json, write_sealed
 from qcft.measure.distance import compare, predictions
 from qcft.measure.score import RowScore, score_rows
 from qcft.measure.stats import accuracy, kept, mean_nll
@@ -75,7 +75,7 @@ class Worker:
         settings, points = step.settings, []
         for scale in settings["scales"]:
             place = folder / f"{scale:g}"
-            point = read_json(place / "point.json")
+            point = read_sealed(place / "point.json")
             if point is None:
                 place.mkdir(exist_ok=True)
                 if settings.get("method"):
@@ -86,7 +86,7 @@ class Worker:
                     set_scale(model, scale)
                 measured = self._measure(cast("PreTrainedModel", model), step, f"{step.title} at {scale:g}", place)
                 point = {"scale": scale, **measured}
-                write_json(place / "point.json", point)
+                write_sealed(place / "point.json", point)
             points.append(point)
         return {"points": points}
 
@@ -122,7 +122,11 @@ class Worker:
         phase = self._phase(step)
         replay = self._replay_sets(phase, step)
         shares = self._shares(phase, replay)
-        rows = [replace(row, source=share.source) for share, encoded in shares for row in encoded.encoded]
+        rows = [
+            replace(tokens, source=share.source, name=row.name)
+            for share, encoded in shares
+            for row, tokens in zip(encoded.rows, encoded.encoded, strict=True)
+        ]
         extra = sum(len(encoded.rows) for encoded in replay.values())
         seed = self.recipe.seed
         batches = make_batches(
@@ -156,10 +160,12 @@ class Worker:
         weights: dict[str, Any] = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
-        # An adapter that goes on keeps its part in the frozen layers, which a cut model would lose.
-        cut = below if step.adapter is None else 0
-        seen = [*rows, *(probing.rows if probing else ())]
-        prefix = open_prefix(model, cut, seen, batches.rows, weights, phase.train, self.store, self.watch)
+        prefix = None
+        if step.adapter is None:
+            seen = [*rows, *(probing.rows if probing else ())]
+            prefix = open_prefix(model, below, seen, batches.rows, weights, phase.train, self.store, self.watch)
+        elif phase.train.prefix_cache is True:
+            self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
             adapted,
             self.prepared.tokenizer,

@@ -38,6 +38,11 @@ class Batches:
         """Rows trained in all, each epoch's counted."""
         return sum(len(item) for item in self.items)
 
+    def rows_of(self, step: int) -> list[EncodedRow]:
+        """The rows of one optimizer step, counted from 1."""
+        each = self.per_pass * self.accumulation
+        return [row for item in self.items[(step - 1) * each : step * each] for row in item]
+
     def tokens_until(self, step: int) -> int:
         """Tokens run through the model in the first `step` optimizer steps."""
         return self._running_tokens[min(len(self.items), step * self.per_pass * self.accumulation)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Progress, Watch
 from qcft.files import write_text
@@ -17,6 +19,9 @@ from qcft.training.batches import Batches
 
 if TYPE_CHECKING:
     from qcft.training.probe import EnglishProbe
+
+EXPLODED = 1e4  # a norm of gradients; trainings that learn stay orders of magnitude below
+NAMED = 4  # rows of each source in a message
 
 
 def reporter(
@@ -51,8 +56,13 @@ def reporter(
             if not logs or "loss" not in logs:
                 return
             step, loss = state.global_step, logs["loss"]
-            if not math.isfinite(loss):
-                raise QcftError(f"the loss is {loss} at step {step}", "try a lower train.lr")
+            wrong = _diverged(loss, logs.get("grad_norm"), skips=args.fp16)
+            if wrong:  # told before a checkpoint of this step could be written: the last one is good
+                raise QcftError(
+                    f"{wrong} at step {step} of {batches.steps}, on {_named(batches.rows_of(step))}",
+                    "look at these rows, or lower train.lr; checkpoints from before this step are kept, and the same "
+                    "command goes on from the last of them, to the same end",
+                )
             tokens = batches.tokens_until(step)
             rate = (tokens - batches.tokens_until(self.first)) / max(1e-9, time.monotonic() - self.begun)
             kind, peak = peak_memory()
@@ -76,6 +86,27 @@ def reporter(
             watch.tell(Progress(label, step, batches.steps, "steps", stats))
 
     return Reporter()
+
+
+def _diverged(loss: float, norm: float | None, skips: bool) -> str | None:
+    """What shows that a training cannot go on, or None. `skips`: fp16's scaler leaves out steps that overflow."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if norm is None or (skips and not math.isfinite(norm)):
+        return None
+    return f"the gradients explode: their norm is {norm:.3g}" if not norm <= EXPLODED else None
+
+
+def _named(rows: Sequence[EncodedRow]) -> str:
+    """So many rows, source by source, the first of each by name."""
+    by_source: dict[str, list[str]] = {}
+    for row in rows:
+        by_source.setdefault(row.source, []).append(row.name)
+    parts = []
+    for source, names in by_source.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts.append(f"{source}: {', '.join(repr(name) for name in names[:NAMED])}{more}")
+    return f"{len(rows)} rows ({'; '.join(parts)})"
 
 
 def _checkpoint_from(model: Any, below: int) -> None:

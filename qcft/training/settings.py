@@ -89,7 +89,7 @@ def sft_config(
         seed=seed,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=None,  # PhaseTrainer keeps the last two, by step: a clock may be set back
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=train.report_to or "none",

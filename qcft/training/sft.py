@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.data.encode import IGNORED, EncodedRow
 from qcft.errors import Interrupted, QcftError
 from qcft.events import Watch
-from qcft.files import is_whole, seal
+from qcft.files import SEAL, is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
 from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from qcft.training.prefix import Prefix
 
+KEPT = 2  # checkpoints: the last, and one before it should the last be altered
 ITEM = "item"  # the column that says which of the batches' items an example is
 
 
@@ -70,13 +71,13 @@ def train_adapter(
     """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
 
     Goes on from the last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint
-    is written and Interrupted raised. Raises QcftError when the loss is no longer finite or the GPU's
-    memory runs out.
+    is written and Interrupted raised. Raises QcftError when the loss is no longer finite, the gradients explode
+    or the GPU's memory runs out.
     """
     import torch
 
     checkpoints = folder / "checkpoints"
-    last = _last_whole(checkpoints)
+    last = _last_whole(checkpoints, watch)
     recompute = checkpointing(model, batches, train, shortcuts.below)
     config = sft_config(train, checkpoints, batches, seed, recompute, shortcuts.by_rows)
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
@@ -190,7 +191,10 @@ def _make_trainer(
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            checkpoints = Path(self.args.output_dir)
+            seal(checkpoints / f"checkpoint-{self.state.global_step}")
+            for old in _newest_first(checkpoints)[KEPT:]:
+                shutil.rmtree(old)
 
     answers = _Answers(model.get_base_model())
     trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
@@ -237,11 +241,17 @@ def _dataset(batches: Batches) -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _last_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """The checkpoints by their steps."""
+    return sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def _last_whole(checkpoints: Path, watch: Watch) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are removed, and named unless a kill cut them short."""
+    for checkpoint in _newest_first(checkpoints):
         if is_whole(checkpoint):
             return checkpoint
+        if (checkpoint / SEAL).exists():
+            watch.note(f"{checkpoint.name} is altered; the training goes on from the one before it", "warning")
         shutil.rmtree(checkpoint)
     return None
