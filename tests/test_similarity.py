@@ -171,6 +171,7 @@ def test_instructions_need_no_answers_and_may_be_any_column(tmp_path, qcft, enco
     assert list(instructions(Source(path=str(plain)))) == ["one", "two"]
     asked = write_rows(tmp_path / "q.jsonl", [{"question": f"what {i}"} for i in range(9)])
     assert list(instructions(Source(path=str(asked), take=2), "question")) == ["what 0", "what 1"]
+    assert list(instructions(Source(path=str(plain)), "question")) == ["one", "two"]
     with pytest.raises(InputError, match="no known format"):
         list(instructions(Source(path=str(asked))))
     with pytest.raises(InputError, match="no column 'questions'"):
