@@ -190,6 +190,7 @@ def test_it_stops_at_the_limit_and_keeps_the_adapter_of_the_probe_before(tiny_mo
     assert trained.forgetting["stopped_at"] == at
     assert trained.steps == kept
     assert sum(entry["rows"] for entry in trained.exposure) == trained.rows == 4 * kept
+    assert not (tmp_path / "step" / "checkpoints" / f"checkpoint-{at}").exists()
     notes = [event.text for event in told if isinstance(event, Note) and event.level == "warning"]
     assert len(notes) == 2
     assert f"at step {at} of 12" in notes[0]

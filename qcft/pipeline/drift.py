@@ -17,7 +17,7 @@ from qcft.layers import decoder_layers
 from qcft.measure.drift import Shift, States, layer_outputs, layer_shifts
 from qcft.models.adapters import load_stack
 from qcft.models.load import free_memory, load_model, peak_memory, quiet_libraries
-from qcft.models.switch import Switched
+from qcft.models.stacks import Stacks
 from qcft.pipeline.mpd import parameter_difference
 from qcft.pipeline.pools import ENGLISH
 from qcft.pipeline.prepare import Prepared
@@ -205,7 +205,7 @@ def _load_both(since: Version, to: Version, prepared: Prepared, store: Store) ->
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
     model = prepared.recipe.model
     if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):
-        both = Switched(load_model(folders[0], model), stacks)
+        both = Stacks(load_model(folders[0], model), stacks)
         return [_switched(both, stack) for stack in stacks]
     loaded: list[Live] = []
     for folder, stack in zip(folders, stacks, strict=True):
@@ -214,7 +214,7 @@ def _load_both(since: Version, to: Version, prepared: Prepared, store: Store) ->
     return loaded
 
 
-def _switched(both: Switched, stack: Sequence[Path]) -> Live:
+def _switched(both: Stacks, stack: Sequence[Path]) -> Live:
     return lambda: both.live(stack)
 
 

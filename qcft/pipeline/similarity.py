@@ -109,7 +109,7 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> dict[str
         "des": asdict(found),
         "languages": by_language,
         "scale": {"paper": PAPER if source.name == LABSE else None, "qcft": own_pairs},
-        "says": _says(found, source, own_pairs),
+        "says": _says(found, [entry["value"] for entry in by_language], source, own_pairs),
     }
 
 
@@ -130,7 +130,7 @@ def _described(side: Side, sums: EmbeddingSums) -> dict[str, Any]:
     return {"name": side.name, "rows": sums.rows, "langs": [str(source.lang or "?") for source in side.sources]}
 
 
-def _says(found: Similarity, source: EncoderSource, own: dict[str, Any]) -> list[str]:
+def _says(found: Similarity, languages: Sequence[float], source: EncoderSource, own: dict[str, Any]) -> list[str]:
     """What the value implies for phase 2, and how sure that is."""
     if source.name == LABSE:
         like, unlike = PAPER.values()
@@ -145,7 +145,13 @@ def _says(found: Similarity, source: EncoderSource, own: dict[str, Any]) -> list
             f"with qcft {like:.3f}, the unlike one {unlike:.3f}"
         )
     middle = (like + unlike) / 2
-    if found.low > middle:
+    apart = max(languages, default=0.0) - min(languages, default=0.0)
+    if apart > like - unlike:
+        word = (
+            f"undecided: the values of its languages lie {apart:.3f} apart, further than the scale is wide, so the "
+            "encoder may tell languages apart rather than instructions"
+        )
+    elif found.low > middle:
         word = "alike: expect phase 2 to cost little English"
     elif found.high < middle:
         word = "unlike: expect phase 2 to cost English; replay or freezing are the remedies"

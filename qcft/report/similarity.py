@@ -23,8 +23,8 @@ def similarity_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 def _short(name: str) -> str:
-    """What was named, without the folders it lies in."""
-    return ", ".join(Path(part).name if "/" in part and ":" not in part else part for part in name.split(","))
+    """What was named; of a path the last folder and the name."""
+    return ", ".join(str(Path(*Path(part).parts[-2:])) if ":" not in part else part for part in name.split(","))
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:

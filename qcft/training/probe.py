@@ -226,6 +226,7 @@ def probe_callback(english: EnglishProbe) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if english.after(kwargs["model"], state.global_step):
                 control.should_training_stop = True
+                control.should_save = False  # a killed process must not go on from beyond the limit
 
     return Prober()
 

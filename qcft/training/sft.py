@@ -86,9 +86,9 @@ def train_adapter(
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
     english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
-    if english:
-        trainer.add_callback(probe_callback(english))  # before the reporter, which tells what it found
     trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below, english))
+    if english:
+        trainer.add_callback(probe_callback(english))  # last, so that where it ends the training nothing is saved
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.cuda.OutOfMemoryError:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Switched:
+class Stacks:
     """A model with the plain LoRA adapters of several stacks on it, one stack live at a time."""
 
     def __init__(self, model: PreTrainedModel, stacks: Sequence[Sequence[Path]]) -> None:
