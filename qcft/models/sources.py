@@ -12,7 +12,7 @@ from typing import Literal
 from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import file_digest, is_whole_safetensors, write_text
+from qcft.files import SEAL, file_digest, is_whole_safetensors, write_text
 from qcft.hub import unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.recipe import Model
@@ -66,6 +66,20 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
     return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch))
 
 
+def described_folder(source: ModelSource, watch: Watch) -> Path:
+    """A folder with the model's config and tokenizer, which may lack its weights: none are fetched or converted."""
+    if source.kind == "hub":
+        return _fetch_hub(source, watch, weights=False)
+    if source.kind == "folder":
+        return Path(source.location)
+    digest = source.digest.split(":")[1]
+    converted = cache_folder() / f"converted/{digest[:20]}-v{CONVERTED}"
+    if (converted / SEAL).is_file():
+        return converted
+    file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
+    return cached_folder(f"described/{digest[:20]}-v{CONVERTED}", lambda folder: _describe(file, folder))
+
+
 def check_gguf(path: Path) -> None:
     """Read a GGUF file's header and check that the file holds all it announces. Raises InputError."""
     from gguf import GGUFReader
@@ -109,6 +123,20 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
             raise InputError(f"model: {file.name!r} is altered: {tensor_name} is not finite", "fetch it again")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _describe(file: Path, folder: Path) -> None:
+    """Write the config and the tokenizer that a GGUF file's header holds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"model: {file.name!r} cannot be read: {' '.join(str(error).split())[:160]}",
+            "fetch it again, or use the model's safetensors folder",
+        ) from None
 
 
 def _folder_digest(folder: Path) -> str:
@@ -163,7 +191,7 @@ def _resolve_hub(model: Model) -> ModelSource:
     return ModelSource(name, "hub", name, f"hub:{name}@{commit}")
 
 
-def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
+def _fetch_hub(source: ModelSource, watch: Watch, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     commit = source.digest.rsplit("@", 1)[1]
@@ -171,13 +199,13 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
         folder = snapshot_download(
             source.location,
             revision=commit,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"],
+            allow_patterns=["*.safetensors"] * weights + ["*.json", "*.jinja", "*.model", "*.txt", "*.py"],
             # Other layouts of the same weights, as some repositories carry them.
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:  # as above
         raise unreachable("model", source.name, error) from None
-    if not any(Path(folder).glob("*.safetensors")):
+    if weights and not any(Path(folder).glob("*.safetensors")):
         raise InputError(
             f"model: {source.name!r} has no safetensors on the hub", "qcft reads safetensors or GGUF only, never pickle"
         )

@@ -180,6 +180,12 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
 
 
+def prepare_libraries() -> None:
+    """Before any library is loaded for work: settings they read then; and their own chatter silenced."""
+    _set_environment()
+    _quiet()
+
+
 def _set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

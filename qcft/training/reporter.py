@@ -11,9 +11,9 @@ from typing import Any
 from qcft.errors import QcftError
 from qcft.events import Progress, Watch
 from qcft.files import write_text
-from qcft.layers import decoder_layers
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
+from qcft.training.checkpointing import only_above
 
 
 def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) -> Any:
@@ -26,10 +26,7 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun, self.first = time.monotonic(), state.global_step
             if args.gradient_checkpointing:
-                # TRL and, just before this, the Trainer ask for gradients of the embeddings' output, which walks
-                # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
-                kwargs["model"].disable_input_require_grads()
-                _checkpoint_from(kwargs["model"], below)
+                only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer ask otherwise
             if log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
@@ -66,13 +63,6 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
             watch.tell(Progress(label, step, batches.steps, "steps", stats))
 
     return Reporter()
-
-
-def _checkpoint_from(model: Any, below: int) -> None:
-    """Recompute no layer under the lowest adapter: the backward pass ends above, so nothing of theirs is kept."""
-    base = model.get_base_model()
-    for layer in base.get_submodule(decoder_layers(base)[0])[:below]:
-        layer.gradient_checkpointing = False
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,182 @@
+"""What a recipe would run: memory, disk, time, and rows as they are trained on. Nothing is trained or written."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
+from qcft.data.mix import mixed_order, replay_rows_needed
+from qcft.events import Watch
+from qcft.pipeline.prefix import worth_storing
+from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.run import prepare_libraries
+from qcft.plan import Step
+from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.store import Store
+
+if TYPE_CHECKING:
+    from qcft.training.memory import Planned
+    from qcft.training.speed import Speed
+
+CONTEXT = 1 << 29  # bytes that CUDA takes for itself, roughly: part of a card that is planned for but not here
+
+
+def check_recipe(
+    recipe: Recipe, runs: Path, watch: Watch, vram: int | None = None, measure: bool = False, rows: int = 2
+) -> dict[str, Any]:
+    """What `qcft check` shows. `vram`: bytes of a GPU that is not here; `measure`: take a few optimizer steps of each
+    phase to know their pace, and throw them away; `rows`: of each phase to show. Raises InputError."""
+    from qcft.models.load import device, free_bytes
+    from qcft.training.speed import measure_speed
+
+    prepare_libraries()
+    prepared, store = Prepared(recipe, watch), Store(runs)
+    prepared.check(weights=False)
+    where = "cuda" if vram else device()
+    free = vram - CONTEXT if vram else free_bytes()
+    speed = None if vram else measure_speed()
+    phases: list[dict[str, Any]] = []
+    for phase in recipe.phases:
+        if not phase.adapter:
+            watch.progress(f"planning {phase.name}", len(phases), len(recipe.phases), "phases")
+            phases.append(_phase(prepared, phase, where, free, speed, rows))
+            if measure:
+                from qcft.pipeline.trial import seconds_a_step
+
+                phases[-1]["seconds"] = seconds_a_step(recipe, phase, watch) * phases[-1]["steps"]
+                phases[-1]["measured"] = True
+    disk = _disk(prepared, store, phases)
+    done = {step.id for step in prepared.plan.steps if store.state(step.id) == "done"}
+    needed = sum(step["bytes"] for step in disk if step["id"] not in done)
+    place = runs if runs.exists() else Path(".")
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+        "device": where,
+        "here": vram is None,
+        "free_bytes": free,
+        "fits": all(phase["fits"] for phase in phases),
+        "phases": phases,
+        "steps": disk,
+        "disk_bytes": needed,
+        "disk_free_bytes": shutil.disk_usage(place).free,
+    }
+
+
+def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Any]:
+    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone.
+
+    Replay that is not made yet is taken to be like the phase's own rows.
+    """
+    from qcft.layers import adapted_modules, lowest_adapted
+    from qcft.training.attention import attend_by_rows
+    from qcft.training.batches import make_batches
+    from qcft.training.footprint import Shape
+    from qcft.training.memory import plan_training
+    from qcft.training.prefix import cannot_split
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
+    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
+    rows = [*new, *(new[i % len(new)] for i in range(extra))]
+    batches = make_batches(rows, lambda epoch: mixed_order(len(new), extra, f"{recipe.seed}:{epoch}"), phase.train)
+    modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
+    below = lowest_adapted(model, modules)
+    tokens = sum(len(row.input_ids) for row in rows)
+    config: Any = model.config.get_text_config()
+    cut = below > 0 and phase.start != "continue" and cannot_split(model) is None
+    cut = cut and worth_storing(phase.train, tokens * config.hidden_size * 2, batches.rows > len(rows))
+    by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
+    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where)
+    return plan_training(model, shape, batches, phase.train, by_rows, free), batches
+
+
+def _phase(prepared: Prepared, phase: Phase, where: str, free: int, speed: Speed | None, rows: int) -> dict[str, Any]:
+    planned, batches = plan_phase(prepared, phase, where, free)
+    encoder = prepared.encoder(phase)
+    sets = prepared.encoded(phase)
+    tokens = batches.tokens_until(batches.steps)
+    seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens if speed else None
+    read = sum(len(s.rows) + sum(s.left_out.values()) for s in sets)
+    return {
+        "phase": phase.name,
+        "memory": {**asdict(planned.memory), "total": planned.memory.total},
+        "fits": planned.fits,
+        "pass_tokens": planned.largest.tokens,
+        "pass_limit": planned.fit.limit,
+        "gradient_checkpointing": planned.fit.recompute,
+        "freeze_is_known": parse_freeze(phase.freeze).measure is None,
+        "steps": batches.steps,
+        "rows": batches.rows,
+        "tokens": tokens,
+        "seconds": seconds,
+        "measured": False,
+        "rows_read": read,
+        "left_out": _summed([s.left_out for s in sets]),
+        "truncated": sum(_is_cut(row, one, encoder) for s in sets for row, one in zip(s.rows, s.encoded, strict=True)),
+        "samples": [_decoded(prepared, row) for row in _first(sets, rows)],
+    }
+
+
+def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:
+    """The first rows, from every source in turn."""
+    each = [list(one.encoded[:rows]) for one in sets]
+    return [one[i] for i in range(rows) for one in each if i < len(one)][:rows]
+
+
+def _decoded(prepared: Prepared, row: EncodedRow) -> list[dict[str, Any]]:
+    """A row as text, in stretches that bear loss and stretches that do not."""
+    stretches: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row.input_ids, row.labels, strict=True):
+        trained = label != IGNORED
+        if not stretches or stretches[-1][0] != trained:
+            stretches.append((trained, []))
+        stretches[-1][1].append(token)
+    return [{"text": str(prepared.tokenizer.decode(ids)), "trained": trained} for trained, ids in stretches]
+
+
+def _is_cut(row: Any, encoded: EncodedRow, encoder: Encoder) -> bool:
+    """Whether a row lost its end to the limit on length: its answer's, or whole turns."""
+    turns = sum(message.role == "assistant" for message in row.messages)
+    begun = sum(
+        label != IGNORED and (i == 0 or encoded.labels[i - 1] == IGNORED) for i, label in enumerate(encoded.labels)
+    )
+    return begun < turns or encoded.input_ids[-1] not in encoder.end_ids
+
+
+def _disk(prepared: Prepared, store: Store, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each step with its state and the bytes it writes: merged weights, adapters with two checkpoints; else text."""
+    parameters = sum(p.numel() for p in prepared.meta_model.parameters())
+    trained: dict[str, dict[str, int]] = {phase["phase"]: phase["memory"] for phase in phases}
+    seconds = {phase["phase"]: phase["seconds"] for phase in phases}
+
+    def bytes_of(step: Step) -> int:
+        if step.kind == "merge":
+            return 2 * parameters
+        if step.kind == "train" and step.phase in trained:
+            memory = trained[step.phase]
+            return 3 * memory["adapters"] + 2 * memory["optimizer"]
+        return 0
+
+    return [
+        {
+            "id": step.id,
+            "title": step.title,
+            "state": store.state(step.id),
+            "bytes": bytes_of(step),
+            "seconds": seconds.get(step.phase or "") if step.kind == "train" else None,
+        }
+        for step in prepared.plan.steps
+    ]
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for reason, n in one.items():
+            total[reason] = total.get(reason, 0) + n
+    return total
