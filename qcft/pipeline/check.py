@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
-from qcft.data.mix import mixed_order, replay_rows_needed
 from qcft.events import Watch
-from qcft.pipeline.prefix import worth_storing
+from qcft.pipeline.forecast import plan_phase
+from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
-from qcft.pipeline.run import prepare_libraries
 from qcft.plan import Step
 from qcft.recipe import Phase, Recipe, parse_freeze
 from qcft.store import Store
 
 if TYPE_CHECKING:
-    from qcft.training.memory import Planned
     from qcft.training.speed import Speed
 
 CONTEXT = 1 << 29  # bytes that CUDA takes for itself, roughly: part of a card that is planned for but not here
@@ -33,7 +30,8 @@ def check_recipe(
     from qcft.models.load import device, free_bytes
     from qcft.training.speed import measure_speed
 
-    prepare_libraries()
+    set_environment()
+    quiet()
     prepared, store = Prepared(recipe, watch), Store(runs)
     prepared.check(weights=False)
     where = "cuda" if vram else device()
@@ -65,34 +63,6 @@ def check_recipe(
         "disk_bytes": needed,
         "disk_free_bytes": shutil.disk_usage(place).free,
     }
-
-
-def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Any]:
-    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone.
-
-    Replay that is not made yet is taken to be like the phase's own rows.
-    """
-    from qcft.layers import adapted_modules, lowest_adapted
-    from qcft.training.attention import attend_by_rows
-    from qcft.training.batches import make_batches
-    from qcft.training.footprint import Shape
-    from qcft.training.memory import plan_training
-    from qcft.training.prefix import cannot_split
-
-    recipe, model = prepared.recipe, prepared.meta_model
-    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
-    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
-    rows = [*new, *(new[i % len(new)] for i in range(extra))]
-    batches = make_batches(rows, lambda epoch: mixed_order(len(new), extra, f"{recipe.seed}:{epoch}"), phase.train)
-    modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
-    below = lowest_adapted(model, modules)
-    tokens = sum(len(row.input_ids) for row in rows)
-    config: Any = model.config.get_text_config()
-    cut = below > 0 and phase.start != "continue" and cannot_split(model) is None
-    cut = cut and worth_storing(phase.train, tokens * config.hidden_size * 2, batches.rows > len(rows))
-    by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
-    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where)
-    return plan_training(model, shape, batches, phase.train, by_rows, free), batches
 
 
 def _phase(prepared: Prepared, phase: Phase, where: str, free: int, speed: Speed | None, rows: int) -> dict[str, Any]:
