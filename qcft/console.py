@@ -262,7 +262,7 @@ def print_rows(titles: list[str], rows: list[list[str]]) -> None:
 def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
     """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
     console = stdout()
-    print_rows(["step", "state", "training", "writes"], step_rows(found))
+    print_rows(["step", "state", "training", "memory", "writes"], step_rows(found))
     console.print()
     print_rows(["memory", *(phase["phase"] for phase in found["phases"])], memory_rows(found))
     console.print()

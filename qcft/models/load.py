@@ -124,16 +124,12 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
-    return_freed_blocks()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def return_freed_blocks() -> None:
-    """Have glibc give freed blocks back: those between tensors of odd sizes it keeps, a third of a training's peak."""
     if sys.platform == "linux":
+        # glibc keeps freed blocks between tensors of odd sizes: over a run that came to a gigabyte and more.
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_memory() -> tuple[str, int]:

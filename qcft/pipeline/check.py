@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
 from qcft.events import Watch
+from qcft.measure.score import BATCH_TOKENS
 from qcft.pipeline.forecast import plan_phase
+from qcft.pipeline.generation import LARGEST
 from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Step
@@ -120,7 +122,7 @@ def _is_cut(row: Any, encoded: EncodedRow, encoder: Encoder) -> bool:
 
 def _disk(prepared: Prepared, store: Store, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each step with its state and the bytes it writes: merged weights, adapters with two checkpoints; else text."""
-    parameters = sum(p.numel() for p in prepared.meta_model.parameters())
+    parameters: int = sum(p.numel() for p in prepared.meta_model.parameters())
     trained: dict[str, dict[str, int]] = {phase["phase"]: phase["memory"] for phase in phases}
     seconds = {phase["phase"]: phase["seconds"] for phase in phases}
 
@@ -128,7 +130,7 @@ def _disk(prepared: Prepared, store: Store, phases: list[dict[str, Any]]) -> lis
         if step.kind == "merge":
             return 2 * parameters
         if step.kind == "train" and step.phase in trained:
-            memory = trained[step.phase]
+            memory: dict[str, int] = trained[step.phase]
             return 3 * memory["adapters"] + 2 * memory["optimizer"]
         return 0
 
@@ -138,10 +140,34 @@ def _disk(prepared: Prepared, store: Store, phases: list[dict[str, Any]]) -> lis
             "title": step.title,
             "state": store.state(step.id),
             "bytes": bytes_of(step),
+            "memory_bytes": trained[step.phase]["total"]
+            if step.kind == "train" and step.phase in trained
+            else _held(prepared, step),
             "seconds": seconds.get(step.phase or "") if step.kind == "train" else None,
         }
         for step in prepared.plan.steps
     ]
+
+
+def _held(prepared: Prepared, step: Step) -> int | None:
+    """Most bytes that a step which loads a model and does not train it holds at once; None for one that loads none."""
+    from qcft.models.size import weight_bytes
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    config: Any = model.config.get_text_config()
+    weights = weight_bytes(model, step.settings.get("quantize") or recipe.model.quantize).total
+    if step.kind in {"probe", "kept", "dial"}:
+        return weights + int(BATCH_TOKENS * config.vocab_size * (2 + 4))  # logits in 16 bits, and in fp32 to be scored
+    if step.kind != "replay" or not any(part["pool"] for part in step.settings["parts"]):
+        return None
+    phase = recipe.phase(step.phase or "")
+    assert phase.replay is not None
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cache = 2 * 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)
+    together = LARGEST if phase.replay.batch == "auto" else phase.replay.batch
+    longest = phase.train.max_length + phase.replay.max_new_tokens
+    return weights + int(cache * min(together, phase.replay.chunk) * longest)
 
 
 def _summed(counts: list[dict[str, int]]) -> dict[str, int]:

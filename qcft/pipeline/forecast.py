@@ -51,7 +51,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
 
 
 def forecast(prepared: Prepared, steps: Sequence[Step], watch: Watch) -> None:
-    """Tell what the trainings among `steps` need and take. Raises InputError where a GPU cannot hold what is trained."""
+    """Tell what the trainings among `steps` need and take. Raises InputError where a GPU cannot hold them at all."""
     from qcft.models.load import device, free_bytes
     from qcft.training.speed import measure_speed
 

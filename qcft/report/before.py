@@ -70,12 +70,13 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def step_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each step: what, state, time, bytes it writes."""
+    """A row for each step: what, state, time, memory it needs at most, bytes it writes."""
     return [
         [
             step["title"],
             step["state"],
             "" if step["seconds"] is None or step["state"] == "done" else minutes(step["seconds"]),
+            gib(step["memory_bytes"]) if step["memory_bytes"] else "",
             gib(step["bytes"]) if step["bytes"] else "",
         ]
         for step in found["steps"]

@@ -11,7 +11,7 @@ from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.models.load import free_memory, return_freed_blocks
+from qcft.models.load import free_memory
 from qcft.training.checkpointing import recompute_activations
 
 if TYPE_CHECKING:
@@ -69,8 +69,6 @@ class Passes:
             try:
                 for one in passes:
                     losses = [part(some) for some in self.parts(one)]
-                if model.device.type == "cpu":
-                    return_freed_blocks()
                 return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
