@@ -14,7 +14,7 @@ from typing import Literal
 from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
-from qcft.files import exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
+from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
 from qcft.hub import OFFLINE, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.recipe import Model
@@ -71,6 +71,20 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
     return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch))
 
 
+def described_folder(source: ModelSource, watch: Watch) -> Path:
+    """A folder with the model's config and tokenizer, which may lack its weights: none are fetched or converted."""
+    if source.kind == "hub":
+        return _fetch_description(source, watch)
+    if source.kind == "folder":
+        return Path(source.location)
+    digest = source.digest.split(":")[1]
+    converted = cache_folder() / f"converted/{digest[:20]}-v{CONVERTED}"
+    if (converted / SEAL).is_file():
+        return converted
+    file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
+    return cached_folder(f"described/{digest[:20]}-v{CONVERTED}", lambda folder: _describe(file, folder))
+
+
 def check_gguf(path: Path) -> None:
     """Read a GGUF file's header and check that the file holds all it announces. Raises InputError."""
     from gguf import GGUFReader
@@ -114,6 +128,20 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
             raise InputError(f"model: {file.name!r} is altered: {tensor_name} is not finite", "fetch it again")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _describe(file: Path, folder: Path) -> None:
+    """Write the config and the tokenizer that a GGUF file's header holds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"model: {file.name!r} cannot be read: {' '.join(str(error).split())[:160]}",
+            "fetch it again, or use the model's safetensors folder",
+        ) from None
 
 
 def _folder_digest(folder: Path) -> str:
@@ -209,6 +237,19 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
     note.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(note, {file: file_digest(folder / file) for file in files})
     return folder
+
+
+def _fetch_description(source: ModelSource, watch: Watch) -> Path:
+    """The folder of a hub model in the hub's own cache, with its weights or without."""
+    from huggingface_hub import snapshot_download
+
+    name, commit = source.location, source.digest.rsplit("@", 1)[1]
+    small = [pattern for pattern in FETCHED if pattern != "*.safetensors"]
+
+    def fetch() -> str:
+        return str(snapshot_download(name, revision=commit, allow_patterns=small, ignore_patterns=IGNORED))
+
+    return Path(retried(fetch, "model", name, watch))
 
 
 def _hub_note(name: str, what: str) -> Path:
