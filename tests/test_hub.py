@@ -12,12 +12,13 @@ from .fake_hub import COMMIT, FakeHub
 
 ROOT = Path(__file__).parents[1]
 FETCH = """
-import sys
+from huggingface_hub import constants
 from qcft import QcftError, hub
 from qcft.events import Watch
 from qcft.models.sources import resolve, weights_folder
 from qcft.recipe import Model
 hub.WAIT = 0.1
+constants.DOWNLOAD_CHUNK_SIZE = 4096  # of 10 MB, in which a tiny model is fetched whole or not at all
 try:
     folder = weights_folder(resolve(Model(name="someone/tiny")), Watch(lambda event: print("told:", event.text)))
     print("folder:", folder)
