@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED
@@ -85,6 +86,11 @@ def train_adapter(
     trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below))
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except UnpicklingError:  # what is no tensor is not loaded, and not run
+        raise QcftError(
+            f"{last.name if last else 'a checkpoint'} holds more than tensors: qcft did not write it so",
+            f"remove {str(last)!r}; the training goes on from the one before it",
+        ) from None
     except torch.cuda.OutOfMemoryError:
         raise QcftError(
             "the GPU's memory ran out while training",
