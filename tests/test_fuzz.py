@@ -6,6 +6,7 @@
 import copy
 import gzip
 import json
+import os
 import signal
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +21,7 @@ from qcft.data.load import load_source
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source, load_recipe, parse_assignments, recipe_from
 
-EXAMPLES = 200
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 RAW = {
     "version": 1,
     "name": "r",
