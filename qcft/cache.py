@@ -16,7 +16,7 @@ def cache_folder() -> Path:
     """`$QCFT_CACHE`, else qcft's folder in the user's cache folder."""
     named = os.environ.get("QCFT_CACHE")
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "qcft" / "cache"
     if sys.platform == "darwin":

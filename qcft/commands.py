@@ -14,6 +14,7 @@ from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_ass
 from qcft.store import NamedRun, Store, list_runs, read_run
 
 SHIPPED = "qcft:"
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
 
 
@@ -220,6 +221,14 @@ def recipes_listed() -> list[dict[str, str]]:
             comment.append(line.lstrip("# ").strip())
         listed.append({"name": name, "about": " ".join(comment)})
     return listed
+
+
+def size_of(text: str) -> int:
+    """Bytes of `8GB`, `7.5 GiB`, `8192M`, all by 1,024 as cards are sold. Raises InputError."""
+    match = SIZE.fullmatch(text.strip())
+    if not match or not float(match[1]):
+        raise InputError(f"--vram {text!r} is no size", "give it as 8GB or 7.5GiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def recipe_text(name: str) -> str:

@@ -114,11 +114,19 @@ def is_disk_full(error: BaseException, place: Path) -> bool:
         if getattr(cause, "errno", None) in FULL or any(reason in str(cause) for reason in FULL.values()):
             return True
         cause = cause.__cause__ or cause.__context__
-    if not isinstance(error, (OSError, RuntimeError)):
+    if not isinstance(error, (OSError, RuntimeError)) or getattr(error, "errno", None) is not None:
         return False
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free < LEAST
+
+
+def exists(path: Path) -> bool:
+    """Whether something lies at a path; at one too long for the disk, nothing does."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def is_whole_safetensors(path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
-from qcft.files import is_whole_safetensors, read_json, write_json
+from qcft.files import exists, is_whole_safetensors, read_json, write_json
 from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_factors, read_adapter
 from qcft.recipe import Lora
 
@@ -166,7 +166,7 @@ def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter made elsewhere, after checking that qcft can use it. Raises InputError."""
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise InputError(f"adapter: there is no folder {str(folder)!r}", "give the folder of a PEFT adapter")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

@@ -19,10 +19,10 @@ from qcft.measure.drift import Shift, States, layer_outputs, layer_shifts
 from qcft.models.adapters import load_stack
 from qcft.models.load import free_memory, load_model, peak_memory, quiet_libraries
 from qcft.models.stacks import Stacks
+from qcft.pipeline.libraries import set_environment
 from qcft.pipeline.mpd import parameter_difference
 from qcft.pipeline.pools import ENGLISH
 from qcft.pipeline.prepare import Prepared
-from qcft.pipeline.run import set_environment
 from qcft.pipeline.versions import (
     Version,
     check_base,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +11,8 @@ from typing import Any
 from qcft.errors import QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
+from qcft.pipeline.forecast import forecast
+from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
 from qcft.recipe import Dial, Goal, Merge, Recipe
@@ -68,8 +68,9 @@ def run_recipe(
     finished = sum(record is not None for record in records.values())
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
-        _quiet()
+        quiet()
         prepared.check()
+        forecast(prepared, [step for step in steps if records[step.id] is None], watch)
     recipe = prepared.pinned_recipe()
     run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
@@ -191,20 +192,6 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
-
-
-def set_environment() -> None:
-    """Settings the libraries read when they are first imported; what the user has set stays."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
-
-
-def _quiet() -> None:
-    from qcft.models.load import quiet_libraries
-
-    quiet_libraries()
 
 
 def _reset_peak() -> None:

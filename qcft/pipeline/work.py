@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -37,6 +38,9 @@ from qcft.store import Store
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from qcft.training.batches import Batches
+    from qcft.training.passes import Fit
 
 
 class Worker:
@@ -144,6 +148,7 @@ class Worker:
         )
         self.watch.tell(mixed)
         model = self._load(step)
+        free_memory()  # what loading left behind
         _seed_everything(seed)
         under = [self._adapter(one) for one in step.under]
         if step.adapter is not None:  # start: continue
@@ -177,6 +182,7 @@ class Worker:
             f"training {phase.name}",
             Shortcuts(below, by_rows, prefix),
             probing,
+            self._fit(phase, modules, batches, by_rows, prefix is not None),
         )
         return {
             **asdict(trained),
@@ -187,13 +193,29 @@ class Worker:
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
 
+    def _fit(self, phase: Phase, modules: list[str], batches: Batches, by_rows: bool, cut: bool) -> Fit | None:
+        """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
+        from qcft.models.load import device, free_bytes
+        from qcft.training.footprint import Shape
+        from qcft.training.memory import plan_training
+
+        train = phase.train
+        if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
+            return None
+        shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
+        meta = self.prepared.meta_model
+        planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
+        if planned.fit.limit:
+            self.watch.note(f"{phase.name}: passes of at most {planned.fit.limit} tokens, to fit into memory")
+        return planned.fit
+
     def take_in(self, step: Step, folder: Path) -> dict[str, Any]:
         """Copy an adapter made elsewhere into the step."""
         phase = self._phase(step)
         assert phase.adapter is not None
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(Path(phase.adapter).expanduser() / name, folder / "adapter" / name)
+            shutil.copyfile(Path(os.path.expanduser(phase.adapter)) / name, folder / "adapter" / name)
         return {"adapter": phase.adapter}
 
     def merge(self, step: Step, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FORMATS: dict[Kind, int] = {
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.
-CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache"}
+CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache", "micro_batch"}
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], 
         mean = sum(len(row.input_ids) for row in rows) / len(rows)
         budget = round(min(train.max_length, train.batch * mean))
         per_pass = 1
+    elif train.micro_batch == "auto":
+        per_pass = train.batch  # divided to fit when it is run
     else:
         per_pass = max(n for n in range(1, min(train.micro_batch, train.batch) + 1) if train.batch % n == 0)
     sequence: list[EncodedRow] = []

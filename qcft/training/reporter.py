@@ -13,9 +13,9 @@ from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Progress, Watch
 from qcft.files import write_text
-from qcft.layers import decoder_layers
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
+from qcft.training.checkpointing import only_above
 
 if TYPE_CHECKING:
     from qcft.training.probe import EnglishProbe
@@ -37,10 +37,7 @@ def reporter(
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun, self.first = time.monotonic(), state.global_step
             if args.gradient_checkpointing:
-                # TRL and, just before this, the Trainer ask for gradients of the embeddings' output, which walks
-                # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
-                kwargs["model"].disable_input_require_grads()
-                _checkpoint_from(kwargs["model"], below)
+                only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer ask otherwise
             if log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
@@ -107,13 +104,6 @@ def _named(rows: Sequence[EncodedRow]) -> str:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         parts.append(f"{source}: {', '.join(repr(name) for name in names[:NAMED])}{more}")
     return f"{len(rows)} rows ({'; '.join(parts)})"
-
-
-def _checkpoint_from(model: Any, below: int) -> None:
-    """Recompute no layer under the lowest adapter: the backward pass ends above, so nothing of theirs is kept."""
-    base = model.get_base_model()
-    for layer in base.get_submodule(decoder_layers(base)[0])[:below]:
-        layer.gradient_checkpointing = False
 
 
 def _step_of(line: str) -> float:

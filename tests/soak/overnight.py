@@ -106,7 +106,8 @@ def main() -> int:
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    moments = sorted(random.Random(options.seed).uniform(1, options.within) * 60 for _ in range(options.kills))
+    chance = random.Random(options.seed)
+    moments = sorted(chance.uniform(1, options.within) * 60 for _ in range(options.kills))
     alone, killed = options.out / "alone", options.out / "killed"
     began = time.monotonic()
     quiet, process = start(options, alone), start(options, killed)
