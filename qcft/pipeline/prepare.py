@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,16 +15,18 @@ from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
+from qcft.measure.catalog import Catalog
 from qcft.models.adapters import read_adapter_config
 from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.models.tensors import weight_names
+from qcft.pipeline.abilities import alpaca_prompts
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source
+from qcft.recipe import ALPACA_EVAL, FIDELITY, Dial, Goal, Model, Phase, Recipe, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +66,8 @@ class Prepared:
         self.groups = self._groups()
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
         self.pools = {p.name: self._pools(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
+        asked = recipe.evaluate.asks_for_something and goal is None
+        self.catalog = Catalog(recipe.evaluate, watch) if asked else None
         self.plan: Plan = make_plan(recipe, self._digests(), goal)
 
     @cached_property
@@ -166,6 +171,14 @@ class Prepared:
             if phase.replay and phase.replay.ratio > 0:
                 check_replay(phase, self.pools[phase.name], new, self.replay_encoder(phase))
 
+    def check_tasks(self, tasks: Iterable[str]) -> None:
+        """Check that what stages are evaluated on can be had: data, columns, packages. Raises InputError."""
+        for task in tasks:
+            assert self.catalog is not None
+            self.catalog.check(task)
+            if task == ALPACA_EVAL:
+                alpaca_prompts(self.recipe.evaluate.local.get(ALPACA_EVAL))
+
     def _check_layers(self, phase: Phase) -> None:
         """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
         from qcft.layers import adapted_modules
@@ -259,13 +272,26 @@ class Prepared:
         for group in self.groups:
             limits = f"{group.name} {group.system} {group.max_length} {group.long_rows}"
             held.update(f"{limits} {digest_rows(group.rows)}\n".encode())
+        tasks = self._tasks(held.hexdigest())
         return Digests(
             model=self.model.digest,
             phases=phases,
             replay={name: tuple(digest_rows(pool.rows) for pool in pools) for name, pools in self.pools.items()},
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
+            tasks=tasks,
+            lm_eval=self.catalog.lm_eval if self.catalog else None,
         )
+
+    def _tasks(self, held_out: str) -> dict[str, str]:
+        """What stages are evaluated on: tasks with digests of their data."""
+        if self.catalog is None:
+            return {}
+        trained = {s.lang for p in self.recipe.phases for s in p.sources() if isinstance(s.lang, str)}
+        chosen = self.catalog.choose(sorted(trained - {ENGLISH}))
+        for lang, names in chosen.lacking.items():
+            self.watch.note(f"lm-eval has no task {', '.join(names)}: {lang} goes without", "warning")
+        return {task: held_out if task == FIDELITY else digest for task, digest in chosen.tasks.items()}
 
 
 def _counts(left_out: dict[str, int]) -> str:

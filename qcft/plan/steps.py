@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qcft.recipe import Phase
 
-Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial"]
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "suite"]
 
 # Raised when a change to the code changes what a step of that kind results in.
 FORMATS: dict[Kind, int] = {
@@ -23,6 +23,7 @@ FORMATS: dict[Kind, int] = {
     "kept": 2,
     "layers": 1,
     "dial": 1,
+    "suite": 1,
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.
@@ -33,13 +34,16 @@ CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "pre
 class Digests:
     """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind
     of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
-    the model that the model was tuned from, where a freeze spec goes by what that changed."""
+    the model that the model was tuned from, where a freeze spec goes by what that changed; the tasks that stages
+    are evaluated on, each with a digest of its data as far as it is local, and lm-eval's version."""
 
     model: str
     phases: Mapping[str, str]
     replay: Mapping[str, tuple[str, ...]]
     held_out: str
     base: str | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    lm_eval: str | None = None
 
 
 @dataclass(frozen=True)

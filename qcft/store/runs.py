@@ -13,7 +13,8 @@ from qcft.errors import InputError, nearest
 from qcft.files import read_json, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
 
-EVAL = "eval/"  # stages that measure; they may be measured again without making a new run
+ABILITIES = "abilities/"
+MEASURED = ("eval/", ABILITIES, "kept", "dial-")  # may be measured again without making a new run
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         raise InputError(
             f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
         ) from None
+    before = {stage: step for stage, step in already.items() if stage.startswith(ABILITIES)}
+    stages = {**stages, **{stage: step for stage, step in before.items() if stage not in stages}}
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
     created = (read_json(folder / "run.json") or {}).get("created") or time.strftime(
@@ -113,4 +116,4 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, "kept", "dial-"))}
+    return {stage: step for stage, step in stages.items() if not stage.startswith(MEASURED)}
