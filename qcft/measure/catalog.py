@@ -86,7 +86,7 @@ class Catalog:
         for package in NEEDS.get(name.split("_")[0] if name.startswith("ifeval") else name, ()):
             if find_spec(package) is None:
                 raise InputError(f"evaluate: {name} needs {package}, which is not installed", INSTALL)
-        if name.startswith("ifeval") or name.startswith("leaderboard"):
+        if name.startswith(("ifeval", "leaderboard")):
             _check_punkt(name)
         if name not in OWN_WORK:
             self.load(name)
@@ -98,9 +98,10 @@ class Catalog:
         return self._loaded[name]
 
     def _load(self, name: str) -> Any:
+        from lm_eval.tasks._factory import TaskFactory
+
         manager = self._manager_of(name)
         local = self.evaluate.local.get(name)
-        kind = "group" if name in manager.all_groups else "task"
         changes: dict[str, Any] = {}
         if local is not None:
             changes["custom_dataset"] = local_dataset(name, check_local(name, local), self.evaluate.shots)
@@ -109,8 +110,9 @@ class Catalog:
         self.watch.note(f"reading the data of {name}")
         stand_in()
         try:
-            # A task is changed as the member of a group: lm-eval does not look up a changed task by itself.
-            loaded = manager.load({"group": "qcft", "task": [{kind: name, **changes}]} if changes else name)
+            # `TaskManager.load` changes no group, so what it calls is called.
+            built = TaskFactory().build(manager.task_index[name], overrides=changes, registry=manager.task_index)
+            loaded = manager.load([built])
             if local is not None:
                 _try_scoring(loaded["tasks"].values())
         except QcftError:
@@ -120,7 +122,6 @@ class Catalog:
                 raise _unfit(name, local, error) from None
             hint = f"give a local copy with the hub's columns, evaluate.local: {{{name}: PATH}}"
             raise unreachable(f"evaluate: the data of {name}", _dataset(manager, name), error, hint) from None
-        loaded["groups"].pop("qcft", None)
         return loaded
 
     def _manager_of(self, name: str) -> Any:
@@ -167,14 +168,8 @@ class Catalog:
         families = [pattern for pattern in patterns if "{lang}" in pattern]
         for lang in languages:
             if families and not any(self._knows(pattern.replace("{lang}", lang)) for pattern in families):
-                known = sorted(
-                    {
-                        found[1]
-                        for pattern in families
-                        for name in self._near.all_subtasks
-                        if (found := re.fullmatch(pattern.replace("{lang}", "([a-z]{2})", 1).replace("{lang}", r"\1"), name))
-                    }
-                )
+                ends = {name.rsplit("_", 1)[-1] for name in self._near.all_tasks}
+                known = sorted(e for e in ends if any(self._knows(p.replace("{lang}", e)) for p in families))
                 raise InputError(
                     f"evaluate.languages: no task of the suites is in {lang!r}",
                     nearest(lang, known) + f"there is {', '.join(known)}",

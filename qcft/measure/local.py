@@ -96,7 +96,8 @@ class _Splits(dict[str, Any]):
             return files[split]
         if split != self.evaluated and not self.shots:  # asked for, but no example of it is used
             return next(iter(files.values()))
-        raise self._error(f"has no split {split!r}", f"give a folder that holds {split}.jsonl; it has {', '.join(files)}")
+        hint = f"give a folder that holds {split}.jsonl; it has {', '.join(files)}"
+        raise self._error(f"has no split {split!r}", hint)
 
     def _error(self, what: str, hint: str) -> InputError:
         return InputError(f"evaluate.local: {self.task}: {str(self.path)!r} {what}", hint)

@@ -82,7 +82,7 @@ class Scorer:
                 if "can't allocate memory" not in str(error):  # what the CPU's allocator says
                     raise
             if self.batch == 1:
-                raise QcftError("the memory ran out on a single item", "use a smaller model, or a task of shorter items")
+                raise QcftError("the memory ran out on a single item", "use a smaller model, or shorter items")
             self.batch //= 2
             free_memory()
 
@@ -90,9 +90,7 @@ class Scorer:
 class _Watched(HFLM):
     """lm-eval's own model, whose every answer is told to the watch."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, watch: Watch
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, watch: Watch) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         self.watch = watch
         self.label = ""

@@ -49,9 +49,7 @@ class Switched:
                         self.model, str(folder), adapter_name=name, is_trainable=False, use_safetensors=True
                     )
                 else:
-                    self._adapted.load_adapter(
-                        str(folder), adapter_name=name, is_trainable=False, use_safetensors=True
-                    )
+                    self._adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
                 self._names[folder] = name
         if self._adapted is None:
             return

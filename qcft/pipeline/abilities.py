@@ -119,8 +119,7 @@ class Abilities:
             encoder = Encoder(self.prepared.tokenizer, group.system, group.max_length, group.long_rows)
             answers = self._answers(encoder, rows, step.settings["max_new_tokens"], f"{step.title}: {group.lang}")
             judged.setdefault(group.lang, []).extend(
-                {"prompt": row.prompt[-1].content, **judge_answer(answer, group.lang)}
-                for row, answer in answers
+                {"prompt": row.prompt[-1].content, **judge_answer(answer, group.lang)} for row, answer in answers
             )
         write_json(folder / "answers.json", judged)
         return {"task": FIDELITY, "languages": {lang: summarise_answers(rows) for lang, rows in judged.items()}}

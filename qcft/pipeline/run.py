@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
+from qcft.measure.abilities import abilities_table, continual_nll
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
@@ -77,8 +78,10 @@ def run_recipe(
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
         _quiet()
-        prepared.check()
-        prepared.check_tasks({s.settings["task"]: 0 for s in steps if s.kind == "suite" and not records[s.id]})
+        missing = [step for step in steps if not records[step.id]]
+        if any(step.kind != "suite" for step in missing):
+            prepared.check()
+        prepared.check_tasks(dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
     recipe = prepared.pinned_recipe()
     run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
@@ -111,7 +114,13 @@ def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store
         record = store.record(step)
         if record is not None:
             done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
-    table = forgetting_table(recipe, {name: stage.folder for name, stage in done.items()})
+    folders = {name: stage.folder for name, stage in done.items()}
+    table = forgetting_table(recipe, folders)
+    names = {s["stage"].removeprefix("eval/"): (s["name"], s["precision"]) for s in table["stages"]}
+    table |= {
+        "continual": continual_nll(recipe, table),
+        "abilities": abilities_table(recipe, folders, names),
+    }
     return Run(run.name, run.folder, done, table)
 
 
