@@ -7,14 +7,17 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import set_torch_seed
+from tqdm import tqdm
 
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -23,6 +26,9 @@ from qcft.models.load import device, free_memory
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Its bars over the building of requests, which cannot be turned off, would cross qcft's own.
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 LARGEST = {"cuda": 64, "cpu": 16}  # items scored at once, unless memory sets a lower limit
 # The score that stands for a task where it has several; else the one it names first.
