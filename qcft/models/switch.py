@@ -55,7 +55,8 @@ class Switched:
             return
         if stack:
             self._adapted.base_model.enable_adapter_layers()
-            self._adapted.base_model.set_adapter([self._names[folder] for folder in stack])
+            names = [self._names[folder] for folder in stack]
+            self._adapted.base_model.set_adapter(names if len(names) > 1 else names[0])
         else:
             self._adapted.base_model.disable_adapter_layers()
         self.model.eval()  # what was loaded since came in training mode

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from qcft.recipe.parts import Count, Part
 
-ENGLISH = "en"
 FIDELITY, ALPACA_EVAL = "fidelity", "alpaca_eval"  # tasks that are qcft's own work, not lm-eval's
 
 # The paper's tasks (arXiv 2410.16006). `{lang}` stands for one task per language.

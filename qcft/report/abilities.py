@@ -18,10 +18,10 @@ def settings_in_words(table: Table) -> str:
     """How the scores of a table were made."""
     words = [f"lm-eval {table['settings']['lm_eval']}", "chat template applied"]
     for task in table["tasks"]:
-        limits = [f"its first {task['items']} items"] if task["limit"] else []
-        limits += [f"answers of at most {task['max_new_tokens']} tokens"] if task["max_new_tokens"] else []
-        if limits:
-            words.append(f"{task['task']} {', '.join(limits)}")
+        cuts = [f"limit {task['limit']}"] if task["limit"] else []
+        cuts += [f"answers of at most {task['max_new_tokens']} tokens"] if task["max_new_tokens"] else []
+        if cuts:
+            words.append(f"{task['task']} {', '.join(cuts)}")
     return "; ".join(words)
 
 
