@@ -48,7 +48,8 @@ def raise_failed(done: Run) -> None:
     """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
     if done.failed:
         raise QcftError(
-            f"{len(done.failed)} evaluations failed: {', '.join(s.removeprefix('abilities/') for s in done.failed)}",
+            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
+            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
             "the others are kept; the same command tries these again",
         )
 

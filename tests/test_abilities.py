@@ -85,8 +85,8 @@ def by_hand(task, data, limit, weights, adapter, folder):
     from qcft.measure.squad import stand_in
 
     stand_in()
-    place = Path(lm_eval.tasks.__file__).parent
-    (original,) = (file for file in place.rglob(f"{task}.yaml") if file.parts[-2] in {"default", task.split("_")[0]})
+    family = Path(lm_eval.tasks.__file__).parent / task.split("_")[0]
+    (original,) = (file for file in family.rglob(f"{task}.yaml") if file.parent.name in {"default", family.name})
     config = {"include": str(original), "task": f"local_{task}", "dataset_path": "json", "dataset_name": None}
     (folder / f"local_{task}.yaml").write_text(yaml.safe_dump({**config, "dataset_kwargs": {"data_files": data}}))
     nf4 = BitsAndBytesConfig(
@@ -111,7 +111,7 @@ def by_hand(task, data, limit, weights, adapter, folder):
 
 @pytest.mark.parametrize(("task", "stage"), [*((task, "phase2") for task in TASKS), ("hellaswag", "base")])
 def test_scores_are_those_of_lm_eval_by_hand_to_the_digit(done, local, tiny_model, tmp_path, task, stage):
-    data = {"validation": local[task]}
+    data = dict.fromkeys(("train", "validation"), local[task])  # lm-eval asks for the shots of no shots
     if task == "mmlu_anatomy":
         rows = {"test": mmlu_rows("anatomy", 8), "dev": mmlu_rows("anatomy", 3)}
         data = {split: str(write_rows(tmp_path / f"{split}.jsonl", rows[split])) for split in rows}
@@ -194,8 +194,7 @@ def test_other_settings_are_other_tables_and_earlier_tasks_stay(qcft, done, reci
     tables = json.loads(out)["abilities"]["tables"]
     assert [sorted(t["task"] for t in table["tasks"]) for table in tables] == [TASKS, ["xquad_es"]]
     assert [s["stage"] for s in tables[1]["stages"]] == ["phase2"]
-    assert "phase2" in [s["stage"] for s in tables[0]["stages"]]  # its other tasks
-    assert next(s for s in tables[0]["stages"] if s["stage"] == "phase2")["MA"] is None
+    assert next(s for s in tables[0]["stages"] if s["stage"] == "phase2")["MA"] is None  # it has its other tasks
     code, out, _ = qcft("report", done.name, "--runs", shared_runs)
     assert code == 0
     page = (shared_runs / done.name / "report" / "report.md").read_text()
@@ -208,16 +207,16 @@ def test_other_settings_are_other_tables_and_earlier_tasks_stay(qcft, done, reci
 
 
 def test_a_task_that_fails_leaves_the_others_and_exit_code_1(qcft, recipe_file, shared_runs, done, tmp_path):
-    rows = hellaswag_rows(8)
-    rows[3]["label"] = "9"  # an ending that there is not
+    rows = xquad_rows(8)
+    rows[3]["answers"] = {"text": [], "answer_start": []}
     broken = write_rows(tmp_path / "broken.jsonl", rows)
-    changes = [f"evaluate.local.hellaswag={broken}", "evaluate.stages=[base]"]
+    changes = [f"evaluate.local.xquad_en={broken}", "evaluate.stages=[base]"]
     flags = [flag for change in changes for flag in ("--set", change)]
     code, out, error = qcft("run", recipe_file, *flags, "--runs", shared_runs, "--json", "-q")
     assert code == 1
-    assert "error: 1 evaluations failed: base/hellaswag" in error
+    assert "error: 1 evaluation failed: base/xquad_en" in error
     table = json.loads(out)["abilities"]["tables"][0]
-    assert "xquad_es" in table["stages"][0]["scores"]
+    assert set(table["stages"][0]["scores"]) >= {"hellaswag", "xquad_es"}
 
 
 def test_a_stopped_evaluation_goes_on_from_the_last_finished_task(recipe_file, shared_runs, done, tmp_path):

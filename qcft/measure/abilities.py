@@ -32,14 +32,9 @@ def abilities_table(
     better when higher enter; a stage that lacks one of the table's tasks has no average.
     """
     cells = [_cell(stage, folder, names) for stage, folder in folders.items() if stage.startswith(ABILITIES)]
-    scored: list[list[dict[str, Any]]] = []
-    for cell in cells:
-        if "score" in cell:
-            table = next((table for table in scored if _belongs(cell, table)), None)
-            scored.append([cell]) if table is None else table.append(cell)
     kinds = {kind: [cell for cell in cells if cell["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
     return {
-        "tables": [_table(recipe, table) for table in scored],
+        "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell])],
         "fidelity": [_public(cell) for cell in kinds[FIDELITY]],
         "alpaca_eval": [{**_public(c), "file": str(c["folder"] / "model_outputs.json")} for c in kinds[ALPACA_EVAL]],
     }
@@ -61,13 +56,18 @@ def _mean_nll(groups: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(g["nll"] * g["answer_tokens"] for g in groups) / sum(g["answer_tokens"] for g in groups))
 
 
-def _belongs(cell: dict[str, Any], table: list[dict[str, Any]]) -> bool:
-    """Whether a cell was measured as those of a table were: lm-eval and batches the same, and within its task the
-    settings and the prompts."""
-    same = [one for one in table if one["task"] == cell["task"]]
-    return all(one["settings"] == cell["settings"] for one in table) and all(
-        (one["own"], one["prompts"]) == (cell["own"], cell["prompts"]) for one in same
-    )
+def _apart(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Cells by table: one lm-eval in each, and of each task one way of asking it; what most stages share comes first."""
+    ways: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    for cell in cells:
+        way = f"{cell['own']} {cell['prompts']}"
+        ways.setdefault(str(cell["settings"]), {}).setdefault(cell["task"], {}).setdefault(way, []).append(cell)
+    tables: list[list[dict[str, Any]]] = []
+    for tasks in ways.values():
+        ranked = [sorted(found.values(), key=len, reverse=True) for found in tasks.values()]
+        for number in range(max(map(len, ranked))):
+            tables.append([cell for found in ranked if number < len(found) for cell in found[number]])
+    return sorted(tables, key=len, reverse=True)
 
 
 def _cell(stage: str, folder: Path, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:

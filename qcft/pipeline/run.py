@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
-from qcft.measure.abilities import abilities_table, continual_nll
+from qcft.measure.abilities import ABILITIES, abilities_table, continual_nll
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
@@ -103,7 +103,9 @@ def run_recipe(
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
             _judge_merge(step, record["metrics"], recipe.merge, watch)
-    done = finished_run(run, recipe.model_copy(update={"name": run.name}), plan.stages(), store)
+    earlier = {stage: step for stage, step in run.stages.items() if stage.startswith(ABILITIES)}
+    stages = {**plan.stages(), **{stage: step for stage, step in earlier.items() if stage not in plan.stages()}}
+    done = finished_run(run, recipe.model_copy(update={"name": run.name}), stages, store)
     return replace(done, goal=plan.goal, failed=failed)
 
 
