@@ -57,7 +57,7 @@ def _mean_nll(groups: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _apart(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Cells by table: one lm-eval in each, and of each task one way of asking it; what most stages share comes first."""
+    """Cells by table: in each one lm-eval, and of each task one way of asking it; what most stages share is first."""
     ways: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for cell in cells:
         way = f"{cell['own']} {cell['prompts']}"
