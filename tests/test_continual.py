@@ -4,7 +4,6 @@ import collections
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,10 +44,11 @@ def test_losing_what_was_learned_is_negative_transfer_and_positive_forgetting():
 
 
 def test_the_interval_is_that_of_a_bootstrap_by_scipy():
+    stats = pytest.importorskip("scipy.stats")
     generator = np.random.default_rng(1)
     before, after = generator.random(80), generator.random(80) + 0.1
     found = paired_change([before], [after])
-    theirs = scipy.stats.bootstrap(
+    theirs = stats.bootstrap(
         (after - before,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
     assert found.value == pytest.approx((after - before).mean())
@@ -104,6 +104,7 @@ def test_squads_scores(gold, answer, exact, f1):
 @settings(deadline=None)  # libraries load in the first example
 @given(st.lists(st.sampled_from("abcd"), max_size=8), st.lists(st.sampled_from("abcd"), max_size=8))
 def test_rouge_l_is_the_longest_common_subsequence(left, right):
+    pytest.importorskip("rouge_score")
     table = collections.defaultdict(int)
     for i, x in enumerate(left):
         for j, y in enumerate(right):
@@ -124,4 +125,5 @@ def test_rouge_l_is_the_longest_common_subsequence(left, right):
     ],
 )
 def test_words_in_every_script(lang, text, found):
+    pytest.importorskip({"ja": "fugashi", "th": "pythainlp"}.get(lang, "regex"))
     assert words(text, lang) == found

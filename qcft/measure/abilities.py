@@ -94,7 +94,8 @@ def _table(recipe: Recipe, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
             cell["task"],
             {
                 **{key: cell[key] for key in ("task", "lang", "metric", "items", "shots", "higher_is_better")},
-                **{key: cell["own"][key] for key in ("limit", "max_new_tokens")},
+                "limit": cell["own"]["limit"],
+                "max_new_tokens": cell["own"]["max_new_tokens"] if cell["generates"] else None,
                 "side": None if not (cell["paired"] and cell["higher_is_better"]) else _side(cell["lang"]),
                 "average_of": family_of(cell["task"]) if cell["lang"] != ENGLISH else cell["task"],
             },

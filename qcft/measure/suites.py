@@ -54,6 +54,7 @@ class Scored:
     parts: Mapping[str, Mapping[str, Any]]
     higher_is_better: bool
     shots: int
+    generates: bool
     items: Sequence[Mapping[str, Any]]
     is_mean: bool
 
@@ -182,6 +183,7 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
         {task: {"items": found["n-samples"][task]["effective"], **_numbers(results[task])} for task in tasks},
         bool(next(iter(found["higher_is_better"].values())).get(score, True)),
         max(found["n-shot"].get(task, 0) for task in tasks),
+        any("answer" in item for item in items),
         items,
         is_mean,
     )

@@ -106,6 +106,7 @@ class Abilities:
             "paired": scored.is_mean,
             "higher_is_better": scored.higher_is_better,
             "shots": scored.shots,
+            "generates": scored.generates,
             "prompts": scored.prompts,
             "batch": self._scorer.batch,
         }
