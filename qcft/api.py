@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import InputError
+from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
 from qcft.files import telling_full_disk, write_json
 from qcft.pipeline import Run, run_recipe
@@ -31,7 +31,7 @@ def run(
     """Run a recipe (a file, a built-in name, or one already loaded) to its end; returns its stages and table.
 
     `set` changes recipe keys: `{"phase2.replay.ratio": 0.1}`. `listener` is called with every event.
-    Raises qcft.QcftError.
+    Raises qcft.QcftError. A task that a stage was to be evaluated on and that failed is in the run's `failed`.
     """
     if isinstance(recipe, Recipe):
         loaded = recipe_from(recipe.model_dump(mode="json"), set)
@@ -47,13 +47,28 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     return done
 
 
+def raise_failed(done: Run) -> None:
+    """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
+    if done.failed:
+        raise QcftError(
+            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
+            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
+            "the others are kept; the same command tries these again",
+        )
+
+
+def report(name: str | None, runs: Path) -> tuple[Run, Path]:
+    """Write the report of a run as it stands, by name or the latest; the run and the page. Raises QcftError."""
+    found = read(name, runs)
+    folder = found.folder / "report"
+    stages = {stage.name: stage.folder for stage in found.stages.values()}
+    with telling_full_disk(runs, FREE):
+        return found, write_report(folder, read_run(runs, found.name).recipe(), found.table, stages)
+
+
 def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    whole = read(done.name, runs)
-    recipe = read_run(runs, done.name).recipe()
-    with telling_full_disk(runs, FREE):
-        write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
-    return whole
+    return report(done.name, runs)[0]
 
 
 def merge(

@@ -117,6 +117,38 @@ def layers_table(
     return describe_layers(recipe, weights, snr, watch)
 
 
+def eval_recipe(
+    runs: Path,
+    run: str | None,
+    chosen: dict[str, list[str] | None],
+    given: dict[str, int | None],
+    local: list[str],
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft eval`: a run's own, evaluated on what the flags say. `chosen` are lists (suites and tasks
+    replace the recipe's together), `given` numbers; what is None stays. Raises InputError."""
+    found = read_run(runs, run)
+    changes: dict[str, Any] = {
+        f"evaluate.{key}": value for key, value in {**chosen, **given}.items() if value is not None
+    }
+    if chosen["suites"] or chosen["tasks"]:
+        changes |= {f"evaluate.{key}": chosen[key] or [] for key in ("suites", "tasks")}
+        changes["evaluate.local"] = {}
+    for text in local:
+        task, equals, path = text.partition("=")
+        if not equals or not path:
+            raise InputError(f"--local {text!r} is not TASK=PATH", "for example --local xquad_es=xquad/es.jsonl")
+        changes["evaluate.local"] = {**changes.get("evaluate.local", {}), task: str(Path(path).absolute())}
+    raw = found.recipe().model_dump(mode="json") | {"name": found.name}
+    recipe = recipe_from(raw, changes | parse_assignments(assignments))
+    if not recipe.evaluate.asks_for_something:
+        raise InputError(
+            f"the recipe of {found.name!r} names nothing to evaluate on",
+            "add --suite english, --suite multilingual, or --task NAME (hellaswag, xquad_es, fidelity ...)",
+        )
+    return recipe
+
+
 def replay_recipe(runs: Path, run: str | None, ratio: float | None, assignments: list[str]) -> Recipe:
     """The recipe of `qcft replay`: a run's own, or with another ratio or other keys. Raises InputError."""
     found = read_run(runs, run)

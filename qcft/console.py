@@ -15,6 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
+from qcft.report.abilities import (
+    FIDELITY_NOTE,
+    NOTE,
+    continual_in_words,
+    fidelity_table,
+    settings_in_words,
+    task_header,
+    task_rows,
+)
 from qcft.report.before import memory_rows, step_rows
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
 
@@ -148,17 +157,7 @@ def print_table(table: Mapping[str, Any]) -> None:
     if not table["stages"]:
         console.print("nothing is measured yet")
         return
-    titles, rows = header(table), [*stage_rows(table), *change_rows(table)]
-    console.print()
-    for columns in _blocks(titles, rows, console.width):
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for i in columns:
-            shown.add_column(Text(titles[i]), justify="right" if i else "left", no_wrap=True)
-        for number, row in enumerate(rows):
-            style = "bold" if number >= len(table["stages"]) else ""
-            shown.add_row(*(Text(row[i], style=style) for i in columns))
-        console.print(shown)
-        console.print()
+    _print_blocks(console, header(table), [*stage_rows(table), *change_rows(table)], len(table["stages"]))
     console.print(
         "NLL in nats per answer token (lower is better), share of answer tokens right; * English; "
         "! an English loss whose 95% interval excludes zero",
@@ -166,6 +165,40 @@ def print_table(table: Mapping[str, Any]) -> None:
     )
     for sentence in conclusion(table):
         console.print(Text(sentence), soft_wrap=True)
+    for sentence in continual_in_words(table["continual"], "nats over the phases' own held-out rows"):
+        console.print(Text(sentence), soft_wrap=True)
+    print_abilities(table["abilities"])
+
+
+def print_abilities(abilities: Mapping[str, Any]) -> None:
+    """What the stages were evaluated on: scores, averages and changes; the language of answers."""
+    console = stdout()
+    for table in abilities["tables"]:
+        _print_blocks(console, task_header(table), task_rows(table), len(table["stages"]))
+        console.print(Text(f"{settings_in_words(table)}. {NOTE}", style="dim"), soft_wrap=True)
+        for sentence in continual_in_words(table["continual"], "points", 100):
+            console.print(Text(sentence), soft_wrap=True)
+    if len(abilities["tables"]) > 1:
+        console.print("What stands in different tables was measured with other settings: do not compare it.")
+    if abilities["fidelity"]:
+        titles, rows = fidelity_table(abilities["fidelity"])
+        _print_blocks(console, titles, rows, len(rows))
+        console.print(FIDELITY_NOTE, style="dim", soft_wrap=True)
+    for cell in abilities["alpaca_eval"]:
+        console.print(Text(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}"), soft_wrap=True)
+
+
+def _print_blocks(console: Console, titles: list[str], rows: list[list[str]], plain: int) -> None:
+    """A table, in blocks of columns that fit side by side; rows after the first `plain` are bold."""
+    console.print()
+    for columns in _blocks(titles, rows, console.width):
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for i in columns:
+            shown.add_column(Text(titles[i]), justify="right" if i else "left", no_wrap=True)
+        for number, row in enumerate(rows):
+            shown.add_row(*(Text(row[i], style="bold" if number >= plain else "") for i in columns))
+        console.print(shown)
+        console.print()
 
 
 def print_replay(shown: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ def run(
     from qcft.recipe import load_recipe, parse_assignments
 
     changes = parse_assignments(set_ or [])
-    _run(load_recipe(recipe, changes | ({"name": name} if name else {})), runs, dry_run, json_, quiet)
+    run_and_show(load_recipe(recipe, changes | ({"name": name} if name else {})), runs, dry_run, json_, quiet)
 
 
 @app.command()
@@ -51,7 +51,7 @@ def phase1(
     from qcft.commands import phase1_recipe
 
     recipe = phase1_recipe(run, model, data or [], adapter, take, freeze, set_ or [])
-    _run(recipe, runs, dry_run, json_, quiet)
+    run_and_show(recipe, runs, dry_run, json_, quiet)
 
 
 @app.command()
@@ -75,7 +75,7 @@ def phase2(
     from qcft.commands import phase2_recipe
 
     recipe = phase2_recipe(runs, run, model, data or [], replay, freeze, take, name, set_ or [])
-    _run(recipe, runs, dry_run, json_, quiet)
+    run_and_show(recipe, runs, dry_run, json_, quiet)
 
 
 @app.command()
@@ -116,7 +116,7 @@ def show(
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Show a run's table of stages and languages."""
+    """Show a run's tables: stages and languages, and what the stages were evaluated on."""
     from qcft import api, console
 
     found = api.read(run, runs)
@@ -126,7 +126,8 @@ def show(
         console.print_table(found.table)
 
 
-def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
+def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
+    """Run a recipe and print its tables, or its steps; exit code 1 where an evaluation failed."""
     from qcft import api, console
     from qcft.commands import plan_listed
 
@@ -145,3 +146,4 @@ def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) ->
     else:
         console.print_table(done.table)
         console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
+    api.raise_failed(done)

@@ -63,10 +63,15 @@ def repetition(text: str) -> float:
 
 def speaks_another(text: str, language: str) -> bool:
     """Whether a text is clearly in another language; one that is too short to tell is not."""
+    return identified(text) not in {None, language.split("-")[0]}
+
+
+def identified(text: str) -> str | None:
+    """The language a text is in, or None where it is too short to tell, or not clear."""
     if sum(c.isalpha() for c in text) < LETTERS:
-        return False
+        return None
     found, probability = _identifier()(text)
-    return found != language.split("-")[0] and probability > SURE
+    return found if probability > SURE else None
 
 
 @cache

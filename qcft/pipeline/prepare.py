@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,16 +16,18 @@ from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
+from qcft.measure.catalog import Catalog
 from qcft.models.adapters import read_adapter_config
 from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
 from qcft.models.tensors import weight_names
+from qcft.pipeline.abilities import alpaca_prompts
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source, parse_freeze
+from qcft.recipe import ALPACA_EVAL, FIDELITY, Dial, Goal, Model, Phase, Recipe, Source, parse_freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +67,8 @@ class Prepared:
         self.groups = self._groups()
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
         self.pools = {p.name: self._pools(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
+        asked = recipe.evaluate.asks_for_something and goal is None
+        self.catalog = Catalog(recipe.evaluate, watch) if asked else None
         self.plan: Plan = make_plan(recipe, self._digests(), goal)
 
     @cached_property
@@ -180,6 +185,14 @@ class Prepared:
             if phase.replay and phase.replay.ratio > 0:
                 check_replay(phase, self.pools[phase.name], new, self.replay_encoder(phase))
 
+    def check_tasks(self, tasks: Iterable[str]) -> None:
+        """Check that what stages are evaluated on can be had: data, columns, packages. Raises InputError."""
+        for task in tasks:
+            assert self.catalog is not None
+            self.catalog.check(task)
+            if task == ALPACA_EVAL:
+                alpaca_prompts(self.recipe.evaluate.local.get(ALPACA_EVAL))
+
     def _check_layers(self, phase: Phase, weights: bool) -> None:
         """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
         from qcft.layers import adapted_modules
@@ -274,6 +287,7 @@ class Prepared:
         held = hashlib.sha256()
         for group in self.groups:
             held.update(f"{_digest(group)}\n".encode())
+        tasks = self._tasks(held.hexdigest())
         return Digests(
             model=self.model.digest,
             phases=phases,
@@ -281,7 +295,19 @@ class Prepared:
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
             english={p.name: _digest(g) for p in self.recipe.phases if (g := self.english_group(p))},
+            tasks=tasks,
+            lm_eval=self.catalog.lm_eval if self.catalog else None,
         )
+
+    def _tasks(self, held_out: str) -> dict[str, str]:
+        """What stages are evaluated on: tasks with digests of their data."""
+        if self.catalog is None:
+            return {}
+        trained = {s.lang for p in self.recipe.phases for s in p.sources() if isinstance(s.lang, str)}
+        chosen = self.catalog.choose(sorted(trained - {ENGLISH}))
+        for lang, names in chosen.lacking.items():
+            self.watch.note(f"lm-eval has no task {', '.join(names)}: {lang} goes without", "warning")
+        return {task: held_out if task == FIDELITY else digest for task, digest in chosen.tasks.items()}
 
 
 def _digest(group: Group) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qcft.errors import QcftError
+from qcft.errors import Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
+from qcft.measure.abilities import ABILITIES, abilities_table, continual_nll
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.forecast import forecast
 from qcft.pipeline.libraries import quiet, set_environment
@@ -19,6 +21,9 @@ from qcft.recipe import Dial, Goal, Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
+
+if TYPE_CHECKING:
+    from qcft.pipeline.work import Worker
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its stages by name, and the table of stages and languages as plain data."""
+    """A finished run: its stages by name, and the table of stages and languages as plain data.
+
+    `failed` says why a task that a stage was to be evaluated on gave no score.
+    """
 
     name: str
     folder: Path
     stages: Mapping[str, Stage]
     table: Mapping[str, Any]
     goal: str | None = None  # the stage of a merge that was asked for beyond the recipe's
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
@@ -69,16 +78,27 @@ def run_recipe(
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
         quiet()
-        prepared.check()
-        forecast(prepared, [step for step in steps if records[step.id] is None], watch)
+        missing = [step for step in steps if not records[step.id]]
+        if any(step.kind != "suite" for step in missing):
+            prepared.check()
+        prepared.check_tasks(dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
+        forecast(prepared, missing, watch)
     recipe = prepared.pinned_recipe()
     run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
     records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
+    worker, failed = _worker(prepared, store, watch), dict[str, str]()
     for position, step in enumerate(steps, start=1):
-        record = records[step.id] or _do(step, position, len(steps), prepared, store, watch)
+        try:
+            record = records[step.id] or _do(step, position, len(steps), worker, store, watch)
+        except QcftError as error:
+            if step.kind != "suite" or isinstance(error, Interrupted):
+                raise
+            watch.note(f"{step.title}: {error.message}", "warning")
+            failed[step.stage] = error.message
+            continue
         if records[step.id]:
             watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
@@ -86,8 +106,10 @@ def run_recipe(
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
             _judge_merge(step, record["metrics"], recipe.merge, watch)
-    done = finished_run(run, recipe.model_copy(update={"name": run.name}), plan.stages(), store)
-    return replace(done, goal=plan.goal)
+    earlier = {stage: step for stage, step in run.stages.items() if stage.startswith(ABILITIES)}
+    stages = {**plan.stages(), **{stage: step for stage, step in earlier.items() if stage not in plan.stages()}}
+    done = finished_run(run, recipe.model_copy(update={"name": run.name}), stages, store)
+    return replace(done, goal=plan.goal, failed=failed)
 
 
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
@@ -97,14 +119,32 @@ def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store
         record = store.record(step)
         if record is not None:
             done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
-    table = forgetting_table(recipe, {name: stage.folder for name, stage in done.items()})
+    folders = {name: stage.folder for name, stage in done.items()}
+    table = forgetting_table(recipe, folders)
+    names = {s["stage"].removeprefix("eval/"): (s["name"], s["precision"]) for s in table["stages"]}
+    table |= {
+        "continual": continual_nll(recipe, table),
+        "abilities": abilities_table(recipe, folders, names),
+    }
     return Run(run.name, run.folder, done, table)
 
 
-def _do(step: Step, position: int, total: int, prepared: Prepared, store: Store, watch: Watch) -> dict[str, Any]:
-    """Do one step under its lock; another process may have done it meanwhile."""
-    from qcft.pipeline.work import Worker
+def _worker(prepared: Prepared, store: Store, watch: Watch) -> Callable[[], Worker]:
+    """The one who does the steps, made for the first that is to be done, as that takes heavy libraries."""
 
+    @cache
+    def worker() -> Worker:
+        from qcft.pipeline.work import Worker
+
+        return Worker(prepared, store, watch)
+
+    return worker
+
+
+def _do(
+    step: Step, position: int, total: int, worker: Callable[[], Worker], store: Store, watch: Watch
+) -> dict[str, Any]:
+    """Do one step under its lock; another process may have done it meanwhile."""
     before = store.state(step.id)
     with store.claim(step.id, step.inputs(), watch) as folder:
         record = store.done(step.id)
@@ -113,7 +153,7 @@ def _do(step: Step, position: int, total: int, prepared: Prepared, store: Store,
         watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
         begun = time.monotonic()
         _reset_peak()
-        metrics = Worker(prepared, store, watch).work(step, folder)
+        metrics = worker().work(step, folder)
         kind, peak = _peak()
         record = store.finish(step.id, {**metrics, f"peak_{kind}_bytes": peak}, time.monotonic() - begun)
     watch.tell(StepEnded(step.id, step.title, record["seconds"], summarise(step, record["metrics"])))
@@ -135,6 +175,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
         return f"{metrics['merged_weights']} weights changed"
     if step.kind == "dial":
         return f"{len(metrics['points'])} scales"
+    if step.kind == "suite":
+        return _evaluated(metrics)
     if step.kind == "layers":
         return f"{metrics['modules']} modules"
     if step.kind == "kept":
@@ -145,6 +187,16 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
             return f"not measurable: a gain of {metrics['gain']['value']:.3f} nats on {rows} rows is too small; {far}"
         return f"{share:.0%} of a gain of {metrics['gain']['value']:.3f} nats, on {rows} rows; {far}"
     return ""
+
+
+def _evaluated(metrics: Mapping[str, Any]) -> str:
+    if "score" in metrics:
+        return f"{metrics['metric']} {metrics['score']:.4f}, {metrics['items']:,} items"
+    if "languages" in metrics:
+        shares = {lang: entry["right"] for lang, entry in metrics["languages"].items()}
+        told = ", ".join(f"{lang} {share:.0%}" for lang, share in shares.items() if share is not None)
+        return f"answers in the prompt's language: {told or 'none can be told'}"
+    return f"{metrics['rows']} answers of {metrics['mean_tokens']:.0f} tokens"
 
 
 def _replayed(metrics: Mapping[str, Any]) -> str:

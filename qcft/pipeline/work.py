@@ -24,6 +24,7 @@ from qcft.models.deltas import CONFIG, WEIGHTS
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.merge import Target, merge_adapters
+from qcft.pipeline.abilities import Abilities
 from qcft.pipeline.generation import Generation
 from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_changes
 from qcft.pipeline.pools import ENGLISH
@@ -51,6 +52,7 @@ class Worker:
         self.recipe = prepared.recipe
         self.store = store
         self.watch = watch
+        self.abilities = Abilities(prepared, self._weights, self._adapter, watch)
 
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
         """Do one step in its folder, going on with what a killed process left there."""
@@ -63,7 +65,10 @@ class Worker:
             "kept": self.kept,
             "layers": self.layers,
             "dial": self.dial,
+            "suite": self.abilities.work,
         }
+        if step.kind != "suite":
+            self.abilities.drop()
         try:
             return bodies[step.kind](step, folder)
         finally:

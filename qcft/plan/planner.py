@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qcft.plan.abilities import ability_steps
 from qcft.plan.steps import CIRCUMSTANCES, Digests, Kind, Live, Plan, Step
 from qcft.recipe import Dial, Goal, Phase, Recipe, parse_freeze
 
 
 def make_plan(recipe: Recipe, digests: Digests, goal: Goal | Dial | None = None) -> Plan:
-    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn; then the goal."""
+    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn; then the goal, or
+    what the stages are evaluated on."""
     return _Planner(recipe, digests).plan(goal)
 
 
@@ -77,6 +79,8 @@ class _Planner:
             stage = self.dial(goal)
         elif goal:
             stage = self.reach(goal)
+        else:
+            self.steps += ability_steps(self.recipe, self.digests, self.steps, self.live)
         return Plan(tuple(self.steps), self.live, stage, self.pools)
 
     def reach(self, goal: Goal) -> str:

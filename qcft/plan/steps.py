@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qcft.recipe import Phase
 
-Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift"]
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift", "suite"]
 
 # Raised when a change to the code changes what a step of that kind results in.
 FORMATS: dict[Kind, int] = {
@@ -24,6 +24,7 @@ FORMATS: dict[Kind, int] = {
     "layers": 1,
     "dial": 1,
     "drift": 1,
+    "suite": 1,
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.
@@ -35,7 +36,8 @@ class Digests:
     """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind
     of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
     the model that the model was tuned from, where a freeze spec goes by what that changed; for each phase that the
-    live probe watches the English rows it goes by."""
+    live probe watches the English rows it goes by; the tasks that stages are evaluated on, each with a digest of its
+    data as far as it is local, and lm-eval's version."""
 
     model: str
     phases: Mapping[str, str]
@@ -43,6 +45,8 @@ class Digests:
     held_out: str
     base: str | None = None
     english: Mapping[str, str] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    lm_eval: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
 
+from qcft.recipe.evaluate import ALPACA_EVAL, FIDELITY, SUITES, Evaluate, Fidelity
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
 from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
@@ -8,8 +9,13 @@ from qcft.recipe.replay import Filters, Replay, ReplayPart
 from qcft.recipe.schema import Answers, Forgetting, HeldOut, Lora, Merge, Model, Phase, Recipe, Train
 
 __all__ = [
+    "ALPACA_EVAL",
+    "FIDELITY",
+    "SUITES",
     "Answers",
     "Dial",
+    "Evaluate",
+    "Fidelity",
     "Filters",
     "Forgetting",
     "FreezeSpec",

@@ -153,7 +153,7 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Make relative model, data and adapter paths absolute where they lie in `folder`."""
+    """Make relative paths of models, data, adapters and local copies absolute where they lie in `folder`."""
 
     def lies_there(value: str, lang: Any) -> bool:
         langs = lang if isinstance(lang, list) else [lang]
@@ -168,6 +168,10 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
                 if key in {"path", "adapter"} and isinstance(value, str):
                     if value and lies_there(value, node.get("lang")):
                         node[key] = str((folder / value).absolute())
+                elif key == "local" and isinstance(value, dict):
+                    for task, path in value.items():
+                        if isinstance(path, str) and path and lies_there(path, None):
+                            value[task] = str((folder / path).absolute())
                 else:
                     visit(value)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qcft.errors import InputError
+from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import parse_freeze
 from qcft.recipe.parts import Count, Name, Number, Part, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
@@ -167,6 +168,7 @@ class Recipe(Part):
     answers: Answers = Answers()
     merge: Merge = Merge()
     forgetting: Forgetting | None = Forgetting()
+    evaluate: Evaluate = Evaluate()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
 
@@ -218,7 +220,9 @@ class Recipe(Part):
         raise KeyError(name)
 
 
-RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report", "drift", "similarity"}
+RESERVED = {
+    *Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report", "drift", "similarity", "abilities",
+}  # fmt: skip
 
 # Fields of trl's SFTConfig that qcft sets itself, and the recipe key that stands for each.
 OWNED = {

@@ -10,9 +10,16 @@ import yaml
 
 from qcft.files import read_json, write_text
 from qcft.recipe import Recipe
+from qcft.report.abilities import (
+    FIDELITY_NOTE,
+    NOTE,
+    continual_in_words,
+    fidelity_table,
+    settings_in_words,
+    task_header,
+    task_rows,
+)
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
-from qcft.report.drift import NOTE, drift_rows, drift_says
-from qcft.report.similarity import similarity_rows
 
 SAMPLES = 4
 
@@ -28,8 +35,8 @@ def write_report(folder: Path, recipe: Recipe, table: Mapping[str, Any], steps: 
         "\nHeld-out rows: mean NLL in nats per answer token (lower is better) and the share of answer tokens "
         "predicted right. `*` marks English; `!` marks an English loss whose 95% interval (paired bootstrap over "
         "rows) excludes zero. Compare stages of one precision only.\n",
-        *_similarity(folder),
-        *_drift(steps),
+        *(f"- {text}" for text in continual_in_words(table["continual"], "nats over the phases' own held-out rows")),
+        *_abilities(table["abilities"]),
         *_mix(steps),
         *_samples(table, steps),
         "\n## Cost\n",
@@ -50,34 +57,19 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", "<br>")
+    return text.replace("|", "\\|").replace("\n", "<br>")
 
 
-def _similarity(folder: Path) -> list[str]:
-    """What `qcft similarity` left beside the report."""
-    found = read_json(folder / "similarity.json")
-    if not found:
-        return []
-    return [
-        "\n## How alike the phases' instructions are\n",
-        markdown_table(*similarity_rows(found)),
-        "",
-        *found["says"],
-    ]
-
-
-def _drift(steps: Mapping[str, Path]) -> list[str]:
+def _abilities(abilities: Mapping[str, Any]) -> list[str]:
     parts = []
-    for stage, place in steps.items():
-        found = read_json(place / "drift.json")
-        if found:
-            parts += [
-                f"\n## Drift from {found['from']} to {found['to']}\n",
-                *(f"- {sentence}" for sentence in drift_says(found)),
-                f"\n![drift]({stage.replace('/', '-')}.svg)\n",
-                markdown_table(*drift_rows(found)),
-                f"\n{NOTE}.",
-            ]
+    for number, table in enumerate(abilities["tables"]):
+        parts += ["\n## Abilities\n" if not number else "\nMeasured otherwise, and not to be compared:\n"]
+        parts += [markdown_table(task_header(table), task_rows(table)), f"\n{settings_in_words(table)}. {NOTE}\n"]
+        parts += [f"- {text}" for text in continual_in_words(table["continual"], "points", 100)]
+    if abilities["fidelity"]:
+        parts += ["\n## The language of answers\n", markdown_table(*fidelity_table(abilities["fidelity"]))]
+        parts.append(f"\n{FIDELITY_NOTE}")
+    parts += [f"\nAnswers for AlpacaEval's judge, {c['name']}: `{c['file']}`" for c in abilities["alpaca_eval"]]
     return parts
 
 

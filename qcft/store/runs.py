@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 RUN = "run.json"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
 REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
-EVAL = "eval/"  # stages that measure; they may be measured again without making a new run
+ABILITIES = "abilities/"
 DRIFT = "drift/"  # stages that compare what the run holds; no plan has them
+MEASURED = ("eval/", ABILITIES, DRIFT, "kept", "dial-")  # may be measured again without making a new run
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
             write_json(folder / RUN, {**(read_json(folder / RUN) or {}), "stages": both})
         return NamedRun(name, folder, both)
-    stages = stages | {stage: step for stage, step in already.items() if stage.startswith(DRIFT)}
+    before = {stage: step for stage, step in already.items() if stage.startswith((ABILITIES, DRIFT))}
+    stages = {**stages, **{stage: step for stage, step in before.items() if stage not in stages}}
     folder.mkdir(exist_ok=True)
     created = (read_json(folder / RUN) or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(folder / RUN, {"version": LAYOUT, "created": created, "stages": stages})  # first: it makes it a run
@@ -159,4 +161,4 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, DRIFT, "kept", "dial-"))}
+    return {stage: step for stage, step in stages.items() if not stage.startswith(MEASURED)}

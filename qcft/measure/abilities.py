@@ -1,0 +1,231 @@
+"""The matrix of stages and tasks, averages and changes: from the artefacts of the evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qcft.files import read_json
+from qcft.measure.catalog import ENGLISH, family_of
+from qcft.measure.continual import Change, backward_transfer, forgetting, paired_change
+from qcft.recipe import ALPACA_EVAL, FIDELITY, Recipe
+
+ABILITIES = "abilities/"
+SIDES = ("EA", "MA")
+SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
+OWN = ("limit", "shots", "max_new_tokens")  # of each task
+
+
+def abilities_table(
+    recipe: Recipe, folders: Mapping[str, Path], names: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+    """Stages x tasks, as plain data. `folders` maps stages (`abilities/phase2/hellaswag`) to those of their done
+    steps; `names` gives each measured stage's (`phase2`) name and precision.
+
+    What was measured with other settings, another version of lm-eval or other prompts is in another of `tables`.
+    EA and MA are the unweighted means of a stage's scores on English tasks and on tasks in other languages, a
+    task's languages averaged first; overall is the mean of the two. Only scores that are means over items and
+    better when higher enter; a stage that lacks one of the table's tasks has no average.
+    """
+    cells = [_cell(stage, folder, names) for stage, folder in folders.items() if stage.startswith(ABILITIES)]
+    kinds = {kind: [cell for cell in cells if cell["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
+    return {
+        "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell])],
+        "fidelity": [_public(cell) for cell in kinds[FIDELITY]],
+        "alpaca_eval": [{**_public(c), "file": str(c["folder"] / "model_outputs.json")} for c in kinds[ALPACA_EVAL]],
+    }
+
+
+def continual_nll(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, float] | None:
+    """Backward transfer and forgetting over the phases' own held-out rows, in nats per answer token: performance is
+    the mean NLL with its sign turned. None where fewer than two phases with rows of their own are measured."""
+    stages = {stage["stage"].removeprefix("eval/"): stage["groups"] for stage in table["stages"]}
+    owns = {phase.name: [g["name"] for g in table["groups"] if g["phase"] == phase.name] for phase in recipe.phases}
+    phases = [name for name, own in owns.items() if own and name in stages]
+    if len(phases) < 2:
+        return None
+    matrix = [[-_mean_nll([stages[after][g] for g in owns[of]]) for of in phases] for after in phases]
+    return {"backward_transfer": backward_transfer(matrix), "forgetting": forgetting(matrix)}
+
+
+def _mean_nll(groups: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(g["nll"] * g["answer_tokens"] for g in groups) / sum(g["answer_tokens"] for g in groups))
+
+
+def _apart(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Cells by table: in each one lm-eval, and of each task one way of asking it; what most stages share is first."""
+    ways: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    for cell in cells:
+        way = f"{cell['own']} {cell['prompts']}"
+        ways.setdefault(str(cell["settings"]), {}).setdefault(cell["task"], {}).setdefault(way, []).append(cell)
+    tables: list[list[dict[str, Any]]] = []
+    for tasks in ways.values():
+        ranked = [sorted(found.values(), key=len, reverse=True) for found in tasks.values()]
+        for number in range(max(map(len, ranked))):
+            tables.append([cell for found in ranked if number < len(found) for cell in found[number]])
+    return sorted(tables, key=len, reverse=True)
+
+
+def _cell(stage: str, folder: Path, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    inputs = read_json(folder / "step.json")["inputs"]["settings"]
+    metrics = read_json(folder / "done.json")["metrics"]
+    word = stage.split("/")[1]
+    name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
+    settings, own = ({key: inputs.get(key) for key in keys} for keys in (SHARED, OWN))
+    where = {"stage": word, "name": name, "precision": precision, "folder": folder}
+    return {**where, "settings": settings, "own": own, **metrics}
+
+
+def _public(cell: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {"folder", "settings", "own"}
+    return {key: value for key, value in cell.items() if key not in inner and not key.startswith("peak_")}
+
+
+def _table(recipe: Recipe, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    by_stage: dict[str, dict[str, dict[str, Any]]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        by_stage.setdefault(cell["stage"], {})[cell["task"]] = cell
+        tasks.setdefault(
+            cell["task"],
+            {
+                **{key: cell[key] for key in ("task", "lang", "metric", "items", "shots", "higher_is_better")},
+                "limit": cell["own"]["limit"],
+                "max_new_tokens": cell["own"]["max_new_tokens"] if cell["generates"] else None,
+                "side": None if not (cell["paired"] and cell["higher_is_better"]) else _side(cell["lang"]),
+                "average_of": family_of(cell["task"]) if cell["lang"] != ENGLISH else cell["task"],
+            },
+        )
+    stages = [
+        {
+            **{key: next(iter(found.values()))[key] for key in ("stage", "name", "precision")},
+            "scores": {name: cell["score"] for name, cell in found.items()},
+            "all_scores": {name: cell["scores"] for name, cell in found.items()},
+            **_averages(tasks, {name: cell["score"] for name, cell in found.items()}),
+        }
+        for found in by_stage.values()
+    ]
+    return {
+        "settings": cells[0]["settings"],
+        "tasks": list(tasks.values()),
+        "stages": stages,
+        "changes": [_change(by_stage[a], by_stage[b], tasks) for a, b in _pairs(recipe, by_stage)],
+        "continual": _continual(recipe, by_stage, tasks),
+    }
+
+
+def _side(lang: str) -> str:
+    return "EA" if lang == ENGLISH else "MA"
+
+
+def _averages(tasks: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for side in SIDES:
+        families = _families(tasks, side)
+        whole = families and all(task in scores for family in families for task in family)
+        means = [sum(scores[task] for task in family) / len(family) for family in families] if whole else []
+        found[side] = sum(means) / len(means) if means else None
+    both = [value for value in found.values() if value is not None]
+    found["overall"] = sum(both) / 2 if len(both) == 2 else None
+    return found
+
+
+def _families(tasks: Mapping[str, Mapping[str, Any]], side: str) -> list[list[str]]:
+    """The tasks of one side, the languages of each together."""
+    families: dict[str, list[str]] = {}
+    for name, task in tasks.items():
+        if task["side"] == side:
+            families.setdefault(task["average_of"], []).append(name)
+    return list(families.values())
+
+
+def _of_phases(recipe: Recipe, stages: Mapping[str, Any]) -> list[str]:
+    """The stage that stands for each phase: as it was trained, else as it was merged; phases without one left out."""
+    found = []
+    for number, phase in enumerate(recipe.phases):
+        merged = f"merged-{phase.name}" if number else "merged"
+        found += [name for name in (phase.name, merged) if name in stages][:1]
+    return found
+
+
+def _pairs(recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Which stages are compared: the last phase with the first and with the base, each with the one before it; of
+    one precision."""
+    phases = _of_phases(recipe, stages)
+    if not phases:
+        return []
+    starts = [phases[0], "base"] if len(recipe.phases) > 1 else ["base"]
+    pairs = [(start, phases[-1]) for start in starts] + list(pairwise(phases))
+    return [
+        (a, b)
+        for a, b in dict.fromkeys(pairs)
+        if a in stages and b in stages and a != b and _precision(stages[a]) == _precision(stages[b])
+    ]
+
+
+def _precision(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    return str(next(iter(cells.values()))["precision"])
+
+
+def _change(
+    before: Mapping[str, dict[str, Any]], after: Mapping[str, dict[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    start, end = next(iter(before.values())), next(iter(after.values()))
+    found: dict[str, Any] = {}
+    values: dict[str, tuple[list[float], list[float]]] = {}
+    for name in tasks:
+        if name in before and name in after and before[name]["paired"] and after[name]["paired"]:
+            values[name] = (_items(before[name]), _items(after[name]))
+            found[name] = _told(paired_change([values[name][0]], [values[name][1]]))
+    averages = {}
+    for side in SIDES:
+        families = _families(tasks, side)
+        if families and all(task in values for family in families for task in family):
+            tasks_of = [(task, len(family)) for family in families for task in family]
+            change = paired_change(
+                [values[task][0] for task, _ in tasks_of],
+                [values[task][1] for task, _ in tasks_of],
+                [1 / (len(families) * languages) for _, languages in tasks_of],
+            )
+            averages[side] = _told(change)
+    return {
+        "from": start["stage"],
+        "from_name": start["name"],
+        "to": end["stage"],
+        "to_name": end["name"],
+        "tasks": found,
+        **averages,
+    }
+
+
+def _told(change: Change) -> dict[str, Any]:
+    return {**asdict(change), "clear": change.is_clear}
+
+
+def _items(cell: Mapping[str, Any]) -> list[float]:
+    """The main score, item by item."""
+    key = cell["metric"].partition(",")[0]
+    lines = (cell["folder"] / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)["scores"][key]) for line in lines]
+
+
+def _continual(
+    recipe: Recipe, stages: Mapping[str, Mapping[str, dict[str, Any]]], tasks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float] | None:
+    """Backward transfer and forgetting: a phase taught the languages that it is the first to have data in."""
+    taught: dict[str, str] = {}
+    for phase in recipe.phases:
+        for source in phase.sources():
+            taught.setdefault(str(source.lang), phase.name)
+    taught.setdefault(ENGLISH, recipe.phases[0].name)
+    of = [[n for n, t in tasks.items() if t["side"] and taught.get(t["lang"]) == p.name] for p in recipe.phases]
+    chosen = _of_phases(recipe, stages)
+    whole = len(chosen) == len(recipe.phases) > 1 and all(of)
+    if not whole or any(name not in stages[stage] for stage in chosen for names in of for name in names):
+        return None
+    matrix = [[sum(stages[s][name]["score"] for name in names) / len(names) for names in of] for s in chosen]
+    return {"backward_transfer": backward_transfer(matrix), "forgetting": forgetting(matrix)}

@@ -1,0 +1,242 @@
+"""Which of lm-eval's tasks (and qcft's own) are meant, in which languages, and whether they can be had."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import InputError, QcftError, nearest
+from qcft.events import Watch
+from qcft.hub import unreachable
+from qcft.measure.local import check_local, local_dataset, local_digest
+from qcft.measure.squad import stand_in
+from qcft.recipe import ALPACA_EVAL, FIDELITY, SUITES, Evaluate
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+OWN_WORK = (FIDELITY, ALPACA_EVAL)
+ENGLISH = "en"
+SCRIPTS = {"facebook/mlqa"}  # datasets that are scripts, which `datasets` no longer runs, but for their conversion
+NEEDS = {"ifeval": ("langdetect", "immutabledict", "nltk"), "xlsum_ja": ("fugashi",), "xlsum_th": ("pythainlp",)}
+INSTALL = "pip install 'qcft[eval]'"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tasks that a recipe asks for, each with a digest of what it is on this machine; per language, the tasks
+    of a suite that lack it."""
+
+    tasks: Mapping[str, str]
+    lacking: Mapping[str, tuple[str, ...]]
+
+
+class Catalog:
+    """lm-eval's tasks by name; reads their YAML files, and data only when a task is loaded."""
+
+    def __init__(self, evaluate: Evaluate, watch: Watch) -> None:
+        if find_spec("lm_eval") is None or find_spec("rouge_score") is None:
+            raise InputError("evaluate: lm-eval is not installed", INSTALL)
+        self.evaluate = evaluate
+        self.watch = watch
+        self._all: Any = None
+        self._loaded: dict[str, Any] = {}
+
+    @property
+    def lm_eval(self) -> str:
+        """lm-eval's version, which pins what its tasks ask and how they score."""
+        return version("lm_eval")
+
+    def choose(self, trained: Iterable[str]) -> Chosen:
+        """The tasks of the suites in the languages asked for (or else in those trained), then those named.
+
+        Raises InputError for a task or a language that there is not, and for a local copy of no such task.
+        """
+        evaluate, names = self.evaluate, list[str]()
+        languages = list(dict.fromkeys(evaluate.languages if evaluate.languages is not None else trained))
+        patterns = [task for suite in evaluate.suites for task in SUITES[suite]]
+        self._check_languages(patterns, evaluate.languages or [])
+        lacking: dict[str, tuple[str, ...]] = {}
+        for pattern in patterns:
+            for lang in languages if "{lang}" in pattern else [ENGLISH]:
+                name = pattern.replace("{lang}", lang)
+                if name in OWN_WORK or self._knows(name):
+                    names.append(name)
+                else:
+                    lacking[lang] = (*lacking.get(lang, ()), name)
+        for name in evaluate.tasks:
+            names += self._named(name)
+        names = list(dict.fromkeys(names))
+        for name in evaluate.local:
+            if name not in names:
+                raise InputError(
+                    f"evaluate.local: {name!r} is none of the tasks asked for",
+                    nearest(name, names) + f"they are {', '.join(names)}",
+                )
+        return Chosen({name: self._digest(name) for name in names}, lacking)
+
+    def check(self, name: str) -> None:
+        """Load a task's data, and what its scores need. Raises InputError when it cannot be had."""
+        for package in NEEDS.get(name.split("_")[0] if name.startswith("ifeval") else name, ()):
+            if find_spec(package) is None:
+                raise InputError(f"evaluate: {name} needs {package}, which is not installed", INSTALL)
+        if name.startswith(("ifeval", "leaderboard")):
+            _check_punkt(name)
+        if name not in OWN_WORK:
+            self.load(name)
+
+    def load(self, name: str) -> Any:
+        """A task (or a group) as lm-eval loads it, with its data: `tasks`, `groups` and `group_map`."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def _load(self, name: str) -> Any:
+        from lm_eval.tasks._factory import TaskFactory
+
+        manager = self._manager_of(name)
+        local = self.evaluate.local.get(name)
+        changes: dict[str, Any] = {}
+        if local is not None:
+            changes["custom_dataset"] = local_dataset(name, check_local(name, local), self.evaluate.shots)
+        elif _dataset(manager, name) in SCRIPTS:
+            changes["dataset_kwargs"] = {"revision": "refs/convert/parquet"}
+        self.watch.note(f"reading the data of {name}")
+        stand_in()
+        try:
+            # `TaskManager.load` changes no group, so what it calls is called.
+            built = TaskFactory().build(manager.task_index[name], overrides=changes, registry=manager.task_index)
+            loaded = manager.load([built])
+            if local is not None:
+                _try_scoring(loaded["tasks"].values())
+        except QcftError:
+            raise
+        except Exception as error:  # tasks are code and data by many hands, and may raise anything
+            if local is not None:
+                raise _unfit(name, local, error) from None
+            hint = f"give a local copy with the hub's columns, evaluate.local: {{{name}: PATH}}"
+            raise unreachable(f"evaluate: the data of {name}", _dataset(manager, name), error, hint) from None
+        return loaded
+
+    def _manager_of(self, name: str) -> Any:
+        return self._near if name in self._near.all_tasks else self._every()
+
+    @cached_property
+    def _near(self) -> Any:
+        """The tasks in those of lm-eval's folders that are called like what is asked for: a tenth of a second, where
+        reading all of its YAML files takes ten."""
+        import lm_eval.tasks
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        asked = [*self.evaluate.tasks, *(task for suite in self.evaluate.suites for task in SUITES[suite])]
+        place = Path(lm_eval.tasks.__file__).parent
+        folders = [f for f in sorted(place.iterdir()) if any(_begins_with(name, f.name) for name in asked)]
+        return TaskManager(include_defaults=False, include_path=[*folders, OWN_TASKS])
+
+    def _every(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        if self._all is None:
+            self.watch.note("looking through all of lm-eval's tasks")
+            self._all = TaskManager(include_path=OWN_TASKS)
+        return self._all
+
+    def _knows(self, name: str) -> bool:
+        return name in self._near.all_tasks
+
+    def _named(self, name: str) -> list[str]:
+        """The tasks that a name means: itself, or those of a tag."""
+        if name in OWN_WORK:
+            return [name]
+        manager = self._manager_of(name)
+        if name not in manager.all_tasks:
+            known = [*manager.all_tasks, *OWN_WORK]
+            raise InputError(
+                f"evaluate.tasks: there is no task {name!r}",
+                nearest(name, known) + "lm-eval lists its tasks with `lm_eval ls tasks`",
+            )
+        return sorted(manager.task_index[name].tags) if name in manager.all_tags else [name]
+
+    def _check_languages(self, patterns: Sequence[str], languages: Iterable[str]) -> None:
+        families = [pattern for pattern in patterns if "{lang}" in pattern]
+        for lang in languages:
+            if families and not any(self._knows(pattern.replace("{lang}", lang)) for pattern in families):
+                ends = {name.rsplit("_", 1)[-1] for name in self._near.all_tasks}
+                known = sorted(e for e in ends if any(self._knows(p.replace("{lang}", e)) for p in families))
+                raise InputError(
+                    f"evaluate.languages: no task of the suites is in {lang!r}",
+                    nearest(lang, known) + f"there is {', '.join(known)}",
+                )
+
+    def _digest(self, name: str) -> str:
+        """What a name stands for, beyond what lm-eval's version pins: qcft's own tasks, a local copy."""
+        parts = []
+        if name in self.evaluate.local:
+            parts.append(local_digest(check_local(name, self.evaluate.local[name])))
+        own = OWN_TASKS / name.split("_")[0]
+        if own.is_dir():
+            parts += [file.read_text(encoding="utf-8") for file in sorted(own.iterdir()) if file.is_file()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else "hub"
+
+
+def language_of(task: str) -> str:
+    """The language a task's name ends in (`xquad_es`, `mlqa_de_de`); English where it ends in none."""
+    end = task.rsplit("_", 1)[-1]
+    return end if "_" in task and re.fullmatch(r"[a-z]{2}", end) else ENGLISH
+
+
+def family_of(task: str) -> str:
+    """A task's name without its language: `xquad`, `mlqa`."""
+    return re.sub(r"(_[a-z]{2})+$", "", task)
+
+
+def _begins_with(name: str, folder: str) -> bool:
+    return name == folder or name.startswith(f"{folder}_")
+
+
+def _check_punkt(name: str) -> None:
+    import nltk
+
+    for _ in range(2):
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+            return
+        except LookupError:
+            nltk.download("punkt_tab", quiet=True)
+    raise InputError(
+        f"evaluate: {name} needs NLTK's punkt_tab, which is not here and cannot be fetched",
+        "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
+        "NLTK_DATA",
+    )
+
+
+def _try_scoring(tasks: Iterable[Any]) -> None:
+    """Score an empty answer to the first item, which looks at every column that the score needs."""
+    for task in tasks:
+        if task.OUTPUT_TYPE == "generate_until":
+            try:
+                task.process_results(task.eval_docs[0], [""])
+            except (ValueError, TypeError, ZeroDivisionError, IndexError):
+                continue  # of the answer's being empty
+
+
+def _unfit(name: str, path: str, error: Exception) -> InputError:
+    column = re.search(r"'(\w+)' is undefined", str(error))
+    missing = column[1] if column else str(error.args[0]) if isinstance(error, KeyError) and error.args else None
+    what = f"has no column {missing!r}" if missing else f"cannot be read: {' '.join(str(error).split())[:160]}"
+    return InputError(f"evaluate.local: {name}: {path!r} {what}", f"give a file with the columns of {name} on the hub")
+
+
+def _dataset(manager: Any, name: str) -> str:
+    """The dataset of a task on the hub; of a group, whose tasks have them, its name."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    file = manager.task_index[name].yaml_path
+    return str(load_yaml(file, resolve_func=False).get("dataset_path") or name) if file else name

@@ -1,0 +1,29 @@
+"""In which language a model answers, how long, and whether it comes to an end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qcft.data.filters import identified
+from qcft.models.generate import Answer
+
+
+def judge_answer(answer: Answer, lang: str) -> dict[str, Any]:
+    """One answer: `right` is whether it is in the prompt's language, None where it is too short to tell."""
+    found = identified(answer.text)
+    right = None if found is None else found == lang.split("-")[0]
+    return {"text": answer.text, "tokens": answer.tokens, "finished": answer.finished, "found": found, "right": right}
+
+
+def summarise_answers(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The share of answers in the prompt's language among those whose language can be told (None where none can),
+    the mean length in tokens and the share that did not come to an end."""
+    told = [answer["right"] for answer in answers if answer["right"] is not None]
+    return {
+        "rows": len(answers),
+        "told": len(told),
+        "right": sum(told) / len(told) if told else None,
+        "mean_tokens": sum(answer["tokens"] for answer in answers) / len(answers),
+        "unfinished": sum(not answer["finished"] for answer in answers) / len(answers),
+    }

@@ -1,0 +1,198 @@
+"""Scoring a model on lm-eval's tasks, with lm-eval's own code from prompt to number, item by item."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lm_eval.api.task
+import numpy as np
+import torch
+from lm_eval import evaluator
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import set_torch_seed
+from tqdm import tqdm
+
+from qcft.errors import QcftError
+from qcft.events import Watch
+from qcft.models.load import device, free_memory
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Its bars over the building of requests, which cannot be turned off, would cross qcft's own.
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+
+LARGEST = {"cuda": 64, "cpu": 16}  # items scored at once, unless memory sets a lower limit
+# The score that stands for a task where it has several; else the one it names first.
+MAIN = {"hellaswag": "acc_norm", "mlqa": "f1", "xquad": "f1", "ifeval": "prompt_level_strict_acc"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a task is asked: items at most, shots and new tokens where not lm-eval's own."""
+
+    limit: int | None = None
+    shots: int | None = None
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A task's scores by name, those of its parts, the score that stands for it, its value item by item (None where
+    its value is no mean over items), and what was asked and answered."""
+
+    metric: str
+    scores: Mapping[str, float]
+    parts: Mapping[str, Mapping[str, Any]]
+    higher_is_better: bool
+    shots: int
+    generates: bool
+    items: Sequence[Mapping[str, Any]]
+    is_mean: bool
+
+    @property
+    def prompts(self) -> str:
+        """A digest of all prompts, in order: equal where models were asked the same."""
+        return hashlib.sha256(" ".join(str(item["prompt"]) for item in self.items).encode()).hexdigest()
+
+
+class Scorer:
+    """A model as lm-eval's `hf` sees it, with the chat template applied."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int | None, watch: Watch
+    ) -> None:
+        self.batch = batch or LARGEST[device()]
+        self.lm = _Watched(model, tokenizer, self.batch, watch)
+
+    def score(self, name: str, loaded: Mapping[str, Any], asked: Asked, label: str) -> Scored:
+        """Score a task or group. A batch that does not fit into memory is halved, and stays so.
+
+        Raises QcftError when not even one item fits, or the model's likelihoods are no numbers.
+        """
+        self.lm.label = label
+        while True:
+            self.lm.batch_size_per_gpu = self.batch
+            try:
+                return _scored(name, _evaluate(self.lm, loaded, asked), loaded)
+            except torch.OutOfMemoryError:
+                pass
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):  # what the CPU's allocator says
+                    raise
+            if self.batch == 1:
+                raise QcftError("the memory ran out on a single item", "use a smaller model, or shorter items")
+            self.batch //= 2
+            free_memory()
+
+
+class _Watched(HFLM):
+    """lm-eval's own model, whose every answer is told to the watch."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, watch: Watch) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        self.watch = watch
+        self.label = ""
+        self._done = self._total = 0
+        self.set_cache_hook(self)  # which hears of every answer
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """What lm-eval calls with every answer."""
+        self._done += 1
+        self.watch.progress(self.label, self._done, self._total, "requests")
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Raises QcftError where a likelihood is no number."""
+        self._begin(requests)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        if not all(math.isfinite(value) for value, _ in found):
+            raise QcftError("the model's likelihoods are not finite", "its training diverged: look at its losses")
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        self._begin(requests)
+        found: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return found
+
+    def _begin(self, requests: list[Instance]) -> None:
+        self._done, self._total = 0, len(requests)
+        self.watch.progress(self.label, 0, self._total, "requests")
+
+
+def _evaluate(lm: HFLM, loaded: Mapping[str, Any], asked: Asked) -> Mapping[str, Any]:
+    """What lm-eval's `simple_evaluate` does with a model and tasks that are loaded already."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    set_torch_seed(DEFAULT_OTHER_SEED)
+    tasks = loaded["tasks"]
+    for task in tasks.values():
+        own = task.get_config("num_fewshot")
+        if own != 0:  # a task that says 0 means it
+            task.set_config("num_fewshot", own or 0 if asked.shots is None else asked.shots)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        if asked.max_new_tokens and task.OUTPUT_TYPE == "generate_until":
+            most = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
+            task.set_config("generation_kwargs", {"max_gen_toks": min(most, asked.max_new_tokens)}, update=True)
+    found: Mapping[str, Any] = evaluator.evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=math.ceil(asked.limit / len(tasks)) if asked.limit else None,
+        bootstrap_iters=0,  # intervals are made over items, between stages
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+    )
+    return found
+
+
+def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> Scored:
+    tasks = loaded["tasks"]
+    results = found["results"]
+    scores = _numbers(results.get(name) or next(iter(results.values())))
+    if not scores:
+        raise QcftError(f"lm-eval has no score for {name}", "name its tasks one by one")
+    plain = [key for key in scores if key == MAIN.get(name.split("_")[0])]
+    metric = (plain or list(scores))[0]
+    score, _, filtered = metric.partition(",")
+    items = [
+        {
+            "task": task,
+            "id": sample["doc_id"],
+            "doc": sample["doc_hash"],
+            "prompt": sample["prompt_hash"],
+            "scores": {key: sample[key] for key in sample["metrics"]},
+            **({"answer": sample["resps"][0][0]} if tasks[task].OUTPUT_TYPE == "generate_until" else {}),
+        }
+        for task, samples in found["samples"].items()
+        for sample in samples
+        if sample["filter"] == (filtered or "none")
+    ]
+    values = [item["scores"].get(score) for item in items]
+    numbers = [float(value) for value in values if isinstance(value, (bool, int, float, np.number))]
+    is_mean = len(numbers) == len(items) and math.isclose(sum(numbers) / len(numbers), scores[metric], abs_tol=1e-9)
+    return Scored(
+        metric,
+        scores,
+        {task: {"items": found["n-samples"][task]["effective"], **_numbers(results[task])} for task in tasks},
+        bool(next(iter(found["higher_is_better"].values())).get(score, True)),
+        max(found["n-shot"].get(task, 0) for task in tasks),
+        any("answer" in item for item in items),
+        items,
+        is_mean,
+    )
+
+
+def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """Scores by name; the filter's name behind it where it is not `none`."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in results.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
