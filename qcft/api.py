@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import InputError
+from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
+from qcft.report.arms import Evidence, arms_of
+from qcft.report.build import build_report
 from qcft.report.card import write_card
-from qcft.report.curve import curve_points, draw_curve
-from qcft.report.markdown import write_report
+from qcft.report.cost import costs_of, in_all
+from qcft.report.curve import curve_points
+from qcft.report.write import write_report
 from qcft.store import Store, read_run
 
 
@@ -46,10 +49,57 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
 
 def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    whole = read(done.name, runs)
-    recipe = read_run(runs, done.name).recipe()
-    write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
-    return whole
+    evidence = _evidence(done.name, runs)
+    write_report(done.folder / "report", build_report(arms_of([evidence])))
+    return evidence.run
+
+
+def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
+    """Write the report of a run (None: the latest), or of several compared as arms.
+
+    It goes to `to`, by default the run's own report/, or report/ here for several. Returns the page's path, the
+    question and the answer. Raises QcftError.
+    """
+    wanted = list(dict.fromkeys(names or [None]))
+    found = []
+    for done, name in enumerate(wanted):
+        watch.progress("reading the runs", done, len(wanted), "runs")
+        watch.check_stop()
+        found.append(_evidence(name, runs))
+    document = build_report(arms_of(found))
+    page = write_report(to or (found[0].run.folder if len(found) == 1 else Path()) / "report", document)
+    return {
+        "page": str(page),
+        "runs": [evidence.run.name for evidence in found],
+        "question": document.question,
+        "answer": document.answer,
+        "tables": {table.name: [dict(record) for record in table.records] for table in document.tables()},
+    }
+
+
+def cost(run: Run) -> dict[str, float]:
+    """What a run's done steps took: their number, seconds, tokens, the highest peak and the disk in bytes."""
+    steps = costs_of(run)
+    return {"steps": len(steps), **in_all(steps)}
+
+
+def _evidence(name: str | None, runs: Path) -> Evidence:
+    """A run as it stands, with what its adapters changed."""
+    from qcft.models.load import quiet_libraries
+    from qcft.pipeline.layers import summed_changes
+
+    quiet_libraries()
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    run = finished_run(named, recipe, named.stages, Store(runs))
+    changes = {}
+    for phase in recipe.phases:
+        if phase.name in run.stages:
+            try:
+                changes[phase.name] = summed_changes([run.stages[phase.name].folder / "adapter"])
+            except QcftError:
+                continue  # an adapter made elsewhere, of more than plain LoRA
+    return Evidence(recipe, run, changes)
 
 
 def merge(
@@ -146,9 +196,8 @@ def dial(
     done = run_recipe(recipe, runs, watch, wanted)
     assert done.goal is not None
     points = curve_points(done.stages[done.goal].metrics["points"])
-    drawing = done.folder / "report" / f"{done.goal}.svg"
     _report(done, runs)
-    draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
+    drawing = done.folder / "report" / "plots" / f"{done.goal}.svg"
     found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
     if merge_at is not None:
         found["merged"] = merge(

@@ -1,0 +1,39 @@
+"""A report from runs: the sections, each left out where there is nothing for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qcft.report.abilities import ability_section, question_and_answer
+from qcft.report.arms import Arm
+from qcft.report.cost import cost_section
+from qcft.report.curve import dial_section
+from qcft.report.document import Document, Section
+from qcft.report.layers import layers_section
+from qcft.report.mix import mix_section
+from qcft.report.repeat import arms_section, repeat_section
+from qcft.report.samples import samples_section
+from qcft.report.stages import stages_section
+from qcft.report.training import training_section
+
+SECTIONS: tuple[Callable[[Sequence[Arm]], Section | None], ...] = (
+    ability_section,
+    arms_section,
+    stages_section,
+    samples_section,
+    training_section,
+    layers_section,
+    mix_section,
+    dial_section,
+    cost_section,
+    repeat_section,
+)
+
+
+def build_report(arms: Sequence[Arm]) -> Document:
+    """The report of one run, or of several as arms."""
+    question, answer = question_and_answer(arms)
+    sections = [section(arms) for section in SECTIONS]
+    names = [arm.name for arm in arms]
+    title = names[0] if len(names) == 1 else f"{len(names)} arms: {', '.join(names)}"
+    return Document(title, question, answer, tuple(section for section in sections if section))
