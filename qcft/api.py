@@ -9,6 +9,7 @@ from typing import Any
 
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
+from qcft.files import read_json
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
@@ -57,17 +58,20 @@ def _report(done: Run, runs: Path) -> Run:
 def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
     """Write the report of a run (None: the latest), or of several compared as arms.
 
-    It goes to `to`, by default the run's own report/, or report/ here for several. Returns the page's path, the
+    An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
+    report/ here for several runs. Returns the page's path, the
     question and the answer. Raises QcftError.
     """
-    wanted = list(dict.fromkeys(names or [None]))
+    made = _ablation(names, runs)
+    wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
     found = []
     for done, name in enumerate(wanted):
         watch.progress("reading the runs", done, len(wanted), "runs")
         watch.check_stop()
         found.append(_evidence(name, runs))
-    document = build_report(arms_of(found))
-    page = write_report(to or (found[0].run.folder if len(found) == 1 else Path()) / "report", document)
+    document = build_report(arms_of(found, made), names[0] if made else None)
+    own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
+    page = write_report(to or own / "report", document)
     return {
         "page": str(page),
         "runs": [evidence.run.name for evidence in found],
@@ -75,6 +79,17 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
         "answer": document.answer,
         "tables": {table.name: [dict(record) for record in table.records] for table in document.tables()},
     }
+
+
+def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
+    """The arm of each run of an ablation that is begun, where its name is all that is given."""
+    index = read_json(runs / names[0] / "ablation.json") if len(names) == 1 and names[0] else None
+    if index is None:
+        return None
+    begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
+    if not begun:
+        raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
+    return begun
 
 
 def cost(run: Run) -> dict[str, float]:

@@ -164,7 +164,7 @@ def _table(found: Sequence[Standing]) -> Table:
         lost, gained = standing.lost, standing.gained
         rows.append(
             (
-                standing.arm.name + (" *" if standing.front else ""),
+                standing.arm.name + ("\u00a0*" if standing.front else ""),
                 str(len(standing.english)),
                 _level(english, standing.english),
                 _level(others, standing.others),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,14 +43,31 @@ class Arm:
         return self.name if len(self.runs) == 1 else f"{self.name}, seed {evidence.recipe.seed}"
 
 
-def arms_of(found: Sequence[Evidence]) -> tuple[Arm, ...]:
-    """Runs as arms, in their order."""
+def arms_of(found: Sequence[Evidence], named: Mapping[str, str] | None = None) -> tuple[Arm, ...]:
+    """Runs as arms, in their order; `named` gives the arm of each run, where an ablation made them."""
     alike: dict[str, list[Evidence]] = {}
     for evidence in found:
         document = evidence.recipe.model_dump(mode="json", exclude={"name", "seed"})
-        alike.setdefault(json.dumps(document, sort_keys=True), []).append(evidence)
+        key = named[evidence.run.name] if named else json.dumps(document, sort_keys=True)
+        alike.setdefault(key, []).append(evidence)
     first = found[0].recipe
-    return tuple(Arm(_name(runs), tuple(runs), differences(first, runs[0].recipe)) for runs in alike.values())
+    return tuple(
+        Arm(key if named else _name(runs), tuple(runs), differences(first, runs[0].recipe))
+        for key, runs in alike.items()
+    )
+
+
+def shared_by(runs: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm]) -> str:
+    """Which of all runs these are, in a few words: `all`, `all, seed 0`, or the arms with their seeds."""
+    every = [(arm, run) for arm in arms for run in arm.runs]
+    if len(runs) == len(every):
+        return "all"
+    seeds = {run.recipe.seed for _, run in runs}
+    if len(seeds) == 1 and len(runs) == sum(run.recipe.seed in seeds for _, run in every) > 1:
+        return f"all, seed {min(seeds)}"
+    counts = Counter(arm.name for arm, _ in runs)
+    whole = {arm.name for arm, _ in runs if counts[arm.name] == len(arm.runs)}
+    return "; ".join(dict.fromkeys(arm.name if arm.name in whole else arm.label(run) for arm, run in runs))
 
 
 def _name(runs: Sequence[Evidence]) -> str:

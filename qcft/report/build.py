@@ -11,6 +11,7 @@ from qcft.report.curve import dial_section
 from qcft.report.document import Document, Section
 from qcft.report.layers import layers_section
 from qcft.report.mix import mix_section
+from qcft.report.moved import drift_section, similarity_section
 from qcft.report.repeat import arms_section, repeat_section
 from qcft.report.samples import samples_section
 from qcft.report.stages import stages_section
@@ -24,16 +25,18 @@ SECTIONS: tuple[Callable[[Sequence[Arm]], Section | None], ...] = (
     training_section,
     layers_section,
     mix_section,
+    similarity_section,
+    drift_section,
     dial_section,
     cost_section,
     repeat_section,
 )
 
 
-def build_report(arms: Sequence[Arm]) -> Document:
-    """The report of one run, or of several as arms."""
+def build_report(arms: Sequence[Arm], title: str | None = None) -> Document:
+    """The report of one run, or of several as arms; its title is their names, where none is given."""
     question, answer = question_and_answer(arms)
     sections = [section(arms) for section in SECTIONS]
     names = [arm.name for arm in arms]
-    title = names[0] if len(names) == 1 else f"{len(names)} arms: {', '.join(names)}"
-    return Document(title, question, answer, tuple(section for section in sections if section))
+    known = names[0] if len(names) == 1 else f"{len(names)} arms: {', '.join(names)}"
+    return Document(title or known, question, answer, tuple(section for section in sections if section))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcft.pipeline import Run, Stage
-from qcft.report.arms import Arm
+from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Section, Table
 
 
@@ -22,7 +22,7 @@ class Cost:
     memory: str
     peak: int
     disk: int
-    sharing: list[str] = field(default_factory=list)
+    runs: list[tuple[Arm, Evidence]] = field(default_factory=list)
 
 
 def costs_of(run: Run) -> list[Cost]:
@@ -41,7 +41,7 @@ def shared_costs(arms: Sequence[Arm]) -> list[Cost]:
     for arm in arms:
         for evidence in arm.runs:
             for cost in costs_of(evidence.run):
-                found.setdefault(cost.stage.step, cost).sharing.append(arm.label(evidence))
+                found.setdefault(cost.stage.step, cost).runs.append((arm, evidence))
     return list(found.values())
 
 
@@ -51,7 +51,7 @@ def cost_section(arms: Sequence[Arm]) -> Section | None:
     if not found:
         return None
     runs = sum(len(arm.runs) for arm in arms)
-    rows = [_row(cost, runs) for cost in found]
+    rows = [_row(cost, arms) for cost in found]
     total = in_all(found)
     cells = ["in all", "", f"{total['seconds'] / 60:.1f}", f"{total['tokens']:,}"]
     cells += [f"{total['peak_bytes'] / 2**30:.2f}", f"{total['disk_bytes'] / 1e6:,.1f}"]
@@ -60,7 +60,7 @@ def cost_section(arms: Sequence[Arm]) -> Section | None:
     if runs > 1:
         cells.insert(1, "")
         head.insert(1, "of")
-        apart = sum(cost.seconds * len(cost.sharing) for cost in found) / 60
+        apart = sum(cost.seconds * len(cost.runs) for cost in found) / 60
         note += f" Steps that runs share are done once: each run by itself would have taken {apart:.1f} minutes in all."
     table = Table(
         "cost",
@@ -90,7 +90,7 @@ def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _row(cost: Cost, runs: int) -> tuple[str, ...]:
+def _row(cost: Cost, arms: Sequence[Arm]) -> tuple[str, ...]:
     cells = [
         cost.stage.name,
         cost.stage.step,
@@ -99,14 +99,14 @@ def _row(cost: Cost, runs: int) -> tuple[str, ...]:
         f"{cost.peak / 2**30:.2f}",
         f"{cost.disk / 1e6:,.1f}",
     ]
-    if runs > 1:
-        cells.insert(1, "all" if len(cost.sharing) == runs else "; ".join(cost.sharing))
+    if sum(len(arm.runs) for arm in arms) > 1:
+        cells.insert(1, shared_by(cost.runs, arms))
     return tuple(cells)
 
 
 def _record(cost: Cost) -> dict[str, Any]:
     return {
-        "stage": cost.stage.name, "step": cost.stage.step, "runs": "; ".join(cost.sharing), "seconds": cost.seconds,
+        "stage": cost.stage.name, "step": cost.stage.step, "runs": "; ".join(evidence.run.name for _, evidence in cost.runs), "seconds": cost.seconds,
         "tokens": cost.tokens, "memory": cost.memory, "peak_bytes": cost.peak, "disk_bytes": cost.disk,
     }  # fmt: skip
 

@@ -85,7 +85,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
             shown.add(name)
         axes.set_xlim(-0.7, count - 0.3)
         axes.set_xlabel("decoder layer")
-        axes.set_ylabel("norm of the change")
+        axes.set_ylabel("norm of change")
         legend_below(axes)
 
     return draw(
@@ -93,7 +93,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
         "How much each phase changed each layer: the Frobenius norm of the delta that its adapter adds.",
         "Bars of the change in each layer, phase by phase; the numbers are in the table that follows.",
         body,
-        height=3.0,
+        height=3.4,
     )
 
 
@@ -122,7 +122,7 @@ def _map(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]
         axes.tick_params(left=False, labelcolor=INK)
         axes.grid(visible=False)
         axes.set_xlabel("decoder layer (white, hatched: frozen)")
-        bar = axes.figure.colorbar(shades, ax=axes, location="bottom", aspect=40, pad=0.02, label="norm of the change")
+        bar = axes.figure.colorbar(shades, ax=axes, location="bottom", aspect=40, pad=0.02, label="norm of change")
         bar.outline.set_visible(False)
 
     return draw(
@@ -141,12 +141,14 @@ def _table(
     snr: Mapping[int, float],
     note: str,
 ) -> Table:
+    most = max(max(changes.values()) for changes in columns.values())
+    places = 3 if most >= 0.1 else 6
     rows, records = [], []
     for layer in range(count):
         cells = [str(layer)]
         record: dict[str, Any] = {"layer": layer}
         for name, changes in columns.items():
-            cells.append("frozen" if layer in frozen[name] else f"{changes.get(layer, 0.0):.4g}")
+            cells.append("frozen" if layer in frozen[name] else f"{changes.get(layer, 0.0):.{places}f}")
             record |= {f"{name} change": changes.get(layer, 0.0), f"{name} frozen": layer in frozen[name]}
         if snr:
             cells.append(f"{snr[layer]:.3g}" if layer in snr else "-")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import COLOURS, HATCHES, INK, PAPER, draw, legend_below
 from qcft.report.training import Trained, trainings
@@ -21,13 +21,12 @@ def mix_section(arms: Sequence[Arm]) -> Section | None:
     found = trainings(arms)
     if not found:
         return None
-    runs = sum(len(arm.runs) for arm in arms)
     mixes = list(_alike(found).values())
     last = [mix for mix in mixes if mix.trained.phase == found[-1].phase]
     blocks: list[Block] = []
     if any(len(mix.trained.metrics["mix"]) > 1 for mix in last):
-        blocks.append(_bars(last, runs))
-    blocks.append(_table(mixes, runs))
+        blocks.append(_bars(last, arms))
+    blocks.append(_table(mixes, arms))
     return Section("mix", "What was trained on", tuple(blocks))
 
 
@@ -37,13 +36,6 @@ class _Mix:
 
     trained: Trained
     runs: list[tuple[Arm, Evidence]]
-
-    def of(self, runs: int) -> str:
-        """The runs that it stands for."""
-        if len(self.runs) == runs:
-            return "all"
-        whole = {arm.name: len([a for a, _ in self.runs if a is arm]) == len(arm.runs) for arm, _ in self.runs}
-        return "; ".join(dict.fromkeys(arm.name if whole[arm.name] else arm.label(run) for arm, run in self.runs))
 
 
 def _alike(found: Sequence[Trained]) -> dict[str, _Mix]:
@@ -55,12 +47,13 @@ def _alike(found: Sequence[Trained]) -> dict[str, _Mix]:
     return mixes
 
 
-def _bars(mixes: Sequence[_Mix], runs: int) -> Figure:
-    """A bar of rows and one of answer tokens for each mix."""
+def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
+    """A bar of rows and one of answer tokens for each mix that an arm's first run had."""
+    mixes = [mix for mix in mixes if _names(mix)]
     phase = mixes[0].trained.phase
     sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.trained.metrics["mix"]))
     lines = [
-        (f"{mix.of(runs) if runs > 1 else phase}\n{word}" if key == "rows" else word, mix.trained, key)
+        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix.trained, key)
         for mix in mixes
         for key, word in (("rows", "rows"), ("answer_tokens", "answer tokens"))
     ]
@@ -88,15 +81,20 @@ def _bars(mixes: Sequence[_Mix], runs: int) -> Figure:
 
     return draw(
         "mix",
-        f"The mix of {phase}: each source's share of the rows, and of the answer tokens, which carry the loss.",
+        f"The mix of {phase}: each source's share of the rows, and of the answer tokens, which carry the loss."
+        + (" Of each arm's first seed." if any(len(arm.runs) > 1 for arm in arms) else ""),
         "Stacked bars of each source's share; the numbers are in the table that follows.",
         body,
         height=1.0 + 0.42 * len(lines) + 0.2 * len(sources),
     )
 
 
-def _table(mixes: Sequence[_Mix], runs: int) -> Table:
-    several = runs > 1
+def _names(mix: _Mix) -> str:
+    return ", ".join(arm.name for arm, run in mix.runs if run is arm.runs[0])
+
+
+def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
+    several = sum(len(arm.runs) for arm in arms) > 1
     rows: list[tuple[str, ...]] = []
     records: list[Mapping[str, Any]] = []
     for alike in mixes:
@@ -116,7 +114,7 @@ def _table(mixes: Sequence[_Mix], runs: int) -> Table:
                 ", ".join(f"{n} {reason}" for reason, n in share["left_out"].items()) or "none",
             ]
             if several:
-                cells.insert(1, alike.of(runs))
+                cells.insert(1, shared_by(alike.runs, arms))
             rows.append(tuple(cells))
             records.append(
                 {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in alike.runs)}

@@ -57,17 +57,20 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(
-    name: str, caption: str, alt: str, body: Callable[[Axes], None], height: float = 3.2, width: float = WIDTH
+    name: str, caption: str, alt: str, body: Callable[[Any], None], height: float = 3.2, panels: int = 1
 ) -> Figure:
-    """A plot that `body` draws on the axes it is given; equal bytes for equal drawings."""
+    """A plot that `body` draws on the axes it is given, or on several that share what is across; `height` in inches.
+
+    Equal drawings give equal bytes.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
-        canvas = Canvas(figsize=(width, height), layout="constrained")
-        body(canvas.subplots())
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
+        body(canvas.subplots(panels, sharex=True))
         svg, png = io.BytesIO(), io.BytesIO()
         unsigned = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no dates, no versions
         canvas.savefig(svg, format="svg", metadata=unsigned)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from qcft.files import read_json
-from qcft.report.arms import Arm, Evidence, flow
+from qcft.report.arms import Arm, Evidence, flow, shared_by
 from qcft.report.document import Block, Listing, Section, Table
 
 
@@ -44,9 +44,8 @@ def repeat_section(arms: Sequence[Arm]) -> Section:
         Listing("The recipe (recipe.yaml)", recipe, "yaml"),
         Listing("The commands", commands(arms), "sh"),
     ]
-    runs = [(arm.label(run), run) for arm in arms for run in arm.runs if run.run.stages]
-    if runs:
-        blocks += [_versions(runs), _digests(runs)]
+    if any(run.run.stages for arm in arms for run in arm.runs):
+        blocks += [_versions(arms), _digests(arms)]
     return Section("repeat", "To repeat it", tuple(blocks))
 
 
@@ -66,10 +65,10 @@ def _assignments(sets: Mapping[str, Any]) -> list[str]:
     return [f"{key}={flow(value)}" for key, value in sets.items()]
 
 
-def _versions(runs: Sequence[tuple[str, Evidence]]) -> Table:
-    """The versions and the hardware that the steps ran on; steps that differ stand apart."""
+def _versions(arms: Sequence[Arm]) -> Table:
+    """The versions and the hardware that the steps ran on."""
     used: dict[str, list[str]] = {}
-    for _, run in runs:
+    for run in (run for arm in arms for run in arm.runs):
         for stage in run.run.stages.values():
             step = read_json(stage.folder / "step.json")
             found = {**step["versions"], **{key: str(value) for key, value in step["hardware"].items()}}
@@ -88,14 +87,15 @@ def _versions(runs: Sequence[tuple[str, Evidence]]) -> Table:
     )
 
 
-def _digests(runs: Sequence[tuple[str, Evidence]]) -> Table:
+def _digests(arms: Sequence[Arm]) -> Table:
     """Digests of model, rows and adapters; equal ones once."""
-    used: dict[tuple[str, str], list[str]] = {}
-    for label, run in runs:
-        for what, digest in digests(run).items():
-            used.setdefault((what, digest), []).append(label)
-    several = len(runs) > 1
-    of = {key: "all" if len(labels) == len(runs) else "; ".join(labels) for key, labels in used.items()}
+    used: dict[tuple[str, str], list[tuple[Arm, Evidence]]] = {}
+    for arm in arms:
+        for run in arm.runs:
+            for what, digest in digests(run).items():
+                used.setdefault((what, digest), []).append((arm, run))
+    several = sum(len(arm.runs) for arm in arms) > 1
+    of = {key: shared_by(runs, arms) for key, runs in used.items()}
     return Table(
         "digests",
         "Digests",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qcft.files import read_json
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
 from qcft.report.document import Block, Prose, Section, Table
 
@@ -30,7 +30,7 @@ def stages_section(arms: Sequence[Arm]) -> Section | None:
             blocks.append(_single(members[0][1]))
             blocks.append(Prose(tuple(conclusion(members[0][1].run.table))))
         else:
-            blocks += [_levels(members, more), *_changes(members, more)]
+            blocks += [_levels(members, arms, more), *_changes(members, more)]
     if len(alike) > 1:
         blocks.insert(0, Prose(("These runs were measured on different rows or in different ways: a table for each.",)))
     return Section("stages", "Stages and languages", tuple(blocks)) if blocks else None
@@ -57,29 +57,25 @@ def _single(run: Evidence) -> Table:
     )
 
 
-def _levels(members: Sequence[tuple[Arm, Evidence]], more: str) -> Table:
+def _levels(members: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm], more: str) -> Table:
     """Every stage once, with the runs that share it."""
     rows: dict[str, list[str]] = {}
-    sharing: dict[str, list[str]] = {}
+    sharing: dict[str, list[tuple[Arm, Evidence]]] = {}
     for arm, run in members:
         for stage, cells in zip(run.run.table["stages"], stage_rows(run.run.table), strict=True):
             step = run.run.stages[stage["stage"]].step
             rows.setdefault(step, cells)
-            sharing.setdefault(step, []).append(arm.label(run))
+            sharing.setdefault(step, []).append((arm, run))
     titles = header(members[0][1].run.table)
     return Table(
         f"stages{more}",
         "Stages and languages",
         (titles[0], "of", *titles[1:]),
-        tuple((cells[0], _of(sharing[step], len(members)), *cells[1:]) for step, cells in rows.items()),
+        tuple((cells[0], shared_by(sharing[step], arms), *cells[1:]) for step, cells in rows.items()),
         tuple(record for arm, run in members for record in _level_records(arm.name, run)),
         NOTE,
         words=(0, 1),
     )
-
-
-def _of(labels: Sequence[str], total: int) -> str:
-    return "all" if len(labels) == total else "; ".join(labels)
 
 
 def _changes(members: Sequence[tuple[Arm, Evidence]], more: str) -> Iterator[Table]:

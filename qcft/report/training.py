@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import COLOURS, LINES, draw, legend_below
+from qcft.report.plots import COLOURS, LINES, MARKERS, draw, legend_below
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,8 +54,11 @@ def training_section(arms: Sequence[Arm]) -> Section | None:
         logged = [one for one in found if one.phase == phase and one.log]
         if logged:
             blocks.append(_curves(phase, logged, arms))
+        probed = [one for one in logged if any(entry.get("english_nll") is not None for entry in one.log)]
+        if probed:
+            blocks.append(_english(phase, probed, arms))
     if found:
-        blocks.append(_table(found, sum(len(arm.runs) for arm in arms)))
+        blocks.append(_table(found, arms))
     return Section("training", "Training", tuple(blocks)) if blocks else None
 
 
@@ -89,24 +92,49 @@ def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figur
     )
 
 
+def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
+    places = {arm.name: i for i, arm in enumerate(arms)}
+
+    def body(axes: Axes) -> None:
+        for one in probed:
+            arm, run = one.runs[0]
+            i = places[arm.name]
+            found = [entry for entry in one.log if entry.get("english_nll") is not None]
+            axes.plot(
+                [entry["tokens"] / 1000 for entry in found], [entry["english_nll"] for entry in found],
+                color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
+                markersize=4, label=arm.label(run),
+            )  # fmt: skip
+        axes.set_xlabel("tokens, thousands")
+        axes.set_ylabel("English NLL, nats per token")
+        legend_below(axes)
+
+    return draw(
+        f"english-{phase}",
+        f"The live probe: NLL of held-out English rows while {phase} trains.",
+        f"English NLL over the tokens that {phase} trained on.",
+        body,
+        height=3.0,
+    )
+
+
 def running_mean(values: Sequence[float]) -> list[float]:
     """The mean of the last tenth of the values (at least 3, as far as there are) at each place."""
     width = max(3, len(values) // 10)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
 
 
-def _table(found: Sequence[Trained], runs: int) -> Table:
-    several = runs > 1
+def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
+    several = sum(len(arm.runs) for arm in arms) > 1
     rows, records = [], []
     for one in found:
         m = one.metrics
-        sharing = [arm.label(run) for arm, run in one.runs]
         cells = [
             one.phase, f"{m['steps']:,}", f"{m['rows']:,}", f"{m['tokens']:,}", f"{m['trainable_parameters']:,}",
             f"{m['loss']:.3f}", f"{one.seconds / 60:.1f}",
         ]  # fmt: skip
         if several:
-            cells.insert(1, "all" if len(sharing) == runs else "; ".join(sharing))
+            cells.insert(1, shared_by(one.runs, arms))
         rows.append(tuple(cells))
         records.append(
             {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
