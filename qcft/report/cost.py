@@ -106,7 +106,8 @@ def _row(cost: Cost, arms: Sequence[Arm]) -> tuple[str, ...]:
 
 def _record(cost: Cost) -> dict[str, Any]:
     return {
-        "stage": cost.stage.name, "step": cost.stage.step, "runs": "; ".join(evidence.run.name for _, evidence in cost.runs), "seconds": cost.seconds,
+        "stage": cost.stage.name, "step": cost.stage.step, "runs": "; ".join(run.run.name for _, run in cost.runs),
+        "seconds": cost.seconds,
         "tokens": cost.tokens, "memory": cost.memory, "peak_bytes": cost.peak, "disk_bytes": cost.disk,
     }  # fmt: skip
 

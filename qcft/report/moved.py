@@ -84,7 +84,7 @@ def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
     return draw(
         name,
         f"How far each layer moved {what}: its weights (MPD), and its hidden states on the same text in each language.",
-        "Panels of MPD, mean shift, covariance shift and CKA over the layers; the numbers are in the table that follows.",
+        "MPD, mean shift, covariance shift and CKA over the layers; the numbers are in the table that follows.",
         body,
         height=1.6 * (3 + with_mpd) + 0.6,
         panels=3 + with_mpd,
@@ -115,7 +115,7 @@ def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
         ("layer", "MPD", *(f"{lang}\nmean  cov  CKA" for lang in found["text"])),
         tuple(rows),
         tuple(records),
-        f"MPD: mean over the layer's matrices of the L2 norm of their difference. mean: shift of the mean state in units "
-        f"of the states' spread; cov: relative change of their covariance; CKA: linear, 1 where states are alike up to "
+        "MPD: mean over the layer's matrices of the L2 norm of their difference. mean: shift of the mean state in units of "
+        "the states' spread; cov: relative change of their covariance; CKA: linear, 1 where states are alike up to "
         f"turning and scaling.{mpd} {texts}.",
     )
