@@ -115,7 +115,7 @@ def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
         ("layer", "MPD", *(f"{lang}\nmean  cov  CKA" for lang in found["text"])),
         tuple(rows),
         tuple(records),
-        "MPD: mean over the layer's matrices of the L2 norm of their difference. mean: shift of the mean state in units of "
-        "the states' spread; cov: relative change of their covariance; CKA: linear, 1 where states are alike up to "
-        f"turning and scaling.{mpd} {texts}.",
+        "MPD: mean over the layer's matrices of the L2 norm of their difference. mean: shift of the mean state in "
+        "units of the states' spread; cov: relative change of their covariance; CKA: linear, 1 where states are alike "
+        f"up to turning and scaling.{mpd} {texts}.",
     )

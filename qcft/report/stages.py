@@ -58,20 +58,24 @@ def _single(run: Evidence) -> Table:
 
 
 def _levels(members: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm], more: str) -> Table:
-    """Every stage once, with the runs that share it."""
-    rows: dict[str, list[str]] = {}
+    """Every stage once, with the runs that share it; the same stage of different arms one under the other."""
+    found: dict[str, dict[str, list[str]]] = {}  # stage -> step -> cells
     sharing: dict[str, list[tuple[Arm, Evidence]]] = {}
     for arm, run in members:
         for stage, cells in zip(run.run.table["stages"], stage_rows(run.run.table), strict=True):
             step = run.run.stages[stage["stage"]].step
-            rows.setdefault(step, cells)
+            found.setdefault(stage["stage"], {}).setdefault(step, cells)
             sharing.setdefault(step, []).append((arm, run))
     titles = header(members[0][1].run.table)
     return Table(
         f"stages{more}",
         "Stages and languages",
         (titles[0], "of", *titles[1:]),
-        tuple((cells[0], shared_by(sharing[step], arms), *cells[1:]) for step, cells in rows.items()),
+        tuple(
+            (cells[0], shared_by(sharing[step], arms), *cells[1:])
+            for rows in found.values()
+            for step, cells in rows.items()
+        ),
         tuple(record for arm, run in members for record in _level_records(arm.name, run)),
         NOTE,
         words=(0, 1),
