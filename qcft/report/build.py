@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qcft.report.abilities import ability_section, question_and_answer
 from qcft.report.arms import Arm
 from qcft.report.cost import cost_section
 from qcft.report.curve import dial_section
@@ -12,6 +11,7 @@ from qcft.report.document import Document, Section
 from qcft.report.layers import layers_section
 from qcft.report.mix import mix_section
 from qcft.report.moved import drift_section, similarity_section
+from qcft.report.pareto import ability_section, question_and_answer
 from qcft.report.repeat import arms_section, repeat_section
 from qcft.report.samples import samples_section
 from qcft.report.stages import stages_section
