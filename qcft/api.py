@@ -9,7 +9,7 @@ from typing import Any
 
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import read_json
+from qcft.files import read_json, telling_full_disk
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
@@ -18,8 +18,10 @@ from qcft.report.build import build_report
 from qcft.report.card import write_card
 from qcft.report.cost import costs_of, in_all
 from qcft.report.curve import curve_points
+from qcft.report.drift import drift_name
 from qcft.report.write import write_report
 from qcft.store import Store, read_run
+from qcft.store.steps import FREE
 
 
 def run(
@@ -51,7 +53,8 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
 def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
     evidence = _evidence(done.name, runs)
-    write_report(done.folder / "report", build_report(arms_of([evidence])))
+    with telling_full_disk(runs, FREE):
+        write_report(done.folder / "report", build_report(arms_of([evidence])))
     return evidence.run
 
 
@@ -59,8 +62,8 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
     """Write the report of a run (None: the latest), or of several compared as arms.
 
     An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
-    report/ here for several runs. Returns the page's path, the
-    question and the answer. Raises QcftError.
+    report/ here for several runs. Returns the page's path, the question and the answer, and the tables' numbers.
+    Raises QcftError.
     """
     made = _ablation(names, runs)
     wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
@@ -219,6 +222,29 @@ def dial(
             named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
         )
     return found
+
+
+def drift(
+    name: str | None,
+    runs: Path,
+    watch: Watch,
+    *,
+    since: str | None = None,
+    to: str | None = None,
+    against: str | None = None,
+    rows: int = 16,
+    texts: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
+
+    Returns what the step's drift.json holds, and the drawing's path. Raises QcftError.
+    """
+    from qcft.pipeline.drift import Asked, measure_drift
+
+    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
+    _report(read(named.name, runs), runs)
+    drawing = named.folder / "report" / "plots" / f"{drift_name(stage)}.svg"
+    return {"run": named.name, **found, "drawing": str(drawing)}
 
 
 def _phases_until(recipe: Recipe, phase: str) -> list[str]:

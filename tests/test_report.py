@@ -12,7 +12,7 @@ import pytest
 
 from qcft import api
 from qcft.events import Watch
-from qcft.files import read_json, write_json
+from qcft.files import read_json, read_sealed, write_json, write_sealed
 from qcft.measure.score import RowScore
 from qcft.measure.stats import difference
 from qcft.recipe import parse_assignments, recipe_from
@@ -276,12 +276,12 @@ def test_what_a_model_says_stays_text(arms, runs, tmp_path):
     answers[1]["text"] = "مرحبا بالعالم"
     write_json(file, answers)
     done = copy / ".steps" / stages["phase2"] / "done.json"
-    record = read_json(done)
+    record = read_sealed(done)
     for share in record["metrics"]["mix"]:
         share["source"] += evil
     for entry in record["metrics"]["exposure"]:
         entry["source"] += evil
-    write_json(done, record)
+    write_sealed(done, record)
     api.report(["frozen"], copy, Watch(), tmp_path / "out")
     page, text = pages(tmp_path / "out")
     checked = parsed(page)
@@ -316,7 +316,13 @@ def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
         "from": "phase1 merged",
         "to": "phase2",
         "text": {"en": {"rows": 4, "tokens": 40}, "es": {"rows": 4, "tokens": 44}},
-        "parameters": {"mpd": 0.5, "norm": 2.0},
+        "parameters": {
+            "mpd": 0.5,
+            "norm": 2.0,
+            "matrices": 21,
+            "pairs": {"from-to": 0.5},
+            "scaled": {"from-to": 1.0},
+        },  # fmt: skip
         "layers": [
             {"layer": i, "frozen": i == 0, "mpd": 0.1 * i, "languages": {"en": layer, "es": layer}} for i in range(3)
         ],
@@ -327,19 +333,20 @@ def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
     write_json(step / "step.json", {"inputs": {"settings": {}}, "versions": {}, "hardware": {}})
     write_json(step / "done.json", {"step": step.name, "metrics": {"mpd": 0.5}, "seconds": 1.0, "files": {}})
     run = read_json(copy / "frozen" / "run.json")
-    run["stages"]["drift/phase1-phase2"] = step.name
+    run["stages"]["drift/merged-phase2"] = step.name
     write_json(copy / "frozen" / "run.json", run)
     des = {"value": 0.9, "low": 0.8, "high": 0.95, "rows": [24, 24]}
     sides = {"a": {"name": "phase1"}, "b": {"name": "phase2"}, "encoder": {"name": "LaBSE"}}
-    write_json(copy / "frozen" / "report" / "similarity.json", {**sides, "des": des, "says": ["Much alike."]})
+    more = {"languages": [], "scale": {"paper": None, "qcft": {}}, "says": ["Much alike."]}
+    write_json(copy / "frozen" / "report" / "similarity.json", {**sides, "des": des, **more})
     told = api.report(["frozen"], copy, Watch(), tmp_path / "out")
-    assert [(r["layer"], r["lang"]) for r in told["tables"]["drift"]] == [
+    assert [(r["layer"], r["lang"]) for r in told["tables"]["drift-merged-phase2"]] == [
         (i, g) for i in range(3) for g in ("en", "es")
     ]
     page, text = pages(tmp_path / "out")
-    assert "DES 0.900, 95% interval 0.800 to 0.950" in page
+    assert "<td>[0.800, 0.950]</td>" in page
     assert "- Much alike." in text
-    assert (tmp_path / "out" / "plots" / "drift.png").is_file()
+    assert (tmp_path / "out" / "plots" / "drift-merged-phase2.png").is_file()
 
 
 def test_the_live_probe_is_drawn(arms, runs, tmp_path):

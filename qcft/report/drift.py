@@ -1,7 +1,4 @@
-"""How far the model moved: parameters and hidden states, layer by layer; and how alike the phases' instructions are.
-
-Reads what `qcft drift` leaves in its step (drift.json) and `qcft similarity` beside the report (similarity.json).
-"""
+"""Drift as a table, in sentences, and as the report's section: layer by layer, the frozen ones marked."""
 
 from __future__ import annotations
 
@@ -13,7 +10,64 @@ from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import COLOURS, FAINT, LINES, MARKERS, draw, legend_below
 
+MOST_ROWS = 12  # of a table; --json and drift.json have every layer
+BAR = 10
 SHIFTS = {"mean_shift": "mean shift", "covariance_shift": "covariance shift", "cka": "CKA"}
+
+
+def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: MPD and its bar, and for each language mean shift, covariance shift and CKA."""
+    layers = found["layers"]
+    step = -(-len(layers) // MOST_ROWS)
+    shown = [layer for layer in layers if layer["layer"] % step == 0 or layer["layer"] == len(layers) - 1]
+    largest = max((layer["mpd"] or 0.0 for layer in layers), default=0.0) or 1.0
+    titles = ["layer", "", "MPD", "", *(f"{lang}: mean, cov, CKA" for lang in found["text"])]
+    rows = []
+    for layer in shown:
+        mpd = layer["mpd"]
+        cells = [str(layer["layer"]), "frozen" if layer["frozen"] else "", "-" if mpd is None else f"{mpd:.3f}"]
+        cells.append("█" * round(BAR * (mpd or 0.0) / largest))
+        for shift in layer["languages"].values():
+            cells.append(f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}")
+        rows.append(cells)
+    return titles, rows
+
+
+def drift_says(found: Mapping[str, Any]) -> list[str]:
+    """What the table says, in sentences."""
+    moved = found["parameters"]
+    sentences = []
+    if moved["mpd"] is None:
+        sentences.append(f"No MPD: {moved['reason']}.")
+    else:
+        words = {
+            "from-to": f"{found['from']} to {found['to']}",
+            "base-from": f"base to {found['from']}",
+            "base-to": f"base to {found['to']}",
+        }
+        pairs = {
+            words[key]: (value, moved["scaled"][key]) for key, value in moved["pairs"].items() if value is not None
+        }
+        each = ", ".join(f"{name} {value:.3f} ({scaled:.2f})" for name, (value, scaled) in pairs.items())
+        sentences.append(
+            f"MPD, the mean over {moved['matrices']} weight matrices of the L2 norm of their difference "
+            f"(in parentheses: relative to the largest): {each}; L2 norm of all {moved['norm']:.3f}."
+        )
+    for lang, text in found["text"].items():
+        shifts = [layer["languages"][lang] for layer in found["layers"]]
+        worst = max(range(len(shifts)), key=lambda i, s=shifts: s[i]["covariance_shift"])  # type: ignore[misc]
+        least = min(range(len(shifts)), key=lambda i, s=shifts: s[i]["cka"])  # type: ignore[misc]
+        sentences.append(
+            f"{lang}: largest covariance shift {shifts[worst]['covariance_shift']:.3f} in layer {worst}, least CKA "
+            f"{shifts[least]['cka']:.4f} in layer {least}; {text['rows']} rows, {text['tokens']:,} tokens."
+        )
+    return sentences
+
+
+NOTE = (
+    "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
+    "(Frobenius norm); CKA: linear, 1 where states are alike up to turning and scaling"
+)
 
 
 def drift_section(arms: Sequence[Arm]) -> Section | None:
@@ -22,34 +76,24 @@ def drift_section(arms: Sequence[Arm]) -> Section | None:
     several = sum(len(arm.runs) for arm in arms) > 1
     for arm in arms:
         for run in arm.runs:
-            for number, found in enumerate(_drifts(run)):
-                name = "-".join(["drift", *([run.run.name] if several else []), *([str(number + 1)] if number else [])])
+            for stage, found in _drifts(run):
+                name = drift_name(stage) + (f"-{run.run.name}" if several else "")
                 what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
-                blocks += [_plot(found, name, what), _table(found, name, what)]
+                blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
     return Section("drift", "Drift", tuple(blocks)) if blocks else None
 
 
-def similarity_section(arms: Sequence[Arm]) -> Section | None:
-    """What `qcft similarity` said of the phases' data."""
-    blocks: list[Block] = []
-    for arm in arms:
-        for run in arm.runs:
-            found = read_json(run.run.folder / "report" / "similarity.json")
-            if found:
-                des = found["des"]
-                value = f"DES {des['value']:.3f}, 95% interval {des['low']:.3f} to {des['high']:.3f}"
-                who = f"{arm.label(run)}: " if len(arms) > 1 else ""
-                by = f"{who}{found['a']['name']} and {found['b']['name']}: {value}, by {found['encoder']['name']}."
-                blocks.append(Prose((by, *found["says"])))
-    return Section("similarity", "How alike the phases' instructions are", tuple(blocks)) if blocks else None
+def drift_name(stage: str) -> str:
+    """The name of a drift's plot and table in the report of its run."""
+    return stage.replace("/", "-")
 
 
-def _drifts(run: Evidence) -> Iterator[Mapping[str, Any]]:
+def _drifts(run: Evidence) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, stage in run.run.stages.items():
         if name.startswith("drift/"):
             found = read_json(stage.folder / "drift.json")
             if found:
-                yield found
+                yield name, found
 
 
 def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
@@ -102,20 +146,11 @@ def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
                 {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"], "lang": lang, **shift}
             )
         rows.append(tuple(cells))
-    texts = "; ".join(f"{lang}: {text['rows']} rows, {text['tokens']:,} tokens" for lang, text in found["text"].items())
-    moved = found["parameters"]
-    mpd = (
-        ""
-        if moved["mpd"] is None
-        else f" MPD in all {moved['mpd']:.4f}, L2 norm of the difference {moved['norm']:.4f}."
-    )
     return Table(
         name,
         f"Drift {what}",
         ("layer", "MPD", *(f"{lang}\nmean  cov  CKA" for lang in found["text"])),
         tuple(rows),
         tuple(records),
-        "MPD: mean over the layer's matrices of the L2 norm of their difference. mean: shift of the mean state in "
-        "units of the states' spread; cov: relative change of their covariance; CKA: linear, 1 where states are alike "
-        f"up to turning and scaling.{mpd} {texts}.",
+        f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}.",
     )
