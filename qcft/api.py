@@ -52,10 +52,10 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
 
 def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    evidence = _evidence(done.name, runs)
+    whole = evidence(done.name, runs)
     with telling_full_disk(runs, FREE):
-        write_report(done.folder / "report", build_report(arms_of([evidence])))
-    return evidence.run
+        write_report(done.folder / "report", build_report(arms_of([whole])))
+    return whole.run
 
 
 def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
@@ -71,13 +71,13 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
     for done, name in enumerate(wanted):
         watch.progress("reading the runs", done, len(wanted), "runs")
         watch.check_stop()
-        found.append(_evidence(name, runs))
+        found.append(evidence(name, runs))
     document = build_report(arms_of(found, made), names[0] if made else None)
     own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
     page = write_report(to or own / "report", document)
     return {
         "page": str(page),
-        "runs": [evidence.run.name for evidence in found],
+        "runs": [one.run.name for one in found],
         "question": document.question,
         "answer": document.answer,
         "tables": {table.name: [dict(record) for record in table.records] for table in document.tables()},
@@ -101,7 +101,7 @@ def cost(run: Run) -> dict[str, float]:
     return {"steps": len(steps), **in_all(steps)}
 
 
-def _evidence(name: str | None, runs: Path) -> Evidence:
+def evidence(name: str | None, runs: Path) -> Evidence:
     """A run as it stands, with what its adapters changed."""
     from qcft.models.load import quiet_libraries
     from qcft.pipeline.layers import summed_changes

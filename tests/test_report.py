@@ -5,10 +5,13 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcft import api
 from qcft.events import Watch
@@ -16,8 +19,11 @@ from qcft.files import read_json, read_sealed, write_json, write_sealed
 from qcft.measure.score import RowScore
 from qcft.measure.stats import difference
 from qcft.recipe import parse_assignments, recipe_from
-from qcft.report.arms import differences, flow
+from qcft.report.arms import arms_of, differences, flow
+from qcft.report.build import build_report
 from qcft.report.layers import by_layer
+from qcft.report.standing import front
+from qcft.report.suites import last_averages
 from qcft.report.training import running_mean
 
 ARMS = {
@@ -322,7 +328,7 @@ def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
             "matrices": 21,
             "pairs": {"from-to": 0.5},
             "scaled": {"from-to": 1.0},
-        },  # fmt: skip
+        },
         "layers": [
             {"layer": i, "frozen": i == 0, "mpd": 0.1 * i, "languages": {"en": layer, "es": layer}} for i in range(3)
         ],
@@ -347,6 +353,67 @@ def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
     assert "<td>[0.800, 0.950]</td>" in page
     assert "- Much alike." in text
     assert (tmp_path / "out" / "plots" / "drift-merged-phase2.png").is_file()
+
+
+def evaluated(evidence, ea, ma, limit=10):
+    """A run as it is once its last phase and its base are evaluated on two tasks."""
+    names = {"hellaswag": "en", "xquad_es": "es"}
+    tasks = [
+        {"task": task, "lang": lang, "metric": "acc", "items": 10, "shots": 0, "limit": limit, "max_new_tokens": None}
+        for task, lang in names.items()
+    ]
+
+    def stage(name, en, es):
+        scores = {"hellaswag": en, "xquad_es": es}
+        return {"stage": name, "name": name, "precision": "NF4", "scores": scores, "EA": en, "MA": es,
+                "overall": (en + es) / 2}  # fmt: skip
+
+    change = {"value": ea - 0.5, "low": -0.2, "high": 0.1, "items": 10, "clear": False}
+    changes = [{"from": "base", "from_name": "base", "to": "phase2", "to_name": "phase2",
+                "tasks": {"hellaswag": change}, "EA": change}]  # fmt: skip
+    table = {"settings": {"lm_eval": "0.4.13"}, "tasks": tasks, "changes": changes,
+             "stages": [stage("base", 0.5, 0.1), stage("phase2", ea, ma)]}  # fmt: skip
+    language = {"right": 0.75, "told": 4, "rows": 4, "mean_tokens": 5.0, "unfinished": 0.0}
+    cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}}
+    stages = dict(evidence.run.stages)
+    for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
+        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}
+    abilities = {"tables": [table], "fidelity": [cell], "alpaca_eval": []}
+    return replace(
+        evidence, run=replace(evidence.run, stages=stages, table={**evidence.run.table, "abilities": abilities})
+    )
+
+
+def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, runs):
+    averages = {"plain-s0": (0.3, 0.4), "plain-s1": (0.5, 0.2), "frozen": (0.45, 0.25), "replayed": (0.2, 0.1)}
+    found = [evaluated(api.evidence(name, runs), *averages[name]) for name in arms]
+    assert last_averages(arms_of(found)) == {
+        "plain": [(0.3, 0.4), (0.5, 0.2)], "frozen": [(0.45, 0.25)], "replayed": [(0.2, 0.1)]
+    }  # fmt: skip
+    document = build_report(arms_of(found))
+    tables = {table.name: table for table in document.tables()}
+    assert [row[:2] for row in tables["tasks"].rows] == [
+        ("base, NF4", "all"), ("phase2, NF4", "plain, seed 0"), ("phase2, NF4", "plain, seed 1"),
+        ("phase2, NF4", "frozen"), ("phase2, NF4", "replayed"),
+    ]  # fmt: skip
+    assert tables["tasks"].rows[0][2:] == ("50.0", "10.0", "50.0", "10.0", "30.0")
+    assert tables["task-changes"].rows[0][2] == "-20.0\n[-20.0, +10.0]"
+    assert tables["fidelity"].rows[0][2] == "75% of 4 in it\n5 tokens, 0% unfinished"
+    assert "pareto-tasks" in {figure.name for figure in document.figures()}
+    # Other settings stand in a table of their own, and no plot is made of both.
+    found[-1] = evaluated(api.evidence("replayed", runs), 0.2, 0.1, limit=20)
+    document = build_report(arms_of(found))
+    assert {"tasks", "tasks-2"} <= {table.name for table in document.tables()}
+    assert last_averages(arms_of(found)) is None
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))
+def test_the_front_is_what_no_other_beats(places):
+    best = front(places)
+    assert best
+    for name, (a, b) in places.items():
+        beaten = any((c <= a and d < b) or (c < a and d <= b) for c, d in places.values())
+        assert (name in best) is not beaten
 
 
 def test_the_live_probe_is_drawn(arms, runs, tmp_path):

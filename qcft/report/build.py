@@ -16,11 +16,13 @@ from qcft.report.repeat import arms_section, repeat_section
 from qcft.report.samples import samples_section
 from qcft.report.similarity import similarity_section
 from qcft.report.stages import stages_section
+from qcft.report.suites import suites_section
 from qcft.report.training import training_section
 
 SECTIONS: tuple[Callable[[Sequence[Arm]], Section | None], ...] = (
     ability_section,
     arms_section,
+    suites_section,
     stages_section,
     samples_section,
     training_section,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcft.measure.stats import Difference
@@ -10,7 +10,8 @@ from qcft.report.arms import Arm, Evidence
 from qcft.report.cells import conclusion
 from qcft.report.document import Figure, Section, Table
 from qcft.report.plots import COLOURS, FAINT, INK, MARKERS, PAPER, draw, legend_below
-from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, mean_of, standings, verdict
+from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, front, mean_of, standings, verdict
+from qcft.report.suites import last_averages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,9 @@ def ability_section(arms: Sequence[Arm]) -> Section | None:
         return None
     if len(arms) == 1 and len(arms[0].runs) == 1:
         return Section("abilities", "English against the other languages", (_path(arms[0].runs[0]),))
-    return Section("abilities", "English against the other languages", (_pareto(found), _table(found)))
+    tasks = last_averages(arms)
+    first = (_pareto_of_tasks(tasks),) if tasks else ()
+    return Section("abilities", "English against the other languages", (*first, _pareto(found), _table(found)))
 
 
 def _told(said: Verdict, arms: int) -> str:
@@ -78,21 +81,8 @@ def _pareto(found: Sequence[Standing]) -> Figure:
     before = {s.arm.runs[0].run.stages[f"eval/{s.since}"].step for s in found}
 
     def body(axes: Axes) -> None:
-        for i, standing in enumerate(found):
-            look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
-            english, others = standing.place
-            if len(standing.english) > 1:
-                axes.plot(standing.others, standing.english, linestyle="", markersize=4, alpha=0.55, **look)
-                axes.errorbar(
-                    others, english, xerr=_spread(standing.others), yerr=_spread(standing.english), fmt="none",
-                    ecolor=FAINT, capsize=3, linewidth=1,
-                )  # fmt: skip
-            axes.plot(
-                others, english, linestyle="", markersize=9, markeredgecolor=INK if standing.front else PAPER,
-                markeredgewidth=1.2, label=standing.arm.name, zorder=3, **look,
-            )  # fmt: skip
-        front = sorted((s.place for s in found if s.front), key=lambda place: place[1])
-        axes.plot([p[1] for p in front], [p[0] for p in front], color=FAINT, linewidth=1, linestyle=":", zorder=1)
+        places = {s.arm.name: list(zip(s.english, s.others, strict=True)) for s in found}
+        _scatter(axes, places, {s.arm.name for s in found if s.front})
         if len(before) == 1:
             level = found[0].place[0] - found[0].lost.value
             axes.axhline(level, color=INK, linewidth=1, linestyle="--", zorder=1)
@@ -103,16 +93,62 @@ def _pareto(found: Sequence[Standing]) -> Figure:
         _better_up_and_right(axes)
         legend_below(axes)
 
-    several = any(len(s.english) > 1 for s in found)
-    seeds = " Large: the mean over seeds; small: each seed; bars: from the least to the most." if several else ""
     return draw(
         "pareto",
         f"EA against MA at the end of each arm: mean {UNIT}, on the same held-out rows; up and to the right is "
-        f"better.{seeds} Dark rims, dotted line: no other arm is better at both.",
+        f"better.{_seeds([s.english for s in found])}",
         "Scatter plot of English against the other languages, arm by arm; the numbers are in the table that follows.",
         body,
         height=3.6,
     )
+
+
+def _pareto_of_tasks(places: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    means = {name: tuple(-sum(side) / len(side) for side in zip(*runs, strict=True)) for name, runs in places.items()}
+
+    def body(axes: Axes) -> None:
+        percent = {name: [(100 * ea, 100 * ma) for ea, ma in runs] for name, runs in places.items()}
+        _scatter(axes, percent, front(means))
+        axes.margins(0.12)
+        axes.set_xlabel("MA: tasks in other languages, %")
+        axes.set_ylabel("EA: English tasks, %")
+        legend_below(axes)
+
+    return draw(
+        "pareto-tasks",
+        "EA against MA at the end of each arm: mean scores of the tasks, in percent; up and to the right is "
+        f"better.{_seeds(list(places.values()))}",
+        "Scatter plot of English tasks against those in other languages; the numbers are in the table of tasks.",
+        body,
+        height=3.6,
+    )
+
+
+def _scatter(axes: Axes, places: Mapping[str, Sequence[tuple[float, float]]], best: set[str]) -> None:
+    """Each arm's runs (EA, MA), their mean and spread, and a line through the `best`."""
+    means = {}
+    for i, (name, runs) in enumerate(places.items()):
+        look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+        english, others = zip(*runs, strict=True)
+        means[name] = here = (sum(others) / len(others), sum(english) / len(english))
+        if len(runs) > 1:
+            axes.plot(others, english, linestyle="", markersize=4, alpha=0.55, **look)
+            axes.errorbar(
+                *here, xerr=_spread(others), yerr=_spread(english), fmt="none", ecolor=FAINT, capsize=3, linewidth=1
+            )
+        axes.plot(
+            *here, linestyle="", markersize=9, markeredgecolor=INK if name in best else PAPER, markeredgewidth=1.2,
+            label=name, zorder=3, **look,
+        )  # fmt: skip
+    line = sorted(means[name] for name in best)
+    axes.plot([x for x, _ in line], [y for _, y in line], color=FAINT, linewidth=1, linestyle=":", zorder=1)
+
+
+def _seeds(arms: Sequence[Sequence[Any]]) -> str:
+    rims = " Dark rims, dotted line: no other arm is better at both."
+    if all(len(runs) == 1 for runs in arms):
+        return rims
+    return f" Large: the mean over seeds; small: each seed; bars: from the least to the most.{rims}"
 
 
 def _path(evidence: Evidence) -> Figure:

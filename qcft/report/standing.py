@@ -77,7 +77,19 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
                 since.removeprefix("eval/"),
             )
         )
-    return tuple(_with_front(found))
+    best = front({s.arm.name: s.place for s in found})
+    return tuple(replace(s, front=s.arm.name in best) for s in found)
+
+
+def front(places: Mapping[str, tuple[float, ...]]) -> set[str]:
+    """Those whose place no other beats: as low everywhere, and lower somewhere."""
+    return {
+        name
+        for name, place in places.items()
+        if not any(
+            other != place and all(a <= b for a, b in zip(other, place, strict=True)) for other in places.values()
+        )
+    }
 
 
 def verdict(found: Sequence[Standing]) -> Verdict | None:
@@ -109,15 +121,6 @@ def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
     names = [name for name, rows in seen[0].items() if all(other.get(name) == rows for other in seen)]
     languages = {g["name"]: g["lang"] for g in arms[0].runs[0].run.table["groups"]}
     return [n for n in names if languages[n] == ENGLISH], [n for n in names if languages[n] != ENGLISH]
-
-
-def _with_front(found: Sequence[Standing]) -> Iterable[Standing]:
-    for one in found:
-        beaten = any(
-            all(a <= b for a, b in zip(other.place, one.place, strict=True)) and other.place != one.place
-            for other in found
-        )
-        yield replace(one, front=not beaten)
 
 
 def _level(run: Evidence, groups: Sequence[str]) -> float:
