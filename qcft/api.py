@@ -74,7 +74,8 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
         found.append(evidence(name, runs))
     document = build_report(arms_of(found, made), names[0] if made else None)
     own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
-    page = write_report(to or own / "report", document)
+    with telling_full_disk(to or own, FREE):
+        page = write_report(to or own / "report", document)
     return {
         "page": str(page),
         "runs": [one.run.name for one in found],

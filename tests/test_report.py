@@ -222,7 +222,7 @@ def test_the_answer_is_the_arm_with_the_most_english_among_those_near_the_larges
     assert f"{abs(change.value):.3f} nats" in answer
     for other in near:
         assert (other in answer) is True
-    assert ("gained under 90% of the most" in answer) is (len(near) < 3)
+    assert ("gained less than 90% of the most" in answer) is (len(near) < 3)
 
 
 def test_an_arm_that_is_not_done_is_left_out_of_the_comparison(arms, runs, tmp_path):

@@ -61,7 +61,7 @@ def _told(said: Verdict, arms: int) -> str:
         text += f"; more English than {', '.join(beaten)}" if beaten else ""
         text += f"; not told apart from {', '.join(equal)}" if equal else ""
     far = arms - len(said.near)
-    text += f"; {far} more gained under {NEAR:.0%} of the most" if far else ""
+    text += f"; {far} gained less than {NEAR:.0%} of the most" if far else ""
     return f"{text}."
 
 
@@ -145,7 +145,7 @@ def _scatter(axes: Axes, places: Mapping[str, Sequence[tuple[float, float]]], be
 
 
 def _seeds(arms: Sequence[Sequence[Any]]) -> str:
-    rims = " Dark rims, dotted line: no other arm is better at both."
+    rims = " Rims, dotted line: no other arm is better at both."
     if all(len(runs) == 1 for runs in arms):
         return rims
     return f" Large: the mean over seeds; small: each seed; bars: from the least to the most.{rims}"
