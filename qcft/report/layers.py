@@ -79,7 +79,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
         shown: set[str] = set()
         for i, (name, layers) in enumerate(frozen.items()):
             axes.plot(
-                layers, [0] * len(layers), linestyle="", marker="x|_+"[i % 4], markersize=5, color=INK, clip_on=False,
+                layers, [0] * len(layers), linestyle="", marker="+x*1"[i % 4], markersize=5, color=INK, clip_on=False,
                 label=f"frozen in {name}" if layers and name not in shown else None, zorder=4,
             )  # fmt: skip
             shown.add(name)

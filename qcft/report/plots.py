@@ -74,6 +74,7 @@ def draw(
         svg, png = io.BytesIO(), io.BytesIO()
         unsigned = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no dates, no versions
         canvas.savefig(svg, format="svg", metadata=unsigned)
+        canvas.set_layout_engine("none")  # laid out already
         canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return Figure(name, caption, alt, svg.getvalue().decode(), png.getvalue())
 
