@@ -20,7 +20,9 @@ def arms_section(arms: Sequence[Arm]) -> Section | None:
     rows, records = [], []
     for arm in arms:
         sets = "\n".join(_assignments(arm.sets)) or "nothing: the first recipe"
-        rows.append((arm.name, ", ".join(str(run.recipe.seed) for run in arm.runs), sets))
+        ended = sum(run.last is not None for run in arm.runs)
+        seeds = ", ".join(str(run.recipe.seed) for run in arm.runs)
+        rows.append((arm.name, seeds, f"{ended} of {len(arm.runs)}", sets))
         records += [
             {"arm": arm.name, "run": run.run.name, "seed": run.recipe.seed, "set": flow(dict(arm.sets))}
             for run in arm.runs
@@ -28,10 +30,10 @@ def arms_section(arms: Sequence[Arm]) -> Section | None:
     table = Table(
         "arms",
         f"What sets the arms apart from {arms[0].name}",
-        ("arm", "seeds", "other recipe keys"),
+        ("arm", "seeds", "runs measured to their end", "other recipe keys"),
         tuple(rows),
         tuple(records),
-        words=(0, 1, 2),
+        words=(0, 1, 3),
     )
     return Section("arms", "The arms", (table,))
 
