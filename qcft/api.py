@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import telling_full_disk, write_json
+from qcft.files import read_json, telling_full_disk, write_json
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
+from qcft.report.arms import Evidence, arms_of
+from qcft.report.build import build_report
 from qcft.report.card import write_card
-from qcft.report.curve import curve_points, draw_curve
-from qcft.report.drift import draw_drift
-from qcft.report.markdown import write_report
+from qcft.report.cost import costs_of, in_all
+from qcft.report.curve import curve_points
+from qcft.report.drift import drift_name
+from qcft.report.write import write_report
 from qcft.store import Store, read_run
 from qcft.store.steps import FREE
 
@@ -57,18 +60,75 @@ def raise_failed(done: Run) -> None:
         )
 
 
-def report(name: str | None, runs: Path) -> tuple[Run, Path]:
-    """Write the report of a run as it stands, by name or the latest; the run and the page. Raises QcftError."""
-    found = read(name, runs)
-    folder = found.folder / "report"
-    stages = {stage.name: stage.folder for stage in found.stages.values()}
-    with telling_full_disk(runs, FREE):
-        return found, write_report(folder, read_run(runs, found.name).recipe(), found.table, stages)
-
-
 def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    return report(done.name, runs)[0]
+    whole = evidence(done.name, runs)
+    with telling_full_disk(runs, FREE):
+        write_report(done.folder / "report", build_report(arms_of([whole])))
+    return whole.run
+
+
+def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
+    """Write the report of a run (None: the latest), or of several compared as arms.
+
+    An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
+    report/ here for several runs. Returns the page's path, the question and the answer, and the tables' numbers.
+    Raises QcftError.
+    """
+    made = _ablation(names, runs)
+    wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
+    found = []
+    for done, name in enumerate(wanted):
+        watch.progress("reading the runs", done, len(wanted), "runs")
+        watch.check_stop()
+        found.append(evidence(name, runs))
+    document = build_report(arms_of(found, made), names[0] if made else None)
+    own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
+    with telling_full_disk(to or own, FREE):
+        page = write_report(to or own / "report", document)
+    return {
+        "page": str(page),
+        "runs": [one.run.name for one in found],
+        "question": document.question,
+        "answer": document.answer,
+        "tables": {table.name: [dict(record) for record in table.records] for table in document.tables()},
+    }
+
+
+def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
+    """The arm of each run of an ablation that is begun, where its name is all that is given."""
+    index = read_json(runs / names[0] / "ablation.json") if len(names) == 1 and names[0] else None
+    if index is None:
+        return None
+    begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
+    if not begun:
+        raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
+    return begun
+
+
+def cost(run: Run) -> dict[str, float]:
+    """What a run's done steps took: their number, seconds, tokens, the highest peak and the disk in bytes."""
+    steps = costs_of(run)
+    return {"steps": len(steps), **in_all(steps)}
+
+
+def evidence(name: str | None, runs: Path) -> Evidence:
+    """A run as it stands, with what its adapters changed."""
+    from qcft.models.load import quiet_libraries
+    from qcft.pipeline.layers import summed_changes
+
+    quiet_libraries()
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    run = finished_run(named, recipe, named.stages, Store(runs))
+    changes = {}
+    for phase in recipe.phases:
+        if phase.name in run.stages:
+            try:
+                changes[phase.name] = summed_changes([run.stages[phase.name].folder / "adapter"])
+            except QcftError:
+                continue  # an adapter made elsewhere, of more than plain LoRA
+    return Evidence(recipe, run, changes)
 
 
 def merge(
@@ -165,10 +225,8 @@ def dial(
     done = run_recipe(recipe, runs, watch, wanted)
     assert done.goal is not None
     points = curve_points(done.stages[done.goal].metrics["points"])
-    drawing = done.folder / "report" / f"{done.goal}.svg"
     _report(done, runs)
-    with telling_full_disk(runs, FREE):
-        draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
+    drawing = done.folder / "report" / "plots" / f"{done.goal}.svg"
     found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
     if merge_at is not None:
         found["merged"] = merge(
@@ -195,9 +253,8 @@ def drift(
     from qcft.pipeline.drift import Asked, measure_drift
 
     named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
-    drawing = named.folder / "report" / f"{stage.replace('/', '-')}.svg"
-    draw_drift(drawing, found, f"{named.name}: from {found['from']} to {found['to']}")
     _report(read(named.name, runs), runs)
+    drawing = named.folder / "report" / "plots" / f"{drift_name(stage)}.svg"
     return {"run": named.name, **found, "drawing": str(drawing)}
 
 

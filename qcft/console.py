@@ -201,6 +201,23 @@ def _print_blocks(console: Console, titles: list[str], rows: list[list[str]], pl
         console.print()
 
 
+def print_cost(cost: Mapping[str, float]) -> None:
+    """What a run's done steps took, in one line."""
+    tokens = f", {cost['tokens']:,} tokens trained or generated" if cost["tokens"] else ""
+    text = (
+        f"{cost['steps']} steps done in {duration(cost['seconds'])}{tokens}; "
+        f"peak memory {cost['peak_bytes'] / 2**30:.2f} GiB; {cost['disk_bytes'] / 1e6:,.0f} MB on disk."
+    )
+    stdout().print(Text(text), soft_wrap=True)
+
+
+def print_answer(question: str, answer: str) -> None:
+    """A report's question and answer, beside its path."""
+    console = stderr()
+    console.print(Text(question, style="dim"), soft_wrap=True)
+    console.print(Text(answer), soft_wrap=True)
+
+
 def print_replay(shown: Mapping[str, Any]) -> None:
     """A replay set: what it is made of, what was left out, and samples of it."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

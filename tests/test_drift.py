@@ -204,8 +204,8 @@ def test_it_is_kept_shown_and_reported(done, qcft):
     assert "frozen" in out
     assert "MPD, the mean over 21 weight matrices" in out
     report = (done / "two" / "report" / "report.md").read_text()
-    assert "## Drift from merged to phase2" in report
-    assert "](drift-merged-phase2.svg)" in report
+    assert "**Drift from merged to phase2**" in report
+    assert "](plots/drift-merged-phase2.svg)" in report
     stages = json.loads((done / "two" / "run.json").read_text())["stages"]
     assert stages["drift/merged-phase2"].startswith("drift-")
     # A run that goes on keeps what was compared.

@@ -1,8 +1,7 @@
-"""Commands that evaluate what is trained, and write reports."""
+"""The command that evaluates what is trained."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,21 +48,3 @@ def evaluate(
     chosen = {"suites": suite, "tasks": task, "languages": language, "stages": stage}
     given = {"limit": limit, "shots": shots, "max_new_tokens": max_new_tokens}
     run_and_show(eval_recipe(runs, run, chosen, given, local or [], set_ or []), runs, dry_run, json_, quiet)
-
-
-@app.command()
-def report(
-    run: Annotated[list[str] | None, typer.Argument(help="Names of runs [default: the latest].")] = None,
-    runs: Runs = Path("runs"),
-    json_: Json = False,
-) -> None:
-    """Write the reports of runs as they stand: what was gained, what was forgotten."""
-    from qcft import api, console
-
-    names: list[str | None] = [*run] if run else [None]
-    reports = [api.report(name, runs) for name in names]
-    if json_:
-        console.print_json([{"run": found.name, "report": str(page), **found.table} for found, page in reports])
-    else:
-        for _, page in reports:
-            sys.stdout.write(f"{page}\n")

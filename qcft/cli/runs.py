@@ -116,14 +116,40 @@ def show(
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Show a run's tables: stages and languages, and what the stages were evaluated on."""
+    """Show a run's tables, stages and languages, what the stages were evaluated on, and what it cost."""
     from qcft import api, console
 
     found = api.read(run, runs)
+    cost = api.cost(found)
     if json_:
-        console.print_json(found.table)
+        console.print_json({**found.table, "cost": cost})
     else:
         console.print_table(found.table)
+        console.print_cost(cost)
+
+
+@app.command()
+def report(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs, several as arms [default: the latest].")
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="Folder to write [default: the run's, or report]."),
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Write the report of a run, or of several side by side: one page, Markdown, plots and tables as files."""
+    from qcft import api, console
+
+    with watched(False) as watch:
+        written = api.report(names or [], runs, watch, to)
+    if json_:
+        console.print_json(written)
+    else:
+        console.print_answer(written["question"], written["answer"])
+        sys.stdout.write(f"{written['page']}\n")
 
 
 def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
@@ -145,5 +171,5 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
         console.print_json({"run": done.name, "folder": str(done.folder), **done.table})
     else:
         console.print_table(done.table)
-        console.stderr().print(f"report: {done.folder / 'report' / 'report.md'}", style="dim", soft_wrap=True)
+        console.stderr().print(f"report: {done.folder / 'report' / 'report.html'}", style="dim", soft_wrap=True)
     api.raise_failed(done)

@@ -12,6 +12,7 @@ from qcft.files import write_text
 from qcft.recipe import Recipe
 from qcft.report.cells import header, stage_rows
 from qcft.report.markdown import markdown_table
+from qcft.report.standing import mean_of
 
 
 def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: str, what: str, adapter: bool) -> None:
@@ -52,8 +53,7 @@ def _abilities(table: Mapping[str, Any], last: str) -> str:
         means = []
         for english in (True, False):
             scores = [stage["groups"][g["name"]] for g in table["groups"] if g["english"] is english]
-            tokens = sum(s["answer_tokens"] for s in scores)
-            mean = sum(s["nll"] * s["answer_tokens"] for s in scores) / tokens if tokens else None
+            mean = mean_of(scores)
             means.append("-" if mean is None else f"{mean:.3f} ({sum(s['rows'] for s in scores)} rows)")
         rows.append([f"{stage['name']}, {stage['precision']}", *means])
     return markdown_table(["stage", "EA (English)", "MA (other languages)"], rows)

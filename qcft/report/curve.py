@@ -1,17 +1,17 @@
-"""The dial's curve: EA and MA over the scale of a phase's delta, as rows and as an SVG drawing."""
+"""The dial's curve: EA and MA over the scale of a phase's delta, as rows and as a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING, Any
 
-from qcft.files import write_text
+from qcft.report.arms import Arm
+from qcft.report.document import Block, Figure, Section, Table
+from qcft.report.plots import COLOURS, LINES, MARKERS, draw, legend_below
+from qcft.report.standing import ENGLISH, mean_of
 
-ENGLISH = "en"
-WIDTH, HEIGHT, MARGIN = 640, 360, 56
-COLOURS = {"EA": "#1f5fa8", "MA": "#c0392b"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -23,8 +23,8 @@ def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found.append(
             {
                 "scale": point["scale"],
-                "EA": _mean([g for g in groups.values() if g["lang"] == ENGLISH]),
-                "MA": _mean([g for g in groups.values() if g["lang"] != ENGLISH]),
+                "EA": mean_of(g for g in groups.values() if g["lang"] == ENGLISH),
+                "MA": mean_of(g for g in groups.values() if g["lang"] != ENGLISH),
                 "groups": {name: g["nll"] for name, g in groups.items()},
                 "rows": {name: g["rows"] for name, g in groups.items()},
                 "answers": point["answers"],
@@ -48,46 +48,48 @@ def curve_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
     return titles, rows
 
 
-def draw_curve(path: Path, points: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Write the curve as an SVG file; lower is better."""
-    lines = {key: [(p["scale"], p[key]) for p in points if p[key] is not None] for key in ("EA", "MA")}
-    values: list[float] = [value for line in lines.values() for _, value in line]
-    scales: list[float] = [p["scale"] for p in points]
-    across: tuple[float, float] = (min(scales), max(scales))
-    up: tuple[float, float] = (min(values), max(values))
-
-    def x(scale: float) -> float:
-        return MARGIN + (scale - across[0]) / ((across[1] - across[0]) or 1) * (WIDTH - 2 * MARGIN)
-
-    def y(value: float) -> float:
-        return HEIGHT - MARGIN - (value - up[0]) / ((up[1] - up[0]) or 1) * (HEIGHT - 2 * MARGIN)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{MARGIN}" y="24" font-size="14">{escape(title)}: NLL over the scale of its delta</text>',
-        f'<path d="M{MARGIN} {MARGIN}V{HEIGHT - MARGIN}H{WIDTH - MARGIN}" fill="none" stroke="#888"/>',
-    ]
-    parts += [
-        f'<text x="{x(s):.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{s:g}</text>'
-        for s in scales[:: max(1, len(scales) // 11)]
-    ]
-    parts += [f'<text x="{MARGIN - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>' for v in sorted(set(up))]
-    for number, (key, line) in enumerate(lines.items()):
-        if line:
-            places = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in line)
-            parts.append(f'<polyline points="{places}" fill="none" stroke="{COLOURS[key]}" stroke-width="2"/>')
-            parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="{COLOURS[key]}"/>' for s, v in line]
-            word = "English (EA)" if key == "EA" else "other languages (MA)"
-            place = f'x="{WIDTH - MARGIN}" y="{24 + 16 * number}" text-anchor="end"'
-            parts.append(f'<text {place} fill="{COLOURS[key]}">{word}</text>')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(parts) + "\n</svg>\n")
+def dial_section(arms: Sequence[Arm]) -> Section | None:
+    """The curve of every dial that a run was asked for."""
+    blocks: list[Block] = []
+    for arm in arms:
+        for run in arm.runs:
+            for name, stage in run.run.stages.items():
+                if not name.startswith("dial-"):
+                    continue
+                what = name.removeprefix("dial-") + (f" of {arm.label(run)}" if len(arms) > 1 else "")
+                file = f"{run.run.name}-{name}" if len(arms) > 1 else name
+                points = curve_points(stage.metrics["points"])
+                titles, rows = curve_rows(points)
+                blocks.append(_curve(points, file, what))
+                cells, records = tuple(map(tuple, rows)), tuple(map(_flat, points))
+                blocks.append(Table(file, f"The dial of {what}", tuple(titles), cells, records))
+    return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
 
-def _mean(groups: Sequence[Mapping[str, Any]]) -> float | None:
-    tokens = sum(g["answer_tokens"] for g in groups)
-    return sum(g["nll"] * g["answer_tokens"] for g in groups) / tokens if tokens else None
+def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{key: point[key] for key in ("scale", "EA", "MA")}, **point["groups"], **(point["answers"] or {})}
+
+
+def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
+    def body(axes: Axes) -> None:
+        for i, (key, word) in enumerate((("EA", "EA: English"), ("MA", "MA: other languages"))):
+            line = [(p["scale"], p[key]) for p in points if p[key] is not None]
+            if line:
+                axes.plot(
+                    [scale for scale, _ in line], [nll for _, nll in line], label=word, color=COLOURS[i],
+                    marker=MARKERS[i], linestyle=LINES[i],
+                )  # fmt: skip
+        axes.set_xlabel("scale of the delta")
+        axes.set_ylabel("NLL, nats per answer token")
+        legend_below(axes)
+
+    return draw(
+        name,
+        f"EA and MA at each scale of the delta of {what}: mean NLL per answer token, lower is better.",
+        "Curves of English and of the other languages over the scale of the delta; the numbers are in the table that "
+        "follows.",
+        body,
+    )
 
 
 def _cell(value: float | None) -> str:

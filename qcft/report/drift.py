@@ -1,18 +1,18 @@
-"""Drift as a table, in sentences, and as an SVG drawing: layer by layer, the frozen ones marked."""
+"""Drift as a table, in sentences, and as the report's section: layer by layer, the frozen ones marked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
-from qcft.files import write_text
+from qcft.files import read_json
+from qcft.report.arms import Arm, Evidence
+from qcft.report.document import Block, Figure, Prose, Section, Table
+from qcft.report.plots import COLOURS, FAINT, LINES, MARKERS, draw, legend_below
 
 MOST_ROWS = 12  # of a table; --json and drift.json have every layer
 BAR = 10
-COLOURS = ("#1f5fa8", "#c0392b", "#2e8b57", "#b8860b", "#7b4fa0", "#444444")
-WIDTH, PANEL, MARGIN = 640, 150, 56
+SHIFTS = {"mean_shift": "mean shift", "covariance_shift": "covariance shift", "cka": "CKA"}
 
 
 def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -70,68 +70,87 @@ NOTE = (
 )
 
 
-def draw_drift(path: Path, found: Mapping[str, Any], title: str) -> None:
-    """Write MPD, mean shift, covariance shift and 1 - CKA over the layers as an SVG file; frozen layers are grey."""
-    layers = found["layers"]
-    langs = list(found["text"])
-    by_lang: dict[str, Callable[[Mapping[str, float]], float]] = {
-        "mean shift": lambda shift: shift["mean_shift"],
-        "covariance shift": lambda shift: shift["covariance_shift"],
-        "1 - CKA": lambda shift: max(0.0, 1 - shift["cka"]),
-    }
-    panels: dict[str, list[tuple[str, list[float]]]] = {}
-    if found["parameters"]["mpd"] is not None:
-        panels["MPD"] = [("#888888", [layer["mpd"] for layer in layers])]
-    for name, value in by_lang.items():
-        panels[name] = [
-            (COLOURS[i % len(COLOURS)], [value(layer["languages"][lang]) for layer in layers])
-            for i, lang in enumerate(langs)
-        ]
-    height = 40 + len(panels) * PANEL + 24
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="{MARGIN}" y="24" font-size="14">{escape(title)}</text>',
-    ]
-    for i, lang in enumerate(langs):
-        place = f'x="{WIDTH - MARGIN - 40 * (len(langs) - 1 - i)}" y="24" text-anchor="end"'
-        parts.append(f'<text {place} fill="{COLOURS[i % len(COLOURS)]}">{escape(lang)}</text>')
-    frozen = [layer["layer"] for layer in layers if layer["frozen"]]
-    for number, (name, lines) in enumerate(panels.items()):
-        parts += _panel(40 + number * PANEL, name, lines, frozen)
-    parts.append(f'<text x="{WIDTH / 2}" y="{height - 8}" text-anchor="middle">layer</text>')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(parts) + "\n</svg>\n")
+def drift_section(arms: Sequence[Arm]) -> Section | None:
+    """A plot and a table of every drift that was measured."""
+    blocks: list[Block] = []
+    several = sum(len(arm.runs) for arm in arms) > 1
+    for arm in arms:
+        for run in arm.runs:
+            for stage, found in _drifts(run):
+                name = drift_name(stage) + (f"-{run.run.name}" if several else "")
+                what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
+                blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
+    return Section("drift", "Drift", tuple(blocks)) if blocks else None
 
 
-def _panel(top: float, name: str, lines: Sequence[tuple[str, list[float]]], frozen: Sequence[int]) -> list[str]:
-    count = len(lines[0][1])
-    most = max(max(values) for _, values in lines) or 1.0
-    low = top + PANEL - 20
+def drift_name(stage: str) -> str:
+    """The name of a drift's plot and table in the report of its run."""
+    return stage.replace("/", "-")
 
-    def x(layer: float) -> float:
-        return MARGIN + (layer + 0.5) / count * (WIDTH - 2 * MARGIN)
 
-    def y(value: float) -> float:
-        return low - value / most * (PANEL - 44)
+def _drifts(run: Evidence) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, stage in run.run.stages.items():
+        if name.startswith("drift/"):
+            found = read_json(stage.folder / "drift.json")
+            if found:
+                yield name, found
 
-    width = (WIDTH - 2 * MARGIN) / count
-    parts = [
-        f'<rect x="{x(layer) - width / 2:.1f}" y="{top + 20}" width="{width:.1f}" height="{PANEL - 40}" '
-        f'fill="#e8e8e8"><title>layer {layer} is frozen</title></rect>'
-        for layer in frozen
-    ]
-    parts += [
-        f'<path d="M{MARGIN} {top + 20}V{low}H{WIDTH - MARGIN}" fill="none" stroke="#888"/>',
-        f'<text x="{MARGIN + 4}" y="{top + 16}">{name}</text>',
-        f'<text x="{MARGIN - 6}" y="{y(most) + 4:.1f}" text-anchor="end">{most:.2g}</text>',
-        f'<text x="{MARGIN - 6}" y="{low}" text-anchor="end">0</text>',
-    ]
-    parts += [
-        f'<text x="{x(layer):.1f}" y="{low + 14}" text-anchor="middle">{layer}</text>'
-        for layer in range(0, count, max(1, count // 10))
-    ]
-    for colour, values in lines:
-        places = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
-        parts.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    return parts
+
+def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
+    layers, languages = found["layers"], list(found["text"])
+    numbers = [layer["layer"] for layer in layers]
+    with_mpd = found["parameters"]["mpd"] is not None
+
+    def body(panels: Any) -> None:
+        panels = list(panels)
+        if with_mpd:
+            first = panels.pop(0)
+            first.bar(numbers, [layer["mpd"] for layer in layers], color=FAINT)
+            first.set_ylabel("MPD")
+        for axes, (key, word) in zip(panels, SHIFTS.items(), strict=True):
+            for i, lang in enumerate(languages):
+                axes.plot(
+                    numbers, [layer["languages"][lang][key] for layer in layers], color=COLOURS[i % len(COLOURS)],
+                    linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], markersize=3.5, linewidth=1.2,
+                    label=lang if key == "cka" else None,
+                )  # fmt: skip
+            axes.set_ylabel(word)
+        for axes in [*([first] if with_mpd else []), *panels]:
+            for layer in layers:
+                if layer["frozen"]:
+                    axes.axvspan(
+                        layer["layer"] - 0.5, layer["layer"] + 0.5, facecolor="none", edgecolor=FAINT, hatch="////",
+                        linewidth=0, alpha=0.5, zorder=0,
+                    )  # fmt: skip
+        panels[-1].set_xlabel("decoder layer (hatched: frozen)")
+        legend_below(panels[-1], columns=4)
+
+    return draw(
+        name,
+        f"How far each layer moved {what}: its weights (MPD), and its hidden states on the same text in each language.",
+        "MPD, mean shift, covariance shift and CKA over the layers; the numbers are in the table that follows.",
+        body,
+        height=1.6 * (3 + with_mpd) + 0.6,
+        panels=3 + with_mpd,
+    )
+
+
+def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
+    rows, records = [], []
+    for layer in found["layers"]:
+        cells = [f"{layer['layer']}{' frozen' if layer['frozen'] else ''}"]
+        cells.append("-" if layer["mpd"] is None else f"{layer['mpd']:.4f}")
+        for lang, shift in layer["languages"].items():
+            cells.append(f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}")
+            records.append(
+                {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"], "lang": lang, **shift}
+            )
+        rows.append(tuple(cells))
+    return Table(
+        name,
+        f"Drift {what}",
+        ("layer", "MPD", *(f"{lang}\nmean  cov  CKA" for lang in found["text"])),
+        tuple(rows),
+        tuple(records),
+        f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}.",
+    )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from qcft.files import read_json
+from qcft.report.arms import Arm
+from qcft.report.document import Block, Prose, Section, Table
 
 
 def similarity_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -20,6 +24,24 @@ def similarity_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     for word, entry in found["scale"]["qcft"].items():
         rows.append([f"qcft's {word} pair", *_cells(entry)])
     return [f"DES by {found['encoder']['name']}", "value", "95% interval", "rows"], rows
+
+
+def similarity_section(arms: Sequence[Arm]) -> Section | None:
+    """What `qcft similarity` left beside a run's report."""
+    blocks: list[Block] = []
+    several = sum(len(arm.runs) for arm in arms) > 1
+    for arm in arms:
+        for run in arm.runs:
+            found = read_json(run.run.folder / "report" / "similarity.json")
+            if found:
+                titles, rows = similarity_rows(found)
+                records = tuple(dict(zip(titles, row, strict=True)) for row in rows)
+                of = f" of {arm.label(run)}" if several else ""
+                name = f"similarity-{run.run.name}" if several else "similarity"
+                cells = tuple(map(tuple, rows))
+                blocks.append(Table(name, f"Similarity of the data{of}", tuple(titles), cells, records, words=(0, 3)))
+                blocks.append(Prose(tuple(found["says"])))
+    return Section("similarity", "How alike the phases' instructions are", tuple(blocks)) if blocks else None
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,113 @@
+"""Runs as arms of one comparison: which differ in their seed only, and what sets the others apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from qcft.pipeline import Run, Stage
+from qcft.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One run as far as it is done. `changes`: of each phase's adapter, ||s B A||_F^2 by module."""
+
+    recipe: Recipe
+    run: Run
+    changes: Mapping[str, Mapping[str, float]]
+
+    @property
+    def last(self) -> Stage | None:
+        """The measurement of the last phase, once it is done."""
+        return self.run.stages.get(f"eval/{self.recipe.phases[-1].name}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant: runs that differ in their seed only. `sets` is what makes the first arm's recipe this one's."""
+
+    name: str
+    runs: tuple[Evidence, ...]
+    sets: Mapping[str, Any]
+
+    def label(self, evidence: Evidence) -> str:
+        """The arm, and where it has several runs the seed."""
+        return self.name if len(self.runs) == 1 else f"{self.name}, seed {evidence.recipe.seed}"
+
+
+def arms_of(found: Sequence[Evidence], named: Mapping[str, str] | None = None) -> tuple[Arm, ...]:
+    """Runs as arms, in their order; `named` gives the arm of each run, where an ablation made them."""
+    alike: dict[str, list[Evidence]] = {}
+    for evidence in found:
+        document = evidence.recipe.model_dump(mode="json", exclude={"name", "seed"})
+        key = named[evidence.run.name] if named else json.dumps(document, sort_keys=True)
+        alike.setdefault(key, []).append(evidence)
+    first = found[0].recipe
+    return tuple(
+        Arm(key if named else _name(runs), tuple(runs), differences(first, runs[0].recipe))
+        for key, runs in alike.items()
+    )
+
+
+def shared_by(runs: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm]) -> str:
+    """Which of all runs these are, in a few words: `all`, `all, seed 0`, or the arms with their seeds."""
+    every = [(arm, run) for arm in arms for run in arm.runs]
+    if len(runs) == len(every):
+        return "all"
+    seeds = {run.recipe.seed for _, run in runs}
+    if len(seeds) == 1 and len(runs) == sum(run.recipe.seed in seeds for _, run in every) > 1:
+        return f"all, seed {min(seeds)}"
+    counts = Counter(arm.name for arm, _ in runs)
+    whole = {arm.name for arm, _ in runs if counts[arm.name] == len(arm.runs)}
+    return "; ".join(dict.fromkeys(arm.name if arm.name in whole else arm.label(run) for arm, run in runs))
+
+
+def _name(runs: Sequence[Evidence]) -> str:
+    names = [evidence.run.name for evidence in runs]
+    if len(names) == 1:
+        return names[0]
+    shared = os.path.commonprefix(names)  # noqa: RUF071 (these are names, not paths)
+    shared = shared.rstrip("0123456789").removesuffix("seed").removesuffix("s").rstrip("-_.")
+    return shared or names[0]
+
+
+def differences(first: Recipe, other: Recipe) -> dict[str, Any]:
+    """The recipe keys, as `--set` takes them, that make `first` into `other`; its name and seed apart."""
+    top = {"name", "seed", "phases"}
+    found = _differing(first, other, "", top)
+    before, after = ({phase.name: phase for phase in recipe.phases} for recipe in (first, other))
+    kept = [name for name in before if name in after]
+    if kept != list(after):  # a phase that is new, or in another place
+        return found | {"phases": [phase.model_dump(mode="json", exclude_defaults=True) for phase in other.phases]}
+    found |= {name: None for name in before if name not in after}
+    for name in kept:
+        found |= _differing(before[name], after[name], f"{name}.")
+    return found
+
+
+def flow(value: Any) -> str:
+    """A value on one line, as `--set` reads it."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()
+
+
+def _differing(before: BaseModel, after: BaseModel, prefix: str, apart: set[str] | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key in type(after).model_fields:
+        old, new = getattr(before, key), getattr(after, key)
+        if old == new or key in (apart or ()):
+            continue
+        if isinstance(new, BaseModel) and type(old) is type(new):
+            found |= _differing(old, new, f"{prefix}{key}.")
+        else:
+            short = after.model_dump(mode="json", include={key}, exclude_defaults=True)
+            found[prefix + key] = short.get(key, after.model_dump(mode="json", include={key})[key])
+    return found

@@ -1,0 +1,166 @@
+"""Layer by layer: which carry adapters, how much each phase changed them, what freezing went by."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qcft.files import read_json
+from qcft.report.arms import Arm, Evidence
+from qcft.report.document import Block, Figure, Section, Table
+from qcft.report.plots import COLOURS, FAINT, HATCHES, INK, PAPER, draw, legend_below
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LAYER = re.compile(r"\.(\d+)\.")
+SHADES = 7  # of the map: few enough to be told apart
+
+
+def layers_section(arms: Sequence[Arm]) -> Section | None:
+    """The phases of one run side by side, or the last phase of each arm."""
+    first = arms[0].runs[0]
+    if len(arms) == 1:
+        columns = {phase: by_layer(modules) for phase, modules in first.changes.items()}
+        frozen = {phase: frozen_layers(first, phase) for phase in columns}
+    else:
+        last = {arm.name: arm.runs[0].recipe.phases[-1].name for arm in arms}
+        columns = {arm.name: by_layer(arm.runs[0].changes.get(last[arm.name], {})) for arm in arms}
+        frozen = {arm.name: frozen_layers(arm.runs[0], last[arm.name]) for arm in arms}
+    columns = {name: changes for name, changes in columns.items() if changes}
+    if not columns:
+        return None
+    count = 1 + max(max((*changes, *frozen[name])) for name, changes in columns.items())
+    blocks: list[Block] = [(_bars if len(arms) == 1 else _map)(columns, frozen, count)]
+    seeds = len(arms) > 1 and any(len(arm.runs) > 1 for arm in arms)
+    note = " Of each arm's first seed." if seeds else ""
+    blocks.append(_table(columns, frozen, count, _measured(first) if len(arms) == 1 else {}, note))
+    return Section("layers", "Layer by layer", tuple(blocks))
+
+
+def by_layer(modules: Mapping[str, float]) -> dict[int, float]:
+    """||s B A||_F of each decoder layer, from the squared norms of its modules; embeddings and heads left out."""
+    squares: dict[int, float] = {}
+    for name, square in modules.items():
+        if found := LAYER.search(name):
+            squares[int(found[1])] = squares.get(int(found[1]), 0.0) + square
+    return {layer: math.sqrt(square) for layer, square in squares.items()}
+
+
+def frozen_layers(run: Evidence, phase: str) -> list[int]:
+    """The layers without any adapter in a phase."""
+    stage = run.run.stages.get(phase)
+    return list(stage.metrics.get("frozen_layers", ())) if stage else []
+
+
+def _measured(run: Evidence) -> dict[int, float]:
+    """The signal-to-noise ratio a freeze spec went by, where one did: the mean of a layer's modules."""
+    for stage in run.run.stages.values():
+        if stage.step.startswith("layers-") and stage.metrics.get("measure") == "snr":
+            found: dict[int, list[float]] = {}
+            for name, value in read_json(stage.folder / "layers.json")["modules"].items():
+                if place := LAYER.search(name):
+                    found.setdefault(int(place[1]), []).append(value)
+            return {layer: sum(values) / len(values) for layer, values in found.items()}
+    return {}
+
+
+def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]], count: int) -> Figure:
+    def body(axes: Axes) -> None:
+        wide = 0.8 / len(columns)
+        for i, (name, changes) in enumerate(columns.items()):
+            places = [layer - 0.4 + wide * (i + 0.5) for layer in range(count)]
+            axes.bar(
+                places, [changes.get(layer, 0.0) for layer in range(count)], wide, label=name,
+                color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i % len(HATCHES)], edgecolor=PAPER, linewidth=0.4,
+            )  # fmt: skip
+        shown: set[str] = set()
+        for i, (name, layers) in enumerate(frozen.items()):
+            axes.plot(
+                layers, [0] * len(layers), linestyle="", marker="+x*1"[i % 4], markersize=5, color=INK, clip_on=False,
+                label=f"frozen in {name}" if layers and name not in shown else None, zorder=4,
+            )  # fmt: skip
+            shown.add(name)
+        axes.set_xlim(-0.7, count - 0.3)
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("norm of change")
+        legend_below(axes)
+
+    return draw(
+        "layers",
+        "How much each phase changed each layer: the Frobenius norm of the delta that its adapter adds.",
+        "Bars of the change in each layer, phase by phase; the numbers are in the table that follows.",
+        body,
+        height=3.4,
+    )
+
+
+def _map(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]], count: int) -> Figure:
+    most = max(max(changes.values()) for changes in columns.values())
+
+    def body(axes: Axes) -> None:
+        import numpy as np
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import BoundaryNorm
+        from matplotlib.patches import Rectangle
+        from matplotlib.ticker import MaxNLocator
+
+        steps = MaxNLocator(SHADES).tick_values(0, most)
+        shades = ScalarMappable(BoundaryNorm(steps, 256), "cividis")
+        for row, changes in enumerate(columns.values()):
+            colours = dict(zip(changes, shades.to_rgba(np.array(list(changes.values()))), strict=True))
+            for layer in range(count):
+                look: dict[str, Any] = {"edgecolor": FAINT, "facecolor": PAPER, "hatch": "////"}
+                if layer in colours:
+                    look = {"edgecolor": PAPER, "facecolor": colours[layer]}
+                axes.add_patch(Rectangle((layer - 0.5, row - 0.4), 1, 0.8, linewidth=0.4, **look))
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.set_ylim(len(columns) - 0.5, -0.5)
+        axes.set_yticks(range(len(columns)), list(columns))
+        axes.tick_params(left=False, labelcolor=INK)
+        axes.grid(visible=False)
+        axes.set_xlabel("decoder layer (white, hatched: frozen)")
+        bar = axes.figure.colorbar(shades, ax=axes, location="bottom", aspect=40, pad=0.02, label="norm of change")
+        bar.outline.set_visible(False)
+
+    return draw(
+        "layers",
+        "How much the last phase changed each layer, arm by arm: the Frobenius norm of the delta its adapter adds.",
+        "A map of arms by layers; the numbers are in the table that follows.",
+        body,
+        height=1.6 + 0.32 * len(columns),
+    )
+
+
+def _table(
+    columns: Mapping[str, dict[int, float]],
+    frozen: Mapping[str, list[int]],
+    count: int,
+    snr: Mapping[int, float],
+    note: str,
+) -> Table:
+    most = max(max(changes.values()) for changes in columns.values())
+    places = 3 if most >= 0.1 else 6
+    rows, records = [], []
+    for layer in range(count):
+        cells = [str(layer)]
+        record: dict[str, Any] = {"layer": layer}
+        for name, changes in columns.items():
+            cells.append("frozen" if layer in frozen[name] else f"{changes.get(layer, 0.0):.{places}f}")
+            record |= {f"{name} change": changes.get(layer, 0.0), f"{name} frozen": layer in frozen[name]}
+        if snr:
+            cells.append(f"{snr[layer]:.3g}" if layer in snr else "-")
+            record["snr"] = snr.get(layer)
+        rows.append(tuple(cells))
+        records.append(record)
+    return Table(
+        "layers",
+        "Norm of the change in each layer",
+        ("layer", *columns, *(("signal to noise",) if snr else ())),
+        tuple(rows),
+        tuple(records),
+        f"||s B A||_F over the layer's adapted modules.{note}"
+        + (" Signal to noise: the mean of the layer's modules, before the phase." if snr else ""),
+    )

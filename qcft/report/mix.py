@@ -1,0 +1,129 @@
+"""What the phases trained on: sources and replay, by rows and by answer tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qcft.report.arms import Arm, Evidence, shared_by
+from qcft.report.document import Block, Figure, Section, Table
+from qcft.report.plots import COLOURS, HATCHES, INK, PAPER, draw, legend_below
+from qcft.report.training import Trained, trainings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def mix_section(arms: Sequence[Arm]) -> Section | None:
+    """The mixes of the last phase as bars, and a table of every training's sources."""
+    found = trainings(arms)
+    if not found:
+        return None
+    mixes = list(_alike(found).values())
+    last = [mix for mix in mixes if mix.trained.phase == found[-1].phase]
+    blocks: list[Block] = []
+    if any(len(mix.trained.metrics["mix"]) > 1 for mix in last):
+        blocks.append(_bars(last, arms))
+    blocks.append(_table(mixes, arms))
+    return Section("mix", "What was trained on", tuple(blocks))
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """A training that stands for all that were fed the same rows of the same sources."""
+
+    trained: Trained
+    runs: list[tuple[Arm, Evidence]]
+
+
+def _alike(found: Sequence[Trained]) -> dict[str, _Mix]:
+    mixes: dict[str, _Mix] = {}
+    for one in found:
+        fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
+        key = json.dumps([one.phase, one.metrics["mix"], fed])
+        mixes.setdefault(key, _Mix(one, [])).runs.extend(one.runs)
+    return mixes
+
+
+def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
+    """A bar of rows and one of answer tokens for each mix that an arm's first run had."""
+    mixes = [mix for mix in mixes if _names(mix)]
+    phase = mixes[0].trained.phase
+    sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.trained.metrics["mix"]))
+    lines = [
+        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix.trained, key)
+        for mix in mixes
+        for key, word in (("rows", "rows"), ("answer_tokens", "answer tokens"))
+    ]
+
+    def body(axes: Axes) -> None:
+        for i, source in enumerate(sources):
+            widths, starts = [], []
+            for _, one, key in lines:
+                shares = {share["source"]: share[key] for share in one.metrics["mix"]}
+                total = sum(shares.values())
+                before = sum(shares.get(name, 0) for name in sources[:i])
+                starts.append(100 * before / total)
+                widths.append(100 * shares.get(source, 0) / total)
+            axes.barh(
+                range(len(lines)), widths, left=starts, color=COLOURS[i % len(COLOURS)], label=source,
+                hatch=HATCHES[i % len(HATCHES)], edgecolor=PAPER, linewidth=0.8, height=0.8,
+            )  # fmt: skip
+        axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(left=False, labelcolor=INK)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel(f"% of {phase}'s mix")
+        legend_below(axes, columns=1)
+
+    return draw(
+        "mix",
+        f"The mix of {phase}: each source's share of the rows, and of the answer tokens, which carry the loss."
+        + (" Of each arm's first seed." if any(len(arm.runs) > 1 for arm in arms) else ""),
+        "Stacked bars of each source's share; the numbers are in the table that follows.",
+        body,
+        height=1.0 + 0.42 * len(lines) + 0.2 * len(sources),
+    )
+
+
+def _names(mix: _Mix) -> str:
+    return ", ".join(arm.name for arm, run in mix.runs if run is arm.runs[0])
+
+
+def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
+    several = sum(len(arm.runs) for arm in arms) > 1
+    rows: list[tuple[str, ...]] = []
+    records: list[Mapping[str, Any]] = []
+    for alike in mixes:
+        one = alike.trained
+        mix = one.metrics["mix"]
+        fed = {entry["source"]: entry for entry in one.metrics["exposure"]}
+        total = {key: sum(share[key] for share in mix) for key in ("rows", "tokens")}
+        for share in mix:
+            seen = fed.get(share["source"], {"rows": 0, "tokens": 0, "answer_tokens": 0})
+            cells = [
+                one.phase,
+                share["source"],
+                f"{share['rows']:,} ({share['rows'] / total['rows']:.1%})",
+                f"{share['tokens']:,} ({share['tokens'] / total['tokens']:.1%})",
+                f"{share['answer_tokens']:,}",
+                f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
+                ", ".join(f"{n} {reason}" for reason, n in share["left_out"].items()) or "none",
+            ]
+            if several:
+                cells.insert(1, shared_by(alike.runs, arms))
+            rows.append(tuple(cells))
+            records.append(
+                {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in alike.runs)}
+                | {"source": share["source"]}
+                | {key: share[key] for key in ("rows", "tokens", "answer_tokens")}
+                | {f"trained_{key}": seen[key] for key in ("rows", "tokens", "answer_tokens")}
+            )
+    head = ["phase", "source", "rows", "tokens", "answer tokens", "trained, all epochs", "left out"]
+    if several:
+        head.insert(1, "of")
+    words = (0, 1, 2, 7) if several else (0, 1, 6)
+    return Table("mix", "Sources, and what was fed of them", tuple(head), tuple(rows), tuple(records), words=words)

@@ -1,0 +1,237 @@
+"""The report's first section: EA against MA, with the arms' seeds, and the answer that stands at the top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qcft.measure.stats import Difference
+from qcft.report.arms import Arm, Evidence
+from qcft.report.cells import conclusion
+from qcft.report.document import Figure, Section, Table
+from qcft.report.plots import COLOURS, FAINT, INK, MARKERS, PAPER, draw, legend_below
+from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, front, mean_of, standings, verdict
+from qcft.report.suites import last_averages
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+UNIT = "NLL, nats per answer token"
+
+
+def question_and_answer(arms: Sequence[Arm]) -> tuple[str, str]:
+    """What was asked of these runs, and the answer, a line each."""
+    languages = _languages(arms)
+    gain = f"gain in {languages}" if languages else "gain"
+    if len(arms) == 1:
+        evidence = arms[0].runs[0]
+        asked = f"What did {arms[0].name} {gain}, and what English did it forget?"
+        told = " ".join(conclusion(evidence.run.table)[:2])
+        return asked, told or "Not known yet: its last phase is not measured."
+    asked = f"Which of {len(arms)} arms kept the most English for the most {gain}?"
+    found = standings(arms)
+    said = verdict(found)
+    if said is None:
+        why = "no arm gained in the other languages" if found else "too few arms are measured on the same rows"
+        return asked, f"None can be named: {why}."
+    return asked, _told(said, len(found))
+
+
+def ability_section(arms: Sequence[Arm]) -> Section | None:
+    """EA against MA: the arms, or one run's stages."""
+    found = standings(arms)
+    if not found:
+        return None
+    if len(arms) == 1 and len(arms[0].runs) == 1:
+        return Section("abilities", "English against the other languages", (_path(arms[0].runs[0]),))
+    tasks = last_averages(arms)
+    first = (_pareto_of_tasks(tasks),) if tasks else ()
+    return Section("abilities", "English against the other languages", (*first, _pareto(found), _table(found)))
+
+
+def _told(said: Verdict, arms: int) -> str:
+    best = said.best
+    text = (
+        f"{best.arm.name}: English {_moved(best.lost)} since {best.since}, the other languages {_moved(best.gained)} "
+        "since the base"
+    )
+    if said.behind:
+        equal = [name for name, d in said.behind.items() if d.low <= 0]
+        beaten = [name for name in said.behind if name not in equal]
+        text += f"; more English than {', '.join(beaten)}" if beaten else ""
+        text += f"; not told apart from {', '.join(equal)}" if equal else ""
+    far = arms - len(said.near)
+    text += f"; {far} gained less than {NEAR:.0%} of the most" if far else ""
+    return f"{text}."
+
+
+def _moved(change: Difference) -> str:
+    word = "lost" if change.value > 0 else "gained"
+    low, high = sorted((abs(change.low), abs(change.high))) if change.is_clear else (change.low, change.high)
+    return f"{word} {abs(change.value):.3f} nats [{low:.3f}, {high:.3f}]"
+
+
+def _languages(arms: Sequence[Arm]) -> str:
+    groups = [g["lang"] for arm in arms for run in arm.runs for g in run.run.table["groups"] if not g["english"]]
+    names = [name for name in dict.fromkeys(groups) if name != "?"]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
+
+
+def _pareto(found: Sequence[Standing]) -> Figure:
+    before = {s.arm.runs[0].run.stages[f"eval/{s.since}"].step for s in found}
+
+    def body(axes: Axes) -> None:
+        places = {s.arm.name: list(zip(s.english, s.others, strict=True)) for s in found}
+        _scatter(axes, places, {s.arm.name for s in found if s.front})
+        if len(before) == 1:
+            level = found[0].place[0] - found[0].lost.value
+            axes.axhline(level, color=INK, linewidth=1, linestyle="--", zorder=1)
+            axes.annotate(
+                f"English after {found[0].since}", (1, level), xycoords=("axes fraction", "data"),
+                xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9,
+            )  # fmt: skip
+        _better_up_and_right(axes)
+        legend_below(axes)
+
+    return draw(
+        "pareto",
+        f"EA against MA at the end of each arm: mean {UNIT}, on the same held-out rows; up and to the right is "
+        f"better.{_seeds([s.english for s in found])}",
+        "Scatter plot of English against the other languages, arm by arm; the numbers are in the table that follows.",
+        body,
+        height=3.6,
+    )
+
+
+def _pareto_of_tasks(places: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    means = {name: tuple(-sum(side) / len(side) for side in zip(*runs, strict=True)) for name, runs in places.items()}
+
+    def body(axes: Axes) -> None:
+        percent = {name: [(100 * ea, 100 * ma) for ea, ma in runs] for name, runs in places.items()}
+        _scatter(axes, percent, front(means))
+        axes.margins(0.12)
+        axes.set_xlabel("MA: tasks in other languages, %")
+        axes.set_ylabel("EA: English tasks, %")
+        legend_below(axes)
+
+    return draw(
+        "pareto-tasks",
+        "EA against MA at the end of each arm: mean scores of the tasks, in percent; up and to the right is "
+        f"better.{_seeds(list(places.values()))}",
+        "Scatter plot of English tasks against those in other languages; the numbers are in the table of tasks.",
+        body,
+        height=3.6,
+    )
+
+
+def _scatter(axes: Axes, places: Mapping[str, Sequence[tuple[float, float]]], best: set[str]) -> None:
+    """Each arm's runs (EA, MA), their mean and spread, and a line through the `best`."""
+    means = {}
+    for i, (name, runs) in enumerate(places.items()):
+        look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+        english, others = zip(*runs, strict=True)
+        means[name] = here = (sum(others) / len(others), sum(english) / len(english))
+        if len(runs) > 1:
+            axes.plot(others, english, linestyle="", markersize=4, alpha=0.55, **look)
+            axes.errorbar(
+                *here, xerr=_spread(others), yerr=_spread(english), fmt="none", ecolor=FAINT, capsize=3, linewidth=1
+            )
+        axes.plot(
+            *here, linestyle="", markersize=9, markeredgecolor=INK if name in best else PAPER, markeredgewidth=1.2,
+            label=name, zorder=3, **look,
+        )  # fmt: skip
+    line = sorted(means[name] for name in best)
+    axes.plot([x for x, _ in line], [y for _, y in line], color=FAINT, linewidth=1, linestyle=":", zorder=1)
+
+
+def _seeds(arms: Sequence[Sequence[Any]]) -> str:
+    rims = " Rims, dotted line: no other arm is better at both."
+    if all(len(runs) == 1 for runs in arms):
+        return rims
+    return f" Large: the mean over seeds; small: each seed; bars: from the least to the most.{rims}"
+
+
+def _path(evidence: Evidence) -> Figure:
+    stages = evidence.run.table["stages"]
+    places: list[tuple[str, Any, Any]] = []
+    for stage in stages:
+        groups = stage["groups"].values()
+        english, others = (mean_of(g for g in groups if (g["lang"] == ENGLISH) is side) for side in (True, False))
+        places.append((f"{stage['name']}, {stage['precision']}", others, english))
+
+    def body(axes: Axes) -> None:
+        axes.plot([p[1] for p in places], [p[2] for p in places], color=FAINT, linewidth=1, linestyle=":", zorder=1)
+        for i, (name, others, english) in enumerate(places):
+            axes.plot(
+                others, english, linestyle="", markersize=8, marker=MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)], markeredgecolor=PAPER, label=name,
+            )  # fmt: skip
+        _better_up_and_right(axes)
+        legend_below(axes)
+
+    return draw(
+        "stages",
+        f"EA against MA, stage by stage: mean {UNIT}, on held-out rows; up and to the right is better. 4 bits cost a "
+        "small model much by themselves: compare within one precision.",
+        "The way of the model from stage to stage, English against the other languages; the numbers are in the table "
+        "of stages and languages.",
+        body,
+        height=3.6,
+    )
+
+
+def _better_up_and_right(axes: Axes) -> None:
+    axes.margins(0.12)
+    axes.set_xlabel(f"MA: other languages ({UNIT})")
+    axes.set_ylabel("EA: English (NLL)")
+    axes.invert_xaxis()
+    axes.invert_yaxis()
+
+
+def _spread(values: Sequence[float]) -> list[list[float]]:
+    mean = sum(values) / len(values)
+    return [[mean - min(values)], [max(values) - mean]]
+
+
+def _table(found: Sequence[Standing]) -> Table:
+    rows, records = [], []
+    for standing in found:
+        english, others = standing.place
+        lost, gained = standing.lost, standing.gained
+        rows.append(
+            (
+                standing.arm.name + ("\u00a0*" if standing.front else ""),
+                str(len(standing.english)),
+                _level(english, standing.english),
+                _level(others, standing.others),
+                f"{lost.value:+.3f} since {standing.since}\n[{lost.low:+.3f}, {lost.high:+.3f}]",
+                f"{gained.value:+.3f}\n[{gained.low:+.3f}, {gained.high:+.3f}]",
+            )
+        )
+        for run, ea, ma in zip(standing.arm.runs, standing.english, standing.others, strict=True):
+            records.append(
+                {"arm": standing.arm.name, "run": run.run.name, "seed": run.recipe.seed, "ea_nll": ea, "ma_nll": ma}
+                | {"front": standing.front}
+            )
+    return Table(
+        "abilities",
+        "EA and MA, arm by arm",
+        (
+            "arm",
+            "runs",
+            "EA: English",
+            "MA: other languages",
+            "change of English",
+            "change since the base",
+        ),
+        tuple(rows),
+        tuple(records),
+        f"Mean {UNIT}, lower is better; in brackets under a level its seeds, under a change its 95% interval (paired "
+        f"bootstrap over {found[0].lost.rows} English and {found[0].gained.rows} other rows, the runs' mean). "
+        f"* No other arm is better at both. The answer names the arm with the most English among those with at least "
+        f"{NEAR:.0%} of the largest gain.",
+    )
+
+
+def _level(mean: float, runs: Sequence[float]) -> str:
+    return f"{mean:.3f}" if len(runs) == 1 else f"{mean:.3f}\n[{min(runs):.3f} to {max(runs):.3f}]"

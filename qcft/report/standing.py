@@ -1,0 +1,149 @@
+"""English and multilingual ability (EA, MA), arm by arm: which kept the most English for the most gain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qcft.files import read_json
+from qcft.measure.score import RowScore
+from qcft.measure.stats import Difference, difference
+from qcft.report.arms import Arm, Evidence
+
+ENGLISH = "en"
+NEAR = 0.9  # arms with at least this share of the largest gain compete for the most English
+
+
+def mean_of(groups: Iterable[Mapping[str, Any]]) -> float | None:
+    """Mean NLL per answer token over groups of held-out rows; None without any."""
+    groups = list(groups)
+    tokens = sum(g["answer_tokens"] for g in groups)
+    return sum(g["nll"] * g["answer_tokens"] for g in groups) / tokens if tokens else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An arm at its last stage: mean NLL per answer token of English and of the others, run by run; lower is better.
+
+    The changes are means over the arm's runs, with 95% intervals over rows: `lost` (English) since the stage named
+    `since`, `gained` (the others; below zero is a gain) since the base as it is loaded. `front`: no other arm is
+    better at both.
+    """
+
+    arm: Arm
+    english: tuple[float, ...]
+    others: tuple[float, ...]
+    lost: Difference
+    gained: Difference
+    since: str
+    front: bool = False
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """EA and MA, means over runs."""
+        return _mean(self.english), _mean(self.others)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The arm that kept the most English among those `near` the largest gain; `behind` holds, of the others near it,
+    how much more English NLL they have, with a paired 95% interval over the same rows."""
+
+    best: Standing
+    near: tuple[Standing, ...]
+    behind: Mapping[str, Difference]
+
+
+def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
+    """The arms that are measured to their end, on the rows that all of them were measured on."""
+    done = [arm for arm in arms if all(run.last for run in arm.runs)]
+    english, others = common_groups(done)
+    if not english or not others:
+        return ()
+    found = []
+    for arm in done:
+        since = f"eval/{arm.runs[0].recipe.phases[0].name}" if len(arm.runs[0].recipe.phases) > 1 else "eval/base"
+        if not all({since, "eval/base"} <= run.run.stages.keys() for run in arm.runs):
+            continue
+        found.append(
+            Standing(
+                arm,
+                tuple(_level(run, english) for run in arm.runs),
+                tuple(_level(run, others) for run in arm.runs),
+                difference(_rows(arm, since, english), _rows(arm, None, english)),
+                difference(_rows(arm, "eval/base", others), _rows(arm, None, others)),
+                since.removeprefix("eval/"),
+            )
+        )
+    best = front({s.arm.name: s.place for s in found})
+    return tuple(replace(s, front=s.arm.name in best) for s in found)
+
+
+def front(places: Mapping[str, tuple[float, ...]]) -> set[str]:
+    """Those whose place no other beats: as low everywhere, and lower somewhere."""
+    return {
+        name
+        for name, place in places.items()
+        if not any(
+            other != place and all(a <= b for a, b in zip(other, place, strict=True)) for other in places.values()
+        )
+    }
+
+
+def verdict(found: Sequence[Standing]) -> Verdict | None:
+    """Which arm kept the most English for the most gain; None where nothing was gained."""
+    most = max((-s.gained.value for s in found), default=0.0)
+    if most <= 0:
+        return None
+    near = tuple(s for s in found if -s.gained.value >= NEAR * most)
+    best = min(near, key=lambda s: s.place)
+    english, _ = common_groups([s.arm for s in found])
+    rows = _rows(best.arm, None, english)
+    behind = {s.arm.name: difference(rows, _rows(s.arm, None, english)) for s in near if s is not best}
+    return Verdict(best, near, behind)
+
+
+def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
+    """The English groups and the others whose rows, and their tokens, are the same at every arm's last stage."""
+    seen = [
+        {
+            name: [(entry["key"], entry["tokens"]) for entry in entries]
+            for name, entries in _scores(run.last.folder).items()
+        }
+        for arm in arms
+        for run in arm.runs
+        if run.last
+    ]
+    if not seen:
+        return [], []
+    names = [name for name, rows in seen[0].items() if all(other.get(name) == rows for other in seen)]
+    languages = {g["name"]: g["lang"] for g in arms[0].runs[0].run.table["groups"]}
+    return [n for n in names if languages[n] == ENGLISH], [n for n in names if languages[n] != ENGLISH]
+
+
+def _level(run: Evidence, groups: Sequence[str]) -> float:
+    assert run.last is not None
+    mean = mean_of(run.last.metrics["groups"][name] for name in groups)
+    assert mean is not None
+    return mean
+
+
+def _rows(arm: Arm, stage: str | None, groups: Sequence[str]) -> list[RowScore]:
+    """Each row's score at a stage (None: the last), its NLL the mean over the arm's runs."""
+    found = []
+    for run in arm.runs:
+        measured = run.run.stages[stage] if stage else run.last
+        assert measured is not None
+        scores = _scores(measured.folder)
+        found.append([entry for name in groups for entry in scores[name]])
+    return [RowScore(_mean([e["nll"] for e in row]), row[0]["tokens"], 0) for row in zip(*found, strict=True)]
+
+
+def _scores(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return dict(read_json(folder / "scores.json"))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

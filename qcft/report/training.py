@@ -1,0 +1,168 @@
+"""How the phases trained: curves of the loss over tokens, and how long each arm trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.report.arms import Arm, Evidence, shared_by
+from qcft.report.document import Block, Figure, Section, Table
+from qcft.report.plots import COLOURS, LINES, MARKERS, draw, legend_below
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training: its phase and step, the runs that share it, and its log, step by step."""
+
+    phase: str
+    step: str
+    runs: tuple[tuple[Arm, Evidence], ...]
+    metrics: Mapping[str, Any]
+    seconds: float
+    log: tuple[Mapping[str, Any], ...]
+
+
+def trainings(arms: Sequence[Arm]) -> list[Trained]:
+    """Every done training once, phase by phase."""
+    found: dict[str, Trained] = {}
+    phases = dict.fromkeys(phase.name for arm in arms for run in arm.runs for phase in run.recipe.phases)
+    for phase in phases:
+        for arm in arms:
+            for run in arm.runs:
+                stage = run.run.stages.get(phase)
+                if stage is None or not stage.step.startswith("train-"):
+                    continue
+                before = found.get(stage.step)
+                sharing = (*(before.runs if before else ()), (arm, run))
+                found[stage.step] = Trained(
+                    phase, stage.step, sharing, stage.metrics, stage.seconds, _log(stage.folder / "log.jsonl")
+                )
+    return list(found.values())
+
+
+def training_section(arms: Sequence[Arm]) -> Section | None:
+    """A plot for each phase, and a table of all trainings."""
+    found = trainings(arms)
+    blocks: list[Block] = []
+    for phase in dict.fromkeys(one.phase for one in found):
+        logged = [one for one in found if one.phase == phase and one.log]
+        if logged:
+            blocks.append(_curves(phase, logged, arms))
+        probed = [one for one in logged if any(entry.get("english_nll") is not None for entry in one.log)]
+        if probed:
+            blocks.append(_english(phase, probed, arms))
+    if found:
+        blocks.append(_table(found, arms))
+    return Section("training", "Training", tuple(blocks)) if blocks else None
+
+
+def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
+    places = {arm.name: i for i, arm in enumerate(arms)}
+
+    def body(axes: Axes) -> None:
+        labelled: set[str] = set()
+        for one in logged:
+            arm = one.runs[0][0]
+            i = places[arm.name]
+            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+            tokens = [entry["tokens"] / 1000 for entry in one.log]
+            losses = [entry["loss"] for entry in one.log]
+            if len(logged) == 1:
+                axes.plot(tokens, losses, linewidth=0.8, alpha=0.45, color=look["color"], label="each step")
+            name = "running mean" if len(logged) == 1 else "; ".join(dict.fromkeys(a.name for a, _ in one.runs))
+            axes.plot(tokens, running_mean(losses), linewidth=1.8, label=name if name not in labelled else None, **look)
+            labelled.add(name)
+        axes.set_xlabel("tokens, thousands")
+        axes.set_ylabel("loss, nats per answer token")
+        legend_below(axes)
+
+    several = " A line for each run of an arm." if len(logged) > len({one.runs[0][0].name for one in logged}) else ""
+    return draw(
+        f"training-{phase}",
+        f"Training loss of {phase}; the thick line is the mean of a tenth of the training.{several}",
+        f"Training loss of {phase} over the tokens trained on.",
+        body,
+        height=3.0,
+    )
+
+
+def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
+    places = {arm.name: i for i, arm in enumerate(arms)}
+
+    def body(axes: Axes) -> None:
+        for one in probed:
+            arm, run = one.runs[0]
+            i = places[arm.name]
+            found = [entry for entry in one.log if entry.get("english_nll") is not None]
+            axes.plot(
+                [entry["tokens"] / 1000 for entry in found], [entry["english_nll"] for entry in found],
+                color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
+                markersize=4, label=arm.label(run),
+            )  # fmt: skip
+        axes.set_xlabel("tokens, thousands")
+        axes.set_ylabel("English NLL, nats per token")
+        legend_below(axes)
+
+    return draw(
+        f"english-{phase}",
+        f"The live probe: NLL of held-out English rows while {phase} trains.",
+        f"English NLL over the tokens that {phase} trained on.",
+        body,
+        height=3.0,
+    )
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """The mean of the last tenth of the values (at least 3, as far as there are) at each place."""
+    width = max(3, len(values) // 10)
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+
+
+def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
+    several = sum(len(arm.runs) for arm in arms) > 1
+    rows, records = [], []
+    for one in found:
+        m = one.metrics
+        cells = [
+            one.phase, f"{m['steps']:,}", f"{m['rows']:,}", f"{m['tokens']:,}", f"{m['trainable_parameters']:,}",
+            f"{m['loss']:.3f}", f"{one.seconds / 60:.1f}",
+        ]  # fmt: skip
+        if several:
+            cells.insert(1, shared_by(one.runs, arms))
+        rows.append(tuple(cells))
+        records.append(
+            {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
+            | {key: m[key] for key in ("steps", "rows", "tokens", "trainable_parameters", "loss")}
+            | {"seconds": one.seconds}
+        )
+    head = ["phase", "steps", "rows", "tokens", "trainable parameters", "mean loss", "minutes"]
+    if several:
+        head.insert(1, "of")
+    return Table(
+        "training",
+        "Length of training",
+        tuple(head),
+        tuple(rows),
+        tuple(records),
+        "Rows and tokens as fed, epochs counted.",
+        words=(0, 1) if several else (0,),
+    )
+
+
+def _log(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The steps of a training's log; lines that a kill cut short, or that hold no loss, are passed over."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "loss" in entry and "tokens" in entry:
+            found.append(entry)
+    return tuple(found)

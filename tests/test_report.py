@@ -1,0 +1,454 @@
+"""The report on real tiny runs: one run, arms with seeds, what stands in it, and that nothing in it can do harm."""
+
+import csv
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcft import api
+from qcft.events import Watch
+from qcft.files import read_json, read_sealed, write_json, write_sealed
+from qcft.measure.score import RowScore
+from qcft.measure.stats import difference
+from qcft.recipe import parse_assignments, recipe_from
+from qcft.report.arms import arms_of, differences, flow
+from qcft.report.build import build_report
+from qcft.report.layers import by_layer
+from qcft.report.standing import front
+from qcft.report.suites import last_averages
+from qcft.report.training import running_mean
+
+ARMS = {
+    "plain": {"phase2.replay": None, "phase2.freeze": "none"},
+    "frozen": {"phase2.replay": None, "phase2.freeze": "first:2"},
+    "replayed": {"phase2.freeze": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("report") / "runs"
+
+
+@pytest.fixture
+def arms(runs, raw_recipe):
+    """Three arms, the first with two seeds; made once, for all tests."""
+    names = []
+    for arm, sets in ARMS.items():
+        for seed in (0, 1) if arm == "plain" else (0,):
+            name = f"{arm}-s{seed}" if arm == "plain" else arm
+            names.append(name)
+            if not (runs / name).exists():
+                api.run(recipe_from({**raw_recipe, "name": name, "seed": seed}, sets), runs=runs)
+    return names
+
+
+def pages(folder: Path) -> tuple[str, str]:
+    return (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+class Checked(HTMLParser):
+    """A page's elements: that they nest, and what they are."""
+
+    VOID = frozenset(("meta", "link", "br"))
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def parsed(page: str) -> Checked:
+    checked = Checked()
+    checked.feed(page)
+    assert checked.open == []
+    return checked
+
+
+def test_a_run_leaves_a_page_with_all_its_sections(arms, runs):
+    folder = runs / "replayed" / "report"
+    page, text = pages(folder)
+    checked = parsed(page)
+    titles = [
+        "English against the other languages", "Stages and languages", "Greedy answers to held-out English prompts",
+        "Training", "Layer by layer", "What was trained on", "Cost", "To repeat it",
+    ]  # fmt: skip
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
+    assert [title for title in titles if f">{title}</h2>" in page] == titles
+    tables = {path.stem for path in (folder / "tables").iterdir()}
+    assert tables == {"stages", "training", "layers", "mix", "cost", "versions", "digests"}
+    plots = {path.name for path in (folder / "plots").iterdir()}
+    names = ("stages", "training-phase1", "training-phase2", "layers", "mix")
+    assert plots == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    for name in names:
+        ET.parse(folder / "plots" / f"{name}.svg")
+        assert f"](plots/{name}.svg)" in text
+    # Nothing comes from elsewhere, and nothing runs.
+    assert not [tag for tag, _ in checked.seen if tag in {"script", "iframe", "object", "img", "base", "form"}]
+    links = [a[key] for _, a in checked.seen for key in ("href", "src", "xlink:href") if key in a]
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not re.findall(r"url\((?!#)", page)
+    assert any("default-src 'none'" in a.get("content", "") for _, a in checked.seen)
+    ids = [a["id"] for _, a in checked.seen if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link[0] == "#"} <= set(ids)
+
+
+def test_numbers_stand_unrounded_in_the_tables(arms, runs):
+    done = api.read("replayed", runs)
+    folder = runs / "replayed" / "report" / "tables"
+    rows = list(csv.DictReader((folder / "stages.csv").open()))
+    levels = {(r["stage"], r["precision"], r["group"]): float(r["nll"]) for r in rows if r["nll"]}
+    for stage in done.table["stages"]:
+        for name, score in stage["groups"].items():
+            assert levels[stage["name"], stage["precision"], name] == score["nll"]
+    change = next(r for r in rows if r["since"] == "phase1" and r["group"] == "phase1 en")
+    assert float(change["low"]) == done.table["changes"][0]["groups"]["phase1 en"]["low"]
+    cost = list(csv.DictReader((folder / "cost.csv").open()))
+    assert {r["step"] for r in cost} == {stage.step for stage in done.stages.values()}
+    assert sum(float(r["seconds"]) for r in cost) == pytest.approx(api.cost(done)["seconds"])
+    layers = list(csv.DictReader((runs / "plain-s0" / "report" / "tables" / "layers.csv").open()))
+    assert [r["phase2 frozen"] for r in layers] == ["False"] * 3
+    layers = list(csv.DictReader((runs / "frozen" / "report" / "tables" / "layers.csv").open()))
+    assert [r["phase2 frozen"] for r in layers] == ["True", "True", "False"]
+    assert [float(r["phase2 change"]) > 0 for r in layers] == [False, False, True]
+
+
+def test_the_change_of_a_layer_is_the_norm_of_its_delta(arms, runs):
+    """Against the deltas themselves, multiplied out."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = runs / "frozen" / "phase2" / "adapter"
+    weights, config = load_file(folder / "adapter_model.safetensors"), read_json(folder / "adapter_config.json")
+    total = 0.0
+    for name, a in weights.items():
+        if ".layers.2." in name and "lora_A" in name:
+            delta = config["lora_alpha"] / config["r"] * weights[name.replace("lora_A", "lora_B")].double() @ a.double()
+            total += float(torch.linalg.norm(delta)) ** 2
+    layers = list(csv.DictReader((runs / "frozen" / "report" / "tables" / "layers.csv").open()))
+    assert float(layers[2]["phase2 change"]) == pytest.approx(total**0.5, rel=1e-6)
+
+
+def test_the_same_run_gives_the_same_bytes(arms, runs, tmp_path):
+    for place in ("a", "b"):
+        api.report(["replayed"], runs, Watch(), tmp_path / place)
+    first, second = (
+        {path.relative_to(tmp_path / place): path.read_bytes() for path in (tmp_path / place).rglob("*.*")}
+        for place in ("a", "b")
+    )
+    assert len(first) == 19
+    assert first == second
+
+
+def test_runs_are_compared_as_arms_with_their_seeds(arms, runs, qcft, tmp_path):
+    code, out, error = qcft("report", *arms, "--runs", runs, "--json")
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["page"] == "report/report.html"
+    assert told["question"] == "Which of 3 arms kept the most English for the most gain in es and pt?"
+    found = {(row["arm"], row["seed"]): row for row in told["tables"]["abilities"]}
+    assert list(found) == [("plain", 0), ("plain", 1), ("frozen", 0), ("replayed", 0)]
+    last = api.read("frozen", runs).table["stages"][-1]["groups"]
+    others = [last["phase2 es"], last["phase2 pt"]]
+    tokens = sum(g["answer_tokens"] for g in others)
+    assert found["frozen", 0]["ea_nll"] == pytest.approx(last["phase1 en"]["nll"])
+    assert found["frozen", 0]["ma_nll"] == pytest.approx(sum(g["nll"] * g["answer_tokens"] for g in others) / tokens)
+    page, text = pages(tmp_path / "report")
+    parsed(page)
+    assert text.startswith("# 3 arms: plain, frozen, replayed\n")
+    # Steps that runs share stand once, and are counted once.
+    cost = told["tables"]["cost"]
+    assert len({row["step"] for row in cost}) == len(cost)
+    shared = next(row for row in cost if row["stage"] == "eval/base")
+    assert shared["runs"] == "plain-s0; plain-s1; frozen; replayed"
+    assert "| base, NF4 | all |" in text
+    assert "| phase1, NF4 | all, seed 0 |" in text
+    assert (tmp_path / "report" / "plots" / "pareto.svg").is_file()
+
+
+def test_the_answer_is_the_arm_with_the_most_english_among_those_near_the_largest_gain(arms, runs, tmp_path):
+    """Reckoned here by another way, from the scores of the rows."""
+    scores = {
+        name: {stage: read_json(runs / name / "eval" / stage / "scores.json") for stage in ("base", "phase1", "phase2")}
+        for name in arms
+    }
+
+    def level(names, stage, groups):
+        rows = [[e for g in groups for e in scores[name][stage][g]] for name in names]
+        return sum(e["nll"] for row in rows for e in row) / sum(e["tokens"] for row in rows for e in row)
+
+    members = {"plain": ["plain-s0", "plain-s1"], "frozen": ["frozen"], "replayed": ["replayed"]}
+    gains = {
+        arm: level(names, "base", ["phase2 es", "phase2 pt"]) - level(names, "phase2", ["phase2 es", "phase2 pt"])
+        for arm, names in members.items()
+    }
+    near = [arm for arm in gains if gains[arm] >= 0.9 * max(gains.values())]
+    best = min(near, key=lambda arm: level(members[arm], "phase2", ["phase1 en"]))
+    answer = api.report(arms, runs, Watch(), tmp_path / "out")["answer"]
+    assert answer.startswith(f"{best}: English ")
+    before, after = (
+        [
+            RowScore(sum(scores[name][stage]["phase1 en"][i]["nll"] for name in members[best]) / len(members[best]),
+                     entry["tokens"], 0)
+            for i, entry in enumerate(scores[members[best][0]][stage]["phase1 en"])
+        ]
+        for stage in ("phase1", "phase2")
+    )  # fmt: skip
+    change = difference(before, after)
+    assert f"{abs(change.value):.3f} nats" in answer
+    for other in near:
+        assert (other in answer) is True
+    assert ("gained less than 90% of the most" in answer) is (len(near) < 3)
+
+
+def test_an_arm_that_is_not_done_is_left_out_of_the_comparison(arms, runs, tmp_path):
+    half = shutil.copytree(runs, tmp_path / "half", symlinks=True)
+    step = read_json(half / "replayed" / "run.json")["stages"]["eval/phase2"]
+    shutil.rmtree(half / ".steps" / step)
+    told = api.report(["plain-s0", "frozen", "replayed"], half, Watch(), tmp_path / "out")
+    assert {row["arm"] for row in told["tables"]["abilities"]} == {"plain-s0", "frozen"}
+    alone = api.report(["replayed"], half, Watch(), tmp_path / "alone")
+    assert "not measured" in alone["answer"]
+    shutil.rmtree(half / ".steps")
+    nothing = api.report(["frozen"], half, Watch(), tmp_path / "nothing")
+    assert list(nothing["tables"]) == []
+
+
+def test_runs_on_other_rows_stand_in_tables_of_their_own(arms, runs, raw_recipe, tmp_path):
+    if not (runs / "apart").exists():
+        api.run(recipe_from({**raw_recipe, "name": "apart", "heldout": {"share": 0.2, "rows": 5}}), runs=runs)
+    told = api.report(["frozen", "apart"], runs, Watch(), tmp_path / "out")
+    assert {"stages", "stages-2"} <= told["tables"].keys()
+    assert "abilities" not in told["tables"]
+    assert told["answer"].startswith("None can be named")
+
+
+def test_the_commands_make_the_first_recipe_into_every_arms(arms, runs):
+    recipes = {name: api.read(name, runs) and read_recipe(runs, name) for name in arms}
+    first = recipes["plain-s0"]
+    for name, recipe in recipes.items():
+        sets = parse_assignments([f"{key}={flow(value)}" for key, value in differences(first, recipe).items()])
+        made = recipe_from(first.model_dump(mode="json"), {**sets, "name": name, "seed": recipe.seed})
+        assert made == recipe
+
+
+def test_a_phase_that_is_gone_or_new_is_told_as_set_takes_it(raw_recipe):
+    first = recipe_from(raw_recipe)
+    single = recipe_from(raw_recipe, {"phase1": None})
+    assert differences(first, single) == {"phase1": None}
+    for a, b in ((first, single), (single, first)):
+        sets = parse_assignments([f"{key}={flow(value)}" for key, value in differences(a, b).items()])
+        assert recipe_from(a.model_dump(mode="json"), sets) == b
+
+
+def read_recipe(runs, name):
+    from qcft.store import read_run
+
+    return read_run(runs, name).recipe()
+
+
+def test_what_a_model_says_stays_text(arms, runs, tmp_path):
+    """In the page, in its plots, in Markdown; and its direction is its own."""
+    copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    evil = '<script>document.title = "owned"</script><img src=x onerror=alert(1)> | `x` {{ 7*7 }} ]]>'
+    stages = read_json(copy / "frozen" / "run.json")["stages"]
+    file = copy / ".steps" / stages["eval/phase2"] / "answers.json"
+    answers = read_json(file)
+    answers[0]["text"] = evil
+    answers[1]["text"] = "مرحبا بالعالم"
+    write_json(file, answers)
+    done = copy / ".steps" / stages["phase2"] / "done.json"
+    record = read_sealed(done)
+    for share in record["metrics"]["mix"]:
+        share["source"] += evil
+    for entry in record["metrics"]["exposure"]:
+        entry["source"] += evil
+    write_sealed(done, record)
+    api.report(["frozen"], copy, Watch(), tmp_path / "out")
+    page, text = pages(tmp_path / "out")
+    checked = parsed(page)
+    assert "<script" not in page
+    assert "onerror" not in {key for _, attributes in checked.seen for key in attributes}
+    assert not [tag for tag, _ in checked.seen if tag in {"script", "img"}]
+    assert evil in "".join(checked.text)
+    assert "مرحبا بالعالم" in page
+    assert '<p class="text" dir="auto"' in page
+    assert "<script" not in text.replace("\\<script", "")
+    ET.parse(tmp_path / "out" / "plots" / "mix.svg")
+
+
+def test_an_ablation_stands_for_its_runs(arms, runs, qcft):
+    entries = [{"arm": "one", "seed": s, "run": f"plain-s{s}", "set": {}, "error": None} for s in (0, 1)]
+    entries.append({"arm": "two", "seed": 0, "run": "frozen", "set": {}, "error": None})
+    entries.append({"arm": "two", "seed": 1, "run": "never-begun", "set": {}, "error": {"message": "out of memory"}})
+    (runs / "study").mkdir(exist_ok=True)
+    write_json(runs / "study" / "ablation.json", {"version": 1, "name": "study", "runs": entries})
+    code, out, error = qcft("report", "study", "--runs", runs, "--json")
+    assert code == 0, error
+    told = json.loads(out)
+    assert told["page"] == str(runs / "study" / "report" / "report.html")
+    assert {row["arm"] for row in told["tables"]["abilities"]} == {"one", "two"}
+
+
+def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
+    """In the form that `qcft drift` and `qcft similarity` leave."""
+    copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    layer = {"mean_shift": 0.1, "covariance_shift": 0.2, "cka": 0.99}
+    found = {
+        "from": "phase1 merged",
+        "to": "phase2",
+        "text": {"en": {"rows": 4, "tokens": 40}, "es": {"rows": 4, "tokens": 44}},
+        "parameters": {
+            "mpd": 0.5,
+            "norm": 2.0,
+            "matrices": 21,
+            "pairs": {"from-to": 0.5},
+            "scaled": {"from-to": 1.0},
+        },
+        "layers": [
+            {"layer": i, "frozen": i == 0, "mpd": 0.1 * i, "languages": {"en": layer, "es": layer}} for i in range(3)
+        ],
+    }
+    step = copy / ".steps" / "drift-0123456789"
+    step.mkdir()
+    write_json(step / "drift.json", found)
+    write_json(step / "step.json", {"inputs": {"settings": {}}, "versions": {}, "hardware": {}})
+    write_json(step / "done.json", {"step": step.name, "metrics": {"mpd": 0.5}, "seconds": 1.0, "files": {}})
+    run = read_json(copy / "frozen" / "run.json")
+    run["stages"]["drift/merged-phase2"] = step.name
+    write_json(copy / "frozen" / "run.json", run)
+    des = {"value": 0.9, "low": 0.8, "high": 0.95, "rows": [24, 24]}
+    sides = {"a": {"name": "phase1"}, "b": {"name": "phase2"}, "encoder": {"name": "LaBSE"}}
+    more = {"languages": [], "scale": {"paper": None, "qcft": {}}, "says": ["Much alike."]}
+    write_json(copy / "frozen" / "report" / "similarity.json", {**sides, "des": des, **more})
+    told = api.report(["frozen"], copy, Watch(), tmp_path / "out")
+    assert [(r["layer"], r["lang"]) for r in told["tables"]["drift-merged-phase2"]] == [
+        (i, g) for i in range(3) for g in ("en", "es")
+    ]
+    page, text = pages(tmp_path / "out")
+    assert "<td>[0.800, 0.950]</td>" in page
+    assert "- Much alike." in text
+    assert (tmp_path / "out" / "plots" / "drift-merged-phase2.png").is_file()
+
+
+def evaluated(evidence, ea, ma, limit=10):
+    """A run as it is once its last phase and its base are evaluated on two tasks."""
+    names = {"hellaswag": "en", "xquad_es": "es"}
+    tasks = [
+        {"task": task, "lang": lang, "metric": "acc", "items": 10, "shots": 0, "limit": limit, "max_new_tokens": None}
+        for task, lang in names.items()
+    ]
+
+    def stage(name, en, es):
+        scores = {"hellaswag": en, "xquad_es": es}
+        return {"stage": name, "name": name, "precision": "NF4", "scores": scores, "EA": en, "MA": es,
+                "overall": (en + es) / 2}  # fmt: skip
+
+    change = {"value": ea - 0.5, "low": -0.2, "high": 0.1, "items": 10, "clear": False}
+    changes = [{"from": "base", "from_name": "base", "to": "phase2", "to_name": "phase2",
+                "tasks": {"hellaswag": change}, "EA": change}]  # fmt: skip
+    table = {"settings": {"lm_eval": "0.4.13"}, "tasks": tasks, "changes": changes,
+             "stages": [stage("base", 0.5, 0.1), stage("phase2", ea, ma)]}  # fmt: skip
+    language = {"right": 0.75, "told": 4, "rows": 4, "mean_tokens": 5.0, "unfinished": 0.0}
+    cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}}
+    stages = dict(evidence.run.stages)
+    for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
+        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}
+    abilities = {"tables": [table], "fidelity": [cell], "alpaca_eval": []}
+    return replace(
+        evidence, run=replace(evidence.run, stages=stages, table={**evidence.run.table, "abilities": abilities})
+    )
+
+
+def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, runs):
+    averages = {"plain-s0": (0.3, 0.4), "plain-s1": (0.5, 0.2), "frozen": (0.45, 0.25), "replayed": (0.2, 0.1)}
+    found = [evaluated(api.evidence(name, runs), *averages[name]) for name in arms]
+    assert last_averages(arms_of(found)) == {
+        "plain": [(0.3, 0.4), (0.5, 0.2)], "frozen": [(0.45, 0.25)], "replayed": [(0.2, 0.1)]
+    }  # fmt: skip
+    document = build_report(arms_of(found))
+    tables = {table.name: table for table in document.tables()}
+    assert [row[:2] for row in tables["tasks"].rows] == [
+        ("base, NF4", "all"), ("phase2, NF4", "plain, seed 0"), ("phase2, NF4", "plain, seed 1"),
+        ("phase2, NF4", "frozen"), ("phase2, NF4", "replayed"),
+    ]  # fmt: skip
+    assert tables["tasks"].rows[0][2:] == ("50.0", "10.0", "50.0", "10.0", "30.0")
+    assert tables["task-changes"].rows[0][2] == "-20.0\n[-20.0, +10.0]"
+    assert tables["fidelity"].rows[0][2] == "75% of 4 in it\n5 tokens, 0% unfinished"
+    assert "pareto-tasks" in {figure.name for figure in document.figures()}
+    # Other settings stand in a table of their own, and no plot is made of both.
+    found[-1] = evaluated(api.evidence("replayed", runs), 0.2, 0.1, limit=20)
+    document = build_report(arms_of(found))
+    assert {"tasks", "tasks-2"} <= {table.name for table in document.tables()}
+    assert last_averages(arms_of(found)) is None
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))
+def test_the_front_is_what_no_other_beats(places):
+    best = front(places)
+    assert best
+    for name, (a, b) in places.items():
+        beaten = any((c <= a and d < b) or (c < a and d <= b) for c, d in places.values())
+        assert (name in best) is not beaten
+
+
+def test_the_live_probe_is_drawn(arms, runs, tmp_path):
+    copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    log = copy / ".steps" / read_json(copy / "frozen" / "run.json")["stages"]["phase2"] / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for entry in lines[::2]:
+        entry |= {"english_nll": 2.0, "english_change": 0.01}
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in lines) + '{"cut')
+    api.report(["frozen"], copy, Watch(), tmp_path / "out")
+    assert (tmp_path / "out" / "plots" / "english-phase2.svg").is_file()
+
+
+def test_show_tells_the_cost(arms, runs, qcft):
+    code, out, _ = qcft("show", "frozen", "--runs", runs)
+    assert code == 0
+    assert re.search(r"^9 steps done in .*peak memory .* GiB; .* MB on disk\.$", out, re.MULTILINE)
+    assert json.loads(qcft("show", "frozen", "--runs", runs, "--json")[1])["cost"]["steps"] == 9
+
+
+@pytest.mark.parametrize("names", [["nope"], ["frozen", "nope"]])
+def test_a_run_that_is_not_there(arms, runs, qcft, names, tmp_path):
+    code, out, error = qcft("report", *names, "--runs", runs)
+    assert code == 2
+    assert out == ""
+    assert "there is no run 'nope'" in error
+    assert not (tmp_path / "report").exists()
+
+
+def test_norms_of_layers_and_running_means():
+    squares = {
+        "model.layers.0.q_proj": 9.0,
+        "model.layers.0.up_proj": 16.0,
+        "model.layers.11.q_proj": 4.0,
+        "lm_head": 1.0,
+    }
+    assert by_layer(squares) == {0: 5.0, 11: 2.0}
+    assert running_mean([3.0, 6.0, 9.0, 12.0]) == [3.0, 4.5, 6.0, 9.0]
