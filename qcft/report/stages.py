@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qcft.files import read_json
+from qcft.report.abilities import continual_in_words
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
 from qcft.report.document import Block, Prose, Section, Table
@@ -28,12 +29,16 @@ def stages_section(arms: Sequence[Arm]) -> Section | None:
         more = "" if number == 1 else f"-{number}"
         if len(runs) == 1:
             blocks.append(_single(members[0][1]))
-            blocks.append(Prose(tuple(conclusion(members[0][1].run.table))))
+            blocks.append(Prose((*conclusion(members[0][1].run.table), *_transfer(members[0][1]))))
         else:
             blocks += [_levels(members, arms, more), *_changes(members, more)]
     if len(alike) > 1:
         blocks.insert(0, Prose(("These runs were measured on different rows or in different ways: a table for each.",)))
     return Section("stages", "Stages and languages", tuple(blocks)) if blocks else None
+
+
+def _transfer(run: Evidence) -> list[str]:
+    return continual_in_words(run.run.table["continual"], "nats over the phases' own held-out rows")
 
 
 def _way_of_measuring(run: Evidence) -> str:

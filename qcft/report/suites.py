@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qcft.report.abilities import continual_in_words
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Block, Prose, Section, Table
 
@@ -29,10 +30,21 @@ def suites_section(arms: Sequence[Arm]) -> Section | None:
         blocks.append(_matrix(members, arms, more, several))
         if any(table["changes"] for _, _, table in members):
             blocks.append(_changes(members, more, several))
+        told = [f"{_of(arm, run, several)}{text}" for arm, run, table in members for text in _transfer(table)]
+        if told:
+            blocks.append(Prose(tuple(told)))
     fidelity = [(arm, run, cell) for arm, run, found in _found(arms) for cell in found["fidelity"]]
     if fidelity:
         blocks.append(_fidelity(fidelity, several))
     return Section("suites", "What the stages can do", tuple(blocks)) if blocks else None
+
+
+def _transfer(table: Mapping[str, Any]) -> list[str]:
+    return continual_in_words(table["continual"], "points", 100)
+
+
+def _of(arm: Arm, run: Evidence, several: bool) -> str:
+    return f"{arm.label(run)}: " if several else ""
 
 
 def evaluated(arms: Sequence[Arm]) -> list[list[Member]]:
