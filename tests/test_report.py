@@ -225,6 +225,19 @@ def test_the_answer_is_the_arm_with_the_most_english_among_those_near_the_larges
     assert ("gained less than 90% of the most" in answer) is (len(near) < 3)
 
 
+def test_seeds_of_one_arm_are_told_by_their_mean(arms, runs, tmp_path):
+    told = api.report(["plain-s0", "plain-s1"], runs, Watch(), tmp_path / "out")
+    assert told["question"].startswith("What did plain gain in es and pt")
+    rows = told["tables"]["abilities"]
+    mean = sum(row["ea_nll"] for row in rows) / 2
+    before = [
+        api.read(name, runs).table["stages"][2]["groups"]["phase1 en"]["nll"] for name in ("plain-s0", "plain-s1")
+    ]
+    change = mean - sum(before) / 2
+    assert told["answer"].startswith(f"English {'lost' if change > 0 else 'gained'} {abs(change):.3f} nats [")
+    assert told["answer"].endswith("the mean of 2 seeds.")
+
+
 def test_an_arm_that_is_not_done_is_left_out_of_the_comparison(arms, runs, tmp_path):
     half = shutil.copytree(runs, tmp_path / "half", symlinks=True)
     step = read_json(half / "replayed" / "run.json")["stages"]["eval/phase2"]

@@ -24,9 +24,11 @@ def question_and_answer(arms: Sequence[Arm]) -> tuple[str, str]:
     languages = _languages(arms)
     gain = f"gain in {languages}" if languages else "gain"
     if len(arms) == 1:
-        evidence = arms[0].runs[0]
         asked = f"What did {arms[0].name} {gain}, and what English did it forget?"
-        told = " ".join(conclusion(evidence.run.table)[:2])
+        if len(arms[0].runs) == 1:
+            told = " ".join(conclusion(arms[0].runs[0].run.table)[:2])
+        else:
+            told = " ".join(f"{_became(one)}, the mean of {len(one.english)} seeds." for one in standings(arms))
         return asked, told or "Not known yet: its last phase is not measured."
     asked = f"Which of {len(arms)} arms kept the most English for the most {gain}?"
     found = standings(arms)
@@ -51,10 +53,7 @@ def ability_section(arms: Sequence[Arm]) -> Section | None:
 
 def _told(said: Verdict, arms: int) -> str:
     best = said.best
-    text = (
-        f"{best.arm.name}: English {_moved(best.lost)} since {best.since}, the other languages {_moved(best.gained)} "
-        "since the base"
-    )
+    text = f"{best.arm.name}: {_became(best)}"
     if said.behind:
         equal = [name for name, d in said.behind.items() if d.low <= 0]
         beaten = [name for name in said.behind if name not in equal]
@@ -65,10 +64,15 @@ def _told(said: Verdict, arms: int) -> str:
     return f"{text}."
 
 
+def _became(one: Standing) -> str:
+    return f"English {_moved(one.lost)} since {one.since}, the other languages {_moved(one.gained)} since the base"
+
+
 def _moved(change: Difference) -> str:
-    word = "lost" if change.value > 0 else "gained"
-    low, high = sorted((abs(change.low), abs(change.high))) if change.is_clear else (change.low, change.high)
-    return f"{word} {abs(change.value):.3f} nats [{low:.3f}, {high:.3f}]"
+    """A change of NLL as a loss or a gain, with its 95% interval in the same direction."""
+    if change.value > 0:
+        return f"lost {change.value:.3f} nats [{change.low:.3f}, {change.high:.3f}]"
+    return f"gained {-change.value:.3f} nats [{-change.high:.3f}, {-change.low:.3f}]"
 
 
 def _languages(arms: Sequence[Arm]) -> str:
