@@ -150,6 +150,22 @@ def test_stages_are_scored_in_one_load_and_alone_the_same(recipe_file, shared_ru
     assert not loads
 
 
+def test_a_groups_limit_is_shared_out_and_its_score_is_over_all_items(recipe_file, shared_runs, done, tmp_path):
+    import lm_eval.tasks
+
+    place = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    subjects = [yaml.safe_load(file.read_text())["dataset_name"] for file in place.glob("mmlu_*.yaml")]
+    for split in ("test", "dev"):
+        write_rows(tmp_path / "mmlu" / f"{split}.jsonl", [row for one in subjects for row in mmlu_rows(one, 3)])
+    changes = {"tasks": ["mmlu"], "local": {"mmlu": str(tmp_path / "mmlu")}, "limit": 100, "stages": ["base-16bit"]}
+    found = api.run(recipe_file, set={f"evaluate.{key}": value for key, value in changes.items()}, runs=shared_runs)
+    metrics = found.stages["abilities/base-16bit/mmlu"].metrics
+    assert len(metrics["parts"]) == len(subjects) == 57
+    assert metrics["items"] == 2 * 57  # 100 over 57 tasks, rounded up
+    assert all(part["items"] == 2 for part in metrics["parts"].values())
+    assert metrics["score"] == pytest.approx(sum(part["acc"] for part in metrics["parts"].values()) / 57)
+
+
 def test_the_table(done):
     measured = done.table["abilities"]
     (table,) = measured["tables"]
