@@ -250,7 +250,6 @@ OWNED = {
     "logging_steps": "train.report_to (every step is logged)",
     "disable_tqdm": "--quiet",
     "hub_token": "`hf auth login`, or HF_TOKEN in the environment",
-    "push_to_hub_token": "`hf auth login`, or HF_TOKEN in the environment",
     "push_to_hub": "nothing: qcft writes to the runs folder only",
     "load_best_model_at_end": "nothing: the last step is the result",
     "use_liger_kernel": "nothing: TRL's own fused loss is used",
