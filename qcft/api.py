@@ -9,12 +9,13 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Listener, Watch
-from qcft.files import telling_full_disk
+from qcft.files import telling_full_disk, write_json
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.run import finished_run
 from qcft.recipe import Recipe, load_recipe, recipe_from
 from qcft.report.card import write_card
 from qcft.report.curve import curve_points, draw_curve
+from qcft.report.drift import draw_drift
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
 from qcft.store.steps import FREE
@@ -159,6 +160,38 @@ def dial(
             named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
         )
     return found
+
+
+def drift(
+    name: str | None,
+    runs: Path,
+    watch: Watch,
+    *,
+    since: str | None = None,
+    to: str | None = None,
+    against: str | None = None,
+    rows: int = 16,
+    texts: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
+
+    Returns what the step's drift.json holds, and the drawing's path. Raises QcftError.
+    """
+    from qcft.pipeline.drift import Asked, measure_drift
+
+    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
+    drawing = named.folder / "report" / f"{stage.replace('/', '-')}.svg"
+    draw_drift(drawing, found, f"{named.name}: from {found['from']} to {found['to']}")
+    _report(read(named.name, runs), runs)
+    return {"run": named.name, **found, "drawing": str(drawing)}
+
+
+def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
+    """Keep how alike a run's phases are beside its report, and in it."""
+    place = runs / name / "report"
+    place.mkdir(exist_ok=True)
+    write_json(place / "similarity.json", found)
+    _report(read(name, runs), runs)
 
 
 def _phases_until(recipe: Recipe, phase: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
+from qcft.report.before import memory_rows, step_rows
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
 
 WIDE = 130  # columns of a table that goes to a file or a pipe
@@ -264,6 +265,32 @@ def print_rows(titles: list[str], rows: list[list[str]]) -> None:
 def say(text: str) -> None:
     """A line beside the data, on stderr."""
     stderr().print(Text(text), soft_wrap=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences on stdout, each on a line of its own."""
+    for line in lines:
+        stdout().print(Text(line), soft_wrap=True)
+
+
+def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
+    """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
+    console = stdout()
+    print_rows(["step", "state", "training", "memory", "writes"], step_rows(found))
+    console.print()
+    print_rows(["memory", *(phase["phase"] for phase in found["phases"])], memory_rows(found))
+    console.print()
+    for line in lines:
+        console.print(Text(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)
+    for phase in found["phases"]:
+        for number, sample in enumerate(phase["samples"], start=1):
+            console.print(Text(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))
+            shown = Text()
+            for stretch in sample:
+                marked = stretch["trained"] and console.color_system is None
+                text = f"[[{stretch['text']}]]" if marked else stretch["text"]
+                shown.append(text, style="black on green" if stretch["trained"] else "")
+            console.print(shown, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:

@@ -14,8 +14,8 @@ from typing import Literal
 from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
-from qcft.files import exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
-from qcft.hub import retried, unreachable
+from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
+from qcft.hub import OFFLINE, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.recipe import Model
 
@@ -52,7 +52,7 @@ def resolve(model: Model) -> ModelSource:
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model: there is no file or folder {name!r}", f"give {WHAT}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _resolve_hub(model)
+        return ModelSource(name, "hub", name, f"hub:{name}@{pin_hub(name, model.revision)}")
     raise InputError(
         f"model: {name!r} is no embedded model, file or folder",
         nearest(name, list(EMBEDDED))
@@ -69,6 +69,20 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
     digest = source.digest.split(":")[1]
     return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch), watch)
+
+
+def described_folder(source: ModelSource, watch: Watch) -> Path:
+    """A folder with the model's config and tokenizer, which may lack its weights: none are fetched or converted."""
+    if source.kind == "hub":
+        return _fetch_description(source, watch)
+    if source.kind == "folder":
+        return Path(source.location)
+    digest = source.digest.split(":")[1]
+    converted = cache_folder() / f"converted/{digest[:20]}-v{CONVERTED}"
+    if (converted / SEAL).is_file():
+        return converted
+    file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
+    return cached_folder(f"described/{digest[:20]}-v{CONVERTED}", lambda folder: _describe(file, folder))
 
 
 def check_gguf(path: Path) -> None:
@@ -116,6 +130,20 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _describe(file: Path, folder: Path) -> None:
+    """Write the config and the tokenizer that a GGUF file's header holds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"model: {file.name!r} cannot be read: {' '.join(str(error).split())[:160]}",
+            "fetch it again, or use the model's safetensors folder",
+        ) from None
+
+
 def _folder_digest(folder: Path) -> str:
     """A digest over the weights, config and tokenizer of a model folder. Raises InputError."""
     if not (folder / "config.json").is_file():
@@ -151,21 +179,21 @@ def _folder_digest(folder: Path) -> str:
     return f"folder:{total.hexdigest()}"
 
 
-def _resolve_hub(model: Model) -> ModelSource:
-    """Pin a hub id to a commit: asked of the hub, or what is cached when it can't be reached."""
+def pin_hub(name: str, revision: str | None, what: str = "model", offline: str = OFFLINE) -> str:
+    """The commit of a hub id: asked of the hub, or what is cached when it can't be reached. Raises InputError."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    name = model.name
-    known = _hub_note(name, model.revision or "main")
+    known = _hub_note(name, revision or "main")
+    commit: str | None
     try:
-        commit = HfApi().model_info(name, revision=model.revision, timeout=10).sha
+        commit = HfApi().model_info(name, revision=revision, timeout=10).sha
         known.parent.mkdir(parents=True, exist_ok=True)
         write_text(known, f"{commit}\n")
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
-        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else model.revision
+        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else revision
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=commit), str):
-            raise unreachable("model", name, error) from None
-    return ModelSource(name, "hub", name, f"hub:{name}@{commit}")
+            raise unreachable(what, name, error, offline) from None
+    return str(commit)
 
 
 def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
@@ -209,6 +237,19 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
     note.parent.mkdir(parents=True, exist_ok=True)
     write_sealed(note, {file: file_digest(folder / file) for file in files})
     return folder
+
+
+def _fetch_description(source: ModelSource, watch: Watch) -> Path:
+    """The folder of a hub model in the hub's own cache, with its weights or without."""
+    from huggingface_hub import snapshot_download
+
+    name, commit = source.location, source.digest.rsplit("@", 1)[1]
+    small = [pattern for pattern in FETCHED if pattern != "*.safetensors"]
+
+    def fetch() -> str:
+        return str(snapshot_download(name, revision=commit, allow_patterns=small, ignore_patterns=IGNORED))
+
+    return Path(retried(fetch, "model", name, watch))
 
 
 def _hub_note(name: str, what: str) -> Path:

@@ -16,15 +16,15 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
 from qcft.models.adapters import read_adapter_config
-from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_shape, check_stack, read_adapter
+from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
-from qcft.models.sources import ModelSource, resolve, weights_folder
+from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
 from qcft.models.tensors import weight_names
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source
+from qcft.recipe import Dial, Goal, Model, Phase, Recipe, Source, parse_freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,16 +72,21 @@ class Prepared:
         return weights_folder(self.model, self.watch)
 
     @cached_property
+    def described(self) -> Path:
+        """A folder with the model's config and tokenizer, perhaps without its weights."""
+        return self.__dict__.get("folder") or described_folder(self.model, self.watch)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with the recipe's chat template."""
         from qcft.models.load import load_tokenizer
 
-        return load_tokenizer(self.folder, self.recipe.model)
+        return load_tokenizer(self.described, self.recipe.model)
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """The model's modules without their weights."""
-        return model_without_weights(self.folder, self.recipe.model)
+        return model_without_weights(self.described, self.recipe.model)
 
     @cached_property
     def base_folder(self) -> Path:
@@ -137,6 +142,12 @@ class Prepared:
                 return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
         return []
 
+    def english_group(self, phase: Phase) -> Group | None:
+        """The held-out English rows that a phase's live probe goes by: those of another phase, of `probe`, or that ship
+        with qcft. None for a phase that is itself where they are from: it makes what the probe would measure."""
+        others = (group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name)
+        return next(others, None)
+
     def pinned_recipe(self) -> Recipe:
         """The recipe with a hub model's revision resolved to its commit, as the run keeps it."""
         if self.model.kind != "hub":
@@ -144,11 +155,13 @@ class Prepared:
         pinned = self.recipe.model.model_copy(update={"revision": self.model.digest.rsplit("@", 1)[1]})
         return self.recipe.model_copy(update={"model": pinned})
 
-    def check(self) -> None:
-        """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
+    def check(self, weights: bool = True) -> None:
+        """Check what needs the model's config and tokenizer; with `weights`, also the names of the weights that are
+        then fetched, but none are loaded. Raises InputError."""
         from qcft.training.settings import check_settings
 
-        mark = read_json(self.folder / MARK) or {}
+        folder = self.folder if weights else self.described
+        mark = read_json(folder / MARK) or {}
         if mark.get("merged_onto") == "dequantised" and self.recipe.model.quantize != "none":
             raise InputError(
                 f"model: {self.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
@@ -161,18 +174,18 @@ class Prepared:
             if phase.adapter:
                 self._check_adapter(Path(os.path.expanduser(phase.adapter)))
                 continue
-            self._check_layers(phase)
+            self._check_layers(phase, weights)
             check_settings(phase.train)
             new = self.encoded(phase)
             if phase.replay and phase.replay.ratio > 0:
                 check_replay(phase, self.pools[phase.name], new, self.replay_encoder(phase))
 
-    def _check_layers(self, phase: Phase) -> None:
+    def _check_layers(self, phase: Phase, weights: bool) -> None:
         """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
         from qcft.layers import adapted_modules
 
         modules = adapted_modules(self.meta_model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
-        if phase.name == self.recipe.phases[-1].name:
+        if not weights or phase.name == self.recipe.phases[-1].name:
             return
         missing = {f"{name}.weight" for name in modules} - weight_names(self.folder)
         if missing:
@@ -188,6 +201,8 @@ class Prepared:
         adapter = read_adapter(folder)
         if any(phase.start == "stacked" for phase in self.recipe.phases[1:]):
             check_stack([adapter, adapter])
+        if any(parse_freeze(phase.freeze).measure == "change" for phase in self.recipe.phases[1:]):
+            check_factors(adapter)
         check_biases(adapter, weights)
         for name, change in adapter.changes.items():
             if name not in weights:
@@ -258,15 +273,20 @@ class Prepared:
                 phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
         held = hashlib.sha256()
         for group in self.groups:
-            limits = f"{group.name} {group.system} {group.max_length} {group.long_rows}"
-            held.update(f"{limits} {digest_rows(group.rows)}\n".encode())
+            held.update(f"{_digest(group)}\n".encode())
         return Digests(
             model=self.model.digest,
             phases=phases,
             replay={name: tuple(digest_rows(pool.rows) for pool in pools) for name, pools in self.pools.items()},
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
+            english={p.name: _digest(g) for p in self.recipe.phases if (g := self.english_group(p))},
         )
+
+
+def _digest(group: Group) -> str:
+    """A group's rows, and what decides how they become tokens."""
+    return f"{group.name} {group.system} {group.max_length} {group.long_rows} {digest_rows(group.rows)}"
 
 
 def _counts(left_out: dict[str, int]) -> str:

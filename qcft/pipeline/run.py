@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +11,8 @@ from typing import Any
 from qcft.errors import QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
+from qcft.pipeline.forecast import forecast
+from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
 from qcft.recipe import Dial, Goal, Merge, Recipe
@@ -45,7 +45,7 @@ class Run:
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
     """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
-    _set_environment()
+    set_environment()
     prepared, store = Prepared(recipe, watch), Store(runs)
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
@@ -58,7 +58,7 @@ def run_recipe(
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
     """
-    _set_environment()
+    set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
     prepared, store = Prepared(recipe, watch, goal), Store(runs)
@@ -68,8 +68,9 @@ def run_recipe(
     finished = sum(record is not None for record in records.values())
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
-        _quiet()
+        quiet()
         prepared.check()
+        forecast(prepared, [step for step in steps if records[step.id] is None], watch)
     recipe = prepared.pinned_recipe()
     run = open_run(runs, recipe, plan.stages())
     if run.name != recipe.name:
@@ -124,9 +125,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     if step.kind == "probe":
         return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
     if step.kind == "train":
-        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}" + _replayed(
-            metrics
-        )
+        trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        return trained + _replayed(metrics) + _probed(metrics)
     if step.kind == "replay":
         left_out = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
@@ -157,6 +157,18 @@ def _replayed(metrics: Mapping[str, Any]) -> str:
     return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
 
 
+def _probed(metrics: Mapping[str, Any]) -> str:
+    """What the live probe found, and what it cost."""
+    found = metrics.get("forgetting")
+    if not found:
+        return ""
+    last = next(probe for probe in reversed(found["probes"]) if probe["step"] <= metrics["steps"])
+    return (
+        f"; English NLL {last['change']:+.1%} ({len(found['probes'])} probes of {found['rows']} rows, "
+        f"{found['share_of_time']:.1%} of the time)"
+    )
+
+
 def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
     """Warn or refuse when merging lost what the phase learned."""
     far = None
@@ -180,20 +192,6 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
-
-
-def _set_environment() -> None:
-    """Settings the libraries read when they are first imported; what the user has set stays."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
-
-
-def _quiet() -> None:
-    from qcft.models.load import quiet_libraries
-
-    quiet_libraries()
 
 
 def _reset_peak() -> None:

@@ -29,6 +29,7 @@ from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_chan
 from qcft.pipeline.pools import ENGLISH
 from qcft.pipeline.prefix import open_prefix
 from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.probing import english_rows
 from qcft.pipeline.replay import make_replay, read_replay
 from qcft.plan import Step
 from qcft.recipe import Phase
@@ -37,6 +38,9 @@ from qcft.store import Store
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from qcft.training.batches import Batches
+    from qcft.training.passes import Fit
 
 
 class Worker:
@@ -113,9 +117,10 @@ class Worker:
 
     def train(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
-        from qcft.layers import adapted_modules, frozen_in_words, frozen_whole, lowest_adapted
+        from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
+        from qcft.training.probe import lay_out
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self._phase(step)
@@ -143,6 +148,7 @@ class Worker:
         )
         self.watch.tell(mixed)
         model = self._load(step)
+        free_memory()  # what loading left behind
         _seed_everything(seed)
         under = [self._adapter(one) for one in step.under]
         if step.adapter is not None:  # start: continue
@@ -150,13 +156,21 @@ class Worker:
         else:
             adapted = add_lora_over(model, under, modules, self.recipe.lora)
         below = lowest_adapted(model, modules)
+        probing = None
+        if self.recipe.forgetting is not None and (english := english_rows(self.prepared, phase)):
+            probing = lay_out(self.recipe.forgetting, english, batches, below / decoder_layers(model)[1])
+            if probing is None:
+                self.watch.note("no live probe: even a small one would cost over 5% of so short a training")
         by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
         weights: dict[str, Any] = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
-        # An adapter that goes on keeps its part in the frozen layers, which a cut model would lose.
-        cut = below if step.adapter is None else 0
-        prefix = open_prefix(model, cut, rows, batches.rows, weights, phase.train, self.store, self.watch)
+        prefix = None
+        if step.adapter is None:
+            seen = [*rows, *(probing.rows if probing else ())]
+            prefix = open_prefix(model, below, seen, batches.rows, weights, phase.train, self.store, self.watch)
+        elif phase.train.prefix_cache is True:
+            self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
             adapted,
             self.prepared.tokenizer,
@@ -167,6 +181,8 @@ class Worker:
             self.watch,
             f"training {phase.name}",
             Shortcuts(below, by_rows, prefix),
+            probing,
+            self._fit(phase, modules, batches, by_rows, prefix is not None),
         )
         return {
             **asdict(trained),
@@ -176,6 +192,22 @@ class Worker:
             "prefix_cache": prefix is not None,
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
+
+    def _fit(self, phase: Phase, modules: list[str], batches: Batches, by_rows: bool, cut: bool) -> Fit | None:
+        """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
+        from qcft.models.load import device, free_bytes
+        from qcft.training.footprint import Shape
+        from qcft.training.memory import plan_training
+
+        train = phase.train
+        if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
+            return None
+        shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
+        meta = self.prepared.meta_model
+        planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
+        if planned.fit.limit:
+            self.watch.note(f"{phase.name}: passes of at most {planned.fit.limit} tokens, to fit into memory")
+        return planned.fit
 
     def take_in(self, step: Step, folder: Path) -> dict[str, Any]:
         """Copy an adapter made elsewhere into the step."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qcft.recipe import Phase
 
-Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial"]
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift"]
 
 # Raised when a change to the code changes what a step of that kind results in.
 FORMATS: dict[Kind, int] = {
@@ -23,23 +23,26 @@ FORMATS: dict[Kind, int] = {
     "kept": 2,
     "layers": 1,
     "dial": 1,
+    "drift": 1,
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.
-CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache"}
+CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache", "micro_batch"}
 
 
 @dataclass(frozen=True)
 class Digests:
     """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind
     of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
-    the model that the model was tuned from, where a freeze spec goes by what that changed."""
+    the model that the model was tuned from, where a freeze spec goes by what that changed; for each phase that the
+    live probe watches the English rows it goes by."""
 
     model: str
     phases: Mapping[str, str]
     replay: Mapping[str, tuple[str, ...]]
     held_out: str
     base: str | None = None
+    english: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

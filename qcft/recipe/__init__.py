@@ -5,12 +5,13 @@ from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.recipe.parts import Source
 from qcft.recipe.replay import Filters, Replay, ReplayPart
-from qcft.recipe.schema import Answers, HeldOut, Lora, Merge, Model, Phase, Recipe, Train
+from qcft.recipe.schema import Answers, Forgetting, HeldOut, Lora, Merge, Model, Phase, Recipe, Train
 
 __all__ = [
     "Answers",
     "Dial",
     "Filters",
+    "Forgetting",
     "FreezeSpec",
     "Goal",
     "HeldOut",

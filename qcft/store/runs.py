@@ -21,6 +21,7 @@ RUN = "run.json"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
 REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
 EVAL = "eval/"  # stages that measure; they may be measured again without making a new run
+DRIFT = "drift/"  # stages that compare what the run holds; no plan has them
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,19 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
             write_json(folder / RUN, {**(read_json(folder / RUN) or {}), "stages": both})
         return NamedRun(name, folder, both)
+    stages = stages | {stage: step for stage, step in already.items() if stage.startswith(DRIFT)}
     folder.mkdir(exist_ok=True)
     created = (read_json(folder / RUN) or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(folder / RUN, {"version": LAYOUT, "created": created, "stages": stages})  # first: it makes it a run
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
     return NamedRun(name, folder, stages)
+
+
+def add_stage(run: NamedRun, stage: str, step: str) -> None:
+    """Write down a stage that was made of what the run holds, beyond its plan."""
+    document = read_json(run.folder / RUN) or {}
+    write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
 
 
 def runs_lock(runs: Path) -> FileLock:
@@ -151,4 +159,4 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, "kept", "dial-"))}
+    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, DRIFT, "kept", "dial-"))}

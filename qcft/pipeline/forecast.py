@@ -1,0 +1,88 @@
+"""How a phase would be trained, from shapes alone; told in a line before a run begins."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.mix import mixed_order, replay_rows_needed
+from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.pipeline.prefix import worth_storing
+from qcft.pipeline.prepare import Prepared
+from qcft.plan import Step
+from qcft.recipe import Phase
+
+if TYPE_CHECKING:
+    from qcft.training.batches import Batches
+    from qcft.training.memory import Planned
+
+GIB = 2**30
+SMALL = 50_000_000  # parameters of a model whose training is not told beforehand: it fits anywhere
+
+
+def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Batches]:
+    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone.
+
+    Replay that is not made yet is taken to be like the phase's own rows.
+    """
+    from qcft.layers import adapted_modules, lowest_adapted
+    from qcft.training.attention import attend_by_rows
+    from qcft.training.batches import make_batches
+    from qcft.training.footprint import Shape
+    from qcft.training.memory import plan_training
+    from qcft.training.prefix import cannot_split
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
+    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
+    rows = [*new, *(new[i % len(new)] for i in range(extra))]
+    batches = make_batches(rows, lambda epoch: mixed_order(len(new), extra, f"{recipe.seed}:{epoch}"), phase.train)
+    modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
+    below = lowest_adapted(model, modules)
+    tokens = sum(len(row.input_ids) for row in rows)
+    config: Any = model.config.get_text_config()
+    cut = below > 0 and phase.start != "continue" and cannot_split(model) is None
+    cut = cut and worth_storing(phase.train, tokens * config.hidden_size * 2, batches.rows > len(rows))
+    by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
+    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where)
+    return plan_training(model, shape, batches, phase.train, by_rows, free), batches
+
+
+def forecast(prepared: Prepared, steps: Sequence[Step], watch: Watch) -> None:
+    """Tell what the trainings among `steps` need and take. Raises InputError where a GPU cannot hold them at all."""
+    from qcft.models.load import device, free_bytes
+    from qcft.training.speed import measure_speed
+
+    phases = [prepared.recipe.phase(step.phase) for step in steps if step.kind == "train" and step.phase]
+    if not phases or sum(p.numel() for p in prepared.meta_model.parameters()) < SMALL:
+        return
+    where, free, speed = device(), free_bytes(), measure_speed()
+    name = "GPU" if where == "cuda" else "main"
+    most, seconds = 0, 0.0
+    for phase in phases:
+        planned, batches = plan_phase(prepared, phase, where, free)
+        memory = planned.memory
+        held = memory.total - memory.activations - memory.logits - memory.optimizer
+        if where == "cuda" and held > free:
+            raise InputError(
+                f"{phase.name} does not fit on the GPU: its weights, adapters and gradients alone take "
+                f"{held / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free",
+                "free the GPU, freeze lower layers (freeze: first:N), lower lora.r, or use a smaller model",
+            )
+        if not planned.fits:
+            watch.note(
+                f"{phase.name} needs about {memory.total / GIB:.1f} GiB of {name} memory, and {free / GIB:.1f} GiB are "
+                f"free; try --set {phase.name}.train.batch=auto",
+                "warning",
+            )
+        most = max(most, memory.total)
+        seconds += speed.seconds(planned.cost) * batches.tokens_until(batches.steps) / planned.largest.tokens
+    watch.note(
+        f"training needs about {most / GIB:.1f} GiB of {name} memory ({free / GIB:.1f} GiB free) and {_about(seconds)}"
+    )
+
+
+def _about(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
