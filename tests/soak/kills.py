@@ -121,6 +121,7 @@ def kill_runs(raw: dict[str, Any], folder: Path, kills: int, seed: int) -> Count
             assert code == -signal.SIGKILL, code
             assert at is not None
             killed[at] += 1
+            print(f"kill {killed.total()} of {kills}: {at}", flush=True)
             left = left[left.index(at) :]
         assert results(runs) == whole, f"run {number} differs"
         assert (runs / "tiny" / "report" / "report.md").is_file()
