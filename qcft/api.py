@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 from qcft.errors import InputError
 from qcft.events import Listener, Watch
 from qcft.pipeline import Run, run_recipe
+from qcft.pipeline.ablate import run_arms
 from qcft.pipeline.run import finished_run
-from qcft.recipe import Recipe, load_recipe, recipe_from
+from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
+from qcft.report.ablation import outcome
 from qcft.report.card import write_card
 from qcft.report.curve import curve_points, draw_curve
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
+from qcft.store.ablations import Ablation
 
 
 def run(
@@ -42,6 +45,44 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     done = run_recipe(recipe, runs, watch)
     _report(done, runs)
     return done
+
+
+def ablate(
+    recipe: str | Path,
+    *,
+    set: Mapping[str, Any] | None = None,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    runs: str | Path = "runs",
+    listener: Listener | None = None,
+) -> Ablation:
+    """Run a recipe's arms x seeds in this process (all, or those named), reusing what is done.
+
+    An arm that fails is noted and the next one begun: `states()` of what is returned tells. `set` and `listener` as
+    for `run`. Raises qcft.InputError before anything is written.
+    """
+    plain, every = load_ablation(recipe, set)
+    return ablate_watched(plain, chosen_arms(every, arms, seeds), Path(runs), Watch(listener))
+
+
+def ablate_watched(
+    plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, skip: Sequence[str] = ()
+) -> Ablation:
+    """Run arms, each run's report written as it ends; `skip` names runs to leave out."""
+    return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
+
+
+def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
+    """What running these arms would do, and what that would take; nothing is written."""
+    from qcft.pipeline.forecast import ablation_plan
+
+    return ablation_plan(arms, runs, watch)
+
+
+def ablation_outcome(ablation: Ablation) -> dict[str, Any]:
+    """What an ablation's arms came to so far, side by side."""
+    runs = ablation.runs
+    return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
 
 
 def _report(done: Run, runs: Path) -> Run:

@@ -25,10 +25,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a whole recipe: its phases, what is measured between them, the report."""
+    from qcft import console
     from qcft.recipe import load_recipe, parse_assignments
 
     changes = parse_assignments(set_ or [])
-    _run(load_recipe(recipe, changes | ({"name": name} if name else {})), runs, dry_run, json_, quiet)
+    loaded = load_recipe(recipe, changes | ({"name": name} if name else {}))
+    if loaded.ablation and not quiet:
+        console.stderr().print("this is the plain recipe; its arms are run by `qcft ablate`", style="dim")
+    _run(loaded, runs, dry_run, json_, quiet)
 
 
 @app.command()
@@ -107,7 +111,7 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     if json_:
         console.print_json(listed)
     else:
-        console.print_rows(["run", "model", "phases", "steps done"], [list(r.values()) for r in listed])
+        console.print_rows(["run", "model", "phases", "steps done", "state"], [list(r.values()) for r in listed])
 
 
 @app.command()

@@ -45,7 +45,7 @@ class Run:
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
     """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
-    _set_environment()
+    set_environment()
     prepared, store = Prepared(recipe, watch), Store(runs)
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
@@ -58,24 +58,28 @@ def run_recipe(
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
     """
-    _set_environment()
+    set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
-    prepared, store = Prepared(recipe, watch, goal), Store(runs)
-    plan = prepared.plan
+    return run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
+
+
+def run_prepared(prepared: Prepared, store: Store, watch: Watch, up_to: str | None = None) -> Run:
+    """`run_recipe` of a recipe whose data is read and whose steps are planned."""
+    recipe, plan = prepared.recipe, prepared.plan
     steps = plan.up_to(up_to) if up_to else plan.steps
     records = {step.id: store.done(step.id, watch) for step in steps}
     finished = sum(record is not None for record in records.values())
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
-        _quiet()
+        quiet()
         prepared.check()
     recipe = prepared.pinned_recipe()
-    run = open_run(runs, recipe, plan.stages())
+    run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     for position, step in enumerate(steps, start=1):
-        record = records[step.id] or _do(step, position, len(steps), prepared, store, watch)
+        record = records[step.id] or do_step(step, position, len(steps), prepared, store, watch)
         if records[step.id]:
             watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
@@ -98,7 +102,7 @@ def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store
     return Run(run.name, run.folder, done, table)
 
 
-def _do(step: Step, position: int, total: int, prepared: Prepared, store: Store, watch: Watch) -> dict[str, Any]:
+def do_step(step: Step, position: int, total: int, prepared: Prepared, store: Store, watch: Watch) -> dict[str, Any]:
     """Do one step under its lock; another process may have done it meanwhile."""
     from qcft.pipeline.work import Worker
 
@@ -180,7 +184,7 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -188,7 +192,8 @@ def _set_environment() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Silence the libraries, which this imports."""
     from qcft.models.load import quiet_libraries
 
     quiet_libraries()
