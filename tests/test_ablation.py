@@ -280,17 +280,17 @@ def test_the_plan_of_an_ablation(qcft, done, finished):
 
 
 def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp_path):
-    """An lr at which the loss is not finite, and a replay that turns out too small once answers are filtered."""
+    """An lr at which the loss is not finite; an arm that rests on the same step is not tried in vain."""
     raw["ablation"] = {
         "arms": [
-            {"name": "wild", "set": {"phase2.train.lr": 1e38, "phase2.replay": None}},
-            {"name": "same", "set": {"phase2.train.lr": 1e38, "phase2.replay": None, "phase2.train.report_to": []}},
+            {"name": "wild", "set": {"phase2.train.lr": 1e30, "phase2.replay": None}},
+            {"name": "same", "set": {"phase2.train.lr": 1e30, "phase2.replay": None, "phase2.train.report_to": []}},
             ARMS[0],
         ]
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
-    code, out, err = qcft("ablate", path, "--in-process")
+    code, _, err = qcft("ablate", path, "--in-process")
     assert code == 1
     assert "tiny-wild-s0 failed: train phase2: the loss is" in err
     assert "tiny-same-s0 failed: train phase2: it rests on train-" in err
@@ -303,8 +303,8 @@ def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp
     raw["ablation"]["arms"][0]["set"]["phase2.train.lr"] = 1e-3
     path.write_text(yaml.safe_dump(raw))
     code, _, err = qcft("ablate", path, "--in-process", "--arms", "wild,plain")
-    assert code == 1, "the arm that was not asked for is failed still"
-    assert states(ablation)["tiny-plain-s0"] == "done"
+    assert code == 0, err
+    assert states(ablation) == {"tiny-wild-s0-2": "done", "tiny-same-s0": "failed", "tiny-plain-s0": "done"}
     assert all(p.stat().st_mtime_ns == then for p, then in before.items())
 
 

@@ -47,4 +47,5 @@ def ablate(
         done = api.ablate_watched(plain, chosen, runs, watch, split(supervised))
     outcome = api.ablation_outcome(done)
     console.print_json(outcome) if json_ else live.print_outcome(outcome)
-    raise typer.Exit(any(run["state"] == "failed" for run in outcome["runs"]))
+    asked = {(one.arm, one.seed) for one in chosen}
+    raise typer.Exit(any(run["state"] == "failed" and (run["arm"], run["seed"]) in asked for run in outcome["runs"]))
