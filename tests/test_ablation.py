@@ -69,13 +69,13 @@ def test_grids_are_crossed_and_every_value_is_in_the_arms_name(raw):
     }
     _, arms = expand_ablation(raw)
     assert [one.arm for one in arms] == [
-        "a-all-rslora-true-ratio-0.1", "a-all-rslora-true-ratio-0.2",
-        "a-low-rslora-true-ratio-0.1", "a-low-rslora-true-ratio-0.2",
+        "a-ratio-0.1-all-rslora-true", "a-ratio-0.1-low-rslora-true",
+        "a-ratio-0.2-all-rslora-true", "a-ratio-0.2-low-rslora-true",
         "b-all-rslora-true", "b-low-rslora-true",
     ]  # fmt: skip
     low = arms[3].recipe
     assert (low.phase("phase2").freeze, low.phase("phase2").replay.ratio, low.lora.rslora) == ("first:1", 0.2, True)
-    assert low.name == "tiny-a-low-rslora-true-ratio-0.2-s3"
+    assert low.name == "tiny-a-ratio-0.2-low-rslora-true-s3"
     assert low.seed == 3
     assert low.ablation is None
 
@@ -110,11 +110,12 @@ def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_p
         ({"arms": [{"name": "a"}], "seeds": [-1]}, "ablation.seeds.0"),
         ({"arms": [{"name": "a", "sett": {}}]}, "unknown key 'ablation.arms.0.sett'"),
         ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "no plain value"),
+        ({"grid": {"set": {"x": 1}}}, "stands for a mapping of keys"),
         ({"arms": [{"name": "a"}, {"name": "b", "set": {"phase2.train.lr": "fast"}}]}, "arm 'b': phase2.train.lr"),
         ({"arms": [{"name": "b", "set": {"phase3.freeze": "none"}}]}, "arm 'b': phase3.freeze"),
         ({"arms": [{"name": "b", "set": {"phase2.data": "nowhere.jsonl"}}]}, "arm 'b': data: there is no file"),
         ({"arms": [{"name": "b", "set": {"phase2.freeze": "first:9"}}]}, "arm 'b': freeze: 'first:9'"),
-        ({"arms": [{"name": "b", "mixed": True, "set": {"phase1.lr": 1}}]}, "arm 'b': phase1.lr: there is no phase"),
+        ({"arms": [{"name": "b", "mixed": True, "set": {"phase1.lr": 1}}]}, "arm 'b': unknown key 'phase1.lr'"),
     ],
 )
 def test_a_mistake_in_an_arm_is_found_before_anything_is_written(qcft, raw, tmp_path, ablation, says):
@@ -323,3 +324,57 @@ def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
     assert code == 0
     assert "its arms are run by `qcft ablate`" in err
     assert "train phase2" in out
+
+
+# --- the recipes that ship
+
+ARMS_OF = {"quick-ablation-cpu": 6, "ablation-8gb": 27, "paper-mistral-7b": 62, "paper-llama3-8b": 62}
+
+
+@pytest.mark.parametrize("name", ARMS_OF)
+def test_a_recipe_that_ships_expands(name):
+    """Every arm is a whole recipe; hub ids are not asked for."""
+    from qcft.recipe import load_ablation
+
+    plain, arms = load_ablation(name)
+    assert len(arms) == ARMS_OF[name]
+    assert all(one.recipe.ablation is None for one in arms)
+    assert all(one.recipe.name == f"{name}-{one.arm}-s{one.seed}" for one in arms)
+    assert {m.name for m in arms[0].recipe.heldout.of} == {phase.name for phase in plain.phases}
+    assert len({json.dumps([m.model_dump() for m in one.recipe.heldout.of]) for one in arms}) == 1
+
+
+def test_the_papers_grid():
+    from qcft.recipe import load_ablation
+
+    _, arms = load_ablation("paper-mistral-7b")
+    by_name = {one.arm: one.recipe for one in arms}
+    for start in ("alpaca", "orca", "instruct"):
+        for data in ("multialpaca", "mopenorca"):
+            for arm in ("none", "gr5", "gr10", "er5", "er10", "lf-h1", "lf-h2", "spectrum", "lora"):
+                recipe = by_name[f"{arm}-{start}-{data}"]
+                assert len(recipe.phases) == (1 if start == "instruct" else 2)
+                assert data in recipe.phases[-1].data[0].path
+            assert (f"mixed-{start}-{data}" in by_name) == (start != "instruct")
+    assert by_name["gr5-orca-mopenorca"].phases[0].data[0].path == "Open-Orca/SlimOrca"
+    assert by_name["lf-h2-instruct-multialpaca"].model.base == "mistralai/Mistral-7B-v0.1"
+    assert [s.path for s in by_name["mixed-orca-multialpaca"].phases[0].sources()][:2] == [
+        "Open-Orca/SlimOrca",
+        "data/multialpaca/fr.jsonl",
+    ]
+
+
+def test_the_quick_ablation_is_checked_whole(tiny_model):
+    """As it ships, down to its rows as tokens; only the model and what depends on its depth are others."""
+    from qcft.recipe import load_ablation
+
+    smaller = {"model.name": str(tiny_model), "phase1.train.max_length": 1024, "phase2.train.max_length": 1024}
+    _, arms = load_ablation("quick-ablation-cpu", smaller)
+    found = {one.arm.arm: one for one in prepare_arms(arms, Watch())}
+    for name, one in found.items():
+        if name != "first20":
+            one.prepared.check()
+    groups = {group.name: len(group.rows) for group in found["none"].prepared.groups}
+    assert list(groups) == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr"]
+    assert min(groups.values()) >= 16
+    assert found["mixed"].arm.recipe.phases[0].train.steps == 25 + 34

@@ -4,7 +4,7 @@ from qcft.recipe.ablation import Ablation, Arm
 from qcft.recipe.arms import ArmRun, chosen_arms, expand_ablation, load_ablation
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
 from qcft.recipe.goal import Dial, Goal
-from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, read_recipe, recipe_from
 from qcft.recipe.parts import Source
 from qcft.recipe.replay import Filters, Replay, ReplayPart
 from qcft.recipe.schema import Answers, HeldOut, Lora, Measured, Merge, Model, Phase, Recipe, Train
@@ -38,5 +38,6 @@ __all__ = [
     "load_recipe",
     "parse_assignments",
     "parse_freeze",
+    "read_recipe",
     "recipe_from",
 ]

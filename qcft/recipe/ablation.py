@@ -11,15 +11,16 @@ from pydantic import Field, model_validator
 
 from qcft.recipe.parts import NAME, Count, Number, Part
 
-# A recipe key, and its values: a list of plain values, or values under names of their own.
+# A recipe key, and its values: a list of plain values, or values under names of their own. Under the key `set` each
+# name stands for a mapping of several keys and their values.
 Grid = dict[str, list[Any] | dict[str, Any]]
 
 
 class Arm(Part):
     """One variant, or with `grid` several. `set` changes recipe keys as `--set` does, null included.
 
-    `mixed`: the last phase alone, trained on the data of all phases, without replay, for as many optimizer steps as the
-    phases of the recipe take together without replay.
+    `mixed`: the last phase alone, trained on the data of all phases, without replay, for as many optimizer steps as all
+    phases take together without replay.
     """
 
     name: str = ""
@@ -58,21 +59,27 @@ class Ablation(Part):
         """Every arm's name, what it sets, and whether it is mixed; grids expanded, the last key fastest."""
         arms = self.arms or ([Arm()] if self.grid else [])
         for arm in arms:
-            axes = [_axis(key, values) for key, values in {**self.grid, **arm.grid}.items()]
+            axes = [_axis(key, values) for key, values in {**arm.grid, **self.grid, **arm.grid}.items()]
             for chosen in product(*axes):
-                name = "-".join(filter(None, (arm.name, *(label for label, *_ in chosen))))
-                yield name, {**arm.set, **{key: value for _, key, value in chosen}}, arm.mixed
+                name = "-".join(filter(None, (arm.name, *(label for label, _ in chosen))))
+                settings = dict(arm.set)
+                for _, more in chosen:
+                    settings |= more
+                yield name, settings, arm.mixed
 
 
-def _axis(key: str, values: list[Any] | Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """A grid's key as (label, key, value); a plain value's label is the key's last word and the value."""
+def _axis(key: str, values: list[Any] | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A grid's key as labels and what they set; a plain value's label is the key's last word and the value."""
     if isinstance(values, Mapping):
-        return [(str(label), key, value) for label, value in values.items()]
+        named = [(str(label), value if key == "set" else {key: value}) for label, value in values.items()]
+        if not all(isinstance(more, dict) for _, more in named):
+            raise ValueError("grid: a name under set stands for a mapping of keys | write {set: {NAME: {KEY: VALUE}}}")
+        return named
     word = key.rsplit(".", 1)[-1]
     labelled = []
     for value in values:
         if isinstance(value, (list, dict)):
             raise ValueError(f"grid: {key}: {value!r} is no plain value | name each value: {{{key}: {{NAME: VALUE}}}}")
         text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        labelled.append((f"{word}-{re.sub('[^A-Za-z0-9._]+', '-', text)}", key, value))
+        labelled.append((f"{word}-{re.sub('[^A-Za-z0-9._]+', '-', text)}", {key: value}))
     return labelled

@@ -81,9 +81,9 @@ def _arm(
 ) -> ArmRun:
     own = {"name": f"{run}-{name}-s{seed}", "seed": seed}
     try:
-        as_long_as = _without_replay(recipe_from(raw, own)) if mixed else None
-        joined = _joined(raw) if mixed else raw
-        return ArmRun(name, seed, recipe_from(changed(joined, {**settings, **own}, folder)), settings, as_long_as)
+        raw = changed(raw, {**settings, **own}, folder)
+        recipe = recipe_from(_joined(raw) if mixed else raw)
+        return ArmRun(name, seed, recipe, settings, _without_replay(recipe_from(raw)) if mixed else None)
     except InputError as error:
         message = error.message.removeprefix("recipe: ").removeprefix("--set ")
         raise InputError(f"arm {name!r}: {message}", error.hint) from None
