@@ -133,6 +133,9 @@ def show(
 def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
     from qcft import api, console
     from qcft.commands import plan_listed
+    from qcft.events import Watch
+    from qcft.pipeline.run import help_train
+    from qcft.training.ranks import rank
 
     if dry_run:
         with watched(quiet) as watch:
@@ -141,6 +144,9 @@ def _run(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) ->
             console.print_json(steps)
         else:
             console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+        return
+    if rank() > 0:  # of several processes that `accelerate launch` began
+        help_train(recipe, runs, Watch())
         return
     with watched(quiet) as watch:
         done = api.run_watched(recipe, runs, watch)

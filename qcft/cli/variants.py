@@ -30,9 +30,13 @@ def ablate(
     """Run every arm of a recipe with every seed; what they share runs once, one that fails leaves the others going."""
     from qcft import api, console, live
     from qcft.commands import parse_seeds, split
+    from qcft.errors import InputError
     from qcft.recipe import chosen_arms, load_ablation, parse_assignments
     from qcft.supervise import stop_with_parent, supervise
+    from qcft.training.ranks import world
 
+    if world() > 1:
+        raise InputError("qcft ablate does not run under accelerate", "launch `qcft run` with it, one recipe at a time")
     changes = parse_assignments(set_ or []) | ({"name": name} if name else {})
     plain, every = load_ablation(recipe, changes)
     chosen = chosen_arms(every, split(arms), parse_seeds(seeds))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import QcftError
+from qcft.errors import Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.prepare import Prepared
@@ -19,6 +19,7 @@ from qcft.recipe import Dial, Goal, Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
+from qcft.training.ranks import hear, join, tell, world
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,36 @@ def run_recipe(
 ) -> Run:
     """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
 
+    Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
     """
     set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
-    return run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
+    if world() == 1:
+        return run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
+    join()
+    try:
+        done = run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
+    except Interrupted:
+        tell(None)
+        raise
+    tell(None)
+    return done
+
+
+def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
+    """Train with rank 0 what it says, until it is done. Writes nothing but stored states of frozen layers."""
+    from qcft.pipeline.work import Worker
+
+    set_environment()
+    join()
+    quiet()
+    prepared, store = Prepared(recipe, watch), Store(runs)
+    steps = {step.id: step for step in prepared.plan.steps}
+    while (step := hear()) is not None:
+        Worker(prepared, store, watch).work(steps[step], store.folder(step))
 
 
 def run_prepared(prepared: Prepared, store: Store, watch: Watch, up_to: str | None = None) -> Run:
@@ -112,6 +136,8 @@ def do_step(step: Step, position: int, total: int, prepared: Prepared, store: St
         if record is not None:
             return record
         watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
+        if step.kind == "train" and world() > 1:
+            tell(step.id)
         begun = time.monotonic()
         _reset_peak()
         metrics = Worker(prepared, store, watch).work(step, folder)

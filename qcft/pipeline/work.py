@@ -115,6 +115,7 @@ class Worker:
         from qcft.layers import adapted_modules, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
+        from qcft.training.ranks import world
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self._phase(step)
@@ -169,6 +170,7 @@ class Worker:
             "adapted_modules": len(modules),
             "frozen_layers": frozen_whole(model, modules),
             "prefix_cache": prefix is not None,
+            "processes": world(),
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
 

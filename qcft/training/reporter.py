@@ -14,6 +14,7 @@ from qcft.files import write_text
 from qcft.layers import decoder_layers
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
+from qcft.training.ranks import any_stops, rank
 
 
 def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) -> Any:
@@ -30,12 +31,12 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
                 # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
                 kwargs["model"].disable_input_require_grads()
                 _checkpoint_from(kwargs["model"], below)
-            if log.is_file():  # steps after the checkpoint are trained, and logged, again
+            if rank() == 0 and log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if watch.stop_code is not None:
+            if any_stops(watch.stop_code is not None):
                 control.should_save = True
                 control.should_training_stop = True
 
@@ -47,6 +48,8 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
             step, loss = state.global_step, logs["loss"]
             if not math.isfinite(loss):
                 raise QcftError(f"the loss is {loss} at step {step}", "try a lower train.lr")
+            if rank():
+                return
             tokens = batches.tokens_until(step)
             rate = (tokens - batches.tokens_until(self.first)) / max(1e-9, time.monotonic() - self.begun)
             kind, peak = peak_memory()

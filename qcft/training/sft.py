@@ -17,6 +17,7 @@ from qcft.files import is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
 from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
+from qcft.training.ranks import rank, shared_out, world
 from qcft.training.reporter import reporter
 from qcft.training.settings import checkpointing, sft_config
 
@@ -74,10 +75,11 @@ def train_adapter(
 
     checkpoints = folder / "checkpoints"
     last = _last_whole(checkpoints)
-    recompute = checkpointing(model, batches, train, shortcuts.below)
-    config = sft_config(train, checkpoints, batches, seed, recompute, shortcuts.by_rows)
+    dealt = shared_out(batches, world())
+    recompute = checkpointing(model, dealt, train, shortcuts.below)
+    config = sft_config(train, checkpoints, dealt, seed, recompute, shortcuts.by_rows)
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
-        trainer = _make_trainer(model, tokenizer, batches, config, shortcuts)
+        trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
@@ -95,7 +97,8 @@ def train_adapter(
             "the same command goes on from it",
             watch.stop_code,
         )
-    save_trained(model, folder / "adapter")
+    if rank() == 0:
+        save_trained(model, folder / "adapter")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
         steps=trainer.state.global_step,
@@ -131,7 +134,7 @@ def _make_trainer(
         """SFTTrainer whose batches know their rows and count them; its checkpoints hold the adapter, no pickled
         arguments, and a seal."""
 
-        fed = Fed(batches)
+        fed = Fed(batches, rank(), world())
 
         def _set_signature_columns_if_needed(self) -> None:
             super()._set_signature_columns_if_needed()
@@ -161,7 +164,9 @@ def _make_trainer(
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            self.accelerator.wait_for_everyone()  # each process writes the state of its generators
+            if rank() == 0:
+                seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     answers = _Answers(model.get_base_model())
     trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
@@ -214,5 +219,6 @@ def _last_whole(checkpoints: Path) -> Path | None:
     for checkpoint in found:
         if is_whole(checkpoint):
             return checkpoint
-        shutil.rmtree(checkpoint)
+        if rank() == 0:
+            shutil.rmtree(checkpoint)
     return None
