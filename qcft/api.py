@@ -11,6 +11,7 @@ from qcft.errors import InputError
 from qcft.events import Listener, Watch
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.ablate import run_arms
+from qcft.pipeline.cluster import run_on_ray
 from qcft.pipeline.run import finished_run
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
 from qcft.report.ablation import outcome
@@ -66,9 +67,17 @@ def ablate(
 
 
 def ablate_watched(
-    plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, skip: Sequence[str] = ()
+    plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, skip: Sequence[str] = (), on: str | None = None
 ) -> Ablation:
-    """Run arms, each run's report written as it ends; `skip` names runs to leave out."""
+    """Run arms, each run's report written as it ends; `skip` names runs to leave out.
+
+    `on`: `ray` for a Ray cluster on this machine, `ray:ADDRESS` for another. Raises InputError.
+    """
+    engine, _, address = (on or "").partition(":")
+    if engine == "ray":
+        return run_on_ray(plain, arms, runs, watch, lambda done: _report(done, runs), address or None)
+    if on:
+        raise InputError(f"--on {on!r}: qcft knows no such engine", "use ray, or ray:ADDRESS")
     return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
 
 

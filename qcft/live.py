@@ -60,7 +60,7 @@ class ArmsReporter(Reporter):
     def _arm(self, event: ArmChanged) -> None:
         self._clear()
         line = self.lines.setdefault(event.run, _Line())
-        if event.state == "running":
+        if event.state == "running" and line.state != "running":
             line.begun, self.running = time.monotonic(), event.run
         elif line.state == "running":
             line.seconds = time.monotonic() - line.begun

@@ -21,6 +21,9 @@ def ablate(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="In this process: one that crashes ends all arms.")
     ] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray[:ADDRESS]", help="Steps as tasks of a Ray cluster, in parallel.")
+    ] = None,
     supervised: Annotated[str | None, typer.Option("--supervised", hidden=True)] = None,
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
@@ -45,10 +48,10 @@ def ablate(
             plan = api.plan_ablation(chosen, runs, watch)
         console.print_json(plan) if json_ else live.print_plan(plan)
         return
-    if not in_process and supervised is None:
+    if not in_process and supervised is None and on is None:
         raise typer.Exit(supervise(sys.argv[1:], runs))
     with watched(quiet, live.ArmsReporter) as watch, stop_with_parent(watch, supervised is not None):
-        done = api.ablate_watched(plain, chosen, runs, watch, split(supervised))
+        done = api.ablate_watched(plain, chosen, runs, watch, split(supervised), on)
     outcome = api.ablation_outcome(done)
     console.print_json(outcome) if json_ else live.print_outcome(outcome)
     asked = {(one.arm, one.seed) for one in chosen}

@@ -74,7 +74,7 @@ def run_arms(
         except Exception as error:  # whatever ends one arm, from a full disk to a bug, must not end the others
             # Steps are done in their order, so the one that failed is the first that is not done.
             step = next((s for s in one.prepared.plan.steps if store.state(s.id) != "done"), None)
-            what = _told(error, step)
+            what = told(error, step)
             if step:
                 broken.setdefault(step.id, name)
             ablation.end(name, what)
@@ -143,8 +143,8 @@ def _check_parents(prepared: Prepared, store: Store, broken: Mapping[str, str]) 
             raise QcftError(f"it rests on {step.id} ({step.title}), which failed in {broken[step.id]}", "see there")
 
 
-def _told(error: Exception, step: Step | None) -> dict[str, Any]:
-    """What went wrong, for the index: an unexpected error with its traceback."""
+def told(error: Exception, step: Step | None) -> dict[str, Any]:
+    """What went wrong at a step, for the index: an unexpected error with its traceback."""
     where = {"step": step.id, "title": step.title} if step else {"step": None, "title": None}
     if isinstance(error, QcftError):
         return {"message": error.message, "hint": error.hint, **where}
