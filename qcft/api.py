@@ -9,6 +9,7 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Listener, Watch
+from qcft.files import telling_full_disk
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.ablate import run_arms
 from qcft.pipeline.cluster import run_on_ray
@@ -17,9 +18,11 @@ from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe,
 from qcft.report.ablation import outcome
 from qcft.report.card import write_card
 from qcft.report.curve import curve_points, draw_curve
+from qcft.report.drift import draw_drift
 from qcft.report.markdown import write_report
 from qcft.store import Store, read_run
 from qcft.store.ablations import Ablation
+from qcft.store.steps import FREE
 
 
 def run(
@@ -83,7 +86,7 @@ def ablate_watched(
 
 def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
     """What running these arms would do, and what that would take; nothing is written."""
-    from qcft.pipeline.forecast import ablation_plan
+    from qcft.pipeline.ablation_plan import ablation_plan
 
     return ablation_plan(arms, runs, watch)
 
@@ -98,7 +101,8 @@ def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
     whole = read(done.name, runs)
     recipe = read_run(runs, done.name).recipe()
-    write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
+    with telling_full_disk(runs, FREE):
+        write_report(done.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
     return whole
 
 
@@ -198,13 +202,40 @@ def dial(
     points = curve_points(done.stages[done.goal].metrics["points"])
     drawing = done.folder / "report" / f"{done.goal}.svg"
     _report(done, runs)
-    draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
+    with telling_full_disk(runs, FREE):
+        draw_curve(drawing, points, f"{named.name}: {wanted.phase}")
     found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
     if merge_at is not None:
         found["merged"] = merge(
             named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
         )
     return found
+
+
+def drift(
+    name: str | None,
+    runs: Path,
+    watch: Watch,
+    *,
+    since: str | None = None,
+    to: str | None = None,
+    against: str | None = None,
+    rows: int = 16,
+    texts: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
+
+    Returns what the step's drift.json holds, and the drawing's path. Raises QcftError.
+    """
+    from qcft.pipeline.drift import Asked, measure_drift
+
+    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
+    drawing = named.folder / "report" / f"{stage.replace('/', '-')}.svg"
+    draw_drift(drawing, found, f"{named.name}: from {found['from']} to {found['to']}")
+    whole = read(named.name, runs)
+    recipe = named.recipe()
+    write_report(named.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
+    return {"run": named.name, **found, "drawing": str(drawing)}
 
 
 def _phases_until(recipe: Recipe, phase: str) -> list[str]:

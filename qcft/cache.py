@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qcft.errors import InputError
-from qcft.files import is_whole, seal
+from qcft.files import is_whole, seal, telling_full_disk
 
 
 def cache_folder() -> Path:
     """`$QCFT_CACHE`, else qcft's folder in the user's cache folder."""
     named = os.environ.get("QCFT_CACHE")
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "qcft" / "cache"
     if sys.platform == "darwin":
@@ -49,8 +49,9 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(place, ignore_errors=True)
             work.mkdir(parents=True)
             try:
-                make(work)
-                seal(work)
+                with telling_full_disk(work, "free some space, or name another cache folder with QCFT_CACHE"):
+                    make(work)
+                    seal(work)
                 work.rename(place)
             finally:
                 shutil.rmtree(work, ignore_errors=True)

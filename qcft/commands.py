@@ -9,11 +9,13 @@ from typing import Any
 
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json
-from qcft.recipe import Recipe, built_in_recipes, parse_assignments, recipe_from
+from qcft.files import read_json, write_json
+from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import NamedRun, Store, list_runs, read_run
 from qcft.store.ablations import run_states
 
+SHIPPED = "qcft:"
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
 
 
@@ -143,6 +145,73 @@ def replay_shown(run: str, stages: dict[str, Path], show: int, left_out: bool) -
     }
 
 
+def similarity_table(
+    a: str, b: str | None, runs: Path, encoder: str | None, take: int | None, column: str | None, watch: Watch
+) -> dict[str, Any]:
+    """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named.
+
+    Two phases of one run are also kept beside its report. Raises InputError.
+    """
+    from qcft.models.encoders import LABSE
+    from qcft.pipeline.similarity import Side, measure_similarity
+
+    if b is None:
+        phases = [phase.name for phase in read_run(runs, a).recipe().phases]
+        if len(phases) < 2:
+            raise InputError(f"the run {a!r} has one phase, {phases[0]}", "name another data set, or phase, as B")
+        a, b = (f"{a}:{phase}" for phase in phases[-2:])
+    sides = []
+    for text in (a, b):
+        sources = _phase_sources(text, runs)
+        if sources is None:
+            sources = [one for raw in _sources(text.split(","), None, None) for one in Source(**raw).expanded()]
+        limited = (one.model_copy(update={"take": take}) if take else one for one in sources)
+        sides.append(Side(text, tuple(limited), column))
+    found = measure_similarity(sides[0], sides[1], encoder or LABSE, watch)
+    names = [text.rpartition(":")[0] for text in (a, b)]
+    if names[0] == names[1] and (runs / names[0] / "run.json").is_file() and _phase_sources(a, runs):
+        place = runs / names[0] / "report"
+        place.mkdir(exist_ok=True)
+        write_json(place / "similarity.json", found)
+    return found
+
+
+def text_files(given: list[str]) -> dict[str, Path]:
+    """Text files by language, from `[LANG=]FILE`. Raises InputError."""
+    files: dict[str, Path] = {}
+    for text in given:
+        match = LANG_PATH.fullmatch(text)
+        lang, path = (match[1], match[2]) if match else ("text", text)
+        if not Path(path).is_file():
+            raise InputError(f"--text: there is no file {path!r}", "give a text file, a sentence a line")
+        if lang in files:
+            raise InputError(f"--text names {lang} twice", "write LANG=FILE, one file for each language")
+        files[lang] = Path(path)
+    return files
+
+
+def _phase_sources(text: str, runs: Path) -> list[Source] | None:
+    """The sources of `RUN:PHASE` or `RECIPE:PHASE`; None where the text is no such thing."""
+    name, colon, phase_name = text.rpartition(":")
+    if not colon or text.startswith(SHIPPED) or Path(text).exists():
+        return None
+    if (runs / name / "run.json").is_file():
+        recipe = read_run(runs, name).recipe()
+    elif Path(name).is_file() or name in built_in_recipes():
+        recipe = load_recipe(name)
+    else:
+        raise InputError(f"{name!r} is no run in {str(runs)!r} and no recipe", "write RUN:PHASE, or the path of data")
+    names = [phase.name for phase in recipe.phases]
+    if phase_name not in names:
+        raise InputError(
+            f"{name} has no phase {phase_name!r}", nearest(phase_name, names) + f"it has {', '.join(names)}"
+        )
+    phase = recipe.phase(phase_name)
+    if phase.adapter:
+        raise InputError(f"{text} is an adapter made elsewhere, whose data is not known", "name its data set instead")
+    return phase.sources()
+
+
 def recipes_listed() -> list[dict[str, str]]:
     """Built-in recipes with the comment that heads them."""
     listed = []
@@ -154,6 +223,14 @@ def recipes_listed() -> list[dict[str, str]]:
             comment.append(line.lstrip("# ").strip())
         listed.append({"name": name, "about": " ".join(comment)})
     return listed
+
+
+def size_of(text: str) -> int:
+    """Bytes of `8GB`, `7.5 GiB`, `8192M`, all by 1,024 as cards are sold. Raises InputError."""
+    match = SIZE.fullmatch(text.strip())
+    if not match or not float(match[1]):
+        raise InputError(f"--vram {text!r} is no size", "give it as 8GB or 7.5GiB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def recipe_text(name: str) -> str:
@@ -171,14 +248,18 @@ def runs_listed(runs: Path) -> list[dict[str, str]]:
     listed = []
     store, in_ablations = Store(runs), run_states(runs)
     for run in list_runs(runs):
-        recipe = run.recipe()
+        try:
+            recipe = run.recipe()
+            model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
+        except InputError as error:  # one that cannot be read does not hide the others
+            model, phases = "?", error.message
         todo = [step for step in run.stages.values() if store.state(step) != "done"]
         alone = "done" if not todo else "running" if any(map(store.is_claimed, todo)) else "to do"
         listed.append(
             {
                 "run": run.name,
-                "model": recipe.model.name,
-                "phases": ", ".join(phase.name for phase in recipe.phases),
+                "model": model,
+                "phases": phases,
                 "steps done": f"{len(run.stages) - len(todo)} of {len(run.stages)}",
                 "state": in_ablations.get(run.name, alone),
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,9 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
+from qcft.report.before import memory_rows, step_rows
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
 
 WIDE = 130  # columns of a table that goes to a file or a pipe
+STEERING = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"} | {
+    c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
 
 
@@ -54,7 +58,7 @@ class Reporter:
             style = "yellow" if event.level == "warning" else "dim"
             prefix = "warning: " if event.level == "warning" else ""
             if not self.quiet or event.level == "warning":
-                self.console.print(Text(f"{prefix}{event.text}", style=style), soft_wrap=True)
+                self.console.print(Text(f"{prefix}{plain(event.text)}", style=style), soft_wrap=True)
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
@@ -190,7 +194,7 @@ def print_replay(shown: Mapping[str, Any]) -> None:
         reason = f", left out: {sample['reason']}" if "reason" in sample else ""
         console.print(Text(f"\n{sample['provenance']['kind']}{reason}", style="bold"))
         for turn in (*sample["prompt"], *sample["completion"]):
-            console.print(Text(f"{turn['role']}: {turn['content']}"), soft_wrap=True)
+            console.print(Text(f"{turn['role']}: {plain(turn['content'])}"), soft_wrap=True)
     console.print(Text(f"\n{shown['file']}", style="dim"), soft_wrap=True)
 
 
@@ -258,6 +262,37 @@ def print_rows(titles: list[str], rows: list[list[str]]) -> None:
     stdout().print(table)
 
 
+def say(text: str) -> None:
+    """A line beside the data, on stderr."""
+    stderr().print(Text(text), soft_wrap=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Sentences on stdout, each on a line of its own."""
+    for line in lines:
+        stdout().print(Text(line), soft_wrap=True)
+
+
+def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
+    """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
+    console = stdout()
+    print_rows(["step", "state", "training", "memory", "writes"], step_rows(found))
+    console.print()
+    print_rows(["memory", *(phase["phase"] for phase in found["phases"])], memory_rows(found))
+    console.print()
+    for line in lines:
+        console.print(Text(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)
+    for phase in found["phases"]:
+        for number, sample in enumerate(phase["samples"], start=1):
+            console.print(Text(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))
+            shown = Text()
+            for stretch in sample:
+                marked = stretch["trained"] and console.color_system is None
+                text = f"[[{stretch['text']}]]" if marked else stretch["text"]
+                shown.append(text, style="black on green" if stretch["trained"] else "")
+            console.print(shown, soft_wrap=True)
+
+
 def print_json(document: Any) -> None:
     """A document for scripts, on stdout."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
@@ -281,9 +316,22 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def size(count: float) -> str:
+    """`340 kB`, `1.2 GB`; thousands, as disks are sold."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def _of(event: Progress) -> str:
     return f"{event.done:,.0f}/{event.total:,.0f} {event.unit}" if event.total else f"{event.done:,.0f} {event.unit}"
 
 
+def plain(text: str) -> str:
+    """Text from data or a model without what steers a terminal: control characters, turns of writing direction."""
+    return text.translate(STEERING)
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return plain(" ".join(text.split()))

@@ -7,6 +7,12 @@ QcftError              1   something failed while working
 
 from __future__ import annotations
 
+import os
+import re
+
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY")  # environment variables
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}|wandb_v\d_[A-Za-z0-9_]{16,}|(?<=://)[^/@\s]+(?=@)")
+
 
 class QcftError(Exception):
     """One line that says what is wrong, and one hint that says what to do about it."""
@@ -14,6 +20,7 @@ class QcftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = without_tokens(message), without_tokens(hint)
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -39,3 +46,12 @@ def nearest(word: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}? " if close else ""
+
+
+def without_tokens(text: str) -> str:
+    """A text with `***` where an access token stands: the hub's, W&B's, a URL's user and password."""
+    for name in TOKENS:
+        value = os.environ.get(name, "")
+        if len(value) >= 8:  # a shorter one is no token, and would blot out words
+            text = text.replace(value, "***")
+    return TOKEN.sub("***", text)

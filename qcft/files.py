@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qcft.errors import QcftError
+
 SEAL = "files.sha256"
+FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
+LEAST = 1 << 20  # bytes; a disk with less is full
 
 
 def seal(folder: Path) -> None:
@@ -47,11 +55,35 @@ def write_json(path: Path, document: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text by way of a file beside it and a rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # what a full disk left of it
+
+
+def write_sealed(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON object with a digest of itself under `seal`."""
+    write_json(path, document | {"seal": _own_digest(document)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, without its seal; None where there is none, or it is not as it was written.
+
+    One that never had a seal is taken as it is.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        return None
+    seal = document.pop("seal", None)
+    return document if seal is None or seal == _own_digest(document) else None
+
+
+def _own_digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
@@ -60,6 +92,41 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
+    """What writers raise when the disk that holds `place` is full, as a QcftError of one line and this hint."""
+    try:
+        yield
+    except QcftError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error, place):
+            raise
+        raise QcftError(f"the disk that holds {str(place)!r} is full", hint) from error
+
+
+def is_disk_full(error: BaseException, place: Path) -> bool:
+    """Whether an error comes of a full disk or quota. Some writers tell no reason; then what is left decides."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in FULL or any(reason in str(cause) for reason in FULL.values()):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(error, (OSError, RuntimeError)) or getattr(error, "errno", None) is not None:
+        return False
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free < LEAST
+
+
+def exists(path: Path) -> bool:
+    """Whether something lies at a path; at one too long for the disk, nothing does."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def is_whole_safetensors(path: Path) -> bool:

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
-from qcft.errors import InputError
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from qcft.errors import InputError, QcftError
+from qcft.events import Watch
+from qcft.files import FULL
 
 OFFLINE = "offline, use a local folder, a .gguf file or the embedded smollm2-135m-instruct"
+TRIES = 4
+WAIT = 2.0  # seconds before the second try, and twice as long before each that follows
+BUSY = {408, 425, 429, 500, 502, 503, 504}
+
+Answer = TypeVar("Answer")
 
 
-def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) -> InputError:
-    """The InputError for a hub call that failed: not there, not allowed, or no network."""
+def retried(call: Callable[[], Answer], what: str, name: str, watch: Watch, offline: str = OFFLINE) -> Answer:
+    """What a call to the hub returns, tried again where it fails midway; what was fetched by then is gone on with.
+
+    Raises the error that `unreachable` makes of the last failure.
+    """
+    for attempt in range(1, TRIES + 1):
+        try:
+            return call()
+        except QcftError:  # a wish to stop
+            raise
+        except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
+            if attempt == TRIES or not _may_pass(error):
+                raise unreachable(what, name, error, offline) from None
+            seconds = WAIT * 2 ** (attempt - 1)
+            watch.note(f"{name}: the hub fails ({_short(error)}); trying again in {seconds:.0f} s", "warning")
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                watch.check_stop()
+                time.sleep(0.1)
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure is one of the moment: a busy server, a connection that broke, a file cut short."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in BUSY
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _chain(error)):
+        return False
+    kinds = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
+    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"}) or "Consistency check" in str(error)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(deeper)
+    return chain
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) -> QcftError:
+    """The error for a hub call that failed: not there, not allowed, no network, or no room for what is fetched."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    chain: list[BaseException] = [error]
-    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(deeper)
+    chain = _chain(error)
+    if any(getattr(cause, "errno", None) in FULL for cause in chain):
+        return QcftError(
+            f"{what}: the disk is full, there is no room for {name!r}",
+            "free some space, or set HF_HOME to another disk",
+        )
     for cause in chain:
         if isinstance(cause, GatedRepoError):
             return InputError(
@@ -32,6 +90,5 @@ def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) 
     names = {type(cause).__name__ for cause in chain}
     networks = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
     if names & networks or any(isinstance(c, (ConnectionError, TimeoutError)) for c in chain):
-        return InputError(f"{what}: {name!r} is not cached here and the hub can't be reached", offline)
-    detail = " ".join(str(error).split())[:200]
-    return InputError(f"{what}: {name!r} could not be loaded from the hub: {detail}", offline)
+        return InputError(f"{what}: {name!r} is not cached here as a whole and the hub can't be reached", offline)
+    return InputError(f"{what}: {name!r} could not be loaded from the hub: {_short(error)}", offline)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import qcft
 from qcft import api
-from qcft.events import Progress, StepBegun, Watch
+from qcft.events import Note, Progress, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.load import evaluating, load_model
@@ -161,7 +161,15 @@ def test_an_adapter_made_elsewhere_can_lie_under_a_stack(chain, shared_runs, raw
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, shared_runs):
+def test_an_adapter_that_goes_on_has_no_prefix_cache_and_says_why(chain, tmp_path):
+    told = []
+    recipe = chain("continue", **{"phase2.freeze": "first:1", "phase2.train.prefix_cache": True})
+    done = api.run(recipe, runs=tmp_path / "runs", listener=told.append)
+    assert not done.stages["phase2"].metrics["prefix_cache"]
+    assert any("an adapter that goes on" in e.text for e in told if isinstance(e, Note))
+
+
+def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, tmp_path):
     with pytest.raises(qcft.QcftError, match="KL") as error:
         api.run(chain("merged", **{"merge.max_kl": 1e-9}), runs=shared_runs)
     assert "stacked" in error.value.hint
@@ -177,6 +185,11 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_under_a_stack(chain,
     with pytest.raises(qcft.InputError, match="part of a stack") as error:
         api.run(recipe_from({**raw, "name": "dora"}), runs=tmp_path / "runs")
     assert "merged" in error.value.hint
+    assert not (tmp_path / "runs").exists()
+    by_change = recipe_from({**raw, "name": "dora"}, {"phase2.start": "merged", "phase2.freeze": "most-changed:0.5"})
+    with pytest.raises(qcft.InputError, match="has no two factors") as error:
+        api.run(by_change, runs=tmp_path / "runs")
+    assert "layers:" in error.value.hint
     assert not (tmp_path / "runs").exists()
     merged = api.run(recipe_from({**raw, "name": "dora"}, {"phase2.start": "merged"}), runs=tmp_path / "runs")
     assert merged.stages["merged"].metrics["merged_weights"] == 3

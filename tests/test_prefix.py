@@ -90,7 +90,7 @@ def test_from_stored_states_training_is_the_same_to_the_bit(model5, tmp_path, pa
 
 def test_in_fp32_it_is_the_same_to_five_digits(model5, tmp_path, monkeypatch):
     """Where products of matrices differ in their last bits from one batch size to the next."""
-    for place in ("models.load", "training.sft", "training.prefix"):
+    for place in ("models.load", "training.settings", "training.prefix"):
         monkeypatch.setattr(f"qcft.{place}.compute_dtype", lambda: torch.float32)
     settings = set_to(TRAIN, epochs=2)
     plain, _, _ = train(model5, tmp_path / "plain", Store(tmp_path / "p"), set_to(settings, prefix_cache=False))

@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path):
         if whole:
             seal(folder)
     (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"x" * 99 + b"y")
-    assert _last_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert _last_whole(tmp_path, Watch()) == tmp_path / "checkpoint-2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
 
 

@@ -25,11 +25,13 @@ CHATML = (
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from."""
+    """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from;
+    `name`: what a person finds it by."""
 
     input_ids: list[int]
     labels: list[int]
     source: str = ""
+    name: str = ""
 
     @property
     def answer_tokens(self) -> int:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from qcft.errors import InputError, nearest
+from qcft.files import exists
 from qcft.recipe import Source
 from qcft.recipe.load import recipes_folder
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".gz", ".parquet", ".csv", ".csv.gz")
 SHIPPED = "qcft:"
 FORMS = "a .json, .jsonl, .csv or .parquet file (also .gz), a folder of them, or a hub id OWNER/NAME"
+# What reading JSON may raise: no JSON, no UTF-8, a number of thousands of digits; nesting thousands deep.
+UNREADABLE = (ValueError, RecursionError)
 
 
 class BadLine:
@@ -29,10 +34,11 @@ def read_records(source: Source) -> Iterator[dict[str, Any] | BadLine]:
     if source.path.startswith(SHIPPED):
         yield from _read_file(_shipped(source.path.removeprefix(SHIPPED)))
         return
-    path = Path(source.path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source.path))
+    there = exists(path)
+    if there and path.is_file():
         yield from _read_file(path)
-    elif path.is_dir():
+    elif there and path.is_dir():
         yield from _read_folder(path, source)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not source.path.lower().endswith(SUFFIXES):
         yield from _read_hub(source)
@@ -74,7 +80,7 @@ def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
             packed = plain.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as stream:
             yield stream
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"data: {str(path)!r} cannot be read: {reason}", "check that the file is whole") from None
 
@@ -89,7 +95,7 @@ def _read_json(path: Path) -> Iterator[dict[str, Any] | BadLine]:
             try:
                 yield from _records_of(json.loads(text.decode("utf-8-sig")), path)
                 return
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except UNREADABLE as error:
                 if start[:1] == b"[":
                     raise InputError(f"data: {str(path)!r} is not readable as JSON: {error}", f"give {FORMS}") from None
             lines: Any = iter(text.splitlines())  # JSON lines under the name .json
@@ -100,7 +106,7 @@ def _read_json(path: Path) -> Iterator[dict[str, Any] | BadLine]:
                 continue
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except UNREADABLE:
                 yield BadLine()
                 continue
             yield record if isinstance(record, dict) else BadLine()
@@ -187,9 +193,8 @@ def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
         if not constants.HF_HUB_OFFLINE:
             # Asked first: `datasets` retries an unreachable hub for half a minute.
             HfApi().dataset_info(source.path, revision=source.revision, timeout=10)
-        data = datasets.load_dataset(
+        yield from datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=source.take is not None
         )
-        yield from data
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
         raise unreachable("data", source.path, error, offline) from None

@@ -131,6 +131,12 @@ COLUMNS = {
 }
 
 
+def column_names(record: Mapping[str, Any]) -> str:
+    """The columns of a record, for a message."""
+    names = [str(key)[:40] for key in record]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none)"
+
+
 def _turns(value: Any, record: Record) -> list[Message]:
     if not isinstance(value, list):
         raise Unusable("no conversation")
@@ -143,7 +149,7 @@ def _turns(value: Any, record: Record) -> list[Message]:
             raise Unusable("no conversation")
         name = str(turn.get("role") or turn.get("from") or "").lower()
         if name not in ROLES:
-            raise Unusable(f"unknown role {name!r}")
+            raise Unusable(f"unknown role {name[:20]!r}")
         content = turn.get("content") if "content" in turn else turn.get("value")
         messages.append(Message(ROLES[name], _text(content)))
     return messages
@@ -166,7 +172,7 @@ def _row(messages: list[Message], record: Record) -> Row:
 
 def _id(record: Record) -> str | None:
     identity = record.get("id")
-    return None if identity is None or identity == "" else str(identity)
+    return None if identity is None or identity == "" else _valid(str(identity))
 
 
 def _text(value: Any) -> str:
@@ -176,5 +182,14 @@ def _text(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
         return "".join(_text(part.get("text")) for part in value)  # content in typed parts
     if isinstance(value, (str, int, float)):
-        return str(value)
+        return _valid(str(value))
     raise Unusable("no text")
+
+
+def _valid(text: str) -> str:
+    """Text that can be written: JSON's escapes can hold half a character. Raises Unusable."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("broken Unicode") from None
+    return text

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qcft.data.files import SHIPPED, BadLine, read_records
-from qcft.data.formats import COLUMNS, Unusable, detect_format, to_row
+from qcft.data.formats import COLUMNS, Unusable, column_names, detect_format, to_row
 from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -83,7 +83,7 @@ def _detected(source: Source, record: dict[str, object]) -> str:
     format = detect_format(set(record))
     if format is None:
         raise InputError(
-            f"data: {source.path!r} has the columns {', '.join(map(str, record)) or '(none)'}: no known format",
+            f"data: {source.path!r} has the columns {column_names(record)}: no known format",
             "known: " + "; ".join(f"{name} ({columns})" for name, columns in COLUMNS.items()),
         )
     return format

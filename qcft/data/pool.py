@@ -6,7 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qcft.data.files import BadLine, read_records
-from qcft.data.formats import COLUMNS, PROMPT_COLUMNS, Unusable, detect_format, detect_prompts, to_prompt, to_row
+from qcft.data.formats import (
+    COLUMNS,
+    PROMPT_COLUMNS,
+    Unusable,
+    column_names,
+    detect_format,
+    detect_prompts,
+    to_prompt,
+    to_row,
+)
 from qcft.data.rows import Row
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -62,6 +71,6 @@ def read_pool(source: Source, answers: bool, watch: Watch) -> PoolRows:
 def _unknown(source: Source, record: dict[str, object], answers: bool) -> InputError:
     known = COLUMNS if answers else PROMPT_COLUMNS
     return InputError(
-        f"replay: {source.path!r} has the columns {', '.join(map(str, record)) or '(none)'}: no known format",
+        f"replay: {source.path!r} has the columns {column_names(record)}: no known format",
         "known: " + "; ".join(f"{name} ({columns})" for name, columns in known.items()),
     )

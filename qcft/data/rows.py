@@ -52,6 +52,11 @@ class Row:
             return hashlib.sha256(b"id:" + self.id.encode()).hexdigest()
         return self.prompt_digest
 
+    @property
+    def name(self) -> str:
+        """What a person finds the row by: its id, else how its prompt begins."""
+        return self.id if self.id is not None else " ".join(self.prompt[-1].content.split())[:40]
+
     def is_held_out(self, share: float) -> bool:
         """Whether the row belongs to the held-out `share` of all rows: decided by its key alone, so
         that translations stay together and every arm sets the same rows aside."""

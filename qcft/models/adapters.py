@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
-from qcft.files import is_whole_safetensors, read_json
-from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, read_adapter
+from qcft.files import exists, is_whole_safetensors, read_json, write_json
+from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_factors, read_adapter
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load_stack(model: PreTrainedModel, folders: Sequence[Path], trainable: Colle
     """A model with saved adapters live on one another, the lowest first; all frozen, but for the top one's adapters
     on the modules `trainable` (full names)."""
     names = [*(f"{UNDER}{i}" for i in range(len(folders) - 1)), TOP]
-    adapted = _load_on(model, folders, names)
+    adapted = load_on(model, folders, names)
     _activate(adapted, names)
     for name, parameter in adapted.named_parameters():
         module = name.removeprefix(PREFIX).partition(".lora_")[0]
@@ -81,7 +81,7 @@ def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[s
     if not under:
         return add_lora(model, modules, lora)
     names = [f"{UNDER}{i}" for i in range(len(under))]
-    adapted = _load_on(model, under, names)
+    adapted = load_on(model, under, names)
     adapted.add_adapter(TOP, _config(modules, lora))
     _activate(adapted, [*names, TOP])
     for name, parameter in adapted.named_parameters():
@@ -129,11 +129,17 @@ def read_trained(model: PeftModel, folder: Path) -> None:
 
 
 def save_trained(model: PeftModel, folder: Path) -> None:
-    """Save the adapter that trains, and none of those under it."""
+    """Save the adapter that trains, and none of those under it: the same files from every process."""
     model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+    config = read_json(folder / CONFIG)
+    if isinstance(config["target_modules"], list):  # a set in memory, in another order in each process
+        config["target_modules"].sort()
+    write_json(folder / CONFIG, config)
 
 
-def _load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
+def load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
+    """A model with saved adapters on it under `names`, not trainable; which of them are live is left to the caller."""
     from peft import PeftModel
 
     first, *others = zip(folders, names, strict=True)
@@ -160,7 +166,7 @@ def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter made elsewhere, after checking that qcft can use it. Raises InputError."""
-    if not folder.is_dir():
+    if not exists(folder) or not folder.is_dir():
         raise InputError(f"adapter: there is no folder {str(folder)!r}", "give the folder of a PEFT adapter")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -219,12 +225,10 @@ def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
     Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
     """
     adapter = read_adapter(folder)
+    check_factors(adapter)
     for weight, change in adapter.changes.items():
-        if not change.plain or change.embedding or change.a is None or change.b is None:
-            raise InputError(
-                f"adapter: {str(folder)!r} holds more than plain LoRA ({weight}), whose change has no two factors",
-                "name the frozen layers, as in layers:0-11",
-            )
+        assert change.a is not None
+        assert change.b is not None
         yield weight, change.a.read(), change.b.read(), change.scale
 
 

@@ -185,6 +185,17 @@ class Delta:
         return block.mul_(magnitude.reshape(norms.shape) / norms)
 
 
+def check_factors(adapter: Adapter) -> None:
+    """Check that all an adapter changes is s B A on linear layers. Raises InputError."""
+    for weight, change in adapter.changes.items():
+        if not change.plain or change.embedding or change.b is None:
+            raise InputError(
+                f"adapter: {str(adapter.folder)!r} holds more than plain LoRA ({weight}), "
+                "whose change has no two factors",
+                "name the frozen layers, as in layers:0-11",
+            )
+
+
 def check_stack(adapters: list[Adapter], hint: str = "start the next phase merged") -> None:
     """Check that adapters can lie on one another. Raises InputError."""
     for adapter in adapters if len(adapters) > 1 else []:

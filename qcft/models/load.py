@@ -146,6 +146,17 @@ def peak_memory() -> tuple[str, int]:
     return "RAM", peak if sys.platform == "darwin" else peak * 1024
 
 
+def free_bytes() -> int:
+    """Memory that is free where work runs: on the GPU, else in the machine without swapping."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def quiet_libraries() -> None:
     """Silence the libraries' own progress bars and chatter; what matters is told by events."""
     import logging

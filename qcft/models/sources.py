@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 from qcft.cache import cache_folder, cached_folder
-from qcft.errors import InputError, nearest
+from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
-from qcft.files import file_digest, is_whole_safetensors, write_text
-from qcft.hub import unreachable
+from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
+from qcft.hub import OFFLINE, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.recipe import Model
 
 CONVERTED = 1  # raised when the conversion from GGUF changes
+FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights, as some repositories carry them
 WHAT = "a folder, a .gguf file, a hub id OWNER/NAME, or an embedded name"
 
 
@@ -36,18 +40,19 @@ def resolve(model: Model) -> ModelSource:
     name = model.name
     if name in EMBEDDED:
         return ModelSource(name, "embedded", name, f"gguf:{EMBEDDED[name].file_sha256}:{CONVERTED}")
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    there = exists(path)
+    if there and path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model: {name!r} is a file, but no .gguf file", f"give {WHAT}")
         check_gguf(path)
         return ModelSource(name, "gguf", str(path.resolve()), f"gguf:{file_digest(path)}:{CONVERTED}")
-    if path.is_dir():
+    if there and path.is_dir():
         return ModelSource(name, "folder", str(path.resolve()), _folder_digest(path))
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model: there is no file or folder {name!r}", f"give {WHAT}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return _resolve_hub(model)
+        return ModelSource(name, "hub", name, f"hub:{name}@{pin_hub(name, model.revision)}")
     raise InputError(
         f"model: {name!r} is no embedded model, file or folder",
         nearest(name, list(EMBEDDED))
@@ -64,6 +69,20 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
     digest = source.digest.split(":")[1]
     return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch))
+
+
+def described_folder(source: ModelSource, watch: Watch) -> Path:
+    """A folder with the model's config and tokenizer, which may lack its weights: none are fetched or converted."""
+    if source.kind == "hub":
+        return _fetch_description(source, watch)
+    if source.kind == "folder":
+        return Path(source.location)
+    digest = source.digest.split(":")[1]
+    converted = cache_folder() / f"converted/{digest[:20]}-v{CONVERTED}"
+    if (converted / SEAL).is_file():
+        return converted
+    file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
+    return cached_folder(f"described/{digest[:20]}-v{CONVERTED}", lambda folder: _describe(file, folder))
 
 
 def check_gguf(path: Path) -> None:
@@ -111,6 +130,20 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _describe(file: Path, folder: Path) -> None:
+    """Write the config and the tokenizer that a GGUF file's header holds."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"model: {file.name!r} cannot be read: {' '.join(str(error).split())[:160]}",
+            "fetch it again, or use the model's safetensors folder",
+        ) from None
+
+
 def _folder_digest(folder: Path) -> str:
     """A digest over the weights, config and tokenizer of a model folder. Raises InputError."""
     if not (folder / "config.json").is_file():
@@ -146,39 +179,112 @@ def _folder_digest(folder: Path) -> str:
     return f"folder:{total.hexdigest()}"
 
 
-def _resolve_hub(model: Model) -> ModelSource:
-    """Pin a hub id to a commit: asked of the hub, or what is cached when it can't be reached."""
+def pin_hub(name: str, revision: str | None, what: str = "model", offline: str = OFFLINE) -> str:
+    """The commit of a hub id: asked of the hub, or what is cached when it can't be reached. Raises InputError."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    name = model.name
-    known = cache_folder() / "hub" / f"{name.replace('/', '--')}@{model.revision or 'main'}".replace("/", "--")
+    known = _hub_note(name, revision or "main")
+    commit: str | None
     try:
-        commit = HfApi().model_info(name, revision=model.revision, timeout=10).sha
+        commit = HfApi().model_info(name, revision=revision, timeout=10).sha
         known.parent.mkdir(parents=True, exist_ok=True)
         write_text(known, f"{commit}\n")
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
-        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else model.revision
+        commit = known.read_text(encoding="utf-8").strip() if known.is_file() else revision
         if not isinstance(try_to_load_from_cache(name, "config.json", revision=commit), str):
-            raise unreachable("model", name, error) from None
-    return ModelSource(name, "hub", name, f"hub:{name}@{commit}")
+            raise unreachable(what, name, error, offline) from None
+    return str(commit)
 
 
 def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
-    from huggingface_hub import snapshot_download
+    """The folder of a hub model in the hub's own cache, every file of it whole.
 
-    commit = source.digest.rsplit("@", 1)[1]
+    Their digests are kept when they have been fetched, and checked before each use: the hub's library takes what
+    lies in its cache as it is, half a model too when the hub can't be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    name, commit = source.location, source.digest.rsplit("@", 1)[1]
+    note = _hub_note(name, f"{commit}.files")
+    folder = _snapshot(name, commit)
+    known = read_sealed(note)
+    if known is not None:
+        altered = _altered(folder, known)
+        if not altered:
+            return folder
+        watch.note(f"{name}: {altered[0]} in the hub's cache is missing or altered; it is fetched again", "warning")
+        _forget(folder, altered)
+
+    def fetch() -> list[str]:
+        siblings = HfApi().model_info(name, revision=commit, timeout=10).siblings or []
+        files = sorted(s.rfilename for s in siblings if _is_fetched(s.rfilename))
+        snapshot_download(name, revision=commit, allow_patterns=FETCHED, ignore_patterns=IGNORED)
+        if broken := [f for f in files if not (folder / f).is_file() or _is_cut(folder / f)]:
+            _forget(folder, broken)
+            raise ConnectionError(f"{broken[0]} came incomplete")
+        return files
+
     try:
-        folder = snapshot_download(
-            source.location,
-            revision=commit,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"],
-            # Other layouts of the same weights, as some repositories carry them.
-            ignore_patterns=["*/*", "consolidated*"],
-        )
-    except Exception as error:  # as above
-        raise unreachable("model", source.name, error) from None
-    if not any(Path(folder).glob("*.safetensors")):
+        files = retried(fetch, "model", source.name, watch)
+    except QcftError:
+        if known is not None or not _is_model(folder):
+            raise
+        files = sorted(p.name for p in folder.iterdir() if _is_fetched(p.name))  # fetched by others, and complete
+    if not any(file.endswith(".safetensors") for file in files):
         raise InputError(
             f"model: {source.name!r} has no safetensors on the hub", "qcft reads safetensors or GGUF only, never pickle"
         )
-    return Path(folder)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(note, {file: file_digest(folder / file) for file in files})
+    return folder
+
+
+def _fetch_description(source: ModelSource, watch: Watch) -> Path:
+    """The folder of a hub model in the hub's own cache, with its weights or without."""
+    from huggingface_hub import snapshot_download
+
+    name, commit = source.location, source.digest.rsplit("@", 1)[1]
+    small = [pattern for pattern in FETCHED if pattern != "*.safetensors"]
+
+    def fetch() -> str:
+        return str(snapshot_download(name, revision=commit, allow_patterns=small, ignore_patterns=IGNORED))
+
+    return Path(retried(fetch, "model", name, watch))
+
+
+def _hub_note(name: str, what: str) -> Path:
+    """Where the cache keeps what is known of a hub model."""
+    return cache_folder() / "hub" / f"{name}@{what}".replace("/", "--")
+
+
+def _snapshot(name: str, commit: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / commit
+
+
+def _is_fetched(file: str) -> bool:
+    return any(fnmatch(file, p) for p in FETCHED) and not any(fnmatch(file, p) for p in IGNORED)
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return bool(_folder_digest(folder))
+    except InputError:
+        return False
+
+
+def _altered(folder: Path, known: dict[str, str]) -> list[str]:
+    return [f for f, digest in known.items() if not (folder / f).is_file() or file_digest(folder / f) != digest]
+
+
+def _is_cut(file: Path) -> bool:
+    return file.suffix == ".safetensors" and not is_whole_safetensors(file)
+
+
+def _forget(folder: Path, files: list[str]) -> None:
+    """Remove files from the hub's cache, with the blobs they link to."""
+    for file in files:
+        (folder / file).resolve().unlink(missing_ok=True)
+        (folder / file).unlink(missing_ok=True)

@@ -13,8 +13,9 @@ from typing import Any
 from qcft.data.mix import mixed_order
 from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import ArmChanged, Watch
+from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
-from qcft.pipeline.run import Run, quiet, run_prepared, set_environment
+from qcft.pipeline.run import Run, run_prepared
 from qcft.plan import Step
 from qcft.recipe import ArmRun, Recipe
 from qcft.store import Store, open_run

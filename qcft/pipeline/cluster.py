@@ -15,8 +15,9 @@ from typing import Any
 from qcft.errors import InputError, QcftError
 from qcft.events import ArmChanged, Watch
 from qcft.pipeline.ablate import begin_ablation, told
+from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
-from qcft.pipeline.run import Run, do_step, quiet, run_prepared, set_environment
+from qcft.pipeline.run import Run, do_step, run_prepared
 from qcft.plan import Step
 from qcft.recipe import Ablation as Section
 from qcft.recipe import ArmRun, Recipe, recipe_from

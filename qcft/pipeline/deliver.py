@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json
+from qcft.files import read_json, telling_full_disk
 from qcft.models.combine import write_adapter
 from qcft.models.sources import resolve, weights_folder
 from qcft.recipe import Dial, Goal, Recipe
@@ -99,7 +99,8 @@ def whole_folder(to: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             try:
-                yield work
+                with telling_full_disk(to.parent, "free some space, or name another folder with --to"):
+                    yield work
                 if to.exists():
                     to.rmdir()
                 work.rename(to)

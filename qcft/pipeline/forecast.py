@@ -1,139 +1,88 @@
-"""What an ablation would run: its steps, which arms share them, and what the steps done so far say they will take."""
+"""How a phase would be trained, from shapes alone; told in a line before a run begins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from qcft.data.mix import replay_amount
+from qcft.data.mix import mixed_order, replay_rows_needed
+from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import read_json
-from qcft.pipeline.ablate import prepare_arms
+from qcft.pipeline.prefix import worth_storing
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Step
-from qcft.recipe import ArmRun
-from qcft.store import Store
+from qcft.recipe import Phase
 
-ALIKE = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide what a row of work takes
+if TYPE_CHECKING:
+    from qcft.training.batches import Batches
+    from qcft.training.memory import Planned
 
-
-@dataclass(frozen=True)
-class Done:
-    """A done step of the store: its kind and settings, seconds and bytes, and how many rows it worked on."""
-
-    kind: str
-    settings: Mapping[str, Any]
-    seconds: float
-    bytes: int
-    rows: float
+GIB = 2**30
+SMALL = 50_000_000  # parameters of a model whose training is not told beforehand: it fits anywhere
 
 
-def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
-    """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
+def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Batches]:
+    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone.
 
-    `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; null
-    where there is none to go by. Nothing is written. Raises InputError.
+    Replay that is not made yet is taken to be like the phase's own rows.
     """
-    store = Store(runs)
-    known = _done_steps(store)
-    steps: dict[str, dict[str, Any]] = {}
-    for one in prepare_arms(arms, watch):
-        name = one.arm.recipe.name
-        for step in one.prepared.plan.steps:
-            if step.id not in steps:
-                steps[step.id] = {
-                    "id": step.id,
-                    "title": step.title,
-                    "state": store.state(step.id),
-                    **_expected(step, one.prepared, store, known),
-                    "runs": [],
-                }
-            steps[step.id]["runs"].append(name)
-    rows = list(steps.values())
-    return {
-        "runs": [_of_run(arm, rows) for arm in arms],
-        "steps": rows,
-        "total": {**_sums(rows), "steps": len(rows), "shared": sum(len(row["runs"]) > 1 for row in rows)},
-    }
+    from qcft.layers import adapted_modules, lowest_adapted
+    from qcft.training.attention import attend_by_rows
+    from qcft.training.batches import make_batches
+    from qcft.training.footprint import Shape
+    from qcft.training.memory import plan_training
+    from qcft.training.prefix import cannot_split
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
+    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
+    rows = [*new, *(new[i % len(new)] for i in range(extra))]
+    batches = make_batches(rows, lambda epoch: mixed_order(len(new), extra, f"{recipe.seed}:{epoch}"), phase.train)
+    modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
+    below = lowest_adapted(model, modules)
+    tokens = sum(len(row.input_ids) for row in rows)
+    config: Any = model.config.get_text_config()
+    cut = below > 0 and phase.start != "continue" and cannot_split(model) is None
+    cut = cut and worth_storing(phase.train, tokens * config.hidden_size * 2, batches.rows > len(rows))
+    by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
+    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where)
+    return plan_training(model, shape, batches, phase.train, by_rows, free), batches
 
 
-def _of_run(arm: ArmRun, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """An arm's part: its steps, and those that no run before it needs."""
-    name = arm.recipe.name
-    own = [row for row in steps if row["runs"][0] == name]
-    return {
-        "run": name,
-        "arm": arm.arm,
-        "seed": arm.seed,
-        "steps": sum(name in row["runs"] for row in steps),
-        "own": len(own),
-        **_sums(own),
-    }
+def forecast(prepared: Prepared, steps: Sequence[Step], watch: Watch) -> None:
+    """Tell what the trainings among `steps` need and take. Raises InputError where a GPU cannot hold them at all."""
+    from qcft.models.load import device, free_bytes
+    from qcft.training.speed import measure_speed
+
+    phases = [prepared.recipe.phase(step.phase) for step in steps if step.kind == "train" and step.phase]
+    if not phases or sum(p.numel() for p in prepared.meta_model.parameters()) < SMALL:
+        return
+    where, free, speed = device(), free_bytes(), measure_speed()
+    name = "GPU" if where == "cuda" else "main"
+    most, seconds = 0, 0.0
+    for phase in phases:
+        planned, batches = plan_phase(prepared, phase, where, free)
+        memory = planned.memory
+        held = memory.total - memory.activations - memory.logits - memory.optimizer
+        if where == "cuda" and held > free:
+            raise InputError(
+                f"{phase.name} does not fit on the GPU: its weights, adapters and gradients alone take "
+                f"{held / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free",
+                "free the GPU, freeze lower layers (freeze: first:N), lower lora.r, or use a smaller model",
+            )
+        if not planned.fits:
+            watch.note(
+                f"{phase.name} needs about {memory.total / GIB:.1f} GiB of {name} memory, and {free / GIB:.1f} GiB are "
+                f"free; try --set {phase.name}.train.batch=auto",
+                "warning",
+            )
+        most = max(most, memory.total)
+        seconds += speed.seconds(planned.cost) * batches.tokens_until(batches.steps) / planned.largest.tokens
+    watch.note(
+        f"training needs about {most / GIB:.1f} GiB of {name} memory ({free / GIB:.1f} GiB free) and {_about(seconds)}"
+    )
 
 
-def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Done steps, and the seconds and bytes of those to do; `unknown` of them have no estimate."""
-    todo = [row for row in rows if row["state"] != "done"]
-    return {
-        "done": len(rows) - len(todo),
-        "seconds": sum(row["seconds"] or 0 for row in todo),
-        "bytes": sum(row["bytes"] or 0 for row in todo),
-        "unknown": sum(row["seconds"] is None for row in todo),
-    }
-
-
-def _done_steps(store: Store) -> list[Done]:
-    found = []
-    for folder in store.steps.glob("*-*"):
-        inputs, record = (read_json(folder / name) for name in ("step.json", "done.json"))
-        if inputs is None or record is None:
-            continue
-        size = sum((folder / name).stat().st_size for name in record["files"] if (folder / name).is_file())
-        inputs = inputs["inputs"]
-        found.append(
-            Done(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
-        )
-    return found
-
-
-def _worked_on(kind: str, record: Mapping[str, Any]) -> float:
-    metrics = record["metrics"]
-    if kind == "probe":
-        return float(sum(group["rows"] for group in metrics["groups"].values()))
-    return float(metrics["rows"]) if kind in {"train", "replay"} else 1.0
-
-
-def _expected(step: Step, prepared: Prepared, store: Store, known: Sequence[Done]) -> dict[str, Any]:
-    record = store.record(step.id)
-    if record is not None:
-        sizes = [store.folder(step.id) / name for name in record["files"]]
-        return {"seconds": record["seconds"], "bytes": sum(p.stat().st_size for p in sizes if p.is_file())}
-    alike = [d for d in known if d.kind == step.kind and d.settings.get("model") == step.settings.get("model")]
-    for key in ALIKE:  # the nearest there are
-        alike = [d for d in alike if d.settings.get(key) == step.settings.get(key)] or alike
-    rows = _rows(step, prepared)
-    if not alike or not rows:
-        return {"seconds": None, "bytes": None}
-    scaled = step.kind in {"replay", "probe"}
-    return {
-        "seconds": round(fmean(d.seconds / max(1, d.rows) for d in alike) * rows, 1),
-        "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in alike)),
-    }
-
-
-def _rows(step: Step, prepared: Prepared) -> float:
-    """Rows that a step will work on; 1 for a step that works on none."""
-    if step.kind == "probe":
-        return sum(len(group.rows) for group in prepared.groups)
-    if step.kind not in {"train", "replay"}:
-        return 1
-    assert step.phase is not None
-    phase = prepared.recipe.phase(step.phase)
-    new = sum(len(rows) for rows in prepared.rows[phase.name])
-    replay = float(replay_amount(new, phase.replay.ratio)) if phase.replay else 0.0
-    if step.kind == "replay":
-        return replay
-    return phase.train.steps * phase.train.batch if phase.train.steps else (new + replay) * phase.train.epochs
+def _about(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from qcft.data.encode import Encoder
 from qcft.data.mix import stable_seed
 from qcft.data.rows import Row
 from qcft.events import Watch
-from qcft.files import read_json, write_text
+from qcft.files import read_sealed, write_sealed
 from qcft.models.generate import Sampling, answer_batches
 from qcft.recipe import Replay
 
@@ -100,14 +98,14 @@ class Generation:
 
     def _chunk(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> dict[str, Any]:
         file = self.folder / f"{number:06d}.json"
-        chunk = read_json(file)
-        if isinstance(chunk, dict) and chunk.get("seal") == _seal(chunk):
+        chunk = read_sealed(file)
+        if chunk is not None:
             self.reused += 1
             return chunk
         if file.is_file():
             self.watch.note(f"{file.name} of the replay pool was altered; it is made anew", "warning")
         chunk = self._make(number, seed, rows, tell)
-        write_text(file, json.dumps(chunk | {"seal": _seal(chunk)}, ensure_ascii=False, indent=1) + "\n")
+        write_sealed(file, chunk)
         self.made += 1
         return chunk
 
@@ -144,8 +142,3 @@ class Generation:
             "batch": min(self._batch, fitted) if len(batches) > 1 else self._batch,
             "answers": entries,
         }
-
-
-def _seal(chunk: dict[str, Any]) -> str:
-    plain = {key: value for key, value in chunk.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -69,7 +69,7 @@ def open_prefix(
     needed = sum(new) * there.token_bytes
     free = shutil.disk_usage(store.runs if store.runs.exists() else ".").free
     again = passes > len(lengths) or len(new) < len(lengths)
-    if asked == "auto" and needed > SMALL and not again:
+    if not worth_storing(train, needed, again):
         return None
     if needed > (free - SMALL if asked is True else free // 2):
         watch.note(
@@ -85,6 +85,11 @@ def open_prefix(
         states = RowStates(folder, width, itemsize)
         fill_states(model, below, rows, states, watch)
     return Prefix(model, below, states)
+
+
+def worth_storing(train: Train, needed: int, again: bool) -> bool:
+    """Whether states of so many bytes are stored: as asked, or where they are small or are read `again`."""
+    return train.prefix_cache is True or (train.prefix_cache == "auto" and (needed <= SMALL or again))
 
 
 def _size(count: int) -> str:

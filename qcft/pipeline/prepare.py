@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,15 +17,15 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Watch
 from qcft.files import file_digest, read_json
 from qcft.models.adapters import read_adapter_config
-from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_shape, check_stack, read_adapter
+from qcft.models.deltas import CONFIG, WEIGHTS, check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.meta import model_without_weights
-from qcft.models.sources import ModelSource, resolve, weights_folder
+from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
 from qcft.models.tensors import weight_names
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import Dial, Goal, Measured, Model, Phase, Recipe, Source
+from qcft.recipe import Dial, Goal, Measured, Model, Phase, Recipe, Source, parse_freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,12 +78,18 @@ class Prepared:
         return weights_folder(self.model, self.watch)
 
     @cached_property
+    def described(self) -> Path:
+        """A folder with the model's config and tokenizer, perhaps without its weights."""
+        return self.__dict__.get("folder") or described_folder(self.model, self.watch)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with the recipe's chat template."""
         from qcft.models.load import load_tokenizer
 
         return self._once(
-            ("tokenizer", self.recipe.model.model_dump_json()), lambda: load_tokenizer(self.folder, self.recipe.model)
+            ("tokenizer", self.recipe.model.model_dump_json()),
+            lambda: load_tokenizer(self.described, self.recipe.model),
         )
 
     @cached_property
@@ -90,7 +97,7 @@ class Prepared:
         """The model's modules without their weights."""
         return self._once(
             ("meta model", self.recipe.model.model_dump_json()),
-            lambda: model_without_weights(self.folder, self.recipe.model),
+            lambda: model_without_weights(self.described, self.recipe.model),
         )
 
     @cached_property
@@ -156,11 +163,13 @@ class Prepared:
         pinned = self.recipe.model.model_copy(update={"revision": self.model.digest.rsplit("@", 1)[1]})
         return self.recipe.model_copy(update={"model": pinned})
 
-    def check(self) -> None:
-        """Check what needs the model's config and tokenizer, but not its weights. Raises InputError."""
+    def check(self, weights: bool = True) -> None:
+        """Check what needs the model's config and tokenizer; with `weights`, also the names of the weights that are
+        then fetched, but none are loaded. Raises InputError."""
         from qcft.training.settings import check_settings
 
-        mark = read_json(self.folder / MARK) or {}
+        folder = self.folder if weights else self.described
+        mark = read_json(folder / MARK) or {}
         if mark.get("merged_onto") == "dequantised" and self.recipe.model.quantize != "none":
             raise InputError(
                 f"model: {self.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
@@ -171,20 +180,20 @@ class Prepared:
             self.held_out(group)
         for phase in self.recipe.phases:
             if phase.adapter:
-                self._check_adapter(Path(phase.adapter).expanduser())
+                self._check_adapter(Path(os.path.expanduser(phase.adapter)))
                 continue
-            self._check_layers(phase)
+            self._check_layers(phase, weights)
             check_settings(phase.train)
             new = self.encoded(phase)
             if phase.replay and phase.replay.ratio > 0:
                 check_replay(phase, self.pools[phase.name], new, self.replay_encoder(phase))
 
-    def _check_layers(self, phase: Phase) -> None:
+    def _check_layers(self, phase: Phase, weights: bool) -> None:
         """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
         from qcft.layers import adapted_modules
 
         modules = adapted_modules(self.meta_model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
-        if phase.name == self.recipe.phases[-1].name:
+        if not weights or phase.name == self.recipe.phases[-1].name:
             return
         missing = {f"{name}.weight" for name in modules} - weight_names(self.folder)
         if missing:
@@ -200,6 +209,8 @@ class Prepared:
         adapter = read_adapter(folder)
         if any(phase.start == "stacked" for phase in self.recipe.phases[1:]):
             check_stack([adapter, adapter])
+        if any(parse_freeze(phase.freeze).measure == "change" for phase in self.recipe.phases[1:]):
+            check_factors(adapter)
         check_biases(adapter, weights)
         for name, change in adapter.changes.items():
             if name not in weights:
@@ -285,7 +296,7 @@ class Prepared:
         phases = {}
         for phase in self.recipe.phases:
             if phase.adapter:
-                phases[phase.name] = _adapter_digest(Path(phase.adapter).expanduser())
+                phases[phase.name] = _adapter_digest(Path(os.path.expanduser(phase.adapter)))
             else:
                 phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
         held = hashlib.sha256()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import Interrupted, QcftError
+from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.forgetting import forgetting_table
+from qcft.pipeline.forecast import forecast
+from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
 from qcft.recipe import Dial, Goal, Merge, Recipe
@@ -66,6 +66,10 @@ def run_recipe(
     if world() == 1:
         return run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
     join()
+    if recipe.forgetting is not None:
+        raise InputError(
+            "forgetting: the live probe is for one process", "--set forgetting=null, or run without accelerate"
+        )
     try:
         done = run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
     except Interrupted:
@@ -98,10 +102,13 @@ def run_prepared(prepared: Prepared, store: Store, watch: Watch, up_to: str | No
     if finished < len(steps):
         quiet()
         prepared.check()
+        forecast(prepared, [step for step in steps if records[step.id] is None], watch)
     recipe = prepared.pinned_recipe()
     run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
+    # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
+    records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
     for position, step in enumerate(steps, start=1):
         record = records[step.id] or do_step(step, position, len(steps), prepared, store, watch)
         if records[step.id]:
@@ -152,9 +159,8 @@ def summarise(step: Step, metrics: Mapping[str, Any]) -> str:
     if step.kind == "probe":
         return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
     if step.kind == "train":
-        return f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}" + _replayed(
-            metrics
-        )
+        trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        return trained + _replayed(metrics) + _probed(metrics)
     if step.kind == "replay":
         left_out = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
@@ -185,6 +191,18 @@ def _replayed(metrics: Mapping[str, Any]) -> str:
     return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
 
 
+def _probed(metrics: Mapping[str, Any]) -> str:
+    """What the live probe found, and what it cost."""
+    found = metrics.get("forgetting")
+    if not found:
+        return ""
+    last = next(probe for probe in reversed(found["probes"]) if probe["step"] <= metrics["steps"])
+    return (
+        f"; English NLL {last['change']:+.1%} ({len(found['probes'])} probes of {found['rows']} rows, "
+        f"{found['share_of_time']:.1%} of the time)"
+    )
+
+
 def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
     """Warn or refuse when merging lost what the phase learned."""
     far = None
@@ -208,21 +226,6 @@ def _judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: W
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
-
-
-def set_environment() -> None:
-    """Settings the libraries read when they are first imported; what the user has set stays."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
-
-
-def quiet() -> None:
-    """Silence the libraries, which this imports."""
-    from qcft.models.load import quiet_libraries
-
-    quiet_libraries()
 
 
 def _reset_peak() -> None:

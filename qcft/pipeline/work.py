@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from qcft.data.mix import mixed_order
 from qcft.data.rows import Row
 from qcft.errors import QcftError
 from qcft.events import Mixed, SourceShare, Watch
-from qcft.files import file_digest, read_json, write_json
+from qcft.files import file_digest, read_json, read_sealed, write_json, write_sealed
 from qcft.measure.distance import compare, predictions
 from qcft.measure.score import RowScore, score_rows
 from qcft.measure.stats import accuracy, kept, mean_nll
@@ -28,6 +29,7 @@ from qcft.pipeline.layers import change_since, model_digest, snr_of, summed_chan
 from qcft.pipeline.pools import ENGLISH
 from qcft.pipeline.prefix import open_prefix
 from qcft.pipeline.prepare import Prepared
+from qcft.pipeline.probing import english_rows
 from qcft.pipeline.replay import make_replay, read_replay
 from qcft.plan import Step
 from qcft.recipe import Phase
@@ -36,6 +38,9 @@ from qcft.store import Store
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from qcft.training.batches import Batches
+    from qcft.training.passes import Fit
 
 
 class Worker:
@@ -74,7 +79,7 @@ class Worker:
         settings, points = step.settings, []
         for scale in settings["scales"]:
             place = folder / f"{scale:g}"
-            point = read_json(place / "point.json")
+            point = read_sealed(place / "point.json")
             if point is None:
                 place.mkdir(exist_ok=True)
                 if settings.get("method"):
@@ -85,7 +90,7 @@ class Worker:
                     set_scale(model, scale)
                 measured = self._measure(cast("PreTrainedModel", model), step, f"{step.title} at {scale:g}", place)
                 point = {"scale": scale, **measured}
-                write_json(place / "point.json", point)
+                write_sealed(place / "point.json", point)
             points.append(point)
         return {"points": points}
 
@@ -112,16 +117,20 @@ class Worker:
 
     def train(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
-        from qcft.layers import adapted_modules, frozen_in_words, frozen_whole, lowest_adapted
+        from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
-        from qcft.training.ranks import world
+        from qcft.training.probe import lay_out
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self._phase(step)
         replay = self._replay_sets(phase, step)
         shares = self._shares(phase, replay)
-        rows = [replace(row, source=share.source) for share, encoded in shares for row in encoded.encoded]
+        rows = [
+            replace(tokens, source=share.source, name=row.name)
+            for share, encoded in shares
+            for row, tokens in zip(encoded.rows, encoded.encoded, strict=True)
+        ]
         extra = sum(len(encoded.rows) for encoded in replay.values())
         seed = self.recipe.seed
         batches = make_batches(
@@ -139,6 +148,7 @@ class Worker:
         )
         self.watch.tell(mixed)
         model = self._load(step)
+        free_memory()  # what loading left behind
         _seed_everything(seed)
         under = [self._adapter(one) for one in step.under]
         if step.adapter is not None:  # start: continue
@@ -146,13 +156,21 @@ class Worker:
         else:
             adapted = add_lora_over(model, under, modules, self.recipe.lora)
         below = lowest_adapted(model, modules)
+        probing = None
+        if self.recipe.forgetting is not None and (english := english_rows(self.prepared, phase)):
+            probing = lay_out(self.recipe.forgetting, english, batches, below / decoder_layers(model)[1])
+            if probing is None:
+                self.watch.note("no live probe: even a small one would cost over 5% of so short a training")
         by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
         weights: dict[str, Any] = {"weights": self._weights_digest(step), "quantize": self.recipe.model.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
-        # An adapter that goes on keeps its part in the frozen layers, which a cut model would lose.
-        cut = below if step.adapter is None else 0
-        prefix = open_prefix(model, cut, rows, batches.rows, weights, phase.train, self.store, self.watch)
+        prefix = None
+        if step.adapter is None:
+            seen = [*rows, *(probing.rows if probing else ())]
+            prefix = open_prefix(model, below, seen, batches.rows, weights, phase.train, self.store, self.watch)
+        elif phase.train.prefix_cache is True:
+            self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
             adapted,
             self.prepared.tokenizer,
@@ -163,6 +181,8 @@ class Worker:
             self.watch,
             f"training {phase.name}",
             Shortcuts(below, by_rows, prefix),
+            probing,
+            self._fit(phase, modules, batches, by_rows, prefix is not None),
         )
         return {
             **asdict(trained),
@@ -170,9 +190,24 @@ class Worker:
             "adapted_modules": len(modules),
             "frozen_layers": frozen_whole(model, modules),
             "prefix_cache": prefix is not None,
-            "processes": world(),
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
+
+    def _fit(self, phase: Phase, modules: list[str], batches: Batches, by_rows: bool, cut: bool) -> Fit | None:
+        """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
+        from qcft.models.load import device, free_bytes
+        from qcft.training.footprint import Shape
+        from qcft.training.memory import plan_training
+
+        train = phase.train
+        if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
+            return None
+        shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
+        meta = self.prepared.meta_model
+        planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
+        if planned.fit.limit:
+            self.watch.note(f"{phase.name}: passes of at most {planned.fit.limit} tokens, to fit into memory")
+        return planned.fit
 
     def take_in(self, step: Step, folder: Path) -> dict[str, Any]:
         """Copy an adapter made elsewhere into the step."""
@@ -180,7 +215,7 @@ class Worker:
         assert phase.adapter is not None
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(Path(phase.adapter).expanduser() / name, folder / "adapter" / name)
+            shutil.copyfile(Path(os.path.expanduser(phase.adapter)) / name, folder / "adapter" / name)
         return {"adapter": phase.adapter}
 
     def merge(self, step: Step, folder: Path) -> dict[str, Any]:

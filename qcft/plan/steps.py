@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from qcft.recipe import Phase
 
-Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial"]
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift"]
 
 # Raised when a change to the code changes what a step of that kind results in.
 FORMATS: dict[Kind, int] = {
@@ -23,10 +23,11 @@ FORMATS: dict[Kind, int] = {
     "kept": 2,
     "layers": 1,
     "dial": 1,
+    "drift": 1,
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.
-CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache"}
+CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache", "micro_batch"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, read_recipe, recipe_from
 from qcft.recipe.parts import Source
 from qcft.recipe.replay import Filters, Replay, ReplayPart
-from qcft.recipe.schema import Answers, HeldOut, Lora, Measured, Merge, Model, Phase, Recipe, Train
+from qcft.recipe.schema import Answers, Forgetting, HeldOut, Lora, Measured, Merge, Model, Phase, Recipe, Train
 
 __all__ = [
     "Ablation",
@@ -16,6 +16,7 @@ __all__ = [
     "ArmRun",
     "Dial",
     "Filters",
+    "Forgetting",
     "FreezeSpec",
     "Goal",
     "HeldOut",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +14,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qcft.errors import InputError, nearest
+from qcft.files import exists
 from qcft.recipe.schema import Recipe
+from qcft.recipe.texts import check_texts
+
+# What reading YAML may raise: no YAML, no UTF-8 or no such date, nesting thousands deep.
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+SHOWN = 120  # characters of a wrong value in a message
 
 
 def recipes_folder() -> Path:
@@ -42,6 +49,7 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], Path]:
     raw = _read_yaml(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}", "see `qcft recipes`")
+    check_texts(raw)
     raw = _normalised(raw)
     _anchor_paths(raw, path.parent)
     return raw, path.parent
@@ -62,6 +70,7 @@ def changed(raw: dict[str, Any], changes: Mapping[str, Any], folder: Path | None
 
 def recipe_from(raw: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
     """Validate a recipe given as plain data, after applying `changes`. Raises InputError."""
+    check_texts([raw, dict(changes or {})])
     raw = changed(raw, changes or {})
     try:
         return Recipe.model_validate(raw)
@@ -75,22 +84,24 @@ def parse_assignments(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"--set {text!r} is not KEY=VALUE", "for example --set phase2.train.lr=1e-4")
+            raise InputError(f"--set {_shown(text)} is not KEY=VALUE", "for example --set phase2.train.lr=1e-4")
         try:
             changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {text!r}: the value cannot be read: {_one_line(error)}", "quote it") from None
+        except UNREADABLE as error:
+            raise InputError(
+                f"--set {_shown(text)}: the value cannot be read: {_one_line(error)}", "quote it"
+            ) from None
     return changes
 
 
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if exists(path) and not path.is_dir():
         return path.resolve()
     built_in = built_in_recipes()
     if name in built_in:
         return built_in[name]
-    if path.is_dir():
+    if exists(path):
         raise InputError(f"{name!r} is a folder, not a recipe", "give the recipe.yaml inside it")
     raise InputError(
         f"there is no recipe {name!r}: neither a file nor a built-in name",
@@ -115,7 +126,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{path}: not readable as YAML: {_one_line(error)}", "see `qcft recipes` for examples"
         ) from None
@@ -159,7 +170,7 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
 
     def lies_there(value: str, lang: Any) -> bool:
         langs = lang if isinstance(lang, list) else [lang]
-        return any((folder / value.replace("{lang}", str(one))).exists() for one in langs)
+        return any(exists(folder / value.replace("{lang}", str(one))) for one in langs)
 
     def visit(node: Any) -> None:
         if isinstance(node, list):
@@ -177,7 +188,7 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
     model = raw.get("model")
     if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"]:
         beside = folder / model["name"]
-        if beside.exists():
+        if exists(beside):
             model["name"] = str(beside.resolve())
 
 
@@ -253,16 +264,24 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
         return InputError(f"recipe: {where + ': ' if where else ''}{message}", hint)
     if where.endswith("replay.ratio") and kind in {"less_than_equal", "greater_than_equal", "finite_number"}:
         return InputError(
-            f"recipe: {where}: {given!r} is outside [0, 0.9]", "the ratio is replay's share of the final mix, e.g. 0.2"
+            f"recipe: {where}: {_shown(given)} is outside [0, 0.9]",
+            "the ratio is replay's share of the final mix, e.g. 0.2",
         )
     expected = next((word for start, word in EXPECTED.items() if kind.startswith(start)), None)
     hint = f"give {expected}" if expected else f"it {text}"
-    return InputError(f"recipe: {where}: {given!r} {text}", hint)
+    return InputError(f"recipe: {where}: {_shown(given)} {text}", hint)
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, or its beginning."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 # What pydantic's kinds of errors ask for.
 EXPECTED = {
     "float": "a number",
+    "finite": "a finite number",
     "int": "a whole number",
     "bool": "true or false",
     "list": "a list",

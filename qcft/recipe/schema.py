@@ -44,6 +44,9 @@ class Lora(Part):
 class Train(Part):
     """How a phase is trained. `batch` counts rows per optimizer step, whether rows are packed or not.
 
+    `micro_batch`: rows run at once where rows are not packed; `auto`: as many as memory holds, packed or not, with the
+    same rows in every optimizer step. `batch: auto` is the default batch, run so.
+
     `prefix_cache`: keep on disk what the lowest, frozen layers make of each row, and train from that.
     """
 
@@ -51,7 +54,7 @@ class Train(Part):
     epochs: Annotated[Number, Field(gt=0)] = 1.0
     steps: Annotated[Count, Field(ge=1)] | None = None
     batch: Annotated[Count, Field(ge=1)] = 16
-    micro_batch: Annotated[Count, Field(ge=1)] = 4
+    micro_batch: Annotated[Count, Field(ge=1)] | Literal["auto"] = 4
     max_length: Annotated[Count, Field(ge=8)] = 1024
     long_rows: Literal["drop", "cut"] = "drop"
     packing: bool = True
@@ -63,6 +66,13 @@ class Train(Part):
     checkpoint_steps: Annotated[Count, Field(ge=1)] | None = None
     report_to: list[str] = []
     sft: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _batch_to_fit(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("batch") == "auto":
+            return {**{key: one for key, one in value.items() if key != "batch"}, "micro_batch": "auto"}
+        return value
 
     @field_validator("sft")
     @classmethod
@@ -148,6 +158,18 @@ class Merge(Part):
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
 
+class Forgetting(Part):
+    """The live probe: English NLL on at most `rows` held-out rows, every so many optimizer steps of a phase, against
+    the model the phase starts from. `auto`: as often as costs at most 5% of the training. A relative rise of `warn`
+    is told once; at a rise of `stop` training ends, and the adapter of the last probe under it is kept.
+    """
+
+    every: Annotated[Count, Field(ge=1)] | Literal["auto"] = "auto"
+    rows: Annotated[Count, Field(ge=1)] = 16
+    warn: Annotated[Number, Field(gt=0)] | None = 0.05
+    stop: Annotated[Number, Field(gt=0)] | None = None
+
+
 class Recipe(Part):
     """A whole experiment."""
 
@@ -159,6 +181,7 @@ class Recipe(Part):
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()
     merge: Merge = Merge()
+    forgetting: Forgetting | None = Forgetting()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
     ablation: Ablation | None = None
@@ -211,7 +234,7 @@ class Recipe(Part):
         raise KeyError(name)
 
 
-RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report"}
+RESERVED = {*Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report", "drift", "similarity"}
 
 # Fields of trl's SFTConfig that qcft sets itself, and the recipe key that stands for each.
 OWNED = {
@@ -265,6 +288,7 @@ OWNED = {
     "auto_find_batch_size": "train.micro_batch",
     "logging_steps": "train.report_to (every step is logged)",
     "disable_tqdm": "--quiet",
+    "hub_token": "nothing: log in with `hf auth login`",
     "push_to_hub": "nothing: qcft writes to the runs folder only",
     "load_best_model_at_end": "nothing: the last step is the result",
     "use_liger_kernel": "nothing: TRL's own fused loss is used",

@@ -11,6 +11,8 @@ import yaml
 from qcft.files import read_json, write_text
 from qcft.recipe import Recipe
 from qcft.report.cells import change_rows, conclusion, header, stage_rows
+from qcft.report.drift import NOTE, drift_rows, drift_says
+from qcft.report.similarity import similarity_rows
 
 SAMPLES = 4
 
@@ -26,6 +28,8 @@ def write_report(folder: Path, recipe: Recipe, table: Mapping[str, Any], steps: 
         "\nHeld-out rows: mean NLL in nats per answer token (lower is better) and the share of answer tokens "
         "predicted right. `*` marks English; `!` marks an English loss whose 95% interval (paired bootstrap over "
         "rows) excludes zero. Compare stages of one precision only.\n",
+        *_similarity(folder),
+        *_drift(steps),
         *_mix(steps),
         *_samples(table, steps),
         "\n## Cost\n",
@@ -46,7 +50,35 @@ def markdown_table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", "<br>")
+
+
+def _similarity(folder: Path) -> list[str]:
+    """What `qcft similarity` left beside the report."""
+    found = read_json(folder / "similarity.json")
+    if not found:
+        return []
+    return [
+        "\n## How alike the phases' instructions are\n",
+        markdown_table(*similarity_rows(found)),
+        "",
+        *found["says"],
+    ]
+
+
+def _drift(steps: Mapping[str, Path]) -> list[str]:
+    parts = []
+    for stage, place in steps.items():
+        found = read_json(place / "drift.json")
+        if found:
+            parts += [
+                f"\n## Drift from {found['from']} to {found['to']}\n",
+                *(f"- {sentence}" for sentence in drift_says(found)),
+                f"\n![drift]({stage.replace('/', '-')}.svg)\n",
+                markdown_table(*drift_rows(found)),
+                f"\n{NOTE}.",
+            ]
+    return parts
 
 
 def _mix(steps: Mapping[str, Path]) -> list[str]:

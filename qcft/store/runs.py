@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json, write_json, write_text
+from qcft.files import is_disk_full, read_json, telling_full_disk, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
+from qcft.store.steps import FREE, check_layout
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+RUN = "run.json"
+LAYOUT = 1  # of run.json; raised when an older qcft could misread it
+REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
 EVAL = "eval/"  # stages that measure; they may be measured again without making a new run
+DRIFT = "drift/"  # stages that compare what the run holds; no plan has them
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,18 @@ class NamedRun:
     stages: dict[str, str]
 
     def recipe(self) -> Recipe:
-        """The resolved recipe. Raises InputError when its file was altered beyond reading."""
-        raw = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8"))
-        return recipe_from(raw)
+        """The resolved recipe. Raises InputError when its file is gone, or this qcft cannot read it."""
+        path = self.folder / "recipe.yaml"
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            raw = None
+        if not isinstance(raw, dict):
+            raise InputError(f"the run {self.name!r} has no readable recipe.yaml", REPAIR)
+        try:
+            return recipe_from(raw)
+        except InputError as error:  # a key that a newer version has, or an older one had
+            raise InputError(f"the run {self.name!r}: {error.message} (in {str(path)!r})", error.hint) from None
 
 
 def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
@@ -36,9 +53,23 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     A run is gone on with when the stages it shares with the plan are the same steps. The folder is written
     when this returns.
     """
+    with telling_full_disk(runs, FREE):
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            with runs_lock(runs):
+                return _open(runs, recipe, stages)
+        except OSError as error:
+            if is_disk_full(error, runs):
+                raise
+            raise InputError(
+                f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
+            ) from None
+
+
+def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     wanted = _results(stages)
     number, name = 1, recipe.name
-    while (existing := _read(runs / name)) is not None or (runs / name).exists():
+    while (existing := _read(runs / name)) is not None or _is_taken(runs / name):
         if existing is not None:
             shared = existing.keys() & wanted.keys()
             if all(existing[s] == wanted[s] for s in shared) and (shared or not existing):
@@ -46,25 +77,37 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         number += 1
         name = f"{recipe.name}-{number}"
     folder = runs / name
-    already = _read(folder) or {}
+    already = existing or {}
     if _results(already).keys() - wanted.keys():  # the run holds more than this plan
         both = {**already, **{stage: step for stage, step in stages.items() if stage not in already}}
         if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
-            write_json(folder / "run.json", {**(read_json(folder / "run.json") or {}), "stages": both})
+            write_json(folder / RUN, {**(read_json(folder / RUN) or {}), "stages": both})
         return NamedRun(name, folder, both)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
-        ) from None
+    stages = stages | {stage: step for stage, step in already.items() if stage.startswith(DRIFT)}
+    folder.mkdir(exist_ok=True)
+    created = (read_json(folder / RUN) or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_json(folder / RUN, {"version": LAYOUT, "created": created, "stages": stages})  # first: it makes it a run
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    created = (read_json(folder / "run.json") or {}).get("created") or time.strftime(
-        "%Y-%m-%dT%H:%M:%SZ", time.gmtime()
-    )
-    write_json(folder / "run.json", {"version": 1, "created": created, "stages": stages})
     return NamedRun(name, folder, stages)
+
+
+def add_stage(run: NamedRun, stage: str, step: str) -> None:
+    """Write down a stage that was made of what the run holds, beyond its plan."""
+    document = read_json(run.folder / RUN) or {}
+    write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
+
+
+def runs_lock(runs: Path) -> FileLock:
+    """Held while a run is named, or steps that no run names are removed."""
+    from filelock import FileLock
+
+    return FileLock(runs / ".lock")
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether something lies where a run would; an empty folder may be what a kill left of one."""
+    return folder.exists() and not (folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir()))
 
 
 def link_stage(run: NamedRun, stage: str, step: Path) -> None:
@@ -102,15 +145,18 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
 
 def list_runs(runs: Path) -> list[NamedRun]:
     """All runs, the latest first."""
-    found = [NamedRun(p.parent.name, p.parent, _read(p.parent) or {}) for p in runs.glob("*/run.json")]
-    return sorted(found, key=lambda run: (run.folder / "run.json").stat().st_mtime, reverse=True)
+    found = [NamedRun(p.parent.name, p.parent, _read(p.parent) or {}) for p in runs.glob(f"*/{RUN}")]
+    return sorted(found, key=lambda run: (run.folder / RUN).stat().st_mtime, reverse=True)
 
 
 def _read(folder: Path) -> dict[str, str] | None:
-    document: Any = read_json(folder / "run.json")
+    document: Any = read_json(folder / RUN)
     stages = document.get("stages") if isinstance(document, dict) else None
-    return stages if isinstance(stages, dict) else None
+    if not isinstance(stages, dict):
+        return None
+    check_layout(document.get("version", 1), LAYOUT, f"the run {folder.name!r}")
+    return stages
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, "kept", "dial-"))}
+    return {stage: step for stage, step in stages.items() if not stage.startswith((EVAL, DRIFT, "kept", "dial-"))}

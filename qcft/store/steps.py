@@ -1,7 +1,7 @@
 """Step folders under runs/.steps. No folder: to do. No done.json: partial. Else done, once verified.
 
 step.json     inputs, versions, hardware: written first
-done.json     metrics, seconds, file digests: written last, by rename
+done.json     metrics, seconds, file digests, and a digest of itself: written last, by rename
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import file_digest, read_json, write_json
+from qcft.files import file_digest, read_json, read_sealed, telling_full_disk, write_json, write_sealed
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
+LAYOUT = 2  # of step folders; raised when an older qcft could misread them
 UNSEALED = {"step.json", "done.json", "log.jsonl"}  # not part of a step's result
+SLOW = 10**9  # bytes whose digests take seconds
+SCRATCH = {"checkpoints", "tensorboard"}  # folders that are not part of it either
 
 
 class Store:
@@ -56,34 +60,55 @@ class Store:
             return True
 
     def record(self, step: str) -> dict[str, Any] | None:
-        """The step's done.json, or None; the files it lists are not looked at."""
-        record = read_json(self.folder(step) / "done.json")
-        return record if isinstance(record, dict) and isinstance(record.get("files"), dict) else None
+        """The step's done.json, or None where it is not there or was altered; the files it lists are not looked at.
+
+        Raises InputError when a newer qcft wrote it.
+        """
+        record = read_sealed(self.folder(step) / "done.json")
+        if record is None:
+            return None
+        check_layout(record.get("layout", 1), LAYOUT, f"the step {step}")
+        whole = all(isinstance(record.get(key), dict) for key in ("files", "metrics")) and "seconds" in record
+        return record if whole else None
 
     def done(self, step: str, watch: Watch | None = None) -> dict[str, Any] | None:
         """The step's done.json if the step is done and its files are whole, else None.
 
         A file that is missing or was altered is named in a warning, and the step is made anew.
         """
-        folder = self.folder(step)
         record = self.record(step)
         if record is None:
+            if watch is not None and self.state(step) == "done":
+                watch.note(f"{step}: done.json is altered; the step is made anew", "warning")
             return None
         if step not in self._verified:
-            for name, digest in record["files"].items():
-                path = folder / name
-                if not path.is_file() or file_digest(path) != digest:
-                    if watch is not None:
-                        watch.note(f"{step}: {name} is missing or altered; the step is made anew", "warning")
-                    return None
+            altered = self._altered(step, record["files"], watch)
+            if altered is not None:
+                if watch is not None:
+                    watch.note(f"{step}: {altered} is missing or altered; the step is made anew", "warning")
+                return None
             self._verified.add(step)
         return record
+
+    def _altered(self, step: str, files: dict[str, str], watch: Watch | None) -> str | None:
+        """The first of a step's files that is not as it was written."""
+        folder = self.folder(step)
+        sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
+        read, total = 0, sum(sizes.values())
+        for name, digest in files.items():
+            if name not in sizes or file_digest(folder / name) != digest:
+                return name
+            read += sizes[name]
+            if watch is not None and total > SLOW:
+                watch.progress(f"checking {step}", read / 1e6, total / 1e6, "MB")
+        return None
 
     @contextmanager
     def claim(self, step: str, inputs: dict[str, Any], watch: Watch) -> Iterator[Path]:
         """The step's folder, held by this process alone; what a killed process left there stays.
 
-        Waits when another process works on the step. Raises InputError when the folder can't be written.
+        Waits when another process works on the step. Raises InputError when the folder can't be written, QcftError
+        when the disk is full, then or while the step is worked on.
         """
         folder = self.folder(step)
         try:
@@ -92,33 +117,42 @@ class Store:
             raise InputError(
                 f"the runs folder {str(self.runs)!r} cannot be written: {error.strerror}", "name another with --runs"
             ) from None
-        with self._lock(step, watch):
+        with telling_full_disk(self.runs, FREE), self._lock(step, watch):
             if (folder / "done.json").exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told
             folder.mkdir(exist_ok=True)
-            if read_json(folder / "step.json") is None:
-                write_json(folder / "step.json", {"step": step, "inputs": inputs, **_circumstances()})
+            begun = read_json(folder / "step.json")
+            if isinstance(begun, dict):
+                check_layout(begun.get("layout", 1), LAYOUT, f"the step {step}")
+            else:
+                document = {"layout": LAYOUT, "step": step, "inputs": inputs, **_circumstances()}
+                write_json(folder / "step.json", document)
             yield folder
 
     def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Mark a step done: digests of its files, its metrics and the seconds this process worked on it."""
         folder = self.folder(step)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         files = {
-            path.relative_to(folder).as_posix(): file_digest(path)
+            name.as_posix(): file_digest(path)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in UNSEALED and path.name[0] != "." and "tensorboard" not in path.parts
+            if path.is_file() and path.name not in UNSEALED and path.name[0] != "."
+            if not SCRATCH.intersection((name := path.relative_to(folder)).parts)
         }
-        record = {"step": step, "metrics": metrics, "seconds": round(seconds, 2), "files": files}
-        write_json(folder / "done.json", record)
+        record = {"layout": LAYOUT, "step": step, "metrics": metrics, "seconds": round(seconds, 2), "files": files}
+        write_sealed(folder / "done.json", record)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: a kill before would lose the training
         self._verified.add(step)
         return record
+
+    def lock_file(self, step: str) -> Path:
+        """The file whose lock says that a process works on a step."""
+        return self.steps / f".{step}.lock"
 
     @contextmanager
     def _lock(self, step: str, watch: Watch) -> Iterator[None]:
         from filelock import FileLock, Timeout
 
-        lock, holder = FileLock(str(self.steps / f".{step}.lock")), self.steps / f".{step}.holder"
+        lock, holder = FileLock(self.lock_file(step)), self.steps / f".{step}.holder"
         told = False
         while True:
             try:
@@ -138,6 +172,15 @@ class Store:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
+
+
+def check_layout(written: Any, known: int, what: str) -> None:
+    """Refuse in words what a newer qcft wrote. Raises InputError."""
+    if not isinstance(written, int) or written > known:
+        raise InputError(
+            f"{what} was written by a newer qcft (layout {written!r}; this one reads up to {known})",
+            "update qcft, or name another folder with --runs",
+        )
 
 
 def writable(runs: Path) -> None:

@@ -40,6 +40,11 @@ class Batches:
         """Rows trained in all, each epoch's counted."""
         return sum(len(item) for item in self.items)
 
+    def rows_of(self, step: int) -> list[EncodedRow]:
+        """The rows of one optimizer step, counted from 1."""
+        each = self.per_pass * self.accumulation
+        return [row for item in self.items[(step - 1) * each : step * each] for row in item]
+
     def tokens_until(self, step: int) -> int:
         """Tokens run through the model in the first `step` optimizer steps."""
         return self._running_tokens[min(len(self.items), step * self.per_pass * self.accumulation)]
@@ -80,11 +85,13 @@ class Fed:
         self.items = min(len(self.batches.items), self.items + self.world * self.batches.per_pass)
 
     def exposure(self, steps: int) -> list[dict[str, Any]]:
-        """Rows, tokens and answer tokens by source, over all epochs; `steps` in all have been trained."""
-        if self.items < min(len(self.batches.items), steps * self.batches.per_pass * self.batches.accumulation):
-            self.items = len(self.batches.items)  # every step had a checkpoint already: nothing was fed again
+        """Rows, tokens and answer tokens by source, over all epochs, of the first `steps`, which were all trained."""
+        end = min(len(self.batches.items), steps * self.batches.per_pass * self.batches.accumulation)
+        if self.items < end:
+            self.items = end  # every step had a checkpoint already: nothing was fed again
         found: dict[str, dict[str, Any]] = {}
-        for row in (row for item in self.batches.items[: self.items] for row in item if row.source != FILLER):
+        fed = (row for item in self.batches.items[: min(self.items, end)] for row in item if row.source != FILLER)
+        for row in fed:
             entry = found.setdefault(row.source, {"source": row.source, "rows": 0, "tokens": 0, "answer_tokens": 0})
             entry["rows"] += 1
             entry["tokens"] += len(row.input_ids)
@@ -103,6 +110,8 @@ def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], 
         mean = sum(len(row.input_ids) for row in rows) / len(rows)
         budget = round(min(train.max_length, train.batch * mean))
         per_pass = 1
+    elif train.micro_batch == "auto":
+        per_pass = train.batch  # divided to fit when it is run
     else:
         per_pass = max(n for n in range(1, min(train.micro_batch, train.batch) + 1) if train.batch % n == 0)
     sequence: list[EncodedRow] = []

@@ -5,20 +5,31 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Progress, Watch
 from qcft.files import write_text
-from qcft.layers import decoder_layers
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
+from qcft.training.checkpointing import only_above
 from qcft.training.ranks import any_stops, rank
 
+if TYPE_CHECKING:
+    from qcft.training.probe import EnglishProbe
 
-def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) -> Any:
-    """The callback that watches a training; `below` layers are frozen under the lowest adapter."""
+EXPLODED = 1e4  # a norm of gradients; trainings that learn stay orders of magnitude below
+NAMED = 4  # rows of each source in a message
+
+
+def reporter(
+    batches: Batches, log: Path, watch: Watch, label: str, below: int, english: EnglishProbe | None = None
+) -> Any:
+    """The callback that watches a training; `below` layers are frozen under the lowest adapter, `english` is the live
+    probe."""
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
@@ -27,10 +38,7 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun, self.first = time.monotonic(), state.global_step
             if args.gradient_checkpointing:
-                # TRL and, just before this, the Trainer ask for gradients of the embeddings' output, which walks
-                # the backward pass through every frozen layer. Non-reentrant checkpointing does not need them.
-                kwargs["model"].disable_input_require_grads()
-                _checkpoint_from(kwargs["model"], below)
+                only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer ask otherwise
             if rank() == 0 and log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
@@ -46,8 +54,13 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
             if not logs or "loss" not in logs:
                 return
             step, loss = state.global_step, logs["loss"]
-            if not math.isfinite(loss):
-                raise QcftError(f"the loss is {loss} at step {step}", "try a lower train.lr")
+            wrong = _diverged(loss, logs.get("grad_norm"), skips=args.fp16)
+            if wrong:  # told before a checkpoint of this step could be written: the last one is good
+                raise QcftError(
+                    f"{wrong} at step {step} of {batches.steps}, on {_named(batches.rows_of(step))}",
+                    "look at these rows, or lower train.lr; checkpoints from before this step are kept, and the same "
+                    "command goes on from the last of them, to the same end",
+                )
             if rank():
                 return
             tokens = batches.tokens_until(step)
@@ -63,19 +76,37 @@ def reporter(batches: Batches, log: Path, watch: Watch, label: str, below: int) 
                 "tokens_per_second": round(rate, 1),
                 f"peak_{kind}_bytes": peak,
             }
+            if english and (here := english.latest(step)):
+                entry |= {"english_nll": here["nll"], "english_change": here["change"]}
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
             stats = {"loss": f"{loss:.3f}", "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
+            if english and (last := english.latest()):
+                stats["English"] = f"English NLL {last['nll']:.3f} ({last['change']:+.1%})"
             watch.tell(Progress(label, step, batches.steps, "steps", stats))
 
     return Reporter()
 
 
-def _checkpoint_from(model: Any, below: int) -> None:
-    """Recompute no layer under the lowest adapter: the backward pass ends above, so nothing of theirs is kept."""
-    base = model.get_base_model()
-    for layer in base.get_submodule(decoder_layers(base)[0])[:below]:
-        layer.gradient_checkpointing = False
+def _diverged(loss: float, norm: float | None, skips: bool) -> str | None:
+    """What shows that a training cannot go on, or None. `skips`: fp16's scaler leaves out steps that overflow."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if norm is None or (skips and not math.isfinite(norm)):
+        return None
+    return f"the gradients explode: their norm is {norm:.3g}" if not norm <= EXPLODED else None
+
+
+def _named(rows: Sequence[EncodedRow]) -> str:
+    """So many rows, source by source, the first of each by name."""
+    by_source: dict[str, list[str]] = {}
+    for row in rows:
+        by_source.setdefault(row.source, []).append(row.name)
+    parts = []
+    for source, names in by_source.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        parts.append(f"{source}: {', '.join(repr(name) for name in names[:NAMED])}{more}")
+    return f"{len(rows)} rows ({'; '.join(parts)})"
 
 
 def _step_of(line: str) -> float:

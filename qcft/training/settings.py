@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcft.errors import InputError, nearest
 from qcft.models.load import compute_dtype, device
@@ -15,7 +15,6 @@ from qcft.training.batches import Batches
 from qcft.training.ranks import world
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from trl import SFTConfig
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -90,7 +89,7 @@ def sft_config(
         seed=seed,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=None,  # PhaseTrainer keeps the last two, by step: a clock may be set back
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=train.report_to or "none",
@@ -98,25 +97,3 @@ def sft_config(
         eval_strategy="no",
         **train.sft,
     )
-
-
-def checkpointing(model: PeftModel, batches: Batches, train: Train, below: int) -> bool:
-    """Whether to recompute activations: as asked, or on a GPU when keeping those of the layers from `below` up would
-    take over half of the memory that is free once the weights are loaded.
-
-    Kept per token and layer in 16 bits: about 34 hidden sizes (Korthikanti et al. 2022, arXiv 2205.05198,
-    without attention scores), which a gated MLP and LoRA's inputs bring to about 50.
-    """
-    if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing
-    if device() != "cuda":
-        return False
-    import torch
-
-    config: Any = model.config.get_text_config()
-    per_pass = max(
-        sum(len(row.input_ids) for item in batches.items[i : i + batches.per_pass] for row in item)
-        for i in range(0, len(batches.items), batches.per_pass)
-    )
-    needed = per_pass * (config.num_hidden_layers - below) * config.hidden_size * 50
-    return bool(needed > 0.5 * torch.cuda.mem_get_info()[0])

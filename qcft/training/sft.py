@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.encode import IGNORED
+from qcft.data.encode import IGNORED, EncodedRow
 from qcft.errors import Interrupted, QcftError
 from qcft.events import Watch
-from qcft.files import is_whole, seal
+from qcft.files import SEAL, is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
 from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
+from qcft.training.passes import Fit, Passes
+from qcft.training.probe import EnglishProbe, Probing, probe_callback
 from qcft.training.ranks import rank, shared_out, world
 from qcft.training.reporter import reporter
-from qcft.training.settings import checkpointing, sft_config
+from qcft.training.settings import sft_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,20 +30,28 @@ if TYPE_CHECKING:
 
     from qcft.training.prefix import Prefix
 
+KEPT = 2  # checkpoints: the last, and one before it should the last be altered
 ITEM = "item"  # the column that says which of the batches' items an example is
+ROWS = "rows"  # the rows of what is run at once
 
 
 @dataclass(frozen=True)
 class Trained:
     """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
-    through the model, as counted while they did, all epochs together."""
+    through the model, as counted while they did, all epochs together; `pass_limit`, most tokens that were run at
+    once where memory set a limit; `recomputed`, whether activations were; `processes` that trained together.
+    `forgetting`: what the live probe found."""
 
     steps: int
     rows: int
     tokens: int
     loss: float
     resumed_from: int
+    pass_limit: int | None
+    recomputed: bool
+    processes: int
     exposure: list[dict[str, Any]]
+    forgetting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,49 +74,63 @@ def train_adapter(
     watch: Watch,
     label: str,
     shortcuts: Shortcuts = Shortcuts(),
+    probing: Probing | None = None,
+    fit: Fit | None = None,
 ) -> Trained:
-    """Train the adapters on a model, leaving them in `folder/adapter`.
+    """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
 
-    Goes on from the last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint
-    is written and Interrupted raised. Raises QcftError when the loss is no longer finite or the GPU's
-    memory runs out.
+    `fit`: how passes are run to begin with (None: as laid out); smaller ones when memory runs out. Goes on from the
+    last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint is written and Interrupted
+    raised. Raises QcftError when the loss is no longer finite, the gradients explode, or one row does not fit into
+    memory.
     """
     import torch
 
     checkpoints = folder / "checkpoints"
-    last = _last_whole(checkpoints)
+    last = _last_whole(checkpoints, watch)
+    padded = not (batches.packed or shortcuts.by_rows)
+    passes = Passes(fit or Fit(None, train.gradient_checkpointing is True), padded, checkpoints, watch)
     dealt = shared_out(batches, world())
-    recompute = checkpointing(model, dealt, train, shortcuts.below)
-    config = sft_config(train, checkpoints, dealt, seed, recompute, shortcuts.by_rows)
+    config = sft_config(train, checkpoints, dealt, seed, passes.recompute, shortcuts.by_rows)
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
-        trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts)
+        trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts, passes)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
-    trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below))
+    english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
+    trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below, english))
+    if english:
+        trainer.add_callback(probe_callback(english))  # last, so that where it ends the training nothing is saved
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.cuda.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:  # not in a pass, which would have been made smaller
         raise QcftError(
-            "the GPU's memory ran out while training",
-            "try --set NAME.train.gradient_checkpointing=true, a smaller train.max_length or micro_batch",
+            "the GPU's memory ran out between passes of the training",
+            "the same command goes on from the last checkpoint; free the GPU, or use a smaller lora.r",
         ) from None
-    if watch.stop_code is not None and trainer.state.global_step < batches.steps:
+    stopped = english is not None and english.stopped
+    if watch.stop_code is not None and trainer.state.global_step < batches.steps and not stopped:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {batches.steps}; a checkpoint was written",
             "the same command goes on from it",
             watch.stop_code,
         )
+    steps = english.go_back(model) if english and stopped else trainer.state.global_step
     if rank() == 0:
         save_trained(model, folder / "adapter")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
+    exposure = trainer.fed.exposure(steps)
     return Trained(
-        steps=trainer.state.global_step,
-        rows=batches.rows,
-        tokens=batches.tokens_until(batches.steps),
+        steps=steps,
+        rows=sum(entry["rows"] for entry in exposure),
+        tokens=batches.tokens_until(steps),
         loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
         resumed_from=int(last.name.split("-")[1]) if last else 0,
-        exposure=trainer.fed.exposure(trainer.state.global_step),
+        pass_limit=passes.limit,
+        recomputed=passes.recompute,
+        processes=world(),
+        exposure=exposure,
+        forgetting=english.summary() if english else None,
     )
 
 
@@ -125,8 +149,14 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
 
 
 def _make_trainer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, batches: Batches, config: SFTConfig, shortcuts: Shortcuts
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    config: SFTConfig,
+    shortcuts: Shortcuts,
+    passes: Passes,
 ) -> Any:
+    import torch
     from transformers import PrinterCallback, Trainer
     from trl import SFTTrainer
 
@@ -143,10 +173,18 @@ def _make_trainer(
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self.fed.take(self.state.global_step, int((inputs["labels"] != IGNORED).sum()))
-            return super().training_step(model, inputs, *args, **kwargs)
+            step = super().training_step
+
+            def run(rows: list[EncodedRow]) -> Any:
+                return step(model, {**collate([_example(row) for row in rows]), ROWS: tuple(rows)}, *args, **kwargs)
+
+            rows = [row for item in inputs[ITEM] for row in batches.items[item]]
+            if world() > 1:  # a process that divides its passes would wait for the others, and they for it
+                return run(rows)
+            return passes.run(self.model, self.state.global_step, rows, shortcuts.below, run)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            rows = [row for item in inputs.pop(ITEM) for row in batches.items[item]]
+            rows = inputs.pop(ROWS)
             if shortcuts.by_rows:
                 inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
             if shortcuts.prefix:
@@ -154,6 +192,24 @@ def _make_trainer(
             if self.label_smoother is None:
                 answers.choose(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def nll(self, rows: Sequence[EncodedRow]) -> float:
+            """The summed NLL of rows' answer tokens; several rows only where attention goes row by row."""
+            lengths = tuple(len(row.input_ids) for row in rows)
+            device = self.model.device
+            inputs: dict[str, Any] = {
+                "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]], device=device),
+                "labels": torch.tensor([[label for row in rows for label in row.labels]], device=device),
+                "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+            }
+            if shortcuts.by_rows:
+                inputs["row_lengths"] = lengths
+            if shortcuts.prefix:
+                shortcuts.prefix.show(rows)
+            answers.choose(inputs)
+            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            answers.chosen = None  # where labels are smoothed, training itself does not choose
+            return -float(outputs.log_probs.sum())
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             save_trained(self.model, Path(output_dir or self.args.output_dir))
@@ -165,8 +221,12 @@ def _make_trainer(
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
             self.accelerator.wait_for_everyone()  # each process writes the state of its generators
-            if rank() == 0:
-                seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            if rank():
+                return
+            checkpoints = Path(self.args.output_dir)
+            seal(checkpoints / f"checkpoint-{self.state.global_step}")
+            for old in _newest_first(checkpoints)[KEPT:]:
+                shutil.rmtree(old)
 
     answers = _Answers(model.get_base_model())
     trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
@@ -198,6 +258,10 @@ class _Answers:
             output.last_hidden_state = output.last_hidden_state[:, :-1][self.chosen][None]
 
 
+def _example(row: EncodedRow) -> dict[str, Any]:
+    return {"input_ids": row.input_ids, "labels": row.labels}
+
+
 def _dataset(batches: Batches) -> Any:
     from datasets import Dataset, Features, List, Value
 
@@ -213,12 +277,18 @@ def _dataset(batches: Batches) -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _last_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are removed."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """The checkpoints by their steps."""
+    return sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def _last_whole(checkpoints: Path, watch: Watch) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are removed, and named unless a kill cut them short."""
+    for checkpoint in _newest_first(checkpoints):
         if is_whole(checkpoint):
             return checkpoint
+        if (checkpoint / SEAL).exists():
+            watch.note(f"{checkpoint.name} is altered; the training goes on from the one before it", "warning")
         if rank() == 0:
             shutil.rmtree(checkpoint)
     return None

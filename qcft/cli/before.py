@@ -1,0 +1,60 @@
+"""Commands for before anything runs: what a recipe would take, whether the machine can do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcft.cli.options import Json, Quiet, Runs, Set, app, watched
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    set_: Set = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a GPU that is not here, e.g. 8GB.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time optimizer steps that are really taken.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of each phase to print.")] = 2,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a recipe would take: memory by part, disk, time; and rows, with what is trained on marked."""
+    from qcft import console
+    from qcft.commands import size_of
+    from qcft.pipeline.check import check_recipe
+    from qcft.recipe import load_recipe, parse_assignments
+    from qcft.report.before import check_lines
+
+    loaded, size = load_recipe(recipe, parse_assignments(set_ or [])), size_of(vram) if vram else None
+    with watched(quiet) as watch:
+        found = check_recipe(loaded, runs, watch, size, measure, rows)
+    if json_:
+        console.print_json(found)
+    else:
+        console.print_check(found, check_lines(found))
+
+
+@app.command()
+def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
+    """Try what qcft rests on: packages, GPU, 4-bit products, disk, hub; exit code 1 when something needed is broken."""
+    from dataclasses import asdict
+
+    from qcft import console
+    from qcft.pipeline.doctor import examine
+
+    findings = examine(runs)
+    if json_:
+        console.print_json([asdict(one) for one in findings])
+    else:
+        marks = ["ok" if one.ok else "BROKEN" if one.needed else "note" for one in findings]
+        console.print_rows(
+            ["", "what", "found", "mend it with"],
+            [[m, f.name, f.found, "" if f.ok else f.mend] for m, f in zip(marks, findings, strict=True)],
+        )
+    if any(one.needed and not one.ok for one in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,54 @@
+"""Commands that keep the runs folder small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcft.cli.options import Json, Runs, app
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; else they are only listed.")] = False,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """List the steps that no run uses, and what finished trainings left; remove them with --delete."""
+    from dataclasses import asdict
+
+    from qcft import console
+    from qcft.store.upkeep import remove_unused, unused_steps
+
+    found, left = remove_unused(runs) if delete else (unused_steps(runs), [])
+    total = sum(one.bytes for one in found)
+    if json_:
+        listed = {key: [asdict(one) for one in which] for key, which in (("unused", found), ("in_use_now", left))}
+        console.print_json({**listed, "bytes": total, "deleted": delete})
+        return
+    rows = [["/".join(filter(None, (one.step, one.part))), console.size(one.bytes), one.what] for one in found]
+    if rows:
+        console.print_rows(["step", "size", "why"], rows)
+    for one in left:
+        console.say(f"{one.step} was left: a process works on it")
+    more = "" if delete or not rows else "; remove them with `qcft gc --delete`"
+    console.say(f"{len(rows)} {'removed' if delete else 'that no run needs'}, {console.size(total)}{more}")
+
+
+@app.command()
+def rm(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Remove a run: its recipe, report and links. Its steps stay, for other runs or `qcft gc`."""
+    from qcft import console
+    from qcft.store.upkeep import remove_run, unused_steps
+
+    others = remove_run(runs, run)
+    if others:
+        console.say(f"left in {runs / run}, as qcft did not write it: {', '.join(others)}")
+    unused = unused_steps(runs)
+    more = f"; {len(unused)} steps ({console.size(sum(u.bytes for u in unused))}) are in no run now: `qcft gc`"
+    console.say(f"removed the run {run}{more if unused else ''}")

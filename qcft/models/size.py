@@ -1,0 +1,74 @@
+"""What weights take, from a model's shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a constant, constants that share one of their own
+HALF = 2  # bytes of a weight in 16 bits
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a loaded model: what is in 4 bits, the constants of that, what stays in 16 bits, by part."""
+
+    packed: int
+    constants: int
+    linear: int
+    embeddings: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.packed + self.constants + self.linear + self.embeddings + self.other
+
+
+def nf4_bytes(weights: int) -> tuple[int, int]:
+    """Bytes of a matrix of so many weights in NF4 with double quantisation, and of its constants.
+
+    QLoRA (Dettmers et al. 2023, arXiv 2305.14314): 4 bits a weight, 8 for each 64 weights, 32 for each 256 of those;
+    as bitsandbytes holds it each matrix also has both tables of levels (16 and 256 floats) and an offset.
+    """
+    inner = -(-weights // BLOCK)
+    outer = -(-inner // OUTER_BLOCK)
+    return -(-weights // 2), inner + 4 * outer + 4 * (16 + 256 + 1)
+
+
+def quantised_modules(model: PreTrainedModel) -> list[str]:
+    """Full names of the modules that loading in 4 bits quantises: every linear one but the output head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def weight_bytes(model: PreTrainedModel, quantize: str, without: tuple[nn.Module, ...] = ()) -> WeightBytes:
+    """What a model's weights take once loaded; `without`: modules that are not."""
+    quantised = {id(model.get_submodule(name)) for name in quantised_modules(model)}
+    ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings())}
+    gone = {id(part) for module in without for part in module.modules()}
+    seen: set[int] = set()
+    packed = constants = linear = embeddings = other = 0
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) in seen or id(module) in gone:
+                continue
+            seen.add(id(weight))
+            count = weight.numel()
+            if id(module) in quantised and name == "weight":
+                if quantize == "nf4":
+                    four, more = nf4_bytes(count)
+                    packed, constants = packed + four, constants + more
+                else:
+                    linear += HALF * count
+            elif id(module) in ends:
+                embeddings += HALF * count
+            else:
+                other += HALF * count
+    return WeightBytes(packed, constants, linear, embeddings, other)

@@ -1,0 +1,150 @@
+"""Whether this machine can do the work: each thing tried, and the command that mends it where it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qcft.cache import cache_folder
+from qcft.errors import InputError
+from qcft.store.steps import PACKAGES, package_versions, writable
+
+GIB = 2**30
+LEAST_FREE = 5 * GIB  # bytes of disk that a merged 1B model and its adapters need, and then some
+CLOSE = 0.05  # of NF4 products to products with the dequantised weights, relative
+HUB_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried. `needed`: without it qcft does not work; `mend`: the command that helps."""
+
+    name: str
+    ok: bool
+    found: str
+    needed: bool = True
+    mend: str = ""
+
+
+def examine(runs: Path) -> list[Finding]:
+    """Everything `qcft doctor` looks at, in order. Nothing is written."""
+    checks: list[Callable[[], Finding]] = [
+        _python, _packages, _cuda, _half_precision, _four_bits, lambda: _disk(runs), _cache, _hub,
+    ]  # fmt: skip
+    return [check() for check in checks]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), version, mend="install Python 3.11 or later")
+
+
+def _packages() -> Finding:
+    found = package_versions()
+    missing = [name for name in PACKAGES if name not in found]
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
+    told = f"missing: {', '.join(missing)}; {listed}" if missing else listed
+    return Finding("packages", not missing, told, mend=f"{_pip()} install --upgrade qcft")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name, more = torch.cuda.get_device_name(0), torch.cuda.device_count() - 1
+        others = f"; {more} more not used" if more else ""
+        return Finding("GPU", True, f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{others}", needed=False)
+    driver = shutil.which("nvidia-smi")
+    if driver is None:
+        return Finding("GPU", True, "none: work runs on the CPU, which is slow for more than small models", False)
+    built = torch.version.cuda or "without CUDA"
+    return Finding(
+        "GPU", False, f"there is an NVIDIA driver, but torch {torch.__version__} (built {built}) sees no GPU", True,
+        f"{_pip()} install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
+    )  # fmt: skip
+
+
+def _half_precision() -> Finding:
+    from qcft.models.load import compute_dtype, device
+
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    return Finding("16 bits", True, f"{dtype} on the {'GPU' if device() == 'cuda' else 'CPU'}", needed=False)
+
+
+def _four_bits() -> Finding:
+    """A product with NF4 weights and its gradient, against the same with those weights dequantised."""
+    import bitsandbytes as bnb
+    import torch
+
+    from qcft.models.load import compute_dtype, device
+
+    mend = f"{_pip()} install --force-reinstall bitsandbytes"
+    try:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(128, 256, generator=generator).to(device(), compute_dtype())
+        x = torch.randn(8, 256, generator=generator).to(device(), compute_dtype()).requires_grad_()
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        plain = bnb.functional.dequantize_4bit(packed, state)
+        product = bnb.matmul_4bit(x, packed.t(), quant_state=state)
+        (gradient,) = torch.autograd.grad(product.float().sum(), x)
+        far = max(_distance(product, x @ plain.t()), _distance(gradient, plain.sum(0).expand_as(x)))
+    except Exception as error:  # whatever a broken binary raises: that is what is asked here
+        return Finding("bitsandbytes", False, f"fails: {' '.join(str(error).split())[:160]}", mend=mend)
+    return Finding(
+        "bitsandbytes", far < CLOSE, f"NF4 products and gradients are off by {far:.2g} (relative)", mend=mend
+    )
+
+
+def _distance(a: object, b: object) -> float:
+    import torch
+
+    assert isinstance(a, torch.Tensor)
+    assert isinstance(b, torch.Tensor)
+    return float((a.detach().float() - b.detach().float()).norm() / b.detach().float().norm())
+
+
+def _disk(runs: Path) -> Finding:
+    place = runs.absolute()
+    try:
+        writable(runs)
+    except InputError as error:
+        return Finding("runs folder", False, error.message, mend="qcft run ... --runs FOLDER, or QCFT_RUNS=FOLDER")
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return Finding(
+        "runs folder", free > LEAST_FREE, f"{free / GIB:.0f} GiB free in {runs}", False,
+        f"du -sh {runs}/.steps/* | sort -h",
+    )  # fmt: skip
+
+
+def _cache() -> Finding:
+    place = cache_folder()
+    size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) if place.is_dir() else 0
+    there = place
+    while not there.exists():
+        there = there.parent
+    ok = os.access(there, os.W_OK)
+    told = f"{size / GIB:.1f} GiB in {place}" + ("" if ok else ", which cannot be written")
+    return Finding("cache", ok, told, mend="export QCFT_CACHE=FOLDER")
+
+
+def _hub() -> Finding:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        HfApi().model_info("gpt2", timeout=HUB_SECONDS)
+    except Exception as error:  # whatever the hub's HTTP client raises
+        told = f"{ENDPOINT} cannot be reached ({type(error).__name__}); local folders and files work"
+        return Finding("model hub", False, told, needed=False, mend=f"curl -I {ENDPOINT}")
+    return Finding("model hub", True, f"{ENDPOINT} answers", needed=False)
+
+
+def _pip() -> str:
+    return f"{Path(sys.executable).name} -m pip"

@@ -1,0 +1,105 @@
+"""The models that a run holds, told by the steps they are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import InputError, nearest
+from qcft.files import read_json
+from qcft.models.deltas import read_adapter
+from qcft.store import NamedRun, Store
+
+
+@dataclass(frozen=True)
+class Version:
+    """A model of a run: the merge whose weights it has (None: the model as it came), the adapters live on them."""
+
+    name: str
+    weights: str | None
+    stack: tuple[str, ...]
+    trained: str | None = None  # the step that trained its last adapter
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """All steps it is made of."""
+        return (*((self.weights,) if self.weights else ()), *self.stack)
+
+
+def version_of(run: NamedRun, stage: str, store: Store) -> Version:
+    """The model of a run at a stage. Raises InputError."""
+    if stage == "base":
+        return Version("base", None, ())
+    known = [name for name, step in run.stages.items() if step.split("-")[0] in {"train", "adapter", "merge"}]
+    if stage not in known:
+        raise InputError(
+            f"drift: {run.name} has no stage {stage!r}", nearest(stage, known) + f"it has base, {', '.join(known)}"
+        )
+    step = run.stages[stage]
+    if store.record(step) is None:
+        raise InputError(
+            f"drift: {stage} of {run.name} is not done", f"run it first: qcft run {run.folder}/recipe.yaml"
+        )
+    if step.startswith("merge-"):
+        return Version(stage, step, ())
+    inputs = inputs_of(store, step)
+    return Version(stage, inputs["weights"], (*inputs.get("under", ()), step), step)
+
+
+def start_of(run: NamedRun, to: Version, store: Store) -> Version:
+    """The model that a phase started from, which is what its own training moved; for others, the model as it came."""
+    if to.trained is None:
+        return Version("base", None, ())
+    inputs = inputs_of(store, to.trained)
+    stack = (*inputs.get("under", ()), *((inputs["adapter"],) if inputs["adapter"] else ()))
+    newest = stack[-1] if stack else inputs["weights"]
+    name = next((stage for stage, step in run.stages.items() if step == newest), "base")
+    return Version(name, inputs["weights"], stack)
+
+
+def check_base(run: NamedRun, other: NamedRun, store: Store) -> None:
+    """Check that two runs are of one base model. Raises InputError."""
+    models = []
+    for one in (run, other):
+        step = next((step for step in one.stages.values() if store.record(step)), None)
+        if step is None:
+            raise InputError(f"drift: nothing of {one.name} is done", "run it first")
+        models.append(inputs_of(store, step)["settings"]["model"])
+    if models[0] != models[1]:
+        raise InputError(
+            f"drift: {other.name} is of another base model than {run.name}: {other.recipe().model.name!r}, not "
+            f"{run.recipe().model.name!r}",
+            "compare runs that began with one model",
+        )
+
+
+def inputs_of(store: Store, step: str) -> dict[str, Any]:
+    """What a step was made of, as its step.json has it."""
+    return dict(read_json(store.folder(step) / "step.json")["inputs"])
+
+
+def deltas_of(version: Version, store: Store) -> dict[str, float] | None:
+    """How much of which adapters a version's weights hold beyond the base; None where they hold something else."""
+    found: dict[str, float] = dict.fromkeys(version.stack, 1.0)
+    weights = version.weights
+    while weights is not None:
+        inputs = inputs_of(store, weights)
+        settings = inputs["settings"]
+        if settings.get("method") or settings.get("base") == "dequantised":
+            return None
+        for adapter in inputs.get("under", ()):
+            found[adapter] = found.get(adapter, 0.0) + 1.0
+        found[inputs["adapter"]] = found.get(inputs["adapter"], 0.0) + settings.get("scale", 1.0)
+        weights = inputs["weights"]
+    return found
+
+
+def is_plain(adapter: Path) -> bool:
+    """Whether an adapter is LoRA on linear layers and nothing else, so that it can be switched, and has two factors."""
+    return all(change.plain and not change.embedding for change in read_adapter(adapter).changes.values())
+
+
+def weights_folder_of(version: Version, base: Path, store: Store) -> Path:
+    """The folder of a version's 16-bit weights; `base` is the model's."""
+    return store.folder(version.weights) / "model" if version.weights else base

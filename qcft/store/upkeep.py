@@ -1,0 +1,153 @@
+"""What lies in a runs folder that no run uses, and removing it; removing a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError
+from qcft.files import read_json
+from qcft.store.runs import list_runs, read_run, runs_lock
+from qcft.store.steps import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OURS = {"run.json", "recipe.yaml", "report"}  # in a run's folder, beside the links to its steps
+WHOLE_STEP = ""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A step that no run uses, or a folder of a step that is needed no more; `part` is its name, else empty."""
+
+    step: str
+    part: str
+    what: str
+    bytes: int
+
+
+def unused_steps(runs: Path) -> list[Unused]:
+    """The steps that no run rests on, the largest first.
+
+    Every run's steps are used, and all that those rest on: parents, weights, adapters, pools of answers. Stored
+    states of frozen layers are used as long as a run has a training that is not done. Raises InputError when a
+    run cannot be read: what it uses is not known then.
+    """
+    store = Store(runs)
+    used = _used(store)
+    training = any(step.startswith("train-") and store.state(step) != "done" for step in used)
+    found: list[Unused] = []
+
+    def note(step: str, part: str, what: str) -> None:
+        found.append(Unused(step, part, what, size_of(store.steps / step / part)))
+
+    for folder in sorted(store.steps.iterdir()) if store.steps.is_dir() else []:
+        if folder.name.startswith(".") or not folder.is_dir() or folder.is_symlink():
+            continue
+        if folder.name.startswith("prefix-"):
+            if not training:
+                note(folder.name, WHOLE_STEP, "stored states, no training left to read them")
+        elif folder.name not in used:
+            note(folder.name, WHOLE_STEP, "no run uses it")
+        elif store.state(folder.name) == "done" and (folder / "checkpoints").is_dir():
+            note(folder.name, "checkpoints", "the training is done")
+    return sorted(found, key=lambda one: -one.bytes)
+
+
+def remove_unused(runs: Path) -> tuple[list[Unused], list[Unused]]:
+    """Remove what no run uses; what was removed, and what a process works on and was left. Raises InputError."""
+    removed: list[Unused] = []
+    left: list[Unused] = []
+    store = Store(runs)
+    if not store.steps.is_dir():
+        return [], []
+    with runs_lock(runs):  # no run is named meanwhile
+        for one in unused_steps(runs):
+            with _held_now(store, one.step) as free:
+                if free:
+                    shutil.rmtree(store.steps / one.step / one.part)
+                (removed if free else left).append(one)
+    return removed, left
+
+
+def remove_run(runs: Path, name: str) -> list[str]:
+    """Remove a named run: recipe, report, links. Its steps stay; files that are not qcft's stay, and are named.
+
+    Raises InputError when there is no such run, or a process works on it.
+    """
+    with runs_lock(runs):
+        run, store = read_run(runs, name), Store(runs)
+        for step in run.stages.values():
+            with _held_now(store, step) as free:
+                if not free:
+                    raise InputError(
+                        f"a process works on {step} of the run {name!r}", "stop it first, or wait until it is done"
+                    )
+        tops = {stage.split("/")[0] for stage in run.stages}
+        ours = OURS | tops | {f"{top}.path" for top in tops}
+        others = sorted(p.name for p in run.folder.iterdir() if p.name not in ours and not p.name.startswith("."))
+        for path in sorted(run.folder.iterdir(), key=lambda p: p.name == "run.json"):  # it goes last
+            if path.name in others:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with suppress(OSError):  # others' files keep it
+            run.folder.rmdir()
+    return others
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def _used(store: Store) -> set[str]:
+    for folder in store.runs.iterdir() if store.runs.is_dir() else []:
+        if (folder / "recipe.yaml").exists() and read_json(folder / "run.json") is None:
+            raise InputError(
+                f"the run {folder.name!r} has no readable run.json, so what it uses is not known",
+                "give its recipe again with `qcft run`, or remove its folder",
+            )
+    used: set[str] = set()
+    ahead = [step for run in list_runs(store.runs) for step in run.stages.values()]
+    while ahead:
+        step = ahead.pop()
+        if step not in used:
+            used.add(step)
+            ahead += _rests_on((read_json(store.folder(step) / "step.json") or {}).get("inputs") or {})
+    return used
+
+
+def _rests_on(inputs: dict[str, Any]) -> Iterable[str]:
+    """The steps named in a step's inputs, the pools of its replay among them."""
+    for value in inputs.values():
+        if isinstance(value, str):
+            yield value  # ids, and words that are no step's
+        elif isinstance(value, list):
+            yield from (one for one in value if isinstance(one, str))
+    for part in (inputs.get("settings") or {}).get("parts") or []:
+        yield part.get("pool") or ""
+
+
+@contextmanager
+def _held_now(store: Store, step: str) -> Iterator[bool]:
+    """Holds a step's lock where no process has it; whether it does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(store.lock_file(step))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -1,0 +1,311 @@
+"""What one pass of a training costs: its own code run on tensors that have shapes and no data.
+
+Every allocation is counted, so there is no rule of thumb about layers, attention or checkpointing in here, and a
+model of any family comes to what its modules come to. The weights' own bytes are counted apart (`memory`).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from qcft.layers import decoder_layers, linear_modules, lowest_adapted
+from qcft.models.adapters import add_lora, keep_adapters_in_fp32
+from qcft.models.size import quantised_modules
+from qcft.recipe import Lora
+from qcft.training.attention import attend_by_rows
+from qcft.training.checkpointing import recompute_activations
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+# TRL's fused head (trl.kernels): tokens and words of the vocabulary whose logits are held at once.
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one pass, forward and backward. `activations`: bytes beyond weights, adapters and gradients at the peak,
+    of which the head's logits and their temporaries are `logits`; `flops`: multiplications and additions of its
+    matrix products; `moved`: bytes that all other operations read and write."""
+
+    activations: float
+    logits: float
+    flops: float
+    moved: float
+
+    def plus(self, other: Footprint, times: float) -> Footprint:
+        """This and `times` the other, number by number."""
+        mine, theirs = vars(self), vars(other)
+        return Footprint(**{key: mine[key] + times * theirs[key] for key in mine})
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is run through a model at once: rows of `lengths` tokens, of which `answers` bear loss.
+
+    `padded`: rows lie side by side, each as long as the longest, instead of one after the other. `by_rows`: attention
+    goes row by row.
+    """
+
+    lengths: tuple[int, ...]
+    answers: int
+    padded: bool = False
+    by_rows: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are run, padding counted."""
+        return len(self.lengths) * max(self.lengths) if self.padded else sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a model is trained, as far as it changes what a pass costs. `modules`: full names of those with adapters;
+    `cut`: the frozen layers under them are not run, as their output is stored."""
+
+    modules: tuple[str, ...]
+    lora: Lora
+    quantize: str
+    checkpointing: bool
+    cut: bool = False
+    device: str = "cpu"
+
+
+def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
+    """The cost of one pass through a model that has no weights (on the meta device); the model stays as it is.
+
+    Layers of one kind cost the same, so of each kind one is run, and one more to see what one more costs.
+    """
+    kinds = _kinds(model, shape)
+    kept = {kind: layers[:1] for kind, layers in kinds.items()}
+    first = _run(model, shape, one, [i for layers in kept.values() for i in layers])
+    total = first
+    for kind, layers in kinds.items():
+        if len(layers) > 1:
+            more = {**kept, kind: layers[:2]}
+            second = _run(model, shape, one, [i for some in more.values() for i in some])
+            total = total.plus(second.plus(first, -1), len(layers) - 1)
+    # The head needs the same room whatever is under it.
+    return replace(total, logits=first.logits)
+
+
+def _kinds(model: PreTrainedModel, shape: Shape) -> dict[Any, list[int]]:
+    """The layers that are run, by what makes their costs differ: what they are made of, what they have adapters on,
+    whether the backward pass goes through them."""
+    prefix, count = decoder_layers(model)
+    below = lowest_adapted(model, list(shape.modules))
+    adapted: list[set[str]] = [set() for _ in range(count)]
+    for module in linear_modules(model):
+        if module.name in shape.modules:
+            adapted[module.layer].add(module.type)
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * count
+    layers: Any = model.get_submodule(prefix)
+    kinds: dict[Any, list[int]] = {}
+    for i in range(below if shape.cut else 0, count):
+        made_of = tuple((name, tuple(p.shape)) for name, p in layers[i].named_parameters())
+        # The lowest adapted layer is given states without gradients, and the one over it those with.
+        side = -1 if i < below else min(i - below, 1)
+        kinds.setdefault((made_of, types[i], frozenset(adapted[i]), side), []).append(i)
+    return kinds
+
+
+def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> Footprint:
+    """Run a pass through these layers of the model, and the head."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    prefix, count = decoder_layers(model)
+    below = lowest_adapted(model, list(shape.modules))
+    reduced = copy.deepcopy(model)
+    if reduced.config._attn_implementation not in {"eager", "sdpa"}:
+        reduced.set_attn_implementation("sdpa")  # whose kernel keeps what flash attention keeps
+    by_rows = one.by_rows and attend_by_rows(reduced, max(one.lengths))
+    modules = [m for m in shape.modules if int(m[len(prefix) + 1 :].split(".")[0]) in layers]
+    _without(reduced, prefix, [i for i in range(count) if i not in layers])
+    if shape.quantize == "nf4":
+        _stand_in(reduced)
+    adapted = add_lora(reduced, modules, shape.lora)
+    keep_adapters_in_fp32(adapted)
+    if shape.checkpointing:
+        recompute_activations(adapted, below)
+    adapted.train()
+    head = reduced.get_output_embeddings()
+    with FakeTensorMode():
+        _without_data(adapted)
+        counted = _counting()
+        inputs = _inputs(one, by_rows)
+        with counted, torch.autocast("cpu", torch.bfloat16):
+            states = reduced.base_model(**inputs, use_cache=False).last_hidden_state
+            scored = states.reshape(-1, states.shape[-1])[torch.zeros(one.answers, dtype=torch.long)]
+            leaf = scored.detach().requires_grad_()
+            before, counted.peak, top = counted.live, counted.live, counted.peak
+            _score(leaf, head, shape.device)
+            logits = counted.peak - before
+            counted.peak = max(top, counted.peak)
+        with counted:
+            scored.backward(leaf.grad)
+    return Footprint(counted.peak, logits, counted.flops, counted.moved)
+
+
+def _inputs(one: Pass, by_rows: bool) -> dict[str, Any]:
+    import torch
+
+    size = (len(one.lengths), max(one.lengths)) if one.padded else (1, sum(one.lengths))
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(size, dtype=torch.long)}
+    inputs["attention_mask" if one.padded else "position_ids"] = torch.ones(size, dtype=torch.long)
+    if by_rows:
+        inputs["row_lengths"] = one.lengths
+    return inputs
+
+
+def _score(states: torch.Tensor, head: Any, device: str) -> None:
+    """Score answer tokens (tokens, hidden size) as TRL's fused head does, and take the gradient of their states."""
+    import torch
+    from trl.kernels import ChunkedLogProbFunction
+
+    if device == "cpu":
+        targets = torch.zeros(len(states), dtype=torch.long)
+        outputs = ("entropy", "is_top1")
+        head_of = (head.weight, head.bias, targets, 1.0, HEAD_WORDS, None, 1.0, outputs)
+        ChunkedLogProbFunction.apply(states, *head_of)[0].sum().backward()
+        return
+    # On a GPU a kernel folds each block of logits where it lies: the block, and gradients that add up in fp32.
+    words = len(head.weight)
+    for start in range(0, len(states), HEAD_TOKENS):
+        rows = states.detach()[start : start + HEAD_TOKENS]
+        for _ in range(3):  # forward, again in the backward pass, and back to the states
+            block = rows.new_empty(len(rows), HEAD_WORDS)
+            for first in range(0, words, HEAD_WORDS):
+                width = min(HEAD_WORDS, words - first)
+                torch.mm(rows, head.weight[first : first + width].t(), out=block[:, :width])
+    states.grad = torch.zeros(states.shape).to(states.dtype)
+
+
+def _without(model: PreTrainedModel, prefix: str, layers: Sequence[int]) -> None:
+    """Take layers out, the others keeping their places and names."""
+    from torch import nn
+
+    class PassThrough(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return hidden_states
+
+    modules: Any = model.get_submodule(prefix)
+    for i in layers:
+        modules[i] = PassThrough()
+
+
+def _stand_in(model: PreTrainedModel) -> None:
+    """Put modules that cost what bitsandbytes' cost in the place of those that are quantised.
+
+    Its own hold a kind of tensor that cannot go without data.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from torch import nn
+
+    class Product(torch.autograd.Function):
+        """x W^T with W made from 4 bits for the occasion, in the forward pass and again in the backward pass."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+            ctx.shape = shape
+            return x @ x.new_empty(shape).t()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return grad @ grad.new_empty(ctx.shape), None
+
+    class Quantised(bnb.nn.Linear4bit):  # type: ignore[misc]
+        def __init__(self, linear: nn.Linear) -> None:
+            nn.Module.__init__(self)
+            self.shape = linear.weight.shape
+            self.out_features, self.in_features = self.shape
+            packed = torch.empty((linear.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+            weight: Any = nn.Parameter(packed, requires_grad=False)
+            weight.compress_statistics, weight.quant_type = True, "nf4"  # what PEFT looks at
+            self.weight, self.bias = weight, linear.bias
+            self.compute_dtype, self.quant_state = torch.bfloat16, None
+
+        def forward(self, x: torch.Tensor) -> Any:
+            product: Any = Product.apply(x.to(torch.bfloat16), self.shape)  # type: ignore[no-untyped-call]
+            if self.bias is not None:
+                product = product + self.bias
+            return product.to(x.dtype)
+
+    for name in quantised_modules(model):
+        model.set_submodule(name, Quantised(model.get_submodule(name)))
+    model.is_loaded_in_4bit = True
+
+
+def _without_data(model: Any) -> None:
+    """Put tensors of the same shapes, as on a CPU but without data, in the place of those on the meta device."""
+    import torch
+    from torch import nn
+
+    made: dict[int, Any] = {}  # tied weights stay one
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    one: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if held is module._parameters:
+                        one = nn.Parameter(one, requires_grad=tensor.requires_grad)
+                        if tensor.requires_grad:
+                            one.grad = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = (one, tensor)
+                held[name] = made[id(tensor)][0]
+
+
+def _counting() -> Any:
+    """A mode that counts the bytes of every tensor that is made while it lives, and the work of every operation."""
+    import torch
+    from torch.utils import flop_counter
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    registry: Any = flop_counter.flop_registry
+    attention_flops: Any = flop_counter.sdpa_flop_count
+
+    class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.live = self.peak = self.flops = self.moved = 0
+            self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            out = func(*args, **kwargs)
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    self._count(tensor.untyped_storage(), given)
+            self.peak = max(self.peak, self.live)
+            packet = func._overloadpacket
+            if packet in registry:
+                self.flops += registry[packet](*args, **kwargs, out_val=out)
+            elif "scaled_dot_product" in str(packet):  # the CPU's kernel, which the registry lacks
+                backward = 2.5 if "backward" in str(packet) else 1
+                q, k, v = [t for t in args if isinstance(t, torch.Tensor)][backward > 1 :][:3]
+                self.flops += backward * attention_flops(q.shape, k.shape, v.shape)
+            elif not func.is_view:
+                tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+                self.moved += sum(t.numel() * t.element_size() for t in tensors)
+            return out
+
+        def _count(self, storage: Any, given: set[int]) -> None:
+            if storage not in self.known and storage._cdata not in given:
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+
+        def _gone(self, count: int) -> None:
+            self.live -= count
+
+    return Counted()

@@ -1,0 +1,147 @@
+"""What a training needs in memory, part by part, and how its passes are made to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import EncodedRow
+from qcft.layers import decoder_layers, linear_modules, lowest_adapted
+from qcft.models.size import HALF, weight_bytes
+from qcft.recipe import Train
+from qcft.training.batches import Batches
+from qcft.training.footprint import Footprint, Pass, Shape, footprint
+from qcft.training.passes import Fit, divided
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FULL = 4  # bytes of a number in fp32
+ROOM = 0.9  # of the free memory: allocators lose some between blocks
+# Bytes an optimizer keeps for each trained number; others are taken for AdamW. Those in 8 bits have a constant for
+# each 256 numbers of either moment.
+STATES = {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "sgd": 0, "adafactor": 0.1, "lion_8bit": 1.02}
+ADAMW = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training by part. `weights`: in 4 bits, with their `constants`; `halves`: what stays in 16 bits
+    (embeddings, head, norms; all of it without quantisation); `file`: of the weights' file, what stays mapped beside
+    them on a CPU until the system wants it back; `logits`: of the head, with their temporaries."""
+
+    weights: int
+    constants: int
+    halves: int
+    file: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All parts together: the peak."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training as it would run: what it needs, how passes are fitted, what its largest pass costs."""
+
+    memory: Memory
+    fit: Fit
+    largest: Pass
+    cost: Footprint
+    fits: bool
+
+
+def plan_training(
+    model: PreTrainedModel,
+    shape: Shape,
+    batches: Batches,
+    train: Train,
+    by_rows: bool,
+    free: int,
+    loaded: bool = False,
+    under: int = 0,
+) -> Planned:
+    """Choose how passes are run: as laid out if that fits into `free` bytes, else with activations recomputed and,
+    where `train.micro_batch` is auto, in parts.
+
+    `model` has no weights. `loaded`: they are in memory already, and not part of what must fit. `under`: numbers in
+    adapters that lie frozen under the one that is trained.
+    """
+    padded = not (batches.packed or by_rows)
+    tried: dict[Fit, Planned] = {}
+    for fit in _ways(batches, train, padded, shape.device):
+        largest = _largest(batches, fit.limit, padded, by_rows)
+        with_fit = Shape(shape.modules, shape.lora, shape.quantize, fit.recompute, shape.cut, shape.device)
+        cost = footprint(model, with_fit, largest)
+        memory = _memory(model, with_fit, train, cost, under)
+        held = memory.weights + memory.constants + memory.halves + memory.file + memory.adapters if loaded else 0
+        fits = memory.total - held <= ROOM * free
+        tried[fit] = Planned(memory, fit, largest, cost, fits)
+        if fits:
+            break
+    return tried[fit]
+
+
+def _ways(batches: Batches, train: Train, padded: bool, device: str) -> list[Fit]:
+    """Ways to run the passes, from the quickest to the smallest."""
+    asked = train.gradient_checkpointing
+    recompute = device != "cpu" if asked == "auto" else asked
+    ways = [Fit(None, False)] if not recompute or asked == "auto" else []
+    if recompute:
+        ways.append(Fit(None, True))
+    if train.micro_batch == "auto":
+        if asked == "auto" and not recompute:
+            ways.append(Fit(None, True))
+        longest = max(len(row.input_ids) for item in batches.items for row in item)
+        limit = _largest(batches, None, padded, False).tokens // 2
+        while limit >= longest:
+            ways.append(Fit(limit, ways[-1].recompute))
+            limit //= 2
+        ways.append(Fit(longest, ways[-1].recompute))
+    return ways
+
+
+def _largest(batches: Batches, limit: int | None, padded: bool, by_rows: bool) -> Pass:
+    """The pass with the most tokens, with as many answer tokens as any has."""
+    found: list[Pass] = []
+    for i in range(0, len(batches.items), batches.per_pass):
+        rows = [row for item in batches.items[i : i + batches.per_pass] for row in item]
+        found += [_as_pass(part, padded, by_rows) for part in divided(rows, limit, padded)]
+    most = max(found, key=lambda one: one.tokens)
+    return Pass(most.lengths, max(one.answers for one in found), padded, by_rows)
+
+
+def _as_pass(rows: Sequence[EncodedRow], padded: bool, by_rows: bool) -> Pass:
+    lengths = tuple(len(row.input_ids) for row in rows)
+    return Pass(lengths, sum(row.answer_tokens for row in rows), padded, by_rows)
+
+
+def _memory(model: PreTrainedModel, shape: Shape, train: Train, cost: Footprint, under: int) -> Memory:
+    below = lowest_adapted(model, list(shape.modules))
+    layers: Any = model.get_submodule(decoder_layers(model)[0])
+    gone = tuple(layers[:below]) if shape.cut else ()
+    weights = weight_bytes(model, shape.quantize, gone)
+    by_name = {module.name: module.shape for module in linear_modules(model)}
+    trained = sum(shape.lora.r * sum(by_name[name]) for name in shape.modules)
+    optimizer = train.optimizer
+    if optimizer == "auto":
+        optimizer = "adamw_torch" if shape.device == "cpu" else "paged_adamw_8bit"
+    mapped = HALF * 2 * weight_bytes(model, shape.quantize).packed if shape.device == "cpu" else 0
+    return Memory(
+        weights=weights.packed,
+        constants=weights.constants,
+        halves=weights.linear + weights.embeddings + weights.other,
+        file=mapped,
+        adapters=FULL * trained + HALF * under,
+        gradients=FULL * trained,
+        optimizer=round(STATES.get(optimizer, ADAMW) * trained),
+        activations=round(max(cost.activations - cost.logits, 0)),
+        logits=round(min(cost.logits, cost.activations)),
+    )

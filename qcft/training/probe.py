@@ -1,0 +1,261 @@
+"""The live probe: English NLL on held-out rows while a phase trains, against the model the phase starts from.
+
+A probe is a forward pass beside the training's own: no gradients, no dropout, 4-bit modules left in training mode. It
+changes nothing in what is trained. How often it comes is laid out from token counts before training, so that a killed
+training that goes on probes at the same steps, with the same decisions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import IGNORED, EncodedRow
+from qcft.errors import QcftError
+from qcft.events import Watch
+from qcft.files import is_whole, seal, write_text
+from qcft.models.adapters import read_trained, save_trained
+from qcft.models.load import compute_dtype, evaluating
+from qcft.recipe import Forgetting
+from qcft.training.batches import Batches
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+FILE = "english.jsonl"
+COST = 0.05  # of the training's time, at most, where qcft chooses
+FEWEST_ROWS, FEWEST_PROBES = 4, 4
+PASS_TOKENS = 512
+
+SummedNll = Callable[[Sequence[EncodedRow]], float]  # of the answer tokens of rows that share a pass
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Which rows are probed, every how many optimizer steps, and what is done about what is found."""
+
+    rows: tuple[EncodedRow, ...]
+    every: int
+    warn: float | None
+    stop: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one probe."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+
+def lay_out(settings: Forgetting, rows: Sequence[EncodedRow], batches: Batches, frozen: float) -> Probing | None:
+    """The probes of a training; None where even few of them would cost over 5% of it.
+
+    A trained token takes a forward pass and, through the share of layers above the `frozen` ones, a backward pass of
+    at least the same work, a probed token a forward pass. Within 5% by that count: all rows, as often as may be; fewer
+    rows where that leaves less than four probes (the start and the end among them), but at least four. A training that
+    may be stopped is probed that often whatever it costs; `every` sets the steps between probes by hand.
+    """
+    chosen = tuple(rows[: settings.rows])
+    if not chosen:
+        return None
+    if settings.every != "auto":
+        return Probing(chosen, settings.every, settings.warn, settings.stop)
+    budget = COST * batches.tokens_until(batches.steps) * (2 - frozen)
+    while True:
+        probes = math.floor(budget / sum(len(row.input_ids) for row in chosen))
+        if probes >= FEWEST_PROBES:
+            break
+        if len(chosen) <= FEWEST_ROWS:
+            if settings.stop is None:
+                return None
+            probes = FEWEST_PROBES
+            break
+        chosen = chosen[:-1]
+    return Probing(chosen, math.ceil(batches.steps / (probes - 1)), settings.warn, settings.stop)
+
+
+class EnglishProbe:
+    """Probes one training, and keeps what it found in the step's english.jsonl.
+
+    The rule of `stop`: training ends at the first probe where English NLL has risen by that share or more; the
+    adapter of the last probe before it is what is kept.
+    """
+
+    def __init__(
+        self, probing: Probing, batches: Batches, folder: Path, watch: Watch, nll: SummedNll, together: bool
+    ) -> None:
+        self.probing = probing
+        self.batches = batches
+        self.folder = folder
+        self.watch = watch
+        self.nll = nll
+        self.together = together
+        self.found: list[dict[str, Any]] = []
+        self.stopped = False
+        self.seconds = 0.0  # spent on probes, and on all, by this process
+        self.share = 0.0
+        self._begun = 0.0
+
+    def begin(self, model: PeftModel, step: int) -> None:
+        """Take up the probes until `step`; measure the start where that is step 0."""
+        self._begun = time.monotonic()
+        self.found = [entry for entry in _read(self.folder / FILE) if entry["step"] <= step]
+        write_text(self.folder / FILE, "".join(json.dumps(entry) + "\n" for entry in self.found))
+        for kept in self._kept():
+            if _step_of(kept) > step:
+                shutil.rmtree(kept)
+        if not self.found:
+            if step:
+                raise QcftError(
+                    f"{FILE} is gone, which holds the English NLL the phase began with",
+                    f"remove {self.folder.name} to train the phase anew",
+                )
+            self._measure(model, 0)
+
+    def after(self, model: PeftModel, step: int) -> bool:
+        """Probe if it is time to; whether training has to end here."""
+        if step % self.probing.every and step != self.batches.steps:
+            return False
+        entry = self._measure(model, step)
+        self.share = self.seconds / max(1e-9, time.monotonic() - self._begun)
+        change, warn, stop = entry["change"], self.probing.warn, self.probing.stop
+        self.stopped = stop is not None and change >= stop
+        if warn is not None and change >= warn and all(one["change"] < warn for one in self.found[:-1]):
+            where, rows = f"step {step} of {self.batches.steps}", len(self.probing.rows)
+            self.watch.note(
+                f"English NLL is {entry['nll']:.3f} at {where}, {change:+.0%} since the phase began ({rows} rows); "
+                f"forgetting.warn is {warn:.0%}",
+                "warning",
+            )
+        if stop is not None and not self.stopped:
+            self._keep(model, step)
+        return self.stopped
+
+    def latest(self, step: int | None = None) -> dict[str, Any] | None:
+        """What was found last; with `step`, only if it was found there."""
+        if not self.found or (step is not None and self.found[-1]["step"] != step):
+            return None
+        return self.found[-1]
+
+    def go_back(self, model: PeftModel) -> int:
+        """Put the adapter that is kept in the place of the one that went too far; the step it is of."""
+        last = self.found[-1]
+        kept = [folder for folder in self._kept() if is_whole(folder)]
+        if not kept:
+            raise QcftError(
+                f"English NLL rose {last['change']:+.0%} by step {last['step']}, the first probe: over forgetting.stop "
+                f"({self.probing.stop:.0%}), so nothing can be kept",
+                "lower train.lr, freeze layers, add replay, or set forgetting.every to fewer steps",
+            )
+        read_trained(model, kept[-1])
+        step = _step_of(kept[-1])
+        where = f"step {last['step']} of {self.batches.steps}"
+        self.watch.note(
+            f"stopped at {where}: English NLL {last['change']:+.0%} since the phase began, forgetting.stop is "
+            f"{self.probing.stop:.0%}; the adapter of step {step} is kept",
+            "warning",
+        )
+        return step
+
+    def summary(self) -> dict[str, Any]:
+        """What the probes came to. `share_of_time`: of the training's time, in the process that ended it."""
+        return {
+            "rows": len(self.probing.rows),
+            "tokens": self.probing.tokens,
+            "every": self.probing.every,
+            "probes": [{key: entry[key] for key in ("step", "nll", "change")} for entry in self.found],
+            "stopped_at": self.found[-1]["step"] if self.stopped else None,
+            "share_of_time": round(self.share, 4),
+        }
+
+    def _measure(self, model: PeftModel, step: int) -> dict[str, Any]:
+        begun = time.monotonic()
+        nll = english_nll(model, self.probing.rows, self.nll, self.together)
+        if not math.isfinite(nll):
+            raise QcftError(f"the English NLL is {nll} at step {step}", "try a lower train.lr")
+        seconds = time.monotonic() - begun
+        self.seconds += seconds
+        start = self.found[0]["nll"] if self.found else nll
+        entry = {"step": step, "nll": nll, "change": nll / start - 1, "seconds": round(seconds, 3)}
+        self.found.append(entry)
+        with (self.folder / FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        return entry
+
+    def _keep(self, model: PeftModel, step: int) -> None:
+        """Save the adapter as it is now; the one before stays, should this process be killed meanwhile."""
+        folder = self.folder / "checkpoints" / f"kept-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_trained(model, folder)
+        seal(folder)
+        for old in self._kept()[:-2]:
+            shutil.rmtree(old)
+
+    def _kept(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("kept-*"), key=_step_of)
+
+
+def english_nll(model: PeftModel, rows: Sequence[EncodedRow], nll: SummedNll, together: bool) -> float:
+    """Mean NLL per answer token of rows, in nats, by the kernels of training; `together`: rows may share a pass."""
+    import torch
+
+    total, tokens = 0.0, 0
+    device: Any = model.device
+    inner: Any = model
+    with evaluating(inner), torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() != torch.float32):
+        for group in _passes(rows, PASS_TOKENS if together else 1):
+            total += nll(group)
+            tokens += sum(label != IGNORED for row in group for label in row.labels[1:])
+    return total / tokens
+
+
+def probe_callback(english: EnglishProbe) -> Any:
+    """The callback that has a training probed."""
+    from transformers import TrainerCallback
+
+    class Prober(TrainerCallback):
+        """Probes when it is time to, and ends the training where the probe says so."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            english.begin(kwargs["model"], state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if english.after(kwargs["model"], state.global_step):
+                control.should_training_stop = True
+                control.should_save = False  # a killed process must not go on from beyond the limit
+
+    return Prober()
+
+
+def _passes(rows: Sequence[EncodedRow], budget: int) -> list[list[EncodedRow]]:
+    """Rows in their order, in groups of at most `budget` tokens or one row."""
+    groups: list[list[EncodedRow]] = []
+    held = 0
+    for row in rows:
+        if not groups or held + len(row.input_ids) > budget:
+            groups.append([])
+            held = 0
+        groups[-1].append(row)
+        held += len(row.input_ids)
+    return groups
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file that are whole."""
+    if not file.is_file():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(dict(json.loads(line)))
+        except ValueError:
+            break  # cut short by a kill
+    return found
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])

@@ -1,0 +1,56 @@
+"""How fast this machine computes and moves numbers, measured in under a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qcft.models.load import compute_dtype, device
+from qcft.training.footprint import Footprint
+
+SECONDS = 0.3  # of each measurement
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`flops`: of matrix products in 16 bits, a second; `moved`: bytes read and written, a second."""
+
+    flops: float
+    moved: float
+
+    def seconds(self, cost: Footprint) -> float:
+        """What a pass takes when its products and its other operations run one after the other."""
+        return cost.flops / self.flops + cost.moved / self.moved
+
+
+def measure_speed() -> Speed:
+    """Time matrix products and copies of sizes that a training's have."""
+    import torch
+
+    rows, width = 512, 1024
+    a = torch.ones(rows, width, dtype=compute_dtype(), device=device())
+    b = torch.ones(width, width, dtype=compute_dtype(), device=device())
+    numbers = torch.ones(1 << 23, dtype=compute_dtype(), device=device())
+    return Speed(
+        flops=_per_second(lambda: a @ b) * 2 * rows * width * width,
+        moved=_per_second(lambda: numbers * 2) * 2 * numbers.numel() * numbers.element_size(),
+    )
+
+
+def _per_second(work: Callable[[], object]) -> float:
+    """How often `work` is done in a second, after a warm-up."""
+    import torch
+
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    work()
+    wait()
+    done, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < SECONDS:
+        work()
+        wait()
+        done += 1
+    return done / spent

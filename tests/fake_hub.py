@@ -1,0 +1,133 @@
+"""A hub on this machine whose answers can fail, stall or be cut short: what huggingface_hub and datasets ask."""
+
+import hashlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+class FakeHub:
+    """Serves folders as repositories: `{"someone/tiny": folder}`, data sets under their own ids.
+
+    `faults` maps a file's name to what happens to the next requests for its bytes, one each: an HTTP status, "cut"
+    (half of it, then the connection ends), "stall" (nothing for longer than the client waits).
+    """
+
+    def __init__(self, models=None, datasets=None):
+        self.repos = {("models", name): Path(folder) for name, folder in (models or {}).items()}
+        self.repos |= {("datasets", name): Path(folder) for name, folder in (datasets or {}).items()}
+        self.faults: dict[str, list] = {}
+        self.asked: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def _handler(hub):
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def answer(self, document, status=200):
+                self.send(json.dumps(document).encode(), {"Content-Type": "application/json"}, status)
+
+            def send(self, body, headers, status=200, until=None):
+                self.send_response(status)
+                for key, value in {"Content-Length": len(body), **headers}.items():
+                    self.send_header(key, str(value))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body[:until])
+                    if until is not None:
+                        self.close_connection = True
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.take(body)
+
+            def do_GET(self):
+                self.take(b"")
+
+            do_HEAD = do_GET
+
+            def take(self, body):
+                path = unquote(urlsplit(self.path).path).strip("/")
+                hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
+                parts = path.split("/")
+                if parts[0] == "api" and len(parts) >= 4:
+                    self.ask_about(parts[1], "/".join(parts[2:4]), parts[4:], body)
+                    return
+                kind = "datasets" if parts[0] == "datasets" else "models"
+                parts = parts[1:] if kind == "datasets" else parts
+                folder = hub.repos.get((kind, "/".join(parts[:2])))
+                file = folder / "/".join(parts[4:]) if folder and len(parts) > 4 and parts[2] == "resolve" else None
+                if file is None or not file.is_file():
+                    code = "EntryNotFound" if folder else "RepoNotFound"
+                    self.send(b"", {"X-Error-Code": code}, 404)
+                    return
+                self.give(file)
+
+            def ask_about(self, kind, name, rest, body):
+                folder = hub.repos.get((kind, name))
+                if folder is None:
+                    self.send(b"", {"X-Error-Code": "RepoNotFound"}, 404)
+                    return
+                files = sorted(p for p in folder.rglob("*") if p.is_file())
+                entries = [
+                    {
+                        "type": "file",
+                        "path": p.relative_to(folder).as_posix(),
+                        "size": p.stat().st_size,
+                        "oid": digest(p),
+                    }
+                    for p in files
+                ]
+                if rest[:1] == ["tree"]:
+                    self.answer(entries)
+                elif rest[:1] == ["paths-info"]:
+                    self.answer([e for e in entries if e["path"] in unquote(body.decode())])
+                else:
+                    siblings = [{"rfilename": e["path"]} for e in entries]
+                    self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+
+            def give(self, file):
+                data = file.read_bytes()
+                headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                fault = None
+                if self.command == "GET" and hub.faults.get(file.name):
+                    fault = hub.faults[file.name].pop(0)
+                if isinstance(fault, int):
+                    self.send(b"", {}, fault)
+                    return
+                if fault == "stall":
+                    time.sleep(6)
+                    self.close_connection = True
+                    return
+                status, wanted = 200, self.headers.get("Range")
+                if wanted:
+                    first = int(wanted.removeprefix("bytes=").split("-")[0])
+                    last = wanted.split("-")[1]
+                    end = min(len(data), int(last) + 1) if last else len(data)
+                    headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
+                    data, status = data[first:end], 206
+                self.send(data, headers, status, len(data) // 2 if fault == "cut" else None)
+
+        return Handler
+
+
+def digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,154 @@
+"""The same recipe twice, side by side on real data: left alone, and killed at random moments until it is done.
+
+Phase 1 on English rows, phase 2 on other languages with generative replay, SmolLM2-135M in 4 bits on the CPU. At the
+end every file of every step must be equal to the bit: adapters, merged weights, replay rows, scores, answers.
+
+python tests/soak/overnight.py --out FOLDER --english alpaca.jsonl --data es=es.jsonl --data pt=pt.jsonl
+    [--english-rows 750] [--rows 240] [--kills 8] [--within 40] [--threads 1] [--nice 19] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+COMPARED = ("step", "files", "metrics")  # of a done.json
+ADAPTER = "adapter/adapter_config.json"  # names the folder of its base; the adapter itself is compared
+CIRCUMSTANCES = {"seconds", "tokens_per_second", "resumed_from", "chunks_made", "chunks_reused", ADAPTER}
+
+
+def recipe(options: argparse.Namespace) -> dict:
+    train = {"lr": 5e-4, "batch": 8, "max_length": 512}
+    data = [{"path": str(Path(path).absolute()), "lang": lang, "take": options.rows}
+            for lang, path in (one.split("=", 1) for one in options.data)]  # fmt: skip
+    english = {"path": str(Path(options.english).absolute()), "lang": "en", "take": options.english_rows}
+    return {
+        "name": "overnight",
+        "model": "smollm2-135m-instruct",
+        "heldout": {"share": 0.05, "rows": 24},
+        "answers": {"prompts": 8, "max_new_tokens": 48},
+        "phases": [
+            {"name": "phase1", "data": [english], "train": train},
+            {"name": "phase2", "data": data, "replay": {"ratio": 0.1, "max_new_tokens": 128, "chunk": 16},
+             "train": train},
+        ],
+    }  # fmt: skip
+
+
+def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen:
+    """The run in `folder`, in a process of its own; what it says is added to `said.txt`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(options), sort_keys=False))
+    threads = str(options.threads)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    with (folder / "said.txt").open("a") as said:
+        command = [sys.executable, "-m", "qcft", "run", "recipe.yaml"]
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=said, stderr=said, preexec_fn=lambda: os.nice(options.nice)
+        )
+
+
+def seconds_of(process: subprocess.Popen) -> float:
+    """CPU time of a process (Linux): unlike the clock's, it does not run faster on an idle machine."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def stage_of(folder: Path) -> str:
+    """What a run is at: the title of its step, and of a training how far it is."""
+    lines = [line for line in (folder / "said.txt").read_text().splitlines() if line.startswith("[")]
+    title = lines[-1].split("] ", 1)[1].split("  ")[0] if lines else "reading"
+    logs = sorted((folder / "runs" / ".steps").glob("train-*/log.jsonl"), key=lambda p: p.stat().st_mtime)
+    if title.startswith("train ") and logs:
+        title += f", step {len(logs[-1].read_text().splitlines())}"
+    return title
+
+
+def results(value: Any) -> Any:
+    """A record without what depends on the clock, or on how often the run was killed."""
+    if isinstance(value, dict):
+        return {k: results(v) for k, v in value.items() if k not in CIRCUMSTANCES and not k.startswith("peak_")}
+    return [results(one) for one in value] if isinstance(value, list) else value
+
+
+def records(folder: Path) -> dict[str, dict]:
+    """Each stage's done.json."""
+    run = folder / "runs" / "overnight"
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    return {stage: json.loads((folder / "runs" / ".steps" / step / "done.json").read_text()) | {"step": step}
+            for stage, step in stages.items()}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--english", required=True)
+    parser.add_argument("--data", action="append", required=True, metavar="LANG=PATH")
+    parser.add_argument("--english-rows", type=int, default=750)
+    parser.add_argument("--rows", type=int, default=240, help="of each language")
+    parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--within", type=float, default=40, help="minutes of CPU time the kills fall into")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nice", type=int, default=19)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    moments = sorted(chance.uniform(1, options.within) * 60 for _ in range(options.kills))
+    alone, killed = options.out / "alone", options.out / "killed"
+    began = time.monotonic()
+    quiet, process = start(options, alone), start(options, killed)
+    kills = []
+    before = 0.0  # seconds of work of the processes that were killed
+    while process.poll() is None:
+        worked = before + seconds_of(process)
+        if moments and worked >= moments[0]:
+            moments.pop(0)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills.append(stage_of(killed))
+            before = worked
+            print(f"kill {len(kills)} after {worked / 60:.1f} min of work: {kills[-1]}", flush=True)
+            process = start(options, killed)
+        time.sleep(0.2)
+    print(f"killed run ended with {process.returncode} after {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    quiet.wait()
+    print(f"the other ended with {quiet.returncode} after {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    good = compared(alone, killed, kills) and not quiet.returncode and not process.returncode
+    return 0 if good and len(kills) == options.kills else 1
+
+
+def compared(alone: Path, killed: Path, kills: list[str]) -> bool:
+    """Print the two runs side by side, stage by stage; whether they are equal."""
+    one, other = records(alone), records(killed)
+    print(f"\n{'stage':<16} {'minutes':>8} {'files':>6} {'equal to the bit':>17}   NLL by group, alone")
+    equal = one.keys() == other.keys()
+    for stage, record in one.items():
+        same = stage in other and all(results(other[stage][key]) == results(record[key]) for key in COMPARED)
+        equal &= same
+        groups = record["metrics"].get("groups")
+        scores = {name: group["nll"] for name, group in groups.items()} if isinstance(groups, dict) else {}
+        told = ", ".join(f"{name} {nll:.6f}" for name, nll in scores.items())
+        cells = f"{record['seconds'] / 60:>8.1f} {len(record['files']):>6} {'yes' if same else 'NO':>17}"
+        print(f"{stage:<16} {cells}   {told}")
+    minutes = sum(record["seconds"] for record in one.values()) / 60
+    print(f"\n{minutes:.1f} min of steps, {len(kills)} kills, {'all equal' if equal else 'NOT EQUAL'}")
+    print(json.dumps({"minutes": round(minutes, 1), "kills": kills, "equal": equal}))
+    return equal
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""qcft check: what a recipe would take; nothing is trained and nothing is written."""
+
+import json
+
+import pytest
+import yaml
+
+from qcft.commands import size_of
+from qcft.errors import InputError
+
+GIB = 2**30
+
+
+@pytest.fixture
+def recipe_file(raw_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe), encoding="utf-8")
+    return path
+
+
+def test_check_tells_memory_time_disk_and_rows(qcft, recipe_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = qcft("check", recipe_file)
+    assert (code, sorted(tmp_path.rglob("*"))) == (0, before)
+    for words in ("weights in NF4", "their constants", "gradients", "optimizer", "logits", "total", "phase1 fits"):
+        assert words in out
+    assert "[[red red<|im_end|>]]" in out or "[[blue blue<|im_end|>]]" in out or "[[green green<|im_end|>]]" in out
+    assert "merge phase1" in out
+
+
+def test_check_as_json(qcft, recipe_file):
+    code, out, _ = qcft("check", recipe_file, "--json", "--rows", "1")
+    found = json.loads(out)
+    assert code == 0
+    assert found["fits"]
+    for phase in found["phases"]:
+        memory = phase["memory"]
+        assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
+        assert phase["seconds"] > 0
+        assert "".join(s["text"] for s in phase["samples"][0] if s["trained"]).endswith("<|im_end|>")
+    assert found["phases"][0]["steps"] == 12
+    states = {step["state"] for step in found["steps"]}
+    assert states == {"to do"}
+
+
+def test_check_counts_what_is_cut_and_left_out(qcft, recipe_file, color_data, tmp_path):
+    long = " ".join(["red"] * 200)
+    rows = [{"instruction": f"say {i}", "output": long if i % 4 == 0 else "red"} for i in range(40)]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = ("check", recipe_file, "--json", "--set", f"phase1.data={data}")
+    dropped = json.loads(qcft(*how)[1])["phases"][0]
+    cut = json.loads(qcft(*how, "--set", "phase1.train.long_rows=cut")[1])["phases"][0]
+    assert dropped["left_out"]["longer than max_length"] == cut["truncated"] > 0
+    assert dropped["truncated"] == 0
+    assert cut["left_out"] == {}
+
+
+def test_check_plans_for_a_card_that_is_not_here(qcft, recipe_file):
+    code, out, _ = qcft("check", recipe_file, "--vram", "8GB", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["device"], found["here"]) == ("cuda", False)
+    assert found["free_bytes"] == 7.5 * GIB
+    assert found["phases"][0]["seconds"] is None
+    assert found["phases"][0]["memory"]["file"] == 0
+    assert found["phases"][0]["memory"]["optimizer"] < 0.6 * found["phases"][0]["memory"]["adapters"]
+    small = qcft("check", recipe_file, "--vram", "513MB")[1]
+    assert "DOES NOT FIT" in small
+
+
+def test_check_measures(qcft, recipe_file, tmp_path):
+    code, out, _ = qcft("check", recipe_file, "--measure", "--json", "--quiet")
+    found = json.loads(out)
+    assert code == 0
+    assert all(phase["measured"] and phase["seconds"] > 0 for phase in found["phases"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["8GB", "8 GiB", "8192M", "8g", "8.0GB"])
+def test_sizes(text):
+    assert size_of(text) == 8 * GIB
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "eight", "-8GB", "8XB"])
+def test_no_sizes(qcft, recipe_file, text):
+    with pytest.raises(InputError):
+        size_of(text)
+
+
+def test_check_reads_a_gguf_files_header_alone(qcft, raw_recipe, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    import qcft.models.sources as sources
+    from qcft.cache import cache_folder
+    from qcft.models.embedded import EMBEDDED
+
+    name = "smollm2-135m-instruct"
+    if not (cache_folder() / "embedded" / name).is_dir():
+        pytest.skip("the embedded model is not fetched yet")
+
+    def never(*arguments):
+        raise AssertionError("weights were converted")
+
+    monkeypatch.setattr(sources, "_convert", never)
+    file = cache_folder() / "embedded" / name / EMBEDDED[name].member.rsplit("/", 1)[-1]
+    raw_recipe["model"]["name"] = str(file)
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe), encoding="utf-8")
+    code, out, _ = qcft("check", path, "--json")
+    memory = json.loads(out)["phases"][0]["memory"]
+    assert code == 0
+    assert memory["weights"] == 106_168_320 // 2
+    assert memory["halves"] == 2 * (49152 * 576 + 61 * 576)

@@ -1,0 +1,101 @@
+"""A disk that is really full (a small tmpfs in namespaces of its own), in every kind of step: one clear line, nothing
+marked done, and once there is room the run goes on to the result it would have had."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qcft
+from qcft import api
+from qcft.events import StepBegun, StepEnded, Watch
+from qcft.files import read_json
+from qcft.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+GENERATIVE = {"ratio": 0.2, "max_new_tokens": 24, "temperature": 1.0, "chunk": 4}
+STEPS = (*range(1, 11), "report")
+# The disk is filled as a step begins, but for so many bytes: none, or enough to begin a file and not to end it.
+MOMENTS = [(0, step) for step in STEPS] + [(30_000, 3), (90_000, 3), (90_000, 5)]
+
+
+def results(runs):
+    """The files of each stage of a run, with their digests; but for an adapter's config, which names a folder."""
+    stages = read_json(runs / "tiny" / "run.json")["stages"]
+    files = {stage: read_json(runs / ".steps" / step / "done.json")["files"] for stage, step in stages.items()}
+    return {stage: {k: v for k, v in f.items() if k != "adapter/adapter_config.json"} for stage, f in files.items()}
+
+
+def fill(ballast, left):
+    with ballast.open("wb", buffering=0) as stream:
+        try:
+            while stream.write(b"\0" * 4096):
+                pass
+        except OSError:
+            pass
+    if left:
+        os.truncate(ballast, max(0, ballast.stat().st_size - left))
+
+
+def go_through(recipe_file, runs):
+    """Run in `runs` with the disk filled as each step begins and as the last has ended; what was told is printed."""
+    ballast, told = runs.parent / "ballast", []
+    for left, wanted in MOMENTS:
+        if left:
+            shutil.rmtree(runs / ".steps")
+
+        def listen(event, left=left, wanted=wanted):
+            ended = isinstance(event, StepEnded) and wanted == "report" and event.title == "measure phase2"
+            if ended or (isinstance(event, StepBegun) and event.position == wanted and event.state != "reused"):
+                fill(ballast, left)
+
+        try:
+            api.run_watched(load_recipe(recipe_file), runs, Watch(listen))
+        except qcft.QcftError as error:
+            done = [p.parent.name for p in runs.glob(".steps/*/done.json")]
+            whole = all(read_json(runs / ".steps" / step / "done.json") for step in done)
+            litter = [str(p) for p in runs.rglob(".*.partial")]
+            told.append([left, wanted, error.message, error.hint, error.exit_code, len(done), whole, litter])
+        finally:
+            ballast.unlink(missing_ok=True)
+    api.run_watched(load_recipe(recipe_file), runs, Watch())
+    print(json.dumps({"told": told, "results": results(runs)}))
+
+
+def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
+    raw_recipe["phases"][1]["replay"] = GENERATIVE
+    raw_recipe["phases"][0]["train"]["epochs"] = 6
+    raw_recipe["merge"] = {"refuse_below": None}
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(raw_recipe))
+    small = tmp_path / "small"
+    small.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from tests.test_full_disk import go_through\n"
+        "go_through(Path(sys.argv[1]), Path(sys.argv[2]) / 'runs')"
+    )
+    script = f'mount -t tmpfs -o size=3m tmpfs "{small}" && exec "{sys.executable}" -c "$1" "{recipe_file}" "{small}"'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system allows no namespaces")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for left, wanted, message, hint, exit_code, finished, whole, litter in said["told"]:
+        assert message == f"the disk that holds '{small / 'runs'}' is full", (left, wanted)
+        assert "qcft gc" in hint
+        assert "goes on where it stopped" in hint
+        assert exit_code == 1
+        assert finished == STEPS.index(wanted)
+        assert whole
+        assert not litter
+    assert [(left, wanted) for left, wanted, *_ in said["told"]] == MOMENTS
+    api.run_watched(load_recipe(recipe_file), tmp_path / "runs", Watch())
+    assert said["results"] == results(tmp_path / "runs")

@@ -1,0 +1,141 @@
+"""A hub that fails midway, on this machine: tried again, gone on with, then told; nothing half-fetched is used."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import write_rows
+from .fake_hub import COMMIT, FakeHub
+
+ROOT = Path(__file__).parents[1]
+FETCH = """
+from huggingface_hub import constants
+from qcft import QcftError, hub
+from qcft.events import Watch
+from qcft.models.sources import resolve, weights_folder
+from qcft.recipe import Model
+hub.WAIT = 0.1
+constants.DOWNLOAD_CHUNK_SIZE = 4096  # of 10 MB, in which a tiny model is fetched whole or not at all
+try:
+    folder = weights_folder(resolve(Model(name="someone/tiny")), Watch(lambda event: print("told:", event.text)))
+    print("folder:", folder)
+except QcftError as error:
+    print("error:", error.message, "| hint:", error.hint, "|", error.exit_code)
+"""
+
+
+@pytest.fixture
+def fetch(tmp_path, tiny_model):
+    """The hub, and fetching the model from it in a process of its own: what it prints."""
+    hub = FakeHub(models={"someone/tiny": tiny_model})
+
+    def run(code=FETCH, **environment):
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
+        places = {"HF_HOME": str(tmp_path / "hf"), "QCFT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        timeouts = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2", "TQDM_DISABLE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **places, **timeouts, **environment}, cwd=tmp_path,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    run.hub = hub
+    yield run
+    hub.close()
+
+
+def blobs(tmp_path):
+    return list((tmp_path / "hf").glob("hub/models--someone--tiny/blobs/*"))
+
+
+def test_a_model_is_fetched_once_pinned_and_whole(fetch, tiny_model, tmp_path):
+    folder = Path(fetch().removeprefix("folder: ").strip())
+    assert folder.name == COMMIT
+    assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    fetch.hub.asked.clear()
+    assert str(folder) in fetch()
+    assert not [one for one in fetch.hub.asked if "resolve" in one]  # looked up, not fetched again
+    fetch.hub.close()
+    assert str(folder) in fetch()  # and not needed any more
+
+
+@pytest.mark.parametrize("faults", [[503, 503], ["cut"], ["stall", "cut", 500]])
+def test_a_hub_that_fails_midway_is_tried_again_and_gone_on_with(fetch, tiny_model, faults):
+    fetch.hub.faults["model.safetensors"] = list(faults)
+    said = fetch()
+    folder = Path(said.splitlines()[-1].removeprefix("folder: "))
+    assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    if "cut" in faults:
+        assert any("resolve" in one and "bytes=" in one for one in fetch.hub.asked)  # not from the beginning
+    if 503 in faults:
+        assert said.count("told: someone/tiny: the hub fails (") == 2
+
+
+def test_a_hub_that_keeps_failing_is_told_and_half_a_model_is_never_used(fetch, tiny_model):
+    fetch.hub.faults["model.safetensors"] = [500] * 50
+    said = fetch().splitlines()
+    assert said[-1].startswith("error: model: 'someone/tiny' could not be loaded from the hub: ")
+    assert "500" in said[-1]
+    assert len(said) == 4  # three more tries were told
+    # Config and tokenizer are in the cache by now: with no hub to ask, that is no model.
+    offline = fetch(HF_HUB_OFFLINE="1")
+    assert "error: model: 'someone/tiny' is not cached here as a whole and the hub can't be reached" in offline
+    fetch.hub.faults.clear()
+    assert "folder: " in fetch()
+    assert "folder: " in fetch(HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_an_altered_file_in_the_hubs_cache_is_named_and_fetched_again(fetch, tiny_model, tmp_path, damage):
+    folder = Path(fetch().removeprefix("folder: ").strip())
+    blob = (folder / "model.safetensors").resolve()
+    data = blob.read_bytes()
+    if damage == "gone":
+        blob.unlink()
+    else:
+        blob.write_bytes(data[:-9] if damage == "cut" else data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    said = fetch()
+    assert "told: someone/tiny: model.safetensors in the hub's cache is missing or altered; it is fetched again" in said
+    assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+
+
+def test_no_such_model_and_pickled_weights(fetch, tiny_model, tmp_path):
+    assert "error: model: there is no 'someone/tiny' on the hub" in fetch(HF_ENDPOINT=fetch.hub.url + "/nowhere")
+    fetch.hub.repos[("models", "someone/tiny")] = pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").write_bytes(b"never fetched")
+    assert "has no safetensors on the hub" in fetch()
+    assert not [one for one in fetch.hub.asked if "pytorch_model" in one]
+
+
+READ = """
+from qcft import QcftError
+from qcft.data.load import load_source
+from qcft.events import Watch
+from qcft.recipe import HeldOut, Source
+try:
+    found = load_source(Source(path="someone/rows", take={take}), HeldOut(share=0.2, rows=5), Watch())
+    print("rows:", len(found.rows), found.digest)
+except QcftError as error:
+    print("error:", error.message, "|", error.hint)
+"""
+
+
+def test_a_data_set_is_read_from_the_hub_whole_or_not_at_all(fetch, tmp_path):
+    rows = [{"instruction": f"q {i}", "output": f"a {i}"} for i in range(200)]
+    write_rows(tmp_path / "rows" / "train.jsonl", rows)
+    fetch.hub.repos[("datasets", "someone/rows")] = tmp_path / "rows"
+    fetch.hub.faults["train.jsonl"] = [500] * 50
+    said = fetch(READ.format(take=None))
+    assert said.startswith("error: data: 'someone/rows' could not be loaded from the hub"), said
+    fetch.hub.faults["train.jsonl"] = ["cut"]
+    whole = fetch(READ.format(take=None))
+    assert whole.startswith("rows: 1"), whole
+    assert fetch(READ.format(take=20)).startswith("rows: 20 ")  # streamed
+    fetch.hub.close()
+    assert fetch(READ.format(take=None), HF_HUB_OFFLINE="1") == whole
