@@ -118,7 +118,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     total = plan["total"]
     stdout().print(
         f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
-        f"the rest takes {_cost(total)} and writes {_size(total)}, going by done steps of their kind"
+        f"the rest takes {_cost(total)} and writes {_size(total)}, "
+        "going by done steps of their kind, else by shapes"
     )
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcft.data.mix import replay_amount
 from qcft.events import Watch
 from qcft.files import read_json
 from qcft.pipeline.ablate import prepare_arms
+from qcft.pipeline.forecast import plan_phase
+from qcft.pipeline.libraries import quiet
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Step
 from qcft.recipe import ArmRun
 from qcft.store import Store
+
+if TYPE_CHECKING:
+    from qcft.training.speed import Speed
 
 ALIKE = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide what a row of work takes
 
@@ -34,13 +40,16 @@ class Done:
 def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
     """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
 
-    `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; null
-    where there is none to go by. Nothing is written. Raises InputError.
+    `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; where
+    there are none, from shapes for trainings and merges, else they are null. Nothing is written. Raises InputError.
     """
     store = Store(runs)
     known = _done_steps(store)
     steps: dict[str, dict[str, Any]] = {}
-    for one in prepare_arms(arms, watch):
+    prepared = prepare_arms(arms, watch)
+    quiet()
+    for number, one in enumerate(prepared):
+        watch.progress("planning the arms", number, len(prepared), "arms")
         name = one.arm.recipe.name
         for step in one.prepared.plan.steps:
             if step.id not in steps:
@@ -116,12 +125,35 @@ def _expected(step: Step, prepared: Prepared, store: Store, known: Sequence[Done
         alike = [d for d in alike if d.settings.get(key) == step.settings.get(key)] or alike
     rows = _rows(step, prepared)
     if not alike or not rows:
-        return {"seconds": None, "bytes": None}
+        return _from_shapes(step, prepared)
     scaled = step.kind in {"replay", "probe"}
     return {
         "seconds": round(fmean(d.seconds / max(1, d.rows) for d in alike) * rows, 1),
         "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in alike)),
     }
+
+
+def _from_shapes(step: Step, prepared: Prepared) -> dict[str, Any]:
+    """What a training takes and writes, and a merge writes, as `qcft check` reckons it."""
+    from qcft.models.load import device, free_bytes
+
+    if step.kind == "merge":
+        return {"seconds": None, "bytes": 2 * sum(p.numel() for p in prepared.meta_model.parameters())}
+    if step.kind != "train" or step.phase is None:
+        return {"seconds": None, "bytes": None}
+    planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
+    tokens = batches.tokens_until(batches.steps)
+    return {
+        "seconds": round(_speed().seconds(planned.cost) * tokens / planned.largest.tokens, 1),
+        "bytes": 3 * planned.memory.adapters + 2 * planned.memory.optimizer,
+    }
+
+
+@cache
+def _speed() -> Speed:
+    from qcft.training.speed import measure_speed
+
+    return measure_speed()
 
 
 def _rows(step: Step, prepared: Prepared) -> float:
