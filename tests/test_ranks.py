@@ -53,10 +53,10 @@ def test_passes_are_dealt_out_so_that_every_step_keeps_its_rows(count, per_pass,
     assert exposure["rows"] == count
 
 
-def launch(recipe: Path, runs: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+def launch(recipe: Path, runs: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               *flags, "-m", "qcft", "run", str(recipe), "--runs", str(runs)]  # fmt: skip
+               "-m", "qcft", "run", str(recipe), "--runs", str(runs)]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -66,9 +66,10 @@ def run_recipe(
     if world() == 1:
         return run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
     join()
-    if recipe.forgetting is not None:
+    if recipe.forgetting is not None and recipe.forgetting.stop is not None:
         raise InputError(
-            "forgetting: the live probe is for one process", "--set forgetting=null, or run without accelerate"
+            "forgetting.stop: several processes train without the live probe",
+            "--set forgetting.stop=null, or run without accelerate",
         )
     try:
         done = run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
