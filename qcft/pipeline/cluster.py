@@ -6,6 +6,7 @@ again, which goes on from what is in the step's folder.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -120,8 +121,11 @@ def _cluster(address: str | None) -> Iterator[Any]:
     except ImportError:
         raise InputError("--on ray: Ray is not installed", "pip install 'qcft[ray]'") from None
     try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon and port.isdigit():  # Ray itself waits for minutes, then ends the process
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())[:160]
         raise InputError(f"--on ray: no cluster at {address!r}: {text}", "start one with `ray start --head`") from None
     try:
