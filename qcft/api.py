@@ -9,7 +9,7 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Listener, Watch
-from qcft.files import telling_full_disk
+from qcft.files import telling_full_disk, write_json
 from qcft.pipeline import Run, run_recipe
 from qcft.pipeline.ablate import run_arms
 from qcft.pipeline.cluster import run_on_ray
@@ -232,10 +232,16 @@ def drift(
     named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
     drawing = named.folder / "report" / f"{stage.replace('/', '-')}.svg"
     draw_drift(drawing, found, f"{named.name}: from {found['from']} to {found['to']}")
-    whole = read(named.name, runs)
-    recipe = named.recipe()
-    write_report(named.folder / "report", recipe, whole.table, {s.name: s.folder for s in whole.stages.values()})
+    _report(read(named.name, runs), runs)
     return {"run": named.name, **found, "drawing": str(drawing)}
+
+
+def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
+    """Keep how alike a run's phases are beside its report, and in it."""
+    place = runs / name / "report"
+    place.mkdir(exist_ok=True)
+    write_json(place / "similarity.json", found)
+    _report(read(name, runs), runs)
 
 
 def _phases_until(recipe: Recipe, phase: str) -> list[str]:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qcft.errors import InputError
-from qcft.files import is_whole, seal, telling_full_disk
+from qcft.events import Watch
+from qcft.files import altered_file, seal, telling_full_disk
 
 
 def cache_folder() -> Path:
@@ -24,7 +25,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcft"
 
 
-def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, make: Callable[[Path], None], watch: Watch | None = None) -> Path:
     """The cached folder `name`, made by `make(empty_folder)` when it is not there or not whole.
 
     It is made beside its place, listed with sizes and digests, and renamed when whole; one process
@@ -43,7 +44,10 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             "name another with the environment variable QCFT_CACHE",
         ) from None
     try:
-        if not is_whole(place):
+        altered = altered_file(place)
+        if altered is not None:
+            if watch is not None and place.exists():
+                watch.note(f"{altered} in the cache ({place}) is missing or altered; it is made anew", "warning")
             work = place.with_name(place.name + ".partial")
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(place, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json, write_json
+from qcft.files import read_json
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import NamedRun, Store, list_runs, read_run
 from qcft.store.ablations import run_states
@@ -152,6 +152,7 @@ def similarity_table(
 
     Two phases of one run are also kept beside its report. Raises InputError.
     """
+    from qcft.api import keep_similarity
     from qcft.models.encoders import LABSE
     from qcft.pipeline.similarity import Side, measure_similarity
 
@@ -170,9 +171,7 @@ def similarity_table(
     found = measure_similarity(sides[0], sides[1], encoder or LABSE, watch)
     names = [text.rpartition(":")[0] for text in (a, b)]
     if names[0] == names[1] and (runs / names[0] / "run.json").is_file() and _phase_sources(a, runs):
-        place = runs / names[0] / "report"
-        place.mkdir(exist_ok=True)
-        write_json(place / "similarity.json", found)
+        keep_similarity(names[0], found, runs)
     return found
 
 

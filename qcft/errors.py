@@ -20,10 +20,9 @@ class QcftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        message, hint = without_tokens(message), without_tokens(hint)
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _told(message)
+        self.hint = _told(hint)
+        super().__init__(self.message)
 
 
 class InputError(QcftError):
@@ -46,6 +45,11 @@ def nearest(word: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _told(text: str) -> str:
+    """A text without access tokens, and without the rest of a word that is longer than any path."""
+    return re.sub(r"(\S{80})\S{220,}", r"\1...", without_tokens(text))
 
 
 def without_tokens(text: str) -> str:

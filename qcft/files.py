@@ -30,15 +30,20 @@ def seal(folder: Path) -> None:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder was sealed and every file in it still has its digest."""
+    return altered_file(folder) is None
+
+
+def altered_file(folder: Path) -> str | None:
+    """The first of a sealed folder's files that is not as it was, or None; its seal where that is not there."""
     try:
         listed = (folder / SEAL).read_text(encoding="utf-8").splitlines()
-        for line in listed:
-            digest, _, name = line.partition("  ")
-            if file_digest(folder / name) != digest:
-                return False
-    except OSError:
-        return False
-    return bool(listed)
+    except (OSError, UnicodeDecodeError):
+        return SEAL
+    for line in listed:
+        digest, _, name = line.partition("  ")
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            return name
+    return None if listed else SEAL
 
 
 def file_digest(path: Path) -> str:

@@ -17,7 +17,13 @@ WORDS = "red blue green one two three four cat dog bird runs sleeps eats the a i
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
-    """A byte-level BPE tokenizer trained on a few words, with ChatML's tokens and template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path):
+    """A byte-level BPE tokenizer trained on a few words, with ChatML's tokens and template; saved in `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,9 +39,8 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     tokenizer.train_from_iterator([WORDS] * 20, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML.replace("END", "<|im_end|>")
-    folder = tmp_path_factory.mktemp("tokenizer")
     fast.save_pretrained(folder)
-    return folder
+    return fast
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +89,11 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session")
 def color_data(tmp_path_factory) -> Path:
+    return make_color_data(tmp_path_factory.mktemp("data"))
+
+
+def make_color_data(folder: Path) -> Path:
     """en.jsonl, es.jsonl, pt.jsonl: 60 rows parallel by id."""
-    folder = tmp_path_factory.mktemp("data")
     for lang, colors in COLORS.items():
         rows = [
             {

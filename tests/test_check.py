@@ -104,11 +104,13 @@ def test_check_reads_a_gguf_files_header_alone(qcft, raw_recipe, tmp_path, monke
     monkeypatch.setattr(sources, "_convert", never)
     file = cache_folder() / "embedded" / name / EMBEDDED[name].member.rsplit("/", 1)[-1]
     raw_recipe["model"]["name"] = str(file)
+    for phase in raw_recipe["phases"]:
+        phase["train"]["max_length"] = 256
     monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw_recipe), encoding="utf-8")
-    code, out, _ = qcft("check", path, "--json")
+    code, out, err = qcft("check", path, "--json")
+    assert code == 0, err
     memory = json.loads(out)["phases"][0]["memory"]
-    assert code == 0
     assert memory["weights"] == 106_168_320 // 2
     assert memory["halves"] == 2 * (49152 * 576 + 61 * 576)

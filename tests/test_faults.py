@@ -323,3 +323,23 @@ def test_read_only_parents(raw, made, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (runs / "tiny" / "report" / "report.md").is_file()
+
+
+def test_two_commands_on_one_run_share_the_work(raw, made, runs, tmp_path):
+    """Both end well, each step is done by one of them, and the other says whom it waited for."""
+    recipe_at(tmp_path, raw)
+    command = [sys.executable, "-m", "qcft", "run", "recipe.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert results(tmp_path / "runs") == results(runs)
+    assert [p.name for p in (tmp_path / "runs").glob("*/run.json")] == ["run.json"]
+    ids = [str(process.pid) for process in both]
+    for text, other in zip(said, reversed(ids), strict=True):
+        assert "waiting for" not in text or f"process {other} on" in text

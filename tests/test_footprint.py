@@ -142,5 +142,5 @@ def test_activations_are_what_autograd_keeps():
     held = sum(kept.values())
     del states
     counted = footprint(meta, shape, Pass((200,), 1))
-    # The pass also makes what it does not keep: more than kept, but for few layers at most half as much again.
-    assert held < counted.activations < 1.5 * held
+    # The pass also makes what it does not keep, and gradients of what it keeps; never as much again.
+    assert held < counted.activations < 2 * held

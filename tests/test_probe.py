@@ -264,11 +264,16 @@ def test_probes_stay_within_their_share_of_the_tokens(lengths, trained, frozen, 
 
 
 def test_only_stopping_is_part_of_what_a_training_comes_to(raw_recipe):
-    digests = Digests("m", {"phase1": "a", "phase2": "b"}, {"phase2": ("c",)}, "h")
+    digests = Digests("m", {"phase1": "a", "phase2": "b"}, {"phase2": ("c",)}, "h", english={"phase2": "e"})
+
+    def plan(**forgetting):
+        recipe = recipe_from({**raw_recipe, "forgetting": forgetting} if forgetting else raw_recipe)
+        return make_plan(recipe, digests)
 
     def trained(**forgetting):
-        recipe = recipe_from({**raw_recipe, "forgetting": forgetting} if forgetting else raw_recipe)
-        return make_plan(recipe, digests).step("phase2").id
+        return plan(**forgetting).step("phase2").id
+
+    assert plan().step("phase1").id == plan(stop=0.2).step("phase1").id  # which is not probed
 
     assert trained() == trained(warn=0.5, every=3) == trained(warn=None)
     assert len({trained(), trained(stop=0.2), trained(stop=0.1), trained(stop=0.2, every=3)}) == 4

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any, NoReturn
 
-from qcft.cli.options import app
+from qcft.cli.options import STOPPED, app, stop_at_once
 
 
 def main() -> NoReturn:
@@ -14,14 +15,14 @@ def main() -> NoReturn:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     from qcft.errors import QcftError
 
+    for number in STOPPED:  # until work begins, which hears them itself
+        signal.signal(number, stop_at_once)
     try:
         code = app(standalone_mode=False)
     except QcftError as error:
         if debug:
             raise
         _fail(error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", "the same command goes on from the last whole step or checkpoint", 130)
     except Exception as error:  # the last line of defence between a user and a traceback
         if hasattr(error, "format_message"):  # a mistake on the command line; Typer's versions share no class for it
             _usage_error(error)

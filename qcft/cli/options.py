@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from qcft.console import Reporter
     from qcft.events import Watch
+
+STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,16 +87,18 @@ def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Wat
 def hear_signals(watch: Watch) -> None:
     """The first Ctrl-C or SIGTERM asks the work to stop at a safe point, the second ends it at once."""
 
-    from qcft.errors import Interrupted
-
     def handle(number: int, frame: Any) -> None:
-        code = 143 if number == signal.SIGTERM else 130
         if watch.stop_code is not None:
-            raise Interrupted(
-                "stopped at once", "the same command goes on from the last whole step or checkpoint", code
-            )
-        watch.ask_to_stop(code)
+            stop_at_once(number, frame)
+        watch.ask_to_stop(STOPPED[number])
         sys.stderr.write("\nstopping at the next safe point (again to stop at once)\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPED:
         signal.signal(number, handle)
+
+
+def stop_at_once(number: int, frame: Any) -> NoReturn:
+    """A signal's handler that says how to go on, and exits; what is in writing is left as it is, not marked done."""
+    hint = "the same command goes on from the last whole step or checkpoint"
+    sys.stderr.write(f"\nerror: stopped at once\nhint: {hint}\n")
+    raise SystemExit(STOPPED[number])  # no Exception, which a library might take for its own

@@ -104,7 +104,7 @@ def _check(
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
         raise InputError(
             f"data: none of the {seen} rows of {source.path!r} can train ({reasons})",
-            f"it was read as {format or 'JSON lines'}: {COLUMNS.get(format or '', 'one object a line')}",
+            f"it was read as {format or 'JSON lines'}: {COLUMNS.get(format or '', 'one object a line, in UTF-8')}",
         )
     if not train:
         raise InputError(

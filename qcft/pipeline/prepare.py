@@ -156,6 +156,12 @@ class Prepared:
                 return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
         return []
 
+    def english_group(self, phase: Phase) -> Group | None:
+        """The held-out English rows that a phase's live probe goes by: those of another phase, of `probe`, or that ship
+        with qcft. None for a phase that is itself where they are from: it makes what the probe would measure."""
+        others = (group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name)
+        return next(others, None)
+
     def pinned_recipe(self) -> Recipe:
         """The recipe with a hub model's revision resolved to its commit, as the run keeps it."""
         if self.model.kind != "hub":
@@ -301,15 +307,20 @@ class Prepared:
                 phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
         held = hashlib.sha256()
         for group in self.groups:
-            limits = f"{group.name} {group.system} {group.max_length} {group.long_rows}"
-            held.update(f"{limits} {digest_rows(group.rows)}\n".encode())
+            held.update(f"{_digest(group)}\n".encode())
         return Digests(
             model=self.model.digest,
             phases=phases,
             replay={name: tuple(digest_rows(pool.rows) for pool in pools) for name, pools in self.pools.items()},
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
+            english={p.name: _digest(g) for p in self.recipe.phases if (g := self.english_group(p))},
         )
+
+
+def _digest(group: Group) -> str:
+    """A group's rows, and what decides how they become tokens."""
+    return f"{group.name} {group.system} {group.max_length} {group.long_rows} {digest_rows(group.rows)}"
 
 
 def _counts(left_out: dict[str, int]) -> str:

@@ -243,8 +243,9 @@ class _Planner:
             "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
         }
         watched = self.recipe.forgetting
-        if watched is not None and watched.stop is not None:  # the probe itself changes nothing
-            settings["forgetting"] = {**watched.model_dump(exclude={"warn"}), "held_out": self.digests.held_out}
+        english = self.digests.english.get(phase.name)
+        if watched is not None and watched.stop is not None and english:  # the probe itself changes nothing
+            settings["forgetting"] = {**watched.model_dump(exclude={"warn"}), "english": english}
         parents = tuple(step.id for step in (replay, layers) if step)
         title, weights = f"train {phase.name}", start.weights
         return self.add("train", phase.name, title, phase.name, weights, start.goes_on, settings, parents, start.under)

@@ -34,13 +34,15 @@ CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "pre
 class Digests:
     """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind
     of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
-    the model that the model was tuned from, where a freeze spec goes by what that changed."""
+    the model that the model was tuned from, where a freeze spec goes by what that changed; for each phase that the
+    live probe watches the English rows it goes by."""
 
     model: str
     phases: Mapping[str, str]
     replay: Mapping[str, tuple[str, ...]]
     held_out: str
     base: str | None = None
+    english: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def changed(raw: dict[str, Any], changes: Mapping[str, Any], folder: Path | None
 
 def recipe_from(raw: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
     """Validate a recipe given as plain data, after applying `changes`. Raises InputError."""
-    check_texts([raw, dict(changes or {})])
+    check_texts(raw)
+    check_texts(dict(changes or {}))
     raw = changed(raw, changes or {})
     try:
         return Recipe.model_validate(raw)
@@ -135,7 +136,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
@@ -259,6 +260,8 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
     if kind == "missing":
         return InputError(f"recipe: {where!r} is missing", "add it to the recipe, or give it with --set")
     text = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if kind in {"too_short", "string_too_short"}:
+        text = "should not be empty"
     if kind == "value_error":  # the schema's own: what is wrong | what to do
         message, _, hint = text.partition(" | ")
         return InputError(f"recipe: {where + ': ' if where else ''}{message}", hint)
@@ -268,7 +271,8 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
             "the ratio is replay's share of the final mix, e.g. 0.2",
         )
     expected = next((word for start, word in EXPECTED.items() if kind.startswith(start)), None)
-    hint = f"give {expected}" if expected else f"it {text}"
+    default = _default_at(location)
+    hint = f"give {expected}" if expected else f"leave it out for the default, {default!r}" if default else f"it {text}"
     return InputError(f"recipe: {where}: {_shown(given)} {text}", hint)
 
 
@@ -314,6 +318,17 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, str) and part in model.model_fields:
             model = _model_in(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _default_at(location: tuple[int | str, ...]) -> Any:
+    """A key's default in the schema, or None."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    field = model.model_fields.get(str(location[-1])) if location else None
+    default = field.default if field is not None else None
+    return default if isinstance(default, (str, int, float)) else None
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

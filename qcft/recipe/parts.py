@@ -18,6 +18,7 @@ def _no_bool(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]  # of what is found by it: nothing would mean the working folder
 Count = Annotated[int, BeforeValidator(_no_bool)]
 
 
@@ -45,7 +46,7 @@ class Source(Part):
     of rows to train on; held-out rows are read beside them.
     """
 
-    path: str
+    path: Name
     lang: str | list[str] | None = None
     take: Annotated[Count, Field(ge=1)] | None = None
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = "auto"

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from qcft.errors import InputError
 from qcft.recipe.ablation import Ablation
 from qcft.recipe.freeze import parse_freeze
-from qcft.recipe.parts import NAME, Count, Number, Part, Source, Sources, named
+from qcft.recipe.parts import NAME, Count, Name, Number, Part, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
 
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
@@ -22,9 +22,9 @@ class Model(Part):
     `base` is the model it was tuned from: what a first phase's most-changed and least-changed are measured against.
     """
 
-    name: str
-    revision: str | None = None
-    base: str | None = None
+    name: Name
+    revision: Name | None = None
+    base: Name | None = None
     quantize: Literal["nf4", "none"] = "nf4"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -88,7 +88,7 @@ class Phase(Part):
 
     name: str
     data: Sources = []
-    adapter: str | None = None
+    adapter: Name | None = None
     start: Literal["merged", "stacked", "continue", "base"] = "merged"
     freeze: str = "none"
     replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
@@ -288,7 +288,7 @@ OWNED = {
     "auto_find_batch_size": "train.micro_batch",
     "logging_steps": "train.report_to (every step is logged)",
     "disable_tqdm": "--quiet",
-    "hub_token": "nothing: log in with `hf auth login`",
+    "hub_token": "`hf auth login`, or HF_TOKEN in the environment",
     "push_to_hub": "nothing: qcft writes to the runs folder only",
     "load_best_model_at_end": "nothing: the last step is the result",
     "use_liger_kernel": "nothing: TRL's own fused loss is used",

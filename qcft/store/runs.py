@@ -133,7 +133,7 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
         if not found:
             raise InputError(f"there is no run in {str(runs)!r}", "start with `qcft run quickstart`")
         return found[0]
-    stages = _read(runs / name)
+    stages = _read(runs / name) if Path(name).name == name else None  # a path may lead out of the runs folder
     if stages is None:
         known = [run.name for run in list_runs(runs)]
         raise InputError(

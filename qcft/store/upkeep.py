@@ -80,6 +80,7 @@ def remove_run(runs: Path, name: str) -> list[str]:
 
     Raises InputError when there is no such run, or a process works on it.
     """
+    read_run(runs, name)  # before anything is written, the lock too
     with runs_lock(runs):
         run, store = read_run(runs, name), Store(runs)
         for step in run.stages.values():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FULL = 4  # bytes of a number in fp32
-ROOM = 0.9  # of the free memory: allocators lose some between blocks
+ROOM = {"cuda": 0.9, "cpu": 0.7}  # share of the free memory to fill: allocators keep freed blocks, glibc a third
 # Bytes an optimizer keeps for each trained number; others are taken for AdamW. Those in 8 bits have a constant for
 # each 256 numbers of either moment.
 STATES = {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "sgd": 0, "adafactor": 0.1, "lion_8bit": 1.02}
@@ -82,7 +82,7 @@ def plan_training(
         cost = footprint(model, with_fit, largest)
         memory = _memory(model, with_fit, train, cost, under)
         held = memory.weights + memory.constants + memory.halves + memory.file + memory.adapters if loaded else 0
-        fits = memory.total - held <= ROOM * free
+        fits = memory.total - held <= ROOM[shape.device] * free
         tried[fit] = Planned(memory, fit, largest, cost, fits)
         if fits:
             break

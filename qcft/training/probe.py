@@ -96,7 +96,7 @@ class EnglishProbe:
         self.together = together
         self.found: list[dict[str, Any]] = []
         self.stopped = False
-        self.seconds = 0.0  # spent on probes, and on all, by this process
+        self.seconds = 0.0  # spent on probes by this process, and what share of its training that is
         self.share = 0.0
         self._begun = 0.0
 

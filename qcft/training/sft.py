@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow
@@ -103,6 +104,11 @@ def train_adapter(
         trainer.add_callback(probe_callback(english))  # last, so that where it ends the training nothing is saved
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except UnpicklingError:  # what is no tensor is not loaded, and not run
+        raise QcftError(
+            f"{last.name if last else 'a checkpoint'} holds more than tensors: qcft did not write it so",
+            f"remove {str(last)!r}; the training goes on from the one before it",
+        ) from None
     except torch.cuda.OutOfMemoryError:  # not in a pass, which would have been made smaller
         raise QcftError(
             "the GPU's memory ran out between passes of the training",

@@ -1,0 +1,168 @@
+"""Kills a run of a tiny model with SIGKILL at random moments, in every kind of step and in the report, again and
+again; each time it is finished, every file of every step must be equal to the bit to those of a run left alone.
+
+python tests/soak/kills.py [--kills 30] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import yaml
+
+from qcft import api
+from qcft.events import StepBegun, StepEnded, Watch
+from qcft.files import read_json
+from qcft.recipe import load_recipe
+
+REPORT = "report"
+FORK = multiprocessing.get_context("fork")  # what is imported here is there in every child: a start costs nothing
+
+
+def recipe(model: Path, data: Path) -> dict[str, Any]:
+    """Two phases with generative replay; every kind of step takes long enough to be hit."""
+    train = {"lr": 1e-2, "batch": 4, "max_length": 64, "checkpoint_steps": 3}
+    return {
+        "name": "tiny",
+        "model": str(model),
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+        "heldout": {"share": 0.2, "rows": 6},
+        "answers": {"prompts": 3, "max_new_tokens": 8},
+        "merge": {"refuse_below": None},
+        "phases": [
+            {"name": "phase1", "data": {"path": str(data / "en.jsonl"), "take": 24, "lang": "en"},
+             "train": {**train, "epochs": 6}},
+            {"name": "phase2", "data": {"path": str(data / "{lang}.jsonl"), "lang": ["es", "pt"], "take": 12},
+             "freeze": "snr:0.5", "train": train,
+             "replay": {"ratio": 0.3, "max_new_tokens": 24, "temperature": 1.0, "chunk": 2}},
+        ],
+    }  # fmt: skip
+
+
+def work(recipe_file: Path, runs: Path, said: Any, at: str | None, delay: float) -> None:
+    """Run in a child process; at the step `at`, and so many seconds later, it is killed by its own hand."""
+
+    def listen(event: Any) -> None:
+        title = None
+        if isinstance(event, StepBegun) and event.state != "reused":
+            title = event.title
+        elif isinstance(event, StepEnded) and event.title == "measure phase2":
+            title = REPORT
+        if title is not None:
+            said.send((title, time.monotonic()))
+            if title == at:
+                timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+                timer.daemon = True
+                timer.start()
+
+    api.run_watched(load_recipe(recipe_file), runs, Watch(listen))
+    said.send(("end", time.monotonic()))
+
+
+def run(recipe_file: Path, runs: Path, at: str | None = None, delay: float = 0.0) -> tuple[int, dict[str, float]]:
+    """The child's exit code, and how many seconds each step that it began took."""
+    here, there = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=work, args=(recipe_file, runs, there, at, delay))
+    child.start()
+    there.close()
+    moments = []
+    try:
+        while True:
+            moments.append(here.recv())
+    except EOFError:
+        child.join()
+    took = {title: after - begun for (title, begun), (_, after) in pairwise(moments)}
+    return child.exitcode or 0, took
+
+
+def results(runs: Path) -> dict[str, Any]:
+    """Every stage's step, and the digests of its files but for the adapter's config, which names its base's folder."""
+    stages = read_json(runs / "tiny" / "run.json")["stages"]
+    found = {stage: read_json(runs / ".steps" / step / "done.json") for stage, step in stages.items()}
+    return {
+        stage: (record["step"], {k: v for k, v in record["files"].items() if not k.endswith("adapter_config.json")})
+        for stage, record in found.items()
+    }
+
+
+def kill_runs(raw: dict[str, Any], folder: Path, kills: int, seed: int) -> Counter[str]:
+    """Run, kill and go on until `kills` kills are done and the last run is finished; kills by step.
+
+    Raises AssertionError when a finished run is not equal to the one left alone.
+    """
+    recipe_file = folder / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(raw))
+    code, took = run(recipe_file, folder / "alone")
+    assert code == 0
+    whole, chance, killed, number = results(folder / "alone"), random.Random(seed), Counter[str](), 0
+    while True:
+        number += 1
+        runs, left = folder / f"killed {number}", list(took)
+        while True:
+            # A step that is not done yet, and a moment in it; steps are done in their order.
+            at = chance.choice(left) if killed.total() < kills else None
+            code, _ = run(recipe_file, runs, at, chance.uniform(0, took[at]) if at else 0.0)
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, code
+            assert at is not None
+            killed[at] += 1
+            left = left[left.index(at) :]
+        assert results(runs) == whole, f"run {number} differs"
+        assert (runs / "tiny" / "report" / "report.md").is_file()
+        if killed.total() >= kills:
+            return killed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["QCFT_CACHE"] = str(folder / "cache")
+        raw = recipe(*make_inputs(folder))
+        killed = kill_runs(raw, folder, options.kills, options.seed)
+    for step, count in killed.most_common():
+        print(f"{count:4} {step}")
+    print(f"{killed.total()} kills; every finished run equal to the bit to the one left alone")
+
+
+def make_inputs(folder: Path) -> tuple[Path, Path]:
+    """A tiny model and its data, made in a child: this process must have run nothing before it forks."""
+    child = FORK.Process(target=_make_inputs, args=(folder,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return folder / "model", folder / "data"
+
+
+def _make_inputs(folder: Path) -> None:
+    from tests import conftest
+
+    tokenizer = conftest.make_tokenizer(folder / "tokenizer")
+    conftest.make_llama(folder / "model", tokenizer)
+    conftest.make_color_data(folder / "data")
+
+
+if __name__ == "__main__":
+    import transformers
+    import trl  # noqa: F401
+
+    transformers.logging.set_verbosity_error()
+    main()

@@ -1,0 +1,175 @@
+"""Keeping the runs folder small: what no run uses is listed, removed when asked; a run is removed, its steps stay."""
+
+import json
+import multiprocessing
+import shutil
+import time
+
+import pytest
+import yaml
+
+from qcft import InputError
+from qcft.events import Watch
+from qcft.files import read_json
+from qcft.recipe import recipe_from
+from qcft.store import Store, list_runs, open_run
+from qcft.store.upkeep import remove_run, remove_unused, unused_steps
+
+RECIPE = recipe_from({"name": "r", "model": "m", "phases": [{"name": "phase1", "data": "a"}]})
+
+
+def make(store, step, size=1000, **inputs):
+    with store.claim(
+        step, {"weights": None, "adapter": None, "settings": {}, "parents": [], **inputs}, Watch()
+    ) as folder:
+        (folder / "bytes").write_bytes(b"x" * size)
+        store.finish(step, {}, 1.0)
+    return step
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Two runs that share a phase 1, a pool behind one's replay, and steps of a run that is gone."""
+    store = Store(tmp_path / "runs")
+    for step in ("train-1", "train-3", "probe-9"):
+        make(store, step)
+    make(store, "pool-1")
+    make(store, "merge-1", adapter="train-1")
+    make(store, "replay-1", weights="merge-1", settings={"parts": [{"pool": "pool-1"}, {"pool": None}]})
+    make(store, "train-2", weights="merge-1", parents=["replay-1"])
+    make(store, "train-9", 5000)
+    make(store, "prefix-1", 3000)
+    open_run(store.runs, RECIPE, {"phase1": "train-1", "phase2": "train-2"})
+    open_run(store.runs, RECIPE.model_copy(update={"name": "s"}), {"phase1": "train-1", "phase2": "train-3"})
+    return store
+
+
+def names(found):
+    return [one.step for one in found]
+
+
+def test_what_no_run_uses_and_how_large_it_is(store):
+    found = unused_steps(store.runs)
+    assert names(found) == ["train-9", "prefix-1", "probe-9"]  # the largest first
+    assert 5000 < found[0].bytes < 7000
+    assert found[0].what == "no run uses it"
+
+
+def test_stored_states_are_used_while_a_training_is_to_come(store):
+    (store.folder("train-3") / "done.json").unlink()
+    assert names(unused_steps(store.runs)) == ["train-9", "probe-9"]
+
+
+def test_nothing_is_removed_that_a_run_rests_on(store):
+    removed, left = remove_unused(store.runs)
+    assert (names(removed), left) == (["train-9", "prefix-1", "probe-9"], [])
+    there = {p.name for p in store.steps.iterdir() if not p.name.startswith(".")}
+    assert there == {"train-1", "train-2", "train-3", "merge-1", "replay-1", "pool-1"}
+    assert unused_steps(store.runs) == []
+
+
+def test_a_removed_run_leaves_its_steps_to_the_others(store):
+    assert remove_run(store.runs, "r") == []
+    assert [run.name for run in list_runs(store.runs)] == ["s"]
+    assert not (store.runs / "r").exists()
+    assert {"train-2", "merge-1", "replay-1", "pool-1"} < set(names(unused_steps(store.runs)))
+    assert "train-1" not in names(unused_steps(store.runs))
+
+
+def test_files_that_are_not_qcfts_are_left_and_named(store):
+    (store.runs / "r" / "notes.txt").write_text("mine")
+    assert remove_run(store.runs, "r") == ["notes.txt"]
+    assert [p.name for p in (store.runs / "r").iterdir()] == ["notes.txt"]
+
+
+def _hold(runs, step):
+    with Store(runs).claim(step, {}, Watch()) as folder:
+        (folder / "held").write_text("")
+        time.sleep(60)
+
+
+@pytest.fixture
+def held(store):
+    """A process works on a step: the function starts it."""
+    started = []
+
+    def start(step):
+        process = multiprocessing.get_context("spawn").Process(target=_hold, args=(store.runs, step))
+        process.start()
+        started.append(process)
+        while not (store.folder(step) / "held").exists():
+            time.sleep(0.02)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_a_step_that_is_worked_on_is_never_removed(store, held):
+    held("train-9")
+    removed, left = remove_unused(store.runs)
+    assert names(left) == ["train-9"]
+    assert names(removed) == ["prefix-1", "probe-9"]
+    assert (store.folder("train-9") / "bytes").is_file()
+
+
+def test_a_run_that_is_worked_on_is_not_removed(store, held):
+    held("train-2")
+    with pytest.raises(InputError, match="a process works on train-2 of the run 'r'"):
+        remove_run(store.runs, "r")
+    assert (store.runs / "r" / "run.json").is_file()
+
+
+def test_checkpoints_of_a_finished_training_are_left_overs(store):
+    (store.folder("train-1") / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    assert ("train-1", "checkpoints") in [(one.step, one.part) for one in unused_steps(store.runs)]
+    remove_unused(store.runs)
+    assert not (store.folder("train-1") / "checkpoints").exists()
+    assert Store(store.runs).done("train-1") is not None
+
+
+def test_with_a_run_that_cannot_be_read_nothing_is_removed(store):
+    (store.runs / "r" / "run.json").write_text("{")
+    with pytest.raises(InputError, match="what it uses is not known"):
+        remove_unused(store.runs)
+    assert (store.folder("train-9") / "bytes").is_file()
+
+
+def test_the_commands_are_dry_by_default(store, qcft):
+    code, out, err = qcft("gc", "--runs", store.runs)
+    assert code == 0
+    assert "train-9" in out
+    assert "3 that no run needs" in err
+    assert "--delete" in err
+    assert store.folder("train-9").exists()
+    told = json.loads(qcft("gc", "--runs", store.runs, "--json")[1])
+    assert [one["step"] for one in told["unused"]] == ["train-9", "prefix-1", "probe-9"]
+    assert not told["deleted"]
+    code, out, err = qcft("gc", "--delete", "--runs", store.runs)
+    assert (code, store.folder("train-9").exists()) == (0, False)
+    assert "3 removed" in err
+    code, _, err = qcft("rm", "r", "--runs", store.runs)
+    assert code == 0
+    assert "removed the run r" in err
+    assert "qcft gc" in err
+    assert qcft("gc", "--runs", "nowhere")[0] == 0
+
+
+def test_a_step_removed_while_a_run_begins_is_made_again(raw_recipe, tmp_path):
+    """Between looking at the steps and naming the run, another process may have removed what no run used."""
+    from qcft import api
+    from qcft.events import Note
+
+    raw_recipe["phases"] = raw_recipe["phases"][:1]
+    api.run_watched(recipe_from(raw_recipe), tmp_path, Watch())
+    shutil.rmtree(tmp_path / "tiny")
+
+    def remove(event):
+        if isinstance(event, Note) and "4 done before" in event.text:
+            assert len(remove_unused(tmp_path)[0]) == 4
+
+    done = api.run_watched(recipe_from(raw_recipe), tmp_path, Watch(remove))
+    assert len(done.stages) == 4
+    assert read_json(tmp_path / "tiny" / "run.json")["stages"].keys() == done.stages.keys()
+    assert yaml.safe_load((tmp_path / "tiny" / "recipe.yaml").read_text())["name"] == "tiny"
