@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from qcft.errors import InputError, Interrupted, QcftError
 
 if TYPE_CHECKING:
-    from qcft.api import run
+    from qcft.api import ablate, run
     from qcft.pipeline import Run, Stage
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Interrupted", "QcftError", "Run", "Stage", "run"]
+__all__ = ["InputError", "Interrupted", "QcftError", "Run", "Stage", "ablate", "run"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for, so that `import qcft` (and the command line's help) stays quick.
-    if name == "run":
-        from qcft.api import run
+    if name in {"ablate", "run"}:
+        import qcft.api
 
-        return run
+        return getattr(qcft.api, name)
     if name in {"Run", "Stage"}:
         import qcft.pipeline
 

@@ -11,8 +11,11 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
 from qcft.files import read_json, telling_full_disk, write_json
 from qcft.pipeline import Run, run_recipe
+from qcft.pipeline.ablate import run_arms
+from qcft.pipeline.cluster import run_on_ray
 from qcft.pipeline.run import finished_run
-from qcft.recipe import Recipe, load_recipe, recipe_from
+from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
+from qcft.report.ablation import outcome
 from qcft.report.arms import Evidence, arms_of
 from qcft.report.build import build_report
 from qcft.report.card import write_card
@@ -21,6 +24,7 @@ from qcft.report.curve import curve_points
 from qcft.report.drift import drift_name
 from qcft.report.write import write_report
 from qcft.store import Store, read_run
+from qcft.store.ablations import Ablation
 from qcft.store.steps import FREE
 
 
@@ -58,6 +62,52 @@ def raise_failed(done: Run) -> None:
             + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
             "the others are kept; the same command tries these again",
         )
+
+
+def ablate(
+    recipe: str | Path,
+    *,
+    set: Mapping[str, Any] | None = None,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    runs: str | Path = "runs",
+    listener: Listener | None = None,
+) -> Ablation:
+    """Run a recipe's arms x seeds in this process (all, or those named), reusing what is done.
+
+    An arm that fails is noted and the next one begun: `states()` of what is returned tells. `set` and `listener` as
+    for `run`. Raises qcft.InputError before anything is written.
+    """
+    plain, every = load_ablation(recipe, set)
+    return ablate_watched(plain, chosen_arms(every, arms, seeds), Path(runs), Watch(listener))
+
+
+def ablate_watched(
+    plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, skip: Sequence[str] = (), on: str | None = None
+) -> Ablation:
+    """Run arms, each run's report written as it ends; `skip` names runs to leave out.
+
+    `on`: `ray` for a Ray cluster on this machine, `ray:ADDRESS` for another. Raises InputError.
+    """
+    engine, _, address = (on or "").partition(":")
+    if engine == "ray":
+        return run_on_ray(plain, arms, runs, watch, lambda done: _report(done, runs), address or None)
+    if on:
+        raise InputError(f"--on {on!r}: qcft knows no such engine", "use ray, or ray:ADDRESS")
+    return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
+
+
+def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
+    """What running these arms would do, and what that would take; nothing is written."""
+    from qcft.pipeline.ablation_plan import ablation_plan
+
+    return ablation_plan(arms, runs, watch)
+
+
+def ablation_outcome(ablation: Ablation) -> dict[str, Any]:
+    """What an ablation's arms came to so far, side by side."""
+    runs = ablation.runs
+    return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
 
 
 def _report(done: Run, runs: Path) -> Run:

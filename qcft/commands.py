@@ -12,6 +12,7 @@ from qcft.events import Watch
 from qcft.files import read_json
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import NamedRun, Store, list_runs, read_run
+from qcft.store.ablations import run_states
 
 SHIPPED = "qcft:"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
@@ -274,21 +275,24 @@ def recipe_text(name: str) -> str:
 
 
 def runs_listed(runs: Path) -> list[dict[str, str]]:
-    """Runs with their model, phases and how many of their steps are done."""
+    """Runs with their model, phases, how many of their steps are done, and whether they are done."""
     listed = []
+    store, in_ablations = Store(runs), run_states(runs)
     for run in list_runs(runs):
         try:
             recipe = run.recipe()
             model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
         except InputError as error:  # one that cannot be read does not hide the others
             model, phases = "?", error.message
-        done = sum((runs / ".steps" / step / "done.json").is_file() for step in run.stages.values())
+        todo = [step for step in run.stages.values() if store.state(step) != "done"]
+        alone = "done" if not todo else "running" if any(map(store.is_claimed, todo)) else "to do"
         listed.append(
             {
                 "run": run.name,
                 "model": model,
                 "phases": phases,
-                "steps done": f"{done} of {len(run.stages)}",
+                "steps done": f"{len(run.stages) - len(todo)} of {len(run.stages)}",
+                "state": in_ablations.get(run.name, alone),
             }
         )
     return listed
@@ -309,6 +313,19 @@ def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]
         }
         for step in plan.steps
     ]
+
+
+def split(text: str | None) -> list[str]:
+    """The words of a comma-separated list."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def parse_seeds(text: str | None) -> list[int]:
+    """The seeds of a comma-separated list. Raises InputError."""
+    for word in split(text):
+        if not word.isdigit():
+            raise InputError(f"--seeds: {word!r} is not a whole number", "for example --seeds 0,1")
+    return [int(word) for word in split(text)]
 
 
 def _sources(data: list[str], take: int | None, default_lang: str | None) -> list[dict[str, Any]]:

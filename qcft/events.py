@@ -75,7 +75,20 @@ class Mixed:
     frozen: str
 
 
-Event = Note | StepBegun | StepEnded | Progress | Mixed
+@dataclass(frozen=True)
+class ArmChanged:
+    """An arm of an ablation is taken up or ended; `position` of `total` counts arms x seeds."""
+
+    run: str
+    arm: str
+    seed: int
+    position: int
+    total: int
+    state: Literal["to do", "running", "done", "failed"]
+    summary: str = ""
+
+
+Event = Note | StepBegun | StepEnded | Progress | Mixed | ArmChanged
 Listener = Callable[[Event], None]
 
 

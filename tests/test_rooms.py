@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "qcft"
 # From the ground up; a room imports only from rooms above it in this list.
 ROOMS = [
     "errors", "files", "events", "hub", "recipe", "cache", "plan", "store", "data", "models", "layers", "training",
-    "measure", "pipeline", "report", "api", "commands", "console", "cli",
+    "measure", "pipeline", "report", "api", "commands", "console", "live", "supervise", "cli",
 ]  # fmt: skip
 
 # Libraries that only some rooms may import, even inside functions.
-ONLY = {"trl": {"training"}, "rich": {"console"}, "typer": {"cli"}}
-NEVER = {"torch": {"errors", "files", "events", "hub", "recipe", "plan", "report", "api", "commands", "console", "cli"}}
+ONLY = {"trl": {"training"}, "rich": {"console", "live"}, "typer": {"cli"}}
+NEVER = {"torch": {*ROOMS} - {"cache", "store", "data", "models", "layers", "training", "measure", "pipeline"}}
 
 
 def imports():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from qcft.console import Reporter
     from qcft.events import Watch
 
 STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
@@ -69,12 +70,12 @@ def options(
 
 
 @contextmanager
-def watched(quiet: bool) -> Iterator[Watch]:
+def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Watch]:
     """Work that is shown on stderr and hears Ctrl-C."""
     from qcft import console
     from qcft.events import Watch
 
-    reporter = console.Reporter(quiet)
+    reporter = (shown_by or console.Reporter)(quiet)
     watch = Watch(reporter)
     hear_signals(watch)
     try:

@@ -25,10 +25,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a whole recipe: its phases, what is measured between them, the report."""
+    from qcft import console
     from qcft.recipe import load_recipe, parse_assignments
 
     changes = parse_assignments(set_ or [])
-    run_and_show(load_recipe(recipe, changes | ({"name": name} if name else {})), runs, dry_run, json_, quiet)
+    loaded = load_recipe(recipe, changes | ({"name": name} if name else {}))
+    if loaded.ablation and not quiet:
+        console.stderr().print("this is the plain recipe; its arms are run by `qcft ablate`", style="dim")
+    run_and_show(loaded, runs, dry_run, json_, quiet)
 
 
 @app.command()
@@ -107,7 +111,7 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     if json_:
         console.print_json(listed)
     else:
-        console.print_rows(["run", "model", "phases", "steps done"], [list(r.values()) for r in listed])
+        console.print_rows(["run", "model", "phases", "steps done", "state"], [list(r.values()) for r in listed])
 
 
 @app.command()
@@ -156,6 +160,9 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     """Run a recipe and print its tables, or its steps; exit code 1 where an evaluation failed."""
     from qcft import api, console
     from qcft.commands import plan_listed
+    from qcft.events import Watch
+    from qcft.pipeline.run import help_train
+    from qcft.training.ranks import rank
 
     if dry_run:
         with watched(quiet) as watch:
@@ -164,6 +171,9 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
             console.print_json(steps)
         else:
             console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+        return
+    if rank() > 0:  # of several processes that `accelerate launch` began
+        help_train(recipe, runs, Watch())
         return
     with watched(quiet) as watch:
         done = api.run_watched(recipe, runs, watch)

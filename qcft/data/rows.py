@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -38,7 +39,7 @@ class Row:
         """The whole conversation, in order."""
         return self.prompt + self.completion
 
-    @property
+    @cached_property
     def prompt_digest(self) -> str:
         """Digest of what the user said first (a system turn left aside)."""
         text = "\n".join(m.content.strip() for m in self.prompt if m.role != "system")

@@ -69,7 +69,7 @@ def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTr
         "dtype": compute_dtype(),
         "use_safetensors": True,
         "trust_remote_code": model.trust_remote_code,
-        "device_map": {"": device()},
+        "device_map": {"": torch.cuda.current_device() if device() == "cuda" else "cpu"},
     }
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation

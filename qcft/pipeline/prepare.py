@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.load import LoadedSource, load_source
@@ -27,11 +27,12 @@ from qcft.pipeline.abilities import alpaca_prompts
 from qcft.pipeline.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.pipeline.replay import check_replay
 from qcft.plan import Digests, Plan, make_plan
-from qcft.recipe import ALPACA_EVAL, FIDELITY, Dial, Goal, Model, Phase, Recipe, Source, parse_freeze
+from qcft.recipe import ALPACA_EVAL, FIDELITY, Dial, Goal, Measured, Model, Phase, Recipe, Source, parse_freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 PROBE_LENGTH = 1024  # tokens of a row that is only measured
 
 
@@ -53,14 +54,18 @@ class Group:
 
 
 class Prepared:
-    """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded."""
+    """A recipe with its data read and its steps planned. Weights are neither fetched nor loaded.
 
-    def __init__(self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None) -> None:
+    Recipes prepared one after the other with one `memo` read and tokenise what they share once.
+    """
+
+    def __init__(
+        self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
+    ) -> None:
         self.recipe = recipe
         self.watch = watch
-        self._loaded: dict[str, LoadedSource] = {}
-        self._encoded: dict[str, list[EncodedSet]] = {}
-        self.model: ModelSource = resolve(recipe.model)
+        self._memo: dict[Any, Any] = {} if memo is None else memo
+        self.model: ModelSource = self._once(("model", recipe.model.model_dump_json()), lambda: resolve(recipe.model))
         base = recipe.model.base
         self.base = resolve(Model(name=base)) if base and recipe.measures_change_since_base() else None
         self.sources = {phase.name: [self._load(s) for s in phase.sources()] for phase in recipe.phases}
@@ -86,12 +91,18 @@ class Prepared:
         """The model's tokenizer, with the recipe's chat template."""
         from qcft.models.load import load_tokenizer
 
-        return load_tokenizer(self.described, self.recipe.model)
+        return self._once(
+            ("tokenizer", self.recipe.model.model_dump_json()),
+            lambda: load_tokenizer(self.described, self.recipe.model),
+        )
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """The model's modules without their weights."""
-        return model_without_weights(self.described, self.recipe.model)
+        return self._once(
+            ("meta model", self.recipe.model.model_dump_json()),
+            lambda: model_without_weights(self.described, self.recipe.model),
+        )
 
     @cached_property
     def base_folder(self) -> Path:
@@ -116,9 +127,11 @@ class Prepared:
 
     def encoded(self, phase: Phase) -> list[EncodedSet]:
         """The phase's training rows as tokens, source by source. Raises InputError when none is left."""
-        if phase.name not in self._encoded:
-            self._encoded[phase.name] = self._encode(phase)
-        return self._encoded[phase.name]
+        limits = (phase.system, phase.train.max_length, phase.train.long_rows)
+        sources = tuple(source.digest for source in self.sources[phase.name])
+        rows = digest_rows(row for rows in self.rows[phase.name] for row in rows)
+        key = ("tokens", self.recipe.model.model_dump_json(), limits, sources, rows)
+        return self._once(key, lambda: self._encode(phase))
 
     def _encode(self, phase: Phase) -> list[EncodedSet]:
         encoder = self.encoder(phase)
@@ -230,43 +243,63 @@ class Prepared:
             self.watch.progress(f"tokenising {name}", done, total, "rows")
 
     def _load(self, source: Source) -> LoadedSource:
-        key = source.model_dump_json()
-        if key not in self._loaded:
-            self._loaded[key] = load_source(source, self.recipe.heldout, self.watch)
-        return self._loaded[key]
+        held_out = self.recipe.heldout
+        return self._once(
+            ("source", source.model_dump_json(), held_out.share, held_out.rows),
+            lambda: load_source(source, held_out, self.watch),
+        )
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return cast("T", self._memo[key])
 
     def _groups(self) -> list[Group]:
         """Held-out rows by phase and language; English that ships with qcft where no source is English."""
         groups = []
         trained: set[str] = set()
-        for phase in self.recipe.phases:
-            groups += self._grouped(phase.name, self.sources[phase.name], phase, trained)
+        for one in self.recipe.heldout.of:
+            sources = [self._load(s) for source in one.data for s in source.expanded()]
+            groups += self._grouped(one, sources, trained)
+        for phase in () if self.recipe.heldout.of else self.recipe.phases:
+            train = phase.train
+            limits = Measured(
+                name=phase.name, data=[], system=phase.system, max_length=train.max_length, long_rows=train.long_rows
+            )
+            groups += self._grouped(limits, self.sources[phase.name], trained)
             trained |= {row.prompt_digest for source in self.sources[phase.name] for row in source.rows}
         probes = [one for source in self.recipe.probe for one in source.expanded()]
         if not any(g.lang == ENGLISH for g in groups) and not any(s.lang == ENGLISH for s in probes):
             probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
-        return groups + self._grouped("probe", [self._load(s) for s in probes], self.recipe.phases[0], trained)
+        first = self.recipe.phases[0]
+        limits = Measured(
+            name="probe", data=[], system=first.system, max_length=PROBE_LENGTH, long_rows=first.train.long_rows
+        )
+        return groups + self._grouped(limits, [self._load(s) for s in probes], trained)
 
-    def _grouped(self, name: str, sources: list[LoadedSource], phase: Phase, trained: set[str]) -> list[Group]:
+    def _grouped(self, limits: Measured, sources: list[LoadedSource], trained: set[str]) -> list[Group]:
         by_lang: dict[str, dict[str, Row]] = {}
         for source in sources:
             rows = by_lang.setdefault(source.lang, {})
             for row in source.held_out:  # one row of each prompt, and none that an earlier phase trains on
                 if row.prompt_digest not in trained:
                     rows.setdefault(row.prompt_digest, row)
-        most = self.recipe.heldout.rows
-        limit = phase.train.max_length if name == phase.name else PROBE_LENGTH
+        most = None if self.recipe.heldout.of else self.recipe.heldout.rows
         return [
-            Group(name, lang, tuple(rows.values())[:most], phase.system, limit, phase.train.long_rows)
+            Group(limits.name, lang, tuple(rows.values())[:most], limits.system, limits.max_length, limits.long_rows)
             for lang, rows in by_lang.items()
             if rows
         ]
 
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
-        """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe."""
+        """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe.
+
+        Rows that a later phase holds out are none of these, or are not measured; where `heldout.of` says what is
+        measured, nothing of it is trained.
+        """
         names = [p.name for p in self.recipe.phases]
-        before = {*names[: names.index(phase.name) + 1], "probe"}
-        held = {row.prompt_digest for group in self.groups if group.phase in before for row in group.rows}
+        later = () if self.recipe.heldout.of else names[names.index(phase.name) + 1 :]
+        held = {row.prompt_digest for group in self.groups if group.phase not in later for row in group.rows}
         return [tuple(r for r in s.rows if r.prompt_digest not in held) for s in self.sources[phase.name]]
 
     def _pools(self, phase: Phase) -> list[Pool]:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import Interrupted, QcftError
+from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.abilities import ABILITIES, abilities_table, continual_nll
 from qcft.measure.forgetting import forgetting_table
@@ -21,6 +21,7 @@ from qcft.recipe import Dial, Goal, Merge, Recipe
 from qcft.store import NamedRun, Store, open_run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
+from qcft.training.ranks import hear, join, tell, world
 
 if TYPE_CHECKING:
     from qcft.pipeline.work import Worker
@@ -64,14 +65,46 @@ def run_recipe(
 ) -> Run:
     """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
 
+    Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
     was asked for.
     """
     set_environment()
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
-    prepared, store = Prepared(recipe, watch, goal), Store(runs)
-    plan = prepared.plan
+    if world() == 1:
+        return run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
+    join()
+    if recipe.forgetting is not None and recipe.forgetting.stop is not None:
+        raise InputError(
+            "forgetting.stop: several processes train without the live probe",
+            "--set forgetting.stop=null, or run without accelerate",
+        )
+    try:
+        done = run_prepared(Prepared(recipe, watch, goal), Store(runs), watch, up_to)
+    except Interrupted:
+        tell(None)
+        raise
+    tell(None)
+    return done
+
+
+def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
+    """Train with rank 0 what it says, until it is done. Writes nothing but stored states of frozen layers."""
+    from qcft.pipeline.work import Worker
+
+    set_environment()
+    join()
+    quiet()
+    prepared, store = Prepared(recipe, watch), Store(runs)
+    steps = {step.id: step for step in prepared.plan.steps}
+    while (step := hear()) is not None:
+        Worker(prepared, store, watch).work(steps[step], store.folder(step))
+
+
+def run_prepared(prepared: Prepared, store: Store, watch: Watch, up_to: str | None = None) -> Run:
+    """`run_recipe` of a recipe whose data is read and whose steps are planned."""
+    recipe, plan = prepared.recipe, prepared.plan
     steps = plan.up_to(up_to) if up_to else plan.steps
     records = {step.id: store.done(step.id, watch) for step in steps}
     finished = sum(record is not None for record in records.values())
@@ -84,15 +117,15 @@ def run_recipe(
         prepared.check_tasks(dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
         forecast(prepared, missing, watch)
     recipe = prepared.pinned_recipe()
-    run = open_run(runs, recipe, plan.stages())
+    run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
     records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
-    worker, failed = _worker(prepared, store, watch), dict[str, str]()
+    worker, failed = worker_for(prepared, store, watch), dict[str, str]()
     for position, step in enumerate(steps, start=1):
         try:
-            record = records[step.id] or _do(step, position, len(steps), worker, store, watch)
+            record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
         except QcftError as error:
             if step.kind != "suite" or isinstance(error, Interrupted):
                 raise
@@ -129,7 +162,7 @@ def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store
     return Run(run.name, run.folder, done, table)
 
 
-def _worker(prepared: Prepared, store: Store, watch: Watch) -> Callable[[], Worker]:
+def worker_for(prepared: Prepared, store: Store, watch: Watch) -> Callable[[], Worker]:
     """The one who does the steps, made for the first that is to be done, as that takes heavy libraries."""
 
     @cache
@@ -141,7 +174,7 @@ def _worker(prepared: Prepared, store: Store, watch: Watch) -> Callable[[], Work
     return worker
 
 
-def _do(
+def do_step(
     step: Step, position: int, total: int, worker: Callable[[], Worker], store: Store, watch: Watch
 ) -> dict[str, Any]:
     """Do one step under its lock; another process may have done it meanwhile."""
@@ -151,6 +184,8 @@ def _do(
         if record is not None:
             return record
         watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
+        if step.kind == "train" and world() > 1:
+            tell(step.id)
         begun = time.monotonic()
         _reset_peak()
         metrics = worker().work(step, folder)

@@ -1,18 +1,23 @@
 """The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
 
+from qcft.recipe.ablation import Ablation, Arm
+from qcft.recipe.arms import ArmRun, chosen_arms, expand_ablation, load_ablation
 from qcft.recipe.evaluate import ALPACA_EVAL, FIDELITY, SUITES, Evaluate, Fidelity
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
 from qcft.recipe.goal import Dial, Goal
-from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, read_recipe, recipe_from
 from qcft.recipe.parts import Source
 from qcft.recipe.replay import Filters, Replay, ReplayPart
-from qcft.recipe.schema import Answers, Forgetting, HeldOut, Lora, Merge, Model, Phase, Recipe, Train
+from qcft.recipe.schema import Answers, Forgetting, HeldOut, Lora, Measured, Merge, Model, Phase, Recipe, Train
 
 __all__ = [
     "ALPACA_EVAL",
     "FIDELITY",
     "SUITES",
+    "Ablation",
     "Answers",
+    "Arm",
+    "ArmRun",
     "Dial",
     "Evaluate",
     "Fidelity",
@@ -22,6 +27,7 @@ __all__ = [
     "Goal",
     "HeldOut",
     "Lora",
+    "Measured",
     "Merge",
     "Model",
     "Phase",
@@ -31,10 +37,14 @@ __all__ = [
     "Source",
     "Train",
     "built_in_recipes",
+    "chosen_arms",
+    "expand_ablation",
     "frozen_layers",
     "frozen_modules",
+    "load_ablation",
     "load_recipe",
     "parse_assignments",
     "parse_freeze",
+    "read_recipe",
     "recipe_from",
 ]

@@ -40,6 +40,11 @@ def load_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
 
     Relative data paths in a file are looked for beside the file first. Raises InputError.
     """
+    return recipe_from(read_recipe(recipe)[0], changes)
+
+
+def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], Path]:
+    """A recipe file, or a built-in one by its name, as plain data, and the folder it lies in. Raises InputError."""
     path = _find(str(recipe))
     raw = _read_yaml(path)
     if not isinstance(raw, dict):
@@ -47,18 +52,27 @@ def load_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
     check_texts(raw)
     raw = _normalised(raw)
     _anchor_paths(raw, path.parent)
-    return recipe_from(raw, changes)
+    return raw, path.parent
+
+
+def changed(raw: dict[str, Any], changes: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """A recipe given as plain data with `changes` applied and shorthands spelt out; relative paths in it are looked
+    for in `folder` first, then in the working directory. Raises InputError."""
+    raw = _normalised(raw)
+    for key, value in changes.items():
+        _apply(raw, key, value)
+    raw = _normalised(raw)  # what was set may use shorthands too
+    for place in (folder, Path.cwd()):
+        if place is not None:
+            _anchor_paths(raw, place)
+    return raw
 
 
 def recipe_from(raw: dict[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
     """Validate a recipe given as plain data, after applying `changes`. Raises InputError."""
     check_texts(raw)
     check_texts(dict(changes or {}))
-    raw = _normalised(raw)
-    for key, value in (changes or {}).items():
-        _apply(raw, key, value)
-    raw = _normalised(raw)  # what was set may use shorthands too
-    _anchor_paths(raw, Path.cwd())
+    raw = changed(raw, changes or {})
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

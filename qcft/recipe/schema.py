@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from qcft.errors import InputError
+from qcft.recipe.ablation import Ablation
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import parse_freeze
-from qcft.recipe.parts import Count, Name, Number, Part, Source, Sources, named
+from qcft.recipe.parts import NAME, Count, Name, Number, Part, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
 
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Model(Part):
@@ -118,11 +118,26 @@ class Phase(Part):
         return [one for source in self.data for one in source.expanded()]
 
 
+class Measured(Part):
+    """Held-out rows that are measured under a phase's name and limits, whether or not the recipe has that phase."""
+
+    name: str
+    data: Sources
+    system: str | None = None
+    max_length: Annotated[Count, Field(ge=8)] = 1024
+    long_rows: Literal["drop", "cut"] = "drop"
+
+
 class HeldOut(Part):
-    """Rows set aside for measuring: the share of all rows, and at most `rows` scored of each language."""
+    """Rows set aside for measuring: the share of all rows, and at most `rows` scored of each language.
+
+    `of`: whose rows are measured, at most `rows` of each source, where that is not the recipe's own phases:
+    `qcft ablate` has every arm measure the rows of all.
+    """
 
     share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     rows: Annotated[Count, Field(ge=1)] = 48
+    of: list[Measured] = []
 
 
 class Answers(Part):
@@ -171,6 +186,7 @@ class Recipe(Part):
     evaluate: Evaluate = Evaluate()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
+    ablation: Ablation | None = None
 
     @field_validator("name")
     @classmethod

@@ -47,6 +47,18 @@ class Store:
             return "done"
         return "partial" if (self.folder(step) / "step.json").is_file() else "to do"
 
+    def is_claimed(self, step: str) -> bool:
+        """Whether a process works on the step now."""
+        from filelock import FileLock, Timeout
+
+        if not (self.steps / f".{step}.holder").exists():
+            return False
+        try:
+            with FileLock(str(self.steps / f".{step}.lock"), timeout=0):
+                return False
+        except (Timeout, OSError):
+            return True
+
     def record(self, step: str) -> dict[str, Any] | None:
         """The step's done.json, or None where it is not there or was altered; the files it lists are not looked at.
 

@@ -15,6 +15,8 @@ from qcft.data.mix import pack
 from qcft.errors import QcftError
 from qcft.recipe import Train
 
+FILLER = "(filler)"  # the source of a row that only evens out passes between processes: nothing of it is learned
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -53,11 +55,16 @@ class Batches:
 
 
 class Fed:
-    """Counts the items that a training is fed, pass by pass, and checks each pass against the layout."""
+    """Counts the items that a training is fed, pass by pass, and checks each pass against the layout.
 
-    def __init__(self, batches: Batches) -> None:
+    Of several processes that train together, each takes the `rank`th pass of every `world` and counts them all.
+    """
+
+    def __init__(self, batches: Batches, rank: int = 0, world: int = 1) -> None:
         self.batches = batches
         self.items = 0
+        self.rank = rank
+        self.world = world
 
     def take(self, step: int, answer_tokens: int) -> None:
         """One pass of optimizer step `step` (from 0) with so many tokens that bear loss.
@@ -67,14 +74,15 @@ class Fed:
         begin = step * self.batches.per_pass * self.batches.accumulation
         if self.items < begin:  # gone on from a checkpoint: what came before was counted, and checked, then
             self.items = begin
-        items = self.batches.items[self.items : self.items + self.batches.per_pass]
+        own = self.items + self.rank * self.batches.per_pass
+        items = self.batches.items[own : own + self.batches.per_pass]
         expected = sum(row.answer_tokens for item in items for row in item)
         if answer_tokens != expected:
             raise QcftError(
                 f"the training was fed {answer_tokens} answer tokens at step {step + 1}, where the mix has {expected}",
                 "please report this",
             )
-        self.items += len(items)
+        self.items = min(len(self.batches.items), self.items + self.world * self.batches.per_pass)
 
     def exposure(self, steps: int) -> list[dict[str, Any]]:
         """Rows, tokens and answer tokens by source, over all epochs, of the first `steps`, which were all trained."""
@@ -82,7 +90,8 @@ class Fed:
         if self.items < end:
             self.items = end  # every step had a checkpoint already: nothing was fed again
         found: dict[str, dict[str, Any]] = {}
-        for row in (row for item in self.batches.items[: min(self.items, end)] for row in item):
+        fed = (row for item in self.batches.items[: min(self.items, end)] for row in item if row.source != FILLER)
+        for row in fed:
             entry = found.setdefault(row.source, {"source": row.source, "rows": 0, "tokens": 0, "answer_tokens": 0})
             entry["rows"] += 1
             entry["tokens"] += len(row.input_ids)

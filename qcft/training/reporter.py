@@ -16,6 +16,7 @@ from qcft.files import write_text
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
 from qcft.training.checkpointing import only_above
+from qcft.training.ranks import any_stops, rank
 
 if TYPE_CHECKING:
     from qcft.training.probe import EnglishProbe
@@ -38,12 +39,12 @@ def reporter(
             self.begun, self.first = time.monotonic(), state.global_step
             if args.gradient_checkpointing:
                 only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer ask otherwise
-            if log.is_file():  # steps after the checkpoint are trained, and logged, again
+            if rank() == 0 and log.is_file():  # steps after the checkpoint are trained, and logged, again
                 lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
                 write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if watch.stop_code is not None:
+            if any_stops(watch.stop_code is not None):
                 control.should_save = True
                 control.should_training_stop = True
 
@@ -60,6 +61,8 @@ def reporter(
                     "look at these rows, or lower train.lr; checkpoints from before this step are kept, and the same "
                     "command goes on from the last of them, to the same end",
                 )
+            if rank():
+                return
             tokens = batches.tokens_until(step)
             rate = (tokens - batches.tokens_until(self.first)) / max(1e-9, time.monotonic() - self.begun)
             kind, peak = peak_memory()

@@ -12,6 +12,7 @@ from qcft.errors import InputError, nearest
 from qcft.models.load import compute_dtype, device
 from qcft.recipe import Train
 from qcft.training.batches import Batches
+from qcft.training.ranks import world
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -73,7 +74,7 @@ def sft_config(
         learning_rate=train.lr,
         num_train_epochs=1,  # all epochs are laid out one after the other, each in an order of its own
         per_device_train_batch_size=batches.per_pass,
-        gradient_accumulation_steps=batches.accumulation,
+        gradient_accumulation_steps=max(1, batches.accumulation // world()),  # of each process
         max_length=None,  # rows come cut to length
         padding_free=batches.packed or by_rows,
         dataset_kwargs={"skip_prepare_dataset": True},

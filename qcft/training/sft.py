@@ -20,6 +20,7 @@ from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
 from qcft.training.passes import Fit, Passes
 from qcft.training.probe import EnglishProbe, Probing, probe_callback
+from qcft.training.ranks import rank, shared_out, world
 from qcft.training.reporter import reporter
 from qcft.training.settings import sft_config
 
@@ -39,7 +40,8 @@ ROWS = "rows"  # the rows of what is run at once
 class Trained:
     """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
     through the model, as counted while they did, all epochs together; `pass_limit`, most tokens that were run at
-    once where memory set a limit; `recomputed`, whether activations were. `forgetting`: what the live probe found."""
+    once where memory set a limit; `recomputed`, whether activations were; `processes` that trained together.
+    `forgetting`: what the live probe found."""
 
     steps: int
     rows: int
@@ -48,6 +50,7 @@ class Trained:
     resumed_from: int
     pass_limit: int | None
     recomputed: bool
+    processes: int
     exposure: list[dict[str, Any]]
     forgetting: dict[str, Any] | None = None
 
@@ -88,9 +91,10 @@ def train_adapter(
     last = _last_whole(checkpoints, watch)
     padded = not (batches.packed or shortcuts.by_rows)
     passes = Passes(fit or Fit(None, train.gradient_checkpointing is True), padded, checkpoints, watch)
-    config = sft_config(train, checkpoints, batches, seed, passes.recompute, shortcuts.by_rows)
+    dealt = shared_out(batches, world())
+    config = sft_config(train, checkpoints, dealt, seed, passes.recompute, shortcuts.by_rows)
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
-        trainer = _make_trainer(model, tokenizer, batches, config, shortcuts, passes)
+        trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts, passes)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
@@ -118,7 +122,8 @@ def train_adapter(
             watch.stop_code,
         )
     steps = english.go_back(model) if english and stopped else trainer.state.global_step
-    save_trained(model, folder / "adapter")
+    if rank() == 0:
+        save_trained(model, folder / "adapter")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
     exposure = trainer.fed.exposure(steps)
     return Trained(
@@ -129,6 +134,7 @@ def train_adapter(
         resumed_from=int(last.name.split("-")[1]) if last else 0,
         pass_limit=passes.limit,
         recomputed=passes.recompute,
+        processes=world(),
         exposure=exposure,
         forgetting=english.summary() if english else None,
     )
@@ -164,7 +170,7 @@ def _make_trainer(
         """SFTTrainer whose batches know their rows and count them; its checkpoints hold the adapter, no pickled
         arguments, and a seal."""
 
-        fed = Fed(batches)
+        fed = Fed(batches, rank(), world())
 
         def _set_signature_columns_if_needed(self) -> None:
             super()._set_signature_columns_if_needed()
@@ -179,6 +185,8 @@ def _make_trainer(
                 return step(model, {**collate([_example(row) for row in rows]), ROWS: tuple(rows)}, *args, **kwargs)
 
             rows = [row for item in inputs[ITEM] for row in batches.items[item]]
+            if world() > 1:  # a process that divides its passes would wait for the others, and they for it
+                return run(rows)
             return passes.run(self.model, self.state.global_step, rows, shortcuts.below, run)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +226,9 @@ def _make_trainer(
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
+            self.accelerator.wait_for_everyone()  # each process writes the state of its generators
+            if rank():
+                return
             checkpoints = Path(self.args.output_dir)
             seal(checkpoints / f"checkpoint-{self.state.global_step}")
             for old in _newest_first(checkpoints)[KEPT:]:
@@ -284,5 +295,6 @@ def _last_whole(checkpoints: Path, watch: Watch) -> Path | None:
             return checkpoint
         if (checkpoint / SEAL).exists():
             watch.note(f"{checkpoint.name} is altered; the training goes on from the one before it", "warning")
-        shutil.rmtree(checkpoint)
+        if rank() == 0:
+            shutil.rmtree(checkpoint)
     return None

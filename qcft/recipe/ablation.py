@@ -1,0 +1,85 @@
+"""The `ablation` section: arms, each a set of changes to the recipe, over seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from qcft.recipe.parts import NAME, Count, Number, Part
+
+# A recipe key, and its values: a list of plain values, or values under names of their own. Under the key `set` each
+# name stands for a mapping of several keys and their values.
+Grid = dict[str, list[Any] | dict[str, Any]]
+
+
+class Arm(Part):
+    """One variant, or with `grid` several. `set` changes recipe keys as `--set` does, null included.
+
+    `mixed`: the last phase alone, trained on the data of all phases, without replay, for as many optimizer steps as all
+    phases take together without replay.
+    """
+
+    name: str = ""
+    set: dict[str, Any] = {}
+    grid: Grid = {}
+    mixed: bool = False
+
+
+class Ablation(Part):
+    """Arms x seeds (the recipe's own where none are given). `grid` crosses every arm with all its combinations.
+
+    `gpus` and `cpus` are what one step takes of a Ray cluster (`--on ray`); null: one GPU where the cluster has any.
+    """
+
+    seeds: Annotated[list[Annotated[Count, Field(ge=0)]], Field(min_length=1)] | None = None
+    arms: list[Arm] = []
+    grid: Grid = {}
+    gpus: Annotated[Number, Field(ge=0)] | None = None
+    cpus: Annotated[Number, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _arms_are_told_apart(self) -> Self:
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is given twice | give each once")
+        names = [name for name, *_ in self.variants()]
+        if not names:
+            raise ValueError("there are no arms | add arms: [{name: plain}], or a grid")
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"arms: {name!r} cannot name an arm | use letters, digits, '.', '_' and '-'")
+            if names.count(name) > 1:
+                raise ValueError(f"arms: two arms are named {name!r} | name one otherwise")
+        return self
+
+    def variants(self) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """Every arm's name, what it sets, and whether it is mixed; grids expanded, the last key fastest."""
+        arms = self.arms or ([Arm()] if self.grid else [])
+        for arm in arms:
+            axes = [_axis(key, values) for key, values in {**arm.grid, **self.grid, **arm.grid}.items()]
+            for chosen in product(*axes):
+                name = "-".join(filter(None, (arm.name, *(label for label, _ in chosen))))
+                settings = dict(arm.set)
+                for _, more in chosen:
+                    settings |= more
+                yield name, settings, arm.mixed
+
+
+def _axis(key: str, values: list[Any] | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A grid's key as labels and what they set; a plain value's label is the key's last word and the value."""
+    if isinstance(values, Mapping):
+        named = [(str(label), value if key == "set" else {key: value}) for label, value in values.items()]
+        if not all(isinstance(more, dict) for _, more in named):
+            raise ValueError("grid: a name under set stands for a mapping of keys | write {set: {NAME: {KEY: VALUE}}}")
+        return named
+    word = key.rsplit(".", 1)[-1]
+    labelled = []
+    for value in values:
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"grid: {key}: {value!r} is no plain value | name each value: {{{key}: {{NAME: VALUE}}}}")
+        text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        labelled.append((f"{word}-{re.sub('[^A-Za-z0-9._]+', '-', text)}", {key: value}))
+    return labelled

@@ -1,0 +1,186 @@
+"""An ablation on disk: `runs/NAME/ablation.json`, which arm with which seed is which named run.
+
+{"version": 1, "name": NAME, "created": ..., "recipe": the plain recipe with its ablation section,
+ "runs": [{"arm": "gr10", "seed": 0, "run": "NAME-gr10-s0", "set": {what the arm changes}, "mixed": false,
+           "error": null or {"message", "hint", "step"}}, ...],
+ "working": {RUN: {"pid", "host"}}}
+
+The file says what belongs together and what went wrong; whether a run is done is told by its steps alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qcft.errors import InputError, nearest
+from qcft.files import read_json, write_json
+from qcft.recipe import ArmRun, Recipe
+from qcft.store.runs import read_run
+from qcft.store.steps import Store
+
+INDEX = "ablation.json"
+State = Literal["done", "running", "failed", "to do"]
+
+
+@dataclass(frozen=True)
+class ArmState:
+    """One arm with one seed as it stands: its run, how many of the run's steps are done, what went wrong."""
+
+    arm: str
+    seed: int
+    run: str
+    set: Mapping[str, Any]
+    mixed: bool
+    state: State
+    done: int
+    steps: int
+    error: Mapping[str, Any] | None
+
+
+class Ablation:
+    """The index of one ablation, and what is noted in it while it runs."""
+
+    def __init__(self, runs: Path, name: str) -> None:
+        self.runs = runs
+        self.name = name
+        self.folder = runs / name
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The index as it is on disk. Raises InputError when there is none."""
+        document = read_json(self.folder / INDEX)
+        if not isinstance(document, dict) or not isinstance(document.get("runs"), list):
+            known = list_ablations(self.runs)
+            raise InputError(
+                f"there is no ablation {self.name!r} in {str(self.runs)!r}",
+                nearest(self.name, known)
+                + (f"there is {', '.join(known[:8])}" if known else "start one with `qcft ablate RECIPE`"),
+            )
+        return document
+
+    def states(self) -> list[ArmState]:
+        """Every arm and seed that was begun or is to do, in order."""
+        document = self.document
+        working = document.get("working", {})
+        return [
+            ArmState(
+                **{key: entry[key] for key in ("arm", "seed", "run", "set", "mixed", "error")},
+                **_progress(self.runs, entry, working.get(entry["run"])),
+            )
+            for entry in document["runs"]
+        ]
+
+    def begin(self, run: str) -> None:
+        """Note that this process works on a run."""
+        document = self.document
+        document["working"][run] = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._write(document | {"runs": [_with_error(e, run, None) for e in document["runs"]]})
+
+    def end(self, run: str, error: Mapping[str, Any] | None = None) -> None:
+        """Note that the work on a run ended, and what went wrong."""
+        document = self.document
+        document["working"].pop(run, None)
+        self._write(document | {"runs": [_with_error(e, run, error) for e in document["runs"]]})
+
+    def abandoned(self) -> list[str]:
+        """The runs that a process which is no more was working on."""
+        return [run for run, process in self.document["working"].items() if not _alive(process)]
+
+    def _write(self, document: dict[str, Any]) -> None:
+        write_json(self.folder / INDEX, document)
+
+
+def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapping[tuple[str, int], str]) -> Ablation:
+    """The ablation of a recipe, gone on with where its name's index is of the same plain recipe, else NAME-2 ...
+
+    `names` gives each arm's and seed's run. Those of the index that are not among `arms` stay in it.
+    """
+    recipe = plain.model_dump(mode="json")
+    number, name = 1, plain.name
+    while (runs / name / "run.json").exists() or not _goes_on(read_json(runs / name / INDEX), recipe):
+        number += 1
+        name = f"{plain.name}-{number}"
+    ablation = Ablation(runs, name)
+    before = read_json(ablation.folder / INDEX) or {"created": _now(), "runs": [], "working": {}}
+    entries = {(e["arm"], e["seed"]): e for e in before["runs"]}
+    for one in arms:
+        entry = entries.get((one.arm, one.seed), {"error": None})
+        entries[one.arm, one.seed] = entry | {
+            "arm": one.arm,
+            "seed": one.seed,
+            "run": names[one.arm, one.seed],
+            "set": dict(one.set),
+            "mixed": one.as_long_as is not None,
+        }
+    try:
+        ablation.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
+        ) from None
+    document = {"version": 1, "name": name, "created": before["created"], "recipe": recipe}
+    ablation._write({**document, "runs": list(entries.values()), "working": before["working"]})
+    return ablation
+
+
+def list_ablations(runs: Path) -> list[str]:
+    """The names of the ablations in a runs folder."""
+    return sorted(path.parent.name for path in runs.glob(f"*/{INDEX}"))
+
+
+def run_states(runs: Path) -> dict[str, State]:
+    """The state of every run that belongs to an ablation."""
+    return {one.run: one.state for name in list_ablations(runs) for one in Ablation(runs, name).states()}
+
+
+def _progress(runs: Path, entry: Mapping[str, Any], process: Mapping[str, Any] | None) -> dict[str, Any]:
+    store = Store(runs)
+    try:
+        steps: Iterable[str] = read_run(runs, entry["run"]).stages.values()
+    except InputError:  # removed since
+        steps = ()
+    done = [store.state(step) == "done" for step in steps]
+    state: State = "to do"
+    if process is not None and _alive(process):
+        state = "running"
+    elif entry["error"]:
+        state = "failed"
+    elif done and all(done):
+        state = "done"
+    return {"state": state, "done": sum(done), "steps": len(done)}
+
+
+def _alive(process: Mapping[str, Any]) -> bool:
+    """Whether a process lives; one of another host is taken to."""
+    if process["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(process["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _goes_on(document: Any, recipe: dict[str, Any]) -> bool:
+    """Whether there is no index yet, or one of the same recipe, whatever its arms and seeds."""
+    if not isinstance(document, dict):
+        return True
+    apart = {"ablation", "name"}
+    before = document.get("recipe", {})
+    return {k: v for k, v in before.items() if k not in apart} == {k: v for k, v in recipe.items() if k not in apart}
+
+
+def _with_error(entry: dict[str, Any], run: str, error: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**entry, "error": error} if entry["run"] == run else entry
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

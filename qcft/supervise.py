@@ -1,0 +1,79 @@
+"""A process for the arms of an ablation, begun again for those that remain when it crashes.
+
+A crash of the process (the system out of memory, a fault in a native library) cannot be caught in it. All arms share
+one process, as importing and preparing takes as long as a short arm; only a crash costs another.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import QcftError
+from qcft.events import Watch
+from qcft.store.ablations import Ablation, list_ablations
+
+ENDED = {0, 1, 2, 130, 143}  # what a process of ours ends with when it ends by itself
+
+
+def supervise(arguments: Sequence[str], runs: Path) -> int:
+    """Run `qcft ARGUMENTS --supervised ...` until no arm is left that did not crash it; its exit code.
+
+    Raises QcftError when it crashes outside of any arm.
+    """
+    crashed: list[str] = []
+    while True:
+        command = [sys.executable, "-m", "qcft", *arguments, "--supervised", ",".join(crashed)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
+            code = process.wait()
+        if code in ENDED:
+            return 1 if crashed and code == 0 else code
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        found = [
+            (ablation, run)
+            for ablation in (Ablation(runs, name) for name in list_ablations(runs))
+            for run, worker in ablation.document["working"].items()
+            if worker["pid"] == process.pid
+        ]
+        if not found:
+            raise QcftError(f"the process crashed ({how}) outside of any arm", "the system's log (dmesg) may say why")
+        for ablation, run in found:
+            hint = "out of memory? the system's log (dmesg) may say; the same command tries it again"
+            ablation.end(run, {"message": f"its process crashed ({how})", "hint": hint, "step": None, "title": None})
+            sys.stderr.write(f"\033[?25h{run}: its process crashed ({how}); going on with the other arms\n")
+            crashed.append(run)
+
+
+@contextmanager
+def stop_with_parent(watch: Watch, supervised: bool) -> Iterator[None]:
+    """Ask the work to stop when the supervising process is no more: its end of standard input closes then."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # unbuffered: a thread that holds sys.stdin's lock would trouble the interpreter's end
+            pass
+        watch.ask_to_stop(143)
+
+    if supervised:
+        threading.Thread(target=wait, daemon=True).start()
+    yield
+
+
+@contextmanager
+def _passing_signals_on(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Ctrl-C reaches the process by itself, as it is of the same group; SIGTERM is passed on."""
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

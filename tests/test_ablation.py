@@ -1,0 +1,380 @@
+"""Ablations: arms expanded and checked as a whole, shared steps run once, failures that leave the others going."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+import qcft
+from qcft.events import ArmChanged, StepBegun, Watch
+from qcft.files import read_json
+from qcft.models.meta import model_without_weights
+from qcft.pipeline.ablate import prepare_arms
+from qcft.pipeline.prepare import Prepared
+from qcft.recipe import expand_ablation, recipe_from
+from qcft.store.ablations import Ablation, run_states
+
+ARMS = [
+    {"name": "plain", "set": {"phase2.replay": None, "phase2.freeze": "none"}},
+    {"name": "er", "set": {"phase2.freeze": "none"}, "grid": {"phase2.replay.ratio": [0.1, 0.2]}},
+    {"name": "lf", "set": {"phase2.replay": None, "phase2.freeze": "random:0.5"}},
+    {"name": "mixed", "mixed": True, "set": {"phase2.freeze": "none"}},
+]
+
+
+@pytest.fixture
+def raw(raw_recipe):
+    return {**raw_recipe, "ablation": {"arms": ARMS, "seeds": [0, 1]}}
+
+
+@pytest.fixture
+def recipe_file(raw, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def ablate(path, runs, **options):
+    events = []
+    done = qcft.ablate(path, runs=runs, listener=events.append, **options)
+    return done, events
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A place for one finished ablation that several tests look at."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def done(finished, raw):
+    path = finished / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return ablate(path, finished / "runs", seeds=[0])
+
+
+def states(ablation):
+    return {state.run: state.state for state in ablation.states()}
+
+
+# --- arms
+
+
+def test_grids_are_crossed_and_every_value_is_in_the_arms_name(raw):
+    raw["ablation"] = {
+        "seeds": [3],
+        "arms": [{"name": "a", "grid": {"phase2.replay.ratio": [0.1, 0.2]}}, {"name": "b"}],
+        "grid": {"phase2.freeze": {"all": "none", "low": "first:1"}, "lora.rslora": [True]},
+    }
+    _, arms = expand_ablation(raw)
+    assert [one.arm for one in arms] == [
+        "a-ratio-0.1-all-rslora-true", "a-ratio-0.1-low-rslora-true",
+        "a-ratio-0.2-all-rslora-true", "a-ratio-0.2-low-rslora-true",
+        "b-all-rslora-true", "b-low-rslora-true",
+    ]  # fmt: skip
+    low = arms[3].recipe
+    assert (low.phase("phase2").freeze, low.phase("phase2").replay.ratio, low.lora.rslora) == ("first:1", 0.2, True)
+    assert low.name == "tiny-a-ratio-0.2-low-rslora-true-s3"
+    assert low.seed == 3
+    assert low.ablation is None
+
+
+def test_without_seeds_the_recipes_own_is_taken_and_what_is_set_comes_before_the_arms(raw):
+    del raw["ablation"]["seeds"]
+    _, arms = expand_ablation(raw, {"seed": 7, "phase2.freeze": "last:1", "phase2.train.lr": 1e-3})
+    assert {one.seed for one in arms} == {7}
+    by_name = {one.arm: one.recipe.phase("phase2") for one in arms}
+    assert by_name["plain"].freeze == "none"
+    assert {phase.train.lr for phase in by_name.values()} == {1e-3}
+
+
+def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_path):
+    shutil.copytree(color_data, tmp_path / "there" / "data")
+    raw["ablation"] = {"arms": [{"name": "other", "set": {"phase2.data": [{"path": "data/es.jsonl", "lang": "es"}]}}]}
+    path = tmp_path / "there" / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    from qcft.recipe import load_ablation
+
+    _, (arm,) = load_ablation(path)
+    assert arm.recipe.phase("phase2").data[0].path == str(tmp_path / "there" / "data" / "es.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("ablation", "says"),
+    [
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, "two arms are named 'a'"),
+        ({"arms": []}, "there are no arms"),
+        ({"arms": [{"name": "a/b"}]}, "'a/b' cannot name an arm"),
+        ({"arms": [{"name": "a"}], "seeds": [0, 0]}, "one is given twice"),
+        ({"arms": [{"name": "a"}], "seeds": [-1]}, "ablation.seeds.0"),
+        ({"arms": [{"name": "a", "sett": {}}]}, "unknown key 'ablation.arms.0.sett'"),
+        ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "no plain value"),
+        ({"grid": {"set": {"x": 1}}}, "stands for a mapping of keys"),
+        ({"arms": [{"name": "a"}, {"name": "b", "set": {"phase2.train.lr": "fast"}}]}, "arm 'b': phase2.train.lr"),
+        ({"arms": [{"name": "b", "set": {"phase3.freeze": "none"}}]}, "arm 'b': phase3.freeze"),
+        ({"arms": [{"name": "b", "set": {"phase2.data": "nowhere.jsonl"}}]}, "arm 'b': data: there is no file"),
+        ({"arms": [{"name": "b", "set": {"phase2.freeze": "first:9"}}]}, "arm 'b': freeze: 'first:9'"),
+        ({"arms": [{"name": "b", "mixed": True, "set": {"phase1.lr": 1}}]}, "arm 'b': unknown key 'phase1.lr'"),
+    ],
+)
+def test_a_mistake_in_an_arm_is_found_before_anything_is_written(qcft, raw, tmp_path, ablation, says):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**raw, "ablation": ablation}))
+    code, out, err = qcft("ablate", path, "--in-process")
+    assert code == 2
+    assert says in err.splitlines()[-2], err
+    assert err.splitlines()[-1].startswith("hint: ")
+    assert out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_arm_or_seed_that_is_not_there(qcft, recipe_file):
+    for flags, says in (
+        (["--arms", "plane"], "there is no arm 'plane'"),
+        (["--seeds", "5"], "there is no seed 5"),
+        (["--seeds", "x"], "'x' is not a whole number"),
+    ):
+        code, _, err = qcft("ablate", recipe_file, *flags)
+        assert code == 2
+        assert says in err
+    assert "did you mean 'plain'" in qcft("ablate", recipe_file, "--arms", "plane")[2]
+
+
+def test_a_recipe_without_arms_says_so(qcft, raw_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe))
+    code, _, err = qcft("ablate", path)
+    assert code == 2
+    assert "has no ablation" in err
+
+
+# --- fairness
+
+
+def test_every_arm_measures_the_same_rows_and_trains_none_of_them(raw):
+    found = prepare_arms(expand_ablation(raw)[1], Watch())
+    groups = {tuple((g.name, g.rows) for g in one.prepared.groups) for one in found}
+    assert len(groups) == 1
+    ((english, spanish, portuguese),) = groups
+    assert [name for name, _ in (english, spanish, portuguese)] == ["phase1 en", "phase2 es", "phase2 pt"]
+    held = {row.key for _, rows in (english, spanish, portuguese) for row in rows}
+    for one in found:
+        assert not held & {row.key for sets in one.prepared.rows.values() for rows in sets for row in rows}
+    # The same number of new rows in each arm, and of all rows in the mixed one.
+    counts = {one.arm.arm: sum(map(len, one.prepared.rows["phase2"])) for one in found}
+    assert counts == {"plain": 24, "er-ratio-0.1": 24, "er-ratio-0.2": 24, "lf": 24, "mixed": 48}
+
+
+def test_arms_on_different_data_measure_the_rows_of_all(raw, color_data):
+    raw["ablation"] = {
+        "arms": [
+            {"name": "es", "set": {"phase2.data": [{"path": str(color_data / "es.jsonl"), "lang": "es", "take": 12}]}},
+            {"name": "pt", "set": {"phase2.data": [{"path": str(color_data / "pt.jsonl"), "lang": "pt", "take": 12}]}},
+        ]
+    }
+    raw["phases"][1]["replay"] = None
+    found = prepare_arms(expand_ablation(raw)[1], Watch())
+    for one in found:
+        assert [g.name for g in one.prepared.groups] == ["phase1 en", "phase2 es", "phase2 pt"]
+    probes = [{s.id for s in one.prepared.plan.steps if s.stage.startswith("eval/base")} for one in found]
+    assert probes[0] == probes[1]
+
+
+def test_the_run_of_an_arm_is_the_same_run_when_its_recipe_is_run(raw):
+    """The recipe that an arm's run keeps gives the same steps: what `qcft merge` and others go by."""
+    for one in prepare_arms(expand_ablation(raw)[1], Watch()):
+        again = Prepared(recipe_from(one.arm.recipe.model_dump(mode="json")), Watch())
+        assert again.plan.stages() == one.prepared.plan.stages()
+
+
+def test_the_mixed_arm_has_the_steps_of_both_phases(done):
+    ablation, _ = done
+    metrics = {
+        state.arm: [read_json(ablation.runs / state.run / p / "done.json") for p in ("phase1", "phase2")]
+        for state in ablation.states()
+        if state.seed == 0
+    }
+    plain = sum(record["metrics"]["steps"] for record in metrics["plain"])
+    assert metrics["mixed"][0] is None
+    assert metrics["mixed"][1]["metrics"]["steps"] == plain == 18
+
+
+def test_what_arms_share_is_read_once(raw, monkeypatch):
+    from qcft.pipeline import prepare
+
+    read = []
+    load = prepare.load_source
+    monkeypatch.setattr(prepare, "load_source", lambda source, *rest: read.append(source) or load(source, *rest))
+    prepare_arms(expand_ablation(raw)[1], Watch())
+    assert len(read) == len({source.path for source in read}) == 3
+    assert model_without_weights.__doc__
+
+
+# --- running
+
+
+def test_shared_steps_run_once_and_a_second_ablation_does_nothing(done, finished):
+    ablation, _ = done
+    again, events = ablate(finished / "recipe.yaml", finished / "runs", seeds=[0])
+    assert {e.state for e in events if isinstance(e, StepBegun)} == {"reused"}
+    assert set(states(again).values()) == {"done"}
+    assert [e.state for e in events if isinstance(e, ArmChanged)][-1] == "done"
+    runs = [read_json(ablation.runs / name / "run.json")["stages"] for name in states(ablation)]
+    steps = {step for stages in runs for step in stages.values()}
+    assert len([p for p in (ablation.runs / ".steps").iterdir() if p.is_dir() and "prefix" not in p.name]) == len(steps)
+    assert len(steps) == 19
+    assert sum(map(len, runs)) == 42
+
+
+def test_what_is_left_on_disk(done):
+    ablation, _ = done
+    document = json.loads((ablation.folder / "ablation.json").read_text())
+    assert (document["version"], document["name"], document["working"]) == (1, "tiny", {})
+    assert recipe_from(document["recipe"]).ablation is not None
+    assert document["runs"][1] == {
+        "arm": "er-ratio-0.1",
+        "seed": 0,
+        "run": "tiny-er-ratio-0.1-s0",
+        "set": {"phase2.freeze": "none", "phase2.replay.ratio": 0.1},
+        "mixed": False,
+        "error": None,
+    }
+    assert (ablation.runs / "tiny-er-ratio-0.1-s0" / "report" / "report.md").is_file()
+
+
+def test_the_table_of_arms(qcft, done, finished):
+    code, out, err = qcft("ablate", finished / "recipe.yaml", "--runs", finished / "runs", "--seeds", "0", "--json",
+                          "--in-process")  # fmt: skip
+    assert code == 0, err
+    outcome = json.loads(out)
+    arms = {arm["arm"]: arm for arm in outcome["arms"]}
+    assert list(arms) == ["plain", "er-ratio-0.1", "er-ratio-0.2", "lf", "mixed"]
+    table = json.loads(qcft("show", "tiny-lf-s0", "--runs", finished / "runs", "--json")[1])
+    change = next(c for c in table["changes"] if c["from"] == "eval/base")["groups"]
+    assert arms["lf"]["english"]["mean"] == change["phase1 en"]["value"]
+    assert arms["lf"]["others"]["mean"] == pytest.approx(
+        (change["phase2 es"]["value"] + change["phase2 pt"]["value"]) / 2
+    )
+    assert arms["lf"]["steps"]["mean"] == arms["mixed"]["steps"]["mean"] == 18
+    code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", finished / "runs", "--seeds", "0", "--in-process")
+    assert out.splitlines()[0].split()[:3] == ["arm", "seeds", "done"]
+
+
+def test_the_plan_of_an_ablation(qcft, done, finished):
+    """Seed 1 is to do: what it will take goes by seed 0."""
+    code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", finished / "runs", "--dry-run", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    todo = [step for step in plan["steps"] if step["state"] == "to do"]
+    assert plan["total"]["steps"] == len(plan["steps"]) == 36  # 19, and again all but the base's two measurements
+    assert plan["total"]["done"] == 19
+    assert len(todo) == 17
+    assert all(step["seconds"] > 0 for step in todo)
+    assert plan["total"]["seconds"] == pytest.approx(sum(step["seconds"] for step in todo))
+    assert plan["total"]["unknown"] == 0
+    base = next(step for step in plan["steps"] if step["title"] == "measure base, NF4")
+    assert len(base["runs"]) == 10
+    assert not (finished / "runs" / "tiny-plain-s1").exists()
+    code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", "nowhere", "--dry-run")
+    assert "24 steps unknown" in out, "without any done step, only trainings are reckoned"
+
+
+def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp_path):
+    """An lr at which the loss is not finite; an arm that rests on the same step is not tried in vain."""
+    raw["ablation"] = {
+        "arms": [
+            {"name": "wild", "set": {"phase2.train.lr": 1e30, "phase2.replay": None}},
+            {"name": "same", "set": {"phase2.train.lr": 1e30, "phase2.replay": None, "phase2.train.report_to": []}},
+            ARMS[0],
+        ]
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    code, _, err = qcft("ablate", path, "--in-process")
+    assert code == 1
+    assert "tiny-wild-s0 failed: train phase2: the loss is" in err
+    assert "tiny-same-s0 failed: train phase2: it rests on train-" in err
+    ablation = Ablation(tmp_path / "runs", "tiny")
+    assert states(ablation) == {"tiny-wild-s0": "failed", "tiny-same-s0": "failed", "tiny-plain-s0": "done"}
+    listed = {row["run"]: row["state"] for row in json.loads(qcft("ls", "--json")[1])}
+    assert listed == states(ablation)
+    # Mended, the arm is run; what was done is not done again.
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / ".steps").glob("*/done.json")}
+    raw["ablation"]["arms"][0]["set"]["phase2.train.lr"] = 1e-3
+    path.write_text(yaml.safe_dump(raw))
+    code, _, err = qcft("ablate", path, "--in-process", "--arms", "wild,plain")
+    assert code == 0, err
+    assert states(ablation) == {"tiny-wild-s0-2": "done", "tiny-same-s0": "failed", "tiny-plain-s0": "done"}
+    assert all(p.stat().st_mtime_ns == then for p, then in before.items())
+
+
+def test_other_settings_are_another_ablation_and_other_arms_the_same(done, finished):
+    other, _ = ablate(finished / "recipe.yaml", finished / "runs", set={"lora.r": 2}, arms=["mixed"], seeds=[0])
+    assert other.name == "tiny-2"
+    assert [state.run for state in other.states()] == ["tiny-mixed-s0-2"]
+    assert run_states(finished / "runs")["tiny-mixed-s0"] == "done"
+    again, _ = ablate(finished / "recipe.yaml", finished / "runs", arms=["lf"], seeds=[0])
+    assert again.name == "tiny"
+    assert len(again.states()) == 5
+
+
+def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
+    code, out, err = qcft("run", recipe_file, "--dry-run")
+    assert code == 0
+    assert "its arms are run by `qcft ablate`" in err
+    assert "train phase2" in out
+
+
+# --- the recipes that ship
+
+ARMS_OF = {"quick-ablation-cpu": 6, "ablation-8gb": 27, "paper-mistral-7b": 58, "paper-llama3-8b": 58}
+
+
+@pytest.mark.parametrize("name", ARMS_OF)
+def test_a_recipe_that_ships_expands(name):
+    """Every arm is a whole recipe; hub ids are not asked for."""
+    from qcft.recipe import load_ablation
+
+    plain, arms = load_ablation(name)
+    assert len(arms) == ARMS_OF[name]
+    assert all(one.recipe.ablation is None for one in arms)
+    assert all(one.recipe.name == f"{name}-{one.arm}-s{one.seed}" for one in arms)
+    assert {m.name for m in arms[0].recipe.heldout.of} == {phase.name for phase in plain.phases}
+    assert len({json.dumps([m.model_dump() for m in one.recipe.heldout.of]) for one in arms}) == 1
+
+
+def test_the_papers_grid():
+    from qcft.recipe import load_ablation
+
+    _, arms = load_ablation("paper-mistral-7b")
+    by_name = {one.arm: one.recipe for one in arms}
+    for start in ("alpaca", "orca", "instruct"):
+        for data in ("multialpaca", "mopenorca"):
+            for arm in ("none", "gr5", "gr10", "er5", "er10", "lf-h1", "lf-h2", "spectrum", "lora"):
+                recipe = by_name[f"{arm}-{start}-{data}"]
+                assert len(recipe.phases) == (1 if start == "instruct" else 2)
+                assert data in recipe.phases[-1].data[0].path
+            assert (f"mixed-{start}-{data}" in by_name) == (start != "instruct")
+    assert by_name["gr5-orca-mopenorca"].phases[0].data[0].path == "Open-Orca/SlimOrca"
+    assert by_name["lf-h2-instruct-multialpaca"].model.base == "mistralai/Mistral-7B-v0.1"
+    assert [s.path for s in by_name["mixed-orca-multialpaca"].phases[0].sources()][:2] == [
+        "Open-Orca/SlimOrca",
+        "data/multialpaca/fr.jsonl",
+    ]
+
+
+def test_the_quick_ablation_is_checked_whole(tiny_model):
+    """As it ships, down to its rows as tokens; only the model and what depends on its depth are others."""
+    from qcft.recipe import load_ablation
+
+    smaller = {"model.name": str(tiny_model), "phase1.train.max_length": 1024, "phase2.train.max_length": 1024}
+    _, arms = load_ablation("quick-ablation-cpu", smaller)
+    found = {one.arm.arm: one for one in prepare_arms(arms, Watch())}
+    for name, one in found.items():
+        if name != "first20":
+            one.prepared.check()
+    groups = {group.name: len(group.rows) for group in found["none"].prepared.groups}
+    assert list(groups) == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr"]
+    assert min(groups.values()) >= 16
+    assert found["mixed"].arm.recipe.phases[0].train.steps >= 25 + 34  # rows by 4, and packs that are not full

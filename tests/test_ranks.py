@@ -1,0 +1,96 @@
+"""Several processes that train one phase: the same steps on the same rows, and nearly the same adapter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import qcft
+from qcft.data.encode import IGNORED, EncodedRow
+from qcft.files import read_json
+from qcft.training.batches import FILLER, Batches, Fed
+from qcft.training.ranks import shared_out
+
+ROOT = Path(__file__).parents[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.integers(2, 5), st.lists(st.integers(2, 9), min_size=1)
+)
+def test_passes_are_dealt_out_so_that_every_step_keeps_its_rows(count, per_pass, accumulation, processes, lengths):
+    items = [[EncodedRow([i] * lengths[i % len(lengths)], [IGNORED, i + 1], "data")] for i in range(count)]
+    batches = Batches(items, per_pass, accumulation, packed=per_pass == 1)
+    dealt = shared_out(batches, processes)
+    assert dealt.steps == batches.steps
+    size, dealt_size = per_pass * accumulation, per_pass * dealt.accumulation
+    assert dealt.accumulation % processes == 0
+    assert len(dealt.items) % (per_pass * processes) == 0
+    for step in range(batches.steps):
+        real = [item for item in dealt.items[step * dealt_size : (step + 1) * dealt_size] if item[0].source != FILLER]
+        assert real == items[step * size : (step + 1) * size]
+    assert all(row.answer_tokens == 0 for item in dealt.items for row in item if row.source == FILLER)
+    # Every rank's passes together are all passes, once each, and what is counted is the rows of one process.
+    fed = [Fed(dealt, rank, processes) for rank in range(processes)]
+    taken = []
+    for step in range(dealt.steps):
+        passes = len(dealt.items[step * dealt_size : (step + 1) * dealt_size]) // (per_pass * processes)
+        for _ in range(passes):
+            for rank, one in enumerate(fed):
+                first = one.items if one.items >= step * dealt_size else step * dealt_size
+                own = dealt.items[first + rank * per_pass :][:per_pass]
+                one.take(step, sum(row.answer_tokens for item in own for row in item))
+                taken += own
+    assert sorted(map(id, taken)) == sorted(map(id, dealt.items))
+    (exposure,) = fed[0].exposure(dealt.steps)
+    assert exposure["rows"] == count
+
+
+def launch(recipe: Path, runs: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               "-m", "qcft", "run", str(recipe), "--runs", str(runs)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_two_processes_train_what_one_does(raw_recipe, tmp_path, packing):
+    """Both start from weights drawn with one seed; sums of gradients differ in their order only."""
+    phase = {**raw_recipe["phases"][1], "replay": None}
+    phase["train"] = {**phase["train"], "batch": 6, "packing": packing, "lr": 1e-3, "epochs": 1.3}
+    raw = {**raw_recipe, "phases": [phase], "answers": {"prompts": 0}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    one = qcft.run(path, runs=tmp_path / "one")
+    done = launch(path, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("train phase2") == 1, "rank 1 is silent"
+    two = tmp_path / "two" / "tiny" / "phase2"
+    alone, together = one.stages["phase2"].metrics, read_json(two / "done.json")["metrics"]
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    for key in ("steps", "rows", "tokens", "exposure"):
+        assert together[key] == alone[key], key
+    assert together["loss"] == pytest.approx(alone["loss"], abs=0.02)
+    a, b = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (one.stages["phase2"].folder, two))
+    assert a.keys() == b.keys()
+    moved = torch.cat([w.flatten() for name, w in a.items() if "lora_B" in name])  # from zero
+    apart = torch.cat([(b[name] - a[name]).flatten() for name in a if "lora_B" in name])
+    assert apart.norm() < 0.1 * moved.norm()
+
+
+def test_what_accelerate_configures_beyond_data_parallel_is_refused(raw_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe))
+    with pytest.raises(qcft.InputError, match="configured for FSDP"):
+        qcft.run(path, runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
