@@ -90,7 +90,8 @@ def parse_assignments(texts: list[str]) -> dict[str, Any]:
             changes[key.strip()] = yaml.safe_load(value)
         except UNREADABLE as error:
             raise InputError(
-                f"--set {_shown(text)}: the value cannot be read: {_one_line(error)}", "quote it"
+                f"--set {_shown(text)}: the value cannot be read: {_one_line(error)}",
+                "close what is open, and quote it for the shell: --set 'KEY=[a, b]'",
             ) from None
     return changes
 
