@@ -23,8 +23,7 @@ from qcft.files import file_digest, read_json, seal, write_json
 from qcft.models import embedded
 from qcft.models.embedded import Embedded, fetch_embedded
 from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Model, load_recipe, recipe_from
-from qcft.report.markdown import write_report
+from qcft.recipe import Model, recipe_from
 
 from .conftest import write_rows
 from .test_training import train
@@ -159,8 +158,8 @@ def test_model_output_stays_text_in_the_report(raw_recipe, tmp_path):
     folder = done.stages["eval/phase1"].folder
     answers = read_json(folder / "answers.json")
     write_json(folder / "answers.json", [a | {"text": "<script>alert(2)</script> [x](javascript:1)"} for a in answers])
-    steps = {s.name: s.folder for s in done.stages.values()}
-    page = write_report(done.folder / "report", load_recipe(done.folder / "recipe.yaml"), done.table, steps).read_text()
+    api.report([done.name], done.folder.parent, Watch(), tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
     shown = page.split("```yaml")[0]  # the recipe is in a block of code
     assert "alert(2)" in shown
     assert not re.search(r"(?<!\\)<script", shown)

@@ -30,7 +30,7 @@ def costs_of(run: Run) -> list[Cost]:
     found = {}
     for stage in run.stages.values():
         memory, peak = _peak(stage.metrics)
-        tokens, disk = _tokens(stage.metrics), disk_bytes(stage.folder)
+        tokens, disk = _tokens(stage), disk_bytes(stage.folder)
         found[stage.step] = Cost(stage, stage.seconds, tokens, memory, peak, disk)
     return list(found.values())
 
@@ -112,10 +112,13 @@ def _record(cost: Cost) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tokens(metrics: Mapping[str, Any]) -> int | None:
-    if "exposure" in metrics:
-        return int(metrics["tokens"])
-    made = [part["generation"]["tokens"] for part in metrics.get("parts", ()) if part.get("generation")]
+def _tokens(stage: Stage) -> int | None:
+    """The tokens a step trained on or answered with."""
+    if "exposure" in stage.metrics:
+        return int(stage.metrics["tokens"])
+    if not stage.step.startswith("replay-"):
+        return None
+    made = [part["generation"]["tokens"] for part in stage.metrics["parts"] if part.get("generation")]
     return sum(made) if made else None
 
 
