@@ -169,7 +169,7 @@ def test_an_adapter_that_goes_on_has_no_prefix_cache_and_says_why(chain, tmp_pat
     assert any("an adapter that goes on" in e.text for e in told if isinstance(e, Note))
 
 
-def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, tmp_path):
+def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, shared_runs):
     with pytest.raises(qcft.QcftError, match="KL") as error:
         api.run(chain("merged", **{"merge.max_kl": 1e-9}), runs=shared_runs)
     assert "stacked" in error.value.hint

@@ -156,6 +156,7 @@ def test_run_then_show_ls_and_phase2(qcft, recipe_file, tmp_path):
         "model": "",
         "phases": "phase1, phase2",
         "steps done": "10 of 10",
+        "state": "done",
     }
     # The latest run with a phase 1, its own data, another ratio: a new run that shares what it can.
     code, out, err = qcft("phase2", "--replay", "0.1", "--freeze", "last:1", "--json")

@@ -84,7 +84,7 @@ def test_passes_that_do_not_fit_are_halved_until_they_do(tiny_model, tmp_path, p
     most = max(whole_card.seen)
     trained, card = train(tiny_model, tmp_path / "small", settings, watch, tokens=most // 3)
     assert max(card.seen) <= most // 3
-    assert card.fell == len(notes) > 1
+    assert card.fell == len(notes) >= 1
     assert "memory ran out at step 1" in notes[0]
     assert trained.pass_limit <= most // 3
     assert plain.pass_limit is None
@@ -117,7 +117,7 @@ def test_going_on_begins_with_what_was_found_to_fit(tiny_model, tmp_path, whole)
         train(tiny_model, tmp_path, watch=watch, tokens=60)
     kept = json.loads((tmp_path / "checkpoints" / FILE).read_text())
     trained, card = train(tiny_model, tmp_path, tokens=60)
-    assert trained.resumed_from == 2
+    assert 0 < trained.resumed_from < trained.steps
     assert card.seen[0] <= kept["limit"]
     assert trained.pass_limit <= kept["limit"] < 120
     assert close(tmp_path, whole)

@@ -361,7 +361,7 @@ def test_mean_nll_of_the_table_is_over_answer_tokens(recipe_file, shared_runs):
 
 
 def test_public_names():
-    assert qcft.__all__ == ["InputError", "Interrupted", "QcftError", "Run", "Stage", "run"]
+    assert qcft.__all__ == ["InputError", "Interrupted", "QcftError", "Run", "Stage", "ablate", "run"]
     assert all(getattr(qcft, name) for name in qcft.__all__)
     with pytest.raises(AttributeError):
         _ = qcft.nothing

@@ -384,7 +384,8 @@ def evaluated(evidence, ea, ma, limit=10):
     change = {"value": ea - 0.5, "low": -0.2, "high": 0.1, "items": 10, "clear": False}
     changes = [{"from": "base", "from_name": "base", "to": "phase2", "to_name": "phase2",
                 "tasks": {"hellaswag": change}, "EA": change}]  # fmt: skip
-    table = {"settings": {"lm_eval": "0.4.13"}, "tasks": tasks, "changes": changes,
+    continual = {"backward_transfer": -0.02, "forgetting": 0.02}
+    table = {"settings": {"lm_eval": "0.4.13"}, "tasks": tasks, "changes": changes, "continual": continual,
              "stages": [stage("base", 0.5, 0.1), stage("phase2", ea, ma)]}  # fmt: skip
     language = {"right": 0.75, "told": 4, "rows": 4, "mean_tokens": 5.0, "unfinished": 0.0}
     cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}}
