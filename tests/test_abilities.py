@@ -158,7 +158,8 @@ def test_a_groups_limit_is_shared_out_and_its_score_is_over_all_items(recipe_fil
     for split in ("test", "dev"):
         write_rows(tmp_path / "mmlu" / f"{split}.jsonl", [row for one in subjects for row in mmlu_rows(one, 3)])
     changes = {"tasks": ["mmlu"], "local": {"mmlu": str(tmp_path / "mmlu")}, "limit": 100, "stages": ["base-16bit"]}
-    found = api.run(recipe_file, set={f"evaluate.{key}": value for key, value in changes.items()}, runs=shared_runs)
+    runs = shutil.copytree(shared_runs, tmp_path / "runs", symlinks=True)
+    found = api.run(recipe_file, set={f"evaluate.{key}": value for key, value in changes.items()}, runs=runs)
     metrics = found.stages["abilities/base-16bit/mmlu"].metrics
     assert len(metrics["parts"]) == len(subjects) == 57
     assert metrics["items"] == 2 * 57  # 100 over 57 tasks, rounded up
