@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -307,6 +309,18 @@ def test_what_takes_next_to_no_time_is_no_unknown(capsys):
         total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
         live.print_plan({"runs": [], "total": total})
         assert says in capsys.readouterr().out
+
+
+def test_processes_that_note_arms_of_one_ablation_at_once_lose_nothing(done, tmp_path):
+    """Each note is a change of one file."""
+    (tmp_path / "tiny").mkdir()
+    shutil.copy(done[0].folder / "ablation.json", tmp_path / "tiny")
+    code = "from pathlib import Path; from qcft.store.ablations import Ablation"
+    code += f"; a = Ablation(Path({str(tmp_path)!r}), 'tiny')"
+    notes = [f"{code}\nfor i in range(60): a.begin('{who}' + str(i))" for who in "xy"]
+    processes = [subprocess.Popen([sys.executable, "-c", note]) for note in notes]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(read_json(tmp_path / "tiny" / "ablation.json")["working"]) == 120
 
 
 def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp_path):
