@@ -230,11 +230,6 @@ class Prepared:
         if any(parse_freeze(phase.freeze).measure == "change" for phase in self.recipe.phases[1:]):
             check_factors(adapter)
         check_biases(adapter, weights)
-        said = str((read_json(folder / CONFIG) or {}).get("base_model_name_or_path") or "")
-        if said and _last(said) not in {_last(self.recipe.model.name), _last(str(self.described))}:
-            self.watch.note(
-                f"the adapter {str(folder)!r} says it is of {said!r}, not {self.recipe.model.name!r}", "warning"
-            )
         for name, change in adapter.changes.items():
             if name not in weights:
                 raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
@@ -242,6 +237,11 @@ class Prepared:
                 check_shape(name, change, weights[name], adapter.transposed)
             except QcftError as error:
                 raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
+        said = str((read_json(folder / CONFIG) or {}).get("base_model_name_or_path") or "")
+        if said and _last(said) not in {_last(self.recipe.model.name), _last(str(self.described))}:
+            self.watch.note(
+                f"the adapter {str(folder)!r} says it is of {said!r}, not {self.recipe.model.name!r}", "warning"
+            )
 
     def _tokenising(self, name: str, total: int, done: int) -> None:
         if done % 500 == 0:
