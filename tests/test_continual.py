@@ -82,7 +82,7 @@ def test_an_average_weights_tasks_not_items(tasks):
     found = paired_change(before, after, [1 / len(tasks)] * len(tasks))
     wanted = np.mean([np.mean(b) - np.mean(a) for a, b in zip(before, after, strict=True)])
     assert found.value == pytest.approx(wanted, abs=1e-9)
-    assert found.low - 1e-9 <= found.high
+    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
     turned = paired_change(after, before, [1 / len(tasks)] * len(tasks))
     assert turned.value == pytest.approx(-found.value)
     assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low), abs=1e-9)

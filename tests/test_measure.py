@@ -91,7 +91,7 @@ def test_a_difference_is_that_of_the_means_and_lies_in_its_interval(rows):
     b = [RowScore(y * n, n, 0) for _, y, n in rows]
     found = difference(a, b)
     assert found.value == pytest.approx(mean_nll(b) - mean_nll(a), abs=1e-9)
-    assert found.low - 1e-9 <= found.high
+    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
     assert difference(b, a).value == pytest.approx(-found.value)
     assert found.rows == len(rows)
 
