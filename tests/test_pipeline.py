@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import qcft
 from qcft import api
 from qcft.data.encode import Encoder
 from qcft.data.load import load_source
-from qcft.events import Mixed, Progress, StepBegun, Watch
-from qcft.files import read_json
+from qcft.events import Mixed, Note, Progress, StepBegun, Watch
+from qcft.files import read_json, write_json
 from qcft.measure.stats import mean_nll
 from qcft.models.adapters import load_adapter
 from qcft.models.load import evaluating, load_model, load_tokenizer
@@ -290,6 +291,15 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
     with pytest.raises(qcft.InputError, match="the weight"):
         api.run(recipe_from(raw), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+    # One that fits the shapes may be of the same model under another name: it is told.
+    copied = shutil.copytree(brought["adapter"], tmp_path / "copied")
+    config = read_json(copied / "adapter_config.json")
+    for base, told in ((f"somebody/{Path(raw_recipe['model']['name']).name}", 0), ("somebody/else", 1)):
+        write_json(copied / "adapter_config.json", config | {"base_model_name_or_path": base})
+        heard = []
+        recipe = recipe_from({**raw, "model": raw_recipe["model"], "phases": [{**brought, "adapter": str(copied)}]})
+        Prepared(recipe, Watch(heard.append)).check()
+        assert sum("says it is of 'somebody/else'" in event.text for event in heard if isinstance(event, Note)) == told
 
 
 def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs, tmp_path):

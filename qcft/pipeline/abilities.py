@@ -97,7 +97,7 @@ class Abilities:
         write_text(folder / ITEMS, "".join(lines))
         return {
             "task": settings["task"],
-            "lang": language_of(settings["task"]),
+            "lang": language_of(settings["task"], scored.texts),
             "metric": scored.metric,
             "score": scored.scores[scored.metric],
             "scores": dict(scored.scores),
