@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from qcft.pipeline.libraries import set_environment
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads make tiny models slower, and fight where tests run side by side
+set_environment()  # before any library is loaded, as the command line does
 
 WORDS = "red blue green one two three four cat dog bird runs sleeps eats the a is what color number animal"
 

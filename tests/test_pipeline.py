@@ -1,7 +1,10 @@
 """The whole pipeline on a tiny model, from Python: stages, table, reuse, replay, report."""
 
+import gc
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,21 @@ def test_two_phases_give_stages_and_a_table(recipe_file, shared_runs):
     for stage, found in done.stages.items():
         assert (done.folder / stage / "done.json").is_file()
         assert found.folder.resolve() == (done.folder / stage).resolve()
+
+
+def test_collections_do_not_walk_the_libraries(recipe_file, shared_runs):
+    run(recipe_file, shared_runs)
+    assert gc.get_freeze_count() > 100_000
+
+
+def test_what_others_loaded_before_stays_with_the_collector():
+    """A model of theirs may be alive."""
+    code = (
+        "import gc, transformers; from qcft.pipeline.libraries import *; set_environment(); spare_the_collector(); "
+        "print(gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
 
 
 def test_the_mix_is_exact_and_told_before_training(recipe_file, shared_runs, tmp_path):
