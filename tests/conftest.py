@@ -12,7 +12,8 @@ import pytest
 from qcft.pipeline.libraries import set_environment
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads make tiny models slower, and fight where tests run side by side
+# More threads make tiny models slower, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 set_environment()  # before any library is loaded, as the command line does
 
 WORDS = "red blue green one two three four cat dog bird runs sleeps eats the a is what color number animal"
