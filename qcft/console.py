@@ -18,6 +18,7 @@ from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
 from qcft.report.abilities import (
     FIDELITY_NOTE,
     NOTE,
+    asked_alike,
     continual_in_words,
     fidelity_table,
     settings_in_words,
@@ -175,12 +176,14 @@ def print_abilities(abilities: Mapping[str, Any]) -> None:
         console.print(Text(f"{settings_in_words(table)}. {NOTE}", style="dim"), soft_wrap=True)
         for sentence in continual_in_words(table["continual"], "points", 100):
             console.print(Text(sentence), soft_wrap=True)
-    if len(abilities["tables"]) > 1:
-        console.print("What stands in different tables was measured with other settings: do not compare it.")
-    if abilities["fidelity"]:
-        titles, rows = fidelity_table(abilities["fidelity"])
+    answers = asked_alike(abilities["fidelity"])
+    for cells in answers:
+        titles, rows = fidelity_table(cells)
         _print_blocks(console, titles, rows, len(rows))
+    if answers:
         console.print(FIDELITY_NOTE, style="dim", soft_wrap=True)
+    if max(len(abilities["tables"]), len(answers)) > 1:
+        console.print("What stands in different tables was measured with other settings: do not compare it.")
     for cell in abilities["alpaca_eval"]:
         console.print(Text(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}"), soft_wrap=True)
 

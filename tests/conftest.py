@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from qcft.pipeline.libraries import set_environment
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# More threads make tiny models slower, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+set_environment()  # before any library is loaded, as the command line does
 
 WORDS = "red blue green one two three four cat dog bird runs sleeps eats the a is what color number animal"
 

@@ -179,6 +179,7 @@ def test_the_table(done):
         assert stage["MA"] == stage["scores"]["xquad_es"]
         assert stage["overall"] == pytest.approx((stage["EA"] + stage["MA"]) / 2)
     change = table["changes"][0]
+    assert change["overall"]["value"] == pytest.approx((change["EA"]["value"] + change["MA"]["value"]) / 2)
     assert (change["from"], change["to"]) == ("merged", "phase2")
     first, last = table["stages"][1:]
     for task in TASKS:
@@ -281,6 +282,11 @@ def test_a_stopped_evaluation_goes_on_from_the_last_finished_task(recipe_file, s
         ({"tasks": ["hellaswag"], "local": {"hellaswag": "odd.jsonl"}}, "has no column 'ctx_a'", "on the hub"),
         ({"tasks": ["xquad_es"], "local": {"xquad_es": "odd.jsonl"}}, "has no column 'context'", "on the hub"),
         ({"tasks": ["xquad_es"], "local": {"xquad_es": "bare.jsonl"}}, "has no column 'answers'", "on the hub"),
+        (
+            {"tasks": ["mmlu_anatomy"], "local": {"mmlu_anatomy": "unanswered.jsonl"}},
+            "no column 'answer'",
+            "on the hub",
+        ),
         ({"tasks": ["alpaca_eval"], "local": {"alpaca_eval": "bare.jsonl"}}, "no column 'instruction'", "context"),
         ({"tasks": ["hellaswag"], "local": {}}, "the data of hellaswag", "evaluate.local: {hellaswag: PATH}"),
         ({"tasks": ["alpaca_eval"], "local": {}}, "the data of alpaca_eval", "evaluate.local: {alpaca_eval: PATH}"),
@@ -292,6 +298,8 @@ def test_bad_input_is_two_lines_exit_2_and_nothing_written(qcft, recipe_file, tm
     write_rows(tmp_path / "odd.jsonl", [{"foo": 1}])
     write_rows(tmp_path / "bare.jsonl", [{"context": "c", "question": "q"}])
     write_rows(tmp_path / "anatomy.jsonl", mmlu_rows("anatomy", 4))
+    unanswered = [{key: row[key] for key in row if key != "answer"} for row in mmlu_rows("anatomy", 4)]
+    write_rows(tmp_path / "unanswered.jsonl", unanswered)
     raw = yaml.safe_load(recipe_file.read_text())
     raw["evaluate"] |= change
     recipe_file.write_text(yaml.safe_dump(raw))
@@ -303,6 +311,42 @@ def test_bad_input_is_two_lines_exit_2_and_nothing_written(qcft, recipe_file, tm
     assert says in lines[0]
     assert hint in lines[1]
     assert not (tmp_path / "runs").exists()
+
+
+def test_copies_of_every_suite_and_the_languages_they_lack(tmp_path):
+    """A language of a task is no subject, though its rows have subjects; each language that a task lacks is told."""
+    from qcft.measure.catalog import Catalog
+    from qcft.recipe import Evaluate
+
+    options = dict(zip(("option_a", "option_b", "option_c", "option_d"), NUMBERS, strict=True))
+    row = {"subject": "anatomy", "question": "what number", "answer": "B", **options}
+    kinds = ["Business", "Humanities", "Medical", "Other", "STEM", "Social Sciences"]
+    write_rows(tmp_path / "global.jsonl", [{**row, "subject_category": kind} for kind in kinds])
+    write_rows(tmp_path / "xquad.jsonl", xquad_rows(2))
+    write_rows(tmp_path / "xlsum.jsonl", [{"text": "the cat runs", "summary": "cat"}])
+    files = {"mlqa_es_es": "xquad", "xquad_es": "xquad", "xlsum_es": "xlsum", "global_mmlu_es": "global"}
+    local = {task: str(tmp_path / f"{file}.jsonl") for task, file in files.items()}
+    catalog = Catalog(Evaluate(suites=["multilingual"], local=local), Watch())
+    paper = ("fr", "ar", "de", "es", "id", "ja", "ko", "pt-BR", "ru", "th", "vi")
+    chosen = catalog.choose(paper)
+    assert set(chosen.lacking) == {"fr", "de", "id", "ja", "ko", "pt", "ru", "th", "vi"}
+    assert chosen.lacking["pt"] == ("mlqa_pt_pt", "xquad_pt")
+    assert {f"xlsum_{lang[:2]}" for lang in paper} - set(chosen.tasks) == {"xlsum_de"}
+    for task in files:
+        catalog.check(task)
+    assert sum(len(task.eval_docs) for task in catalog.load("global_mmlu_es")["tasks"].values()) == 6
+
+
+def test_tokenizer_data_that_cannot_be_fetched_is_told_without_noise(monkeypatch, capsys):
+    nltk = pytest.importorskip("nltk")
+    from qcft import InputError
+    from qcft.measure import catalog
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk.downloader._downloader, "_url", "http://127.0.0.1:9/")
+    with pytest.raises(InputError, match="ifeval needs NLTK's punkt_tab"):
+        catalog._check_punkt("ifeval")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_nothing_to_evaluate_is_said(qcft, done, shared_runs, recipe_file):

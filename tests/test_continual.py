@@ -1,15 +1,23 @@
-"""Backward transfer, forgetting, paired intervals, SQuAD's scores and ROUGE-L against independent computations."""
+"""Backward transfer, forgetting, paired intervals, SQuAD's scores and ROUGE-L against independent computations; which
+measurements stand in one table."""
 
 import collections
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcft.measure.abilities import abilities_table, continual_nll
+from qcft.measure.catalog import family_of, language_of
 from qcft.measure.continual import RESAMPLES, backward_transfer, forgetting, paired_change
+from qcft.measure.fidelity import judge_answer
 from qcft.measure.rouge import rouge_l, words
 from qcft.measure.squad import compute_exact, compute_f1
+from qcft.models.generate import Answer
+from qcft.recipe import recipe_from
+from qcft.report.abilities import asked_alike
 
 VALUES = st.floats(-5, 5)
 
@@ -74,7 +82,7 @@ def test_an_average_weights_tasks_not_items(tasks):
     found = paired_change(before, after, [1 / len(tasks)] * len(tasks))
     wanted = np.mean([np.mean(b) - np.mean(a) for a, b in zip(before, after, strict=True)])
     assert found.value == pytest.approx(wanted, abs=1e-9)
-    assert found.low - 1e-9 <= found.high
+    assert found.low - 1e-9 <= found.value <= found.high + 1e-9
     turned = paired_change(after, before, [1 / len(tasks)] * len(tasks))
     assert turned.value == pytest.approx(-found.value)
     assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low), abs=1e-9)
@@ -127,3 +135,100 @@ def test_rouge_l_is_the_longest_common_subsequence(left, right):
 def test_words_in_every_script(lang, text, found):
     pytest.importorskip({"ja": "fugashi", "th": "pythainlp"}.get(lang, "regex"))
     assert words(text, lang) == found
+
+
+# Tables, of artefacts as evaluations leave them
+
+SCORES = {"base": [1, 1, 1, 0], "phase2": [1, 0, 0, 0]}  # English, item by item; in Spanish the other way round
+
+
+@pytest.fixture
+def recipe(raw_recipe):
+    """One phase in Spanish: the model as it came is phase 1."""
+    phase = {**raw_recipe["phases"][1], "data": [{"path": "es.jsonl", "lang": "es-MX"}], "replay": None}
+    return recipe_from({**raw_recipe, "phases": [phase]})
+
+
+def evaluations(folder, changes=None, tasks=("hellaswag", "xquad_es", "fidelity")):
+    """Both stages on all tasks; `changes`: what is other in phase 2's settings and metrics of a task."""
+    made = {}
+    for stage, items in SCORES.items():
+        for task in tasks:
+            lang = "es" if task.endswith("_es") else "en"
+            values = items if lang == "en" else [1 - value for value in items]
+            settings = {"quantize": "nf4", "lm_eval": "1", "limit": 4, "data": "hub", "batch": "auto", "prompts": 3}
+            metrics = {"task": task, "lang": lang, "metric": "acc", "score": sum(values) / 4, "scores": {}, "items": 4}
+            metrics |= {"paired": True, "higher_is_better": True, "shots": 0, "generates": False, "prompts": "p"}
+            if task == "fidelity":
+                told = {"right": 1.0, "told": 3, "rows": 3, "mean_tokens": 9.0, "unfinished": 0.0}
+                metrics = {"task": task, "languages": {"es": told}}
+            for where, change in (changes or {}).get(task, {}).items() if stage == "phase2" else ():
+                (settings if where in settings and where != "prompts" else metrics)[where] = change
+            place = folder / stage / task
+            place.mkdir(parents=True)
+            (place / "step.json").write_text(json.dumps({"inputs": {"settings": settings}}))
+            (place / "done.json").write_text(json.dumps({"metrics": metrics}))
+            (place / "items.jsonl").write_text("".join(json.dumps({"scores": {"acc": v}}) + "\n" for v in values))
+            made[f"abilities/{stage}/{task}"] = place
+    return made
+
+
+def test_averages_changes_and_transfer_of_a_single_phase(recipe, tmp_path):
+    (table,) = abilities_table(recipe, evaluations(tmp_path), {})["tables"]
+    assert [(s["EA"], s["MA"], s["overall"]) for s in table["stages"]] == [(0.75, 0.25, 0.5), (0.25, 0.75, 0.5)]
+    (change,) = table["changes"]
+    assert [change[side]["value"] for side in ("EA", "MA", "overall")] == [-0.5, 0.5, 0]
+    assert change["overall"]["items"] == 8
+    assert table["continual"] == {"backward_transfer": -0.5, "forgetting": 0.5}  # of English, by the model as it came
+    groups = [{"name": "phase2 es", "phase": "phase2", "english": False}, {"name": "e", "phase": "p", "english": True}]
+
+    def nats(nll):
+        return {"nll": nll, "answer_tokens": 9}
+
+    nlls = {"eval/base": (3.0, 1.0), "eval/phase2": (2.0, 1.25)}
+    stages = [{"stage": name, "groups": {"phase2 es": nats(es), "e": nats(en)}} for name, (es, en) in nlls.items()]
+    assert continual_nll(recipe, {"stages": stages, "groups": groups}) == {
+        "backward_transfer": -0.25, "forgetting": 0.25
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{"limit": 5}, {"lm_eval": "2"}, {"data": "digest"}, {"prompts": "q"}, {"batch": 2}])
+def test_what_was_measured_otherwise_is_in_another_table(recipe, tmp_path, other):
+    found = abilities_table(recipe, evaluations(tmp_path, {"hellaswag": other}), {})["tables"]
+    assert len(found) == 2
+    assert all("hellaswag" not in change["tasks"] for table in found for change in table["changes"])
+    held = [{stage["stage"] for stage in table["stages"] if "hellaswag" in stage["scores"]} for table in found]
+    assert sorted(map(sorted, held)) == [["base"], ["phase2"]]
+    json.dumps(found)
+
+
+def test_the_language_of_answers_asked_otherwise_is_in_another_table(recipe, tmp_path):
+    alike = abilities_table(recipe, evaluations(tmp_path / "a"), {})["fidelity"]
+    assert [len(cells) for cells in asked_alike(alike)] == [2]
+    apart = abilities_table(recipe, evaluations(tmp_path / "b", {"fidelity": {"data": "other"}}), {})["fidelity"]
+    assert [len(cells) for cells in asked_alike(apart)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "lang", "family"),
+    [
+        ("xquad_es", "The name of a suite's task is trusted.", "es", "xquad"),
+        ("xlsum_en", "", "en", "xlsum"),
+        ("hellaswag", "Un texto que no es inglés, pero la tarea sí.", "en", "hellaswag"),
+        ("commonsense_qa", "Where would you find a revolving door for two directions?", "en", "commonsense"),
+        ("agieval_lsat_ar", "A committee of four people is chosen from seven.", "en", "agieval_lsat"),
+        ("belebele_spa_Latn", "Los trabajadores construyeron una casa cerca del río.", "es", "belebele"),
+        ("kobest_copa", "그는 아침에 일찍 일어나서 학교에 갔다. 왜냐하면 시험이 있었기 때문이다.", "ko", "kobest_copa"),
+        ("mmmlu_es_la", "Los trabajadores construyeron una casa cerca del río.", "es", "mmmlu"),
+        ("arc_easy", "2 + 2", "en", "arc_easy"),
+        ("arc_id", "2 + 2", "id", "arc"),
+    ],
+)
+def test_a_tasks_language_is_what_its_items_are_in(task, text, lang, family):
+    assert language_of(task, [text] * 3) == lang
+    assert family_of(task) == family
+
+
+def test_answers_in_a_language_that_cannot_be_told():
+    answer = Answer("El gato rojo corre por la casa y duerme en el jardín.", 14, True)
+    assert [judge_answer(answer, lang)["right"] for lang in ("es", "es-MX", "en", "xx")] == [True, True, False, None]

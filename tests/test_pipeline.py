@@ -1,7 +1,11 @@
 """The whole pipeline on a tiny model, from Python: stages, table, reuse, replay, report."""
 
+import gc
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +15,8 @@ import qcft
 from qcft import api
 from qcft.data.encode import Encoder
 from qcft.data.load import load_source
-from qcft.events import Mixed, Progress, StepBegun, Watch
-from qcft.files import read_json
+from qcft.events import Mixed, Note, Progress, StepBegun, Watch
+from qcft.files import read_json, write_json
 from qcft.measure.stats import mean_nll
 from qcft.models.adapters import load_adapter
 from qcft.models.load import evaluating, load_model, load_tokenizer
@@ -73,6 +77,21 @@ def test_two_phases_give_stages_and_a_table(recipe_file, shared_runs):
     for stage, found in done.stages.items():
         assert (done.folder / stage / "done.json").is_file()
         assert found.folder.resolve() == (done.folder / stage).resolve()
+
+
+def test_collections_do_not_walk_the_libraries(recipe_file, shared_runs):
+    run(recipe_file, shared_runs)
+    assert gc.get_freeze_count() > 100_000
+
+
+def test_what_others_loaded_before_stays_with_the_collector():
+    """A model of theirs may be alive."""
+    code = (
+        "import gc, transformers; from qcft.pipeline.libraries import *; set_environment(); spare_the_collector(); "
+        "print(gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
 
 
 def test_the_mix_is_exact_and_told_before_training(recipe_file, shared_runs, tmp_path):
@@ -290,6 +309,15 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
     with pytest.raises(qcft.InputError, match="the weight"):
         api.run(recipe_from(raw), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+    # One that fits the shapes may be of the same model under another name: it is told.
+    copied = shutil.copytree(brought["adapter"], tmp_path / "copied")
+    config = read_json(copied / "adapter_config.json")
+    for base, told in ((f"somebody/{Path(raw_recipe['model']['name']).name}", 0), ("somebody/else", 1)):
+        write_json(copied / "adapter_config.json", config | {"base_model_name_or_path": base})
+        heard = []
+        recipe = recipe_from({**raw, "model": raw_recipe["model"], "phases": [{**brought, "adapter": str(copied)}]})
+        Prepared(recipe, Watch(heard.append)).check()
+        assert sum("says it is of 'somebody/else'" in event.text for event in heard if isinstance(event, Note)) == told
 
 
 def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs, tmp_path):

@@ -258,6 +258,13 @@ def test_runs_on_other_rows_stand_in_tables_of_their_own(arms, runs, raw_recipe,
     assert {"stages", "stages-2"} <= told["tables"].keys()
     assert "abilities" not in told["tables"]
     assert told["answer"].startswith("None can be named")
+    # Nor what is counted in other tokens, or attended to in another way.
+    plain, other = (api.evidence(name, runs) for name in ("plain-s0", "frozen"))
+    assert "stages-2" not in {table.name for table in build_report(arms_of([plain, other])).tables()}
+    table = json.loads(json.dumps(other.run.table))
+    table["stages"][0]["groups"]["phase1 en"]["answer_tokens"] += 1
+    counted = replace(other, run=replace(other.run, table=table))
+    assert "stages-2" in {table.name for table in build_report(arms_of([plain, counted])).tables()}
 
 
 def test_the_commands_make_the_first_recipe_into_every_arms(arms, runs):
@@ -388,7 +395,8 @@ def evaluated(evidence, ea, ma, limit=10):
     table = {"settings": {"lm_eval": "0.4.13"}, "tasks": tasks, "changes": changes, "continual": continual,
              "stages": [stage("base", 0.5, 0.1), stage("phase2", ea, ma)]}  # fmt: skip
     language = {"right": 0.75, "told": 4, "rows": 4, "mean_tokens": 5.0, "unfinished": 0.0}
-    cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}}
+    asked = {"data": "d", "prompts": limit, "max_new_tokens": 64}
+    cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}, "asked": asked}
     stages = dict(evidence.run.stages)
     for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
         stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}
@@ -417,7 +425,7 @@ def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, 
     # Other settings stand in a table of their own, and no plot is made of both.
     found[-1] = evaluated(api.evidence("replayed", runs), 0.2, 0.1, limit=20)
     document = build_report(arms_of(found))
-    assert {"tasks", "tasks-2"} <= {table.name for table in document.tables()}
+    assert {"tasks", "tasks-2", "fidelity", "fidelity-2"} <= {table.name for table in document.tables()}
     assert last_averages(arms_of(found)) is None
 
 

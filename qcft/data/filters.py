@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from qcft.recipe import Filters
 
@@ -70,23 +70,19 @@ def identified(text: str) -> str | None:
     """The language a text is in, or None where it is too short to tell, or not clear."""
     if sum(c.isalpha() for c in text) < LETTERS:
         return None
-    found, probability = _identifier()(text)
-    return found if probability > SURE else None
+    found, probability = _identifier().classify(text)
+    return str(found) if probability > SURE else None
 
 
 @cache
-def _identifier() -> Callable[[str], tuple[str, float]]:
+def _identifier() -> Any:
+    """Made once: it takes a second."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
-        MODEL_FILE, norm_probs=True
-    ).classify
-    return classify
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 @cache
 def known_languages() -> frozenset[str]:
     """The codes of the languages that can be told."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return frozenset(map(str, LanguageIdentifier.from_model_file(MODEL_FILE).labels))
+    return frozenset(map(str, _identifier().labels))

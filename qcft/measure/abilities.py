@@ -15,9 +15,11 @@ from qcft.measure.continual import Change, backward_transfer, forgetting, paired
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Recipe
 
 ABILITIES = "abilities/"
+BASE = "base"
 SIDES = ("EA", "MA")
 SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
-OWN = ("limit", "shots", "max_new_tokens")  # of each task
+OWN = ("limit", "shots", "max_new_tokens", "data")  # of each task
+ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # of the language of answers
 
 
 def abilities_table(
@@ -26,7 +28,8 @@ def abilities_table(
     """Stages x tasks, as plain data. `folders` maps stages (`abilities/phase2/hellaswag`) to those of their done
     steps; `names` gives each measured stage's (`phase2`) name and precision.
 
-    What was measured with other settings, another version of lm-eval or other prompts is in another of `tables`.
+    What was measured with other settings, another version of lm-eval, other data or other prompts is in another of
+    `tables`; the language of answers compares where it was `asked` alike.
     EA and MA are the unweighted means of a stage's scores on English tasks and on tasks in other languages, a
     task's languages averaged first; overall is the mean of the two. Only scores that are means over items and
     better when higher enter; a stage that lacks one of the table's tasks has no average.
@@ -35,16 +38,19 @@ def abilities_table(
     kinds = {kind: [cell for cell in cells if cell["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
     return {
         "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell])],
-        "fidelity": [_public(cell) for cell in kinds[FIDELITY]],
+        "fidelity": [{**_public(cell), "asked": cell["asked"]} for cell in kinds[FIDELITY]],
         "alpaca_eval": [{**_public(c), "file": str(c["folder"] / "model_outputs.json")} for c in kinds[ALPACA_EVAL]],
     }
 
 
 def continual_nll(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, float] | None:
     """Backward transfer and forgetting over the phases' own held-out rows, in nats per answer token: performance is
-    the mean NLL with its sign turned. None where fewer than two phases with rows of their own are measured."""
+    the mean NLL with its sign turned. Where there is one phase, the model as it came is the first, and held-out
+    English is its own. None where fewer than two phases with rows of their own are measured."""
     stages = {stage["stage"].removeprefix("eval/"): stage["groups"] for stage in table["stages"]}
     owns = {phase.name: [g["name"] for g in table["groups"] if g["phase"] == phase.name] for phase in recipe.phases}
+    if len(owns) == 1 and not any(g["english"] for g in table["groups"] if g["phase"] in owns):
+        owns = {BASE: [g["name"] for g in table["groups"] if g["english"]], **owns}
     phases = [name for name, own in owns.items() if own and name in stages]
     if len(phases) < 2:
         return None
@@ -75,13 +81,13 @@ def _cell(stage: str, folder: Path, names: Mapping[str, tuple[str, str]]) -> dic
     metrics = read_json(folder / "done.json")["metrics"]
     word = stage.split("/")[1]
     name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
-    settings, own = ({key: inputs.get(key) for key in keys} for keys in (SHARED, OWN))
+    settings, own, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, OWN, ASKED))
     where = {"stage": word, "name": name, "precision": precision, "folder": folder}
-    return {**where, "settings": settings, "own": own, **metrics}
+    return {**where, "settings": settings, "own": own, "asked": asked, **metrics}
 
 
 def _public(cell: Mapping[str, Any]) -> dict[str, Any]:
-    inner = {"folder", "settings", "own"}
+    inner = {"folder", "settings", "own", "asked"}
     return {key: value for key, value in cell.items() if key not in inner and not key.startswith("peak_")}
 
 
@@ -94,7 +100,8 @@ def _table(recipe: Recipe, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
             cell["task"],
             {
                 **{key: cell[key] for key in ("task", "lang", "metric", "items", "shots", "higher_is_better")},
-                "limit": cell["own"]["limit"],
+                **{key: cell["own"][key] for key in ("limit", "data")},
+                "prompts": cell["prompts"],
                 "max_new_tokens": cell["own"]["max_new_tokens"] if cell["generates"] else None,
                 "side": None if not (cell["paired"] and cell["higher_is_better"]) else _side(cell["lang"]),
                 "average_of": family_of(cell["task"]) if cell["lang"] != ENGLISH else cell["task"],
@@ -158,7 +165,7 @@ def _pairs(recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[tupl
     phases = _of_phases(recipe, stages)
     if not phases:
         return []
-    starts = [phases[0], "base"] if len(recipe.phases) > 1 else ["base"]
+    starts = [phases[0], BASE] if len(recipe.phases) > 1 else [BASE]
     pairs = [(start, phases[-1]) for start in starts] + list(pairwise(phases))
     return [
         (a, b)
@@ -182,16 +189,16 @@ def _change(
             values[name] = (_items(before[name]), _items(after[name]))
             found[name] = _told(paired_change([values[name][0]], [values[name][1]]))
     averages = {}
+    sides = {}
     for side in SIDES:
         families = _families(tasks, side)
         if families and all(task in values for family in families for task in family):
-            tasks_of = [(task, len(family)) for family in families for task in family]
-            change = paired_change(
-                [values[task][0] for task, _ in tasks_of],
-                [values[task][1] for task, _ in tasks_of],
-                [1 / (len(families) * languages) for _, languages in tasks_of],
-            )
-            averages[side] = _told(change)
+            sides[side] = {task: 1 / (len(families) * len(family)) for family in families for task in family}
+    if len(sides) == len(SIDES):
+        sides["overall"] = {task: weight / 2 for weights in sides.values() for task, weight in weights.items()}
+    for side, weights in sides.items():
+        befores, afters = ([values[task][i] for task in weights] for i in (0, 1))
+        averages[side] = _told(paired_change(befores, afters, list(weights.values())))
     return {
         "from": start["stage"],
         "from_name": start["name"],
@@ -216,15 +223,18 @@ def _items(cell: Mapping[str, Any]) -> list[float]:
 def _continual(
     recipe: Recipe, stages: Mapping[str, Mapping[str, dict[str, Any]]], tasks: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float] | None:
-    """Backward transfer and forgetting: a phase taught the languages that it is the first to have data in."""
+    """Backward transfer and forgetting: a phase taught the languages that it is the first to have data in; where
+    there is one phase, the model as it came is the first."""
+    names, chosen = [phase.name for phase in recipe.phases], _of_phases(recipe, stages)
+    if len(names) == 1:
+        names, chosen = [BASE, *names], [*([BASE] if BASE in stages else []), *chosen]
     taught: dict[str, str] = {}
     for phase in recipe.phases:
         for source in phase.sources():
-            taught.setdefault(str(source.lang), phase.name)
-    taught.setdefault(ENGLISH, recipe.phases[0].name)
-    of = [[n for n, t in tasks.items() if t["side"] and taught.get(t["lang"]) == p.name] for p in recipe.phases]
-    chosen = _of_phases(recipe, stages)
-    whole = len(chosen) == len(recipe.phases) > 1 and all(of)
+            taught.setdefault(str(source.lang).split("-")[0], phase.name)
+    taught.setdefault(ENGLISH, names[0])
+    of = [[n for n, t in tasks.items() if t["side"] and taught.get(t["lang"]) == name] for name in names]
+    whole = len(chosen) == len(names) and all(of)
     if not whole or any(name not in stages[stage] for stage in chosen for names in of for name in names):
         return None
     matrix = [[sum(stages[s][name]["score"] for name in names) / len(names) for names in of] for s in chosen]

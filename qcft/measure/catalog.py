@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from qcft.data.filters import identified
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
 from qcft.hub import unreachable
@@ -59,9 +62,10 @@ class Catalog:
         Raises InputError for a task or a language that there is not, and for a local copy of no such task.
         """
         evaluate, names = self.evaluate, list[str]()
-        languages = list(dict.fromkeys(evaluate.languages if evaluate.languages is not None else trained))
+        wanted = evaluate.languages if evaluate.languages is not None else trained
+        languages = list(dict.fromkeys(lang.split("-")[0] for lang in wanted))  # pt-BR is asked in pt
         patterns = [task for suite in evaluate.suites for task in SUITES[suite]]
-        self._check_languages(patterns, evaluate.languages or [])
+        self._check_languages(patterns, languages if evaluate.languages else [])
         lacking: dict[str, tuple[str, ...]] = {}
         for pattern in patterns:
             for lang in languages if "{lang}" in pattern else [ENGLISH]:
@@ -186,15 +190,27 @@ class Catalog:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else "hub"
 
 
-def language_of(task: str) -> str:
-    """The language a task's name ends in (`xquad_es`, `mlqa_de_de`); English where it ends in none."""
+def language_of(task: str, texts: Iterable[str]) -> str:
+    """The language a task is in: that of its name where it is of a suite (`xquad_es`, `mlqa_de_de`).
+
+    Names of other tasks say little (`belebele_spa_Latn`, `kobest_copa`, the English `commonsense_qa`), so it is the
+    one that most of `texts`, what the task's items hold, are in; the name's, where an identifier takes its language
+    for another that is not English, or can't tell any.
+    """
     end = task.rsplit("_", 1)[-1]
-    return end if "_" in task and re.fullmatch(r"[a-z]{2}", end) else ENGLISH
+    named = end if "_" in task and re.fullmatch(r"[a-z]{2}", end) else None
+    if any(task == pattern.replace("{lang}", end) for suite in SUITES.values() for pattern in suite):
+        return named or ENGLISH
+    heard = Counter(lang for text in texts if (lang := identified(text))).most_common(1)
+    if not heard:
+        return named or ENGLISH
+    most = heard[0][0]
+    return most if most == ENGLISH or most in task.split("_") else named or most
 
 
 def family_of(task: str) -> str:
-    """A task's name without its language: `xquad`, `mlqa`."""
-    return re.sub(r"(_[a-z]{2})+$", "", task)
+    """A task's name without its language: `xquad`, `mlqa`, `belebele`."""
+    return re.sub(r"(_[a-z]{2}|_[a-z]{3}_[A-Z][a-z]{3})+$", "", task)
 
 
 def _begins_with(name: str, folder: str) -> bool:
@@ -204,12 +220,14 @@ def _begins_with(name: str, folder: str) -> bool:
 def _check_punkt(name: str) -> None:
     import nltk
 
-    for _ in range(2):
+    def is_here() -> bool:
         try:
-            nltk.data.find("tokenizers/punkt_tab")
-            return
+            return bool(nltk.data.find("tokenizers/punkt_tab"))
         except LookupError:
-            nltk.download("punkt_tab", quiet=True)
+            return False
+
+    if is_here() or (nltk.download("punkt_tab", quiet=True, print_error_to=StringIO()) and is_here()):
+        return
     raise InputError(
         f"evaluate: {name} needs NLTK's punkt_tab, which is not here and cannot be fetched",
         "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
@@ -218,8 +236,14 @@ def _check_punkt(name: str) -> None:
 
 
 def _try_scoring(tasks: Iterable[Any]) -> None:
-    """Score an empty answer to the first item, which looks at every column that the score needs."""
+    """Score an empty answer to the first item, which looks at every column that the score needs.
+
+    A target that is named and not there would be taken for the answer itself, and every item be wrong.
+    """
     for task in tasks:
+        target = task.config.doc_to_target
+        if isinstance(target, str) and target.isidentifier() and target not in task.eval_docs[0]:
+            raise KeyError(target)
         if task.OUTPUT_TYPE == "generate_until":
             try:
                 task.process_results(task.eval_docs[0], [""])

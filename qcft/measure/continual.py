@@ -51,8 +51,10 @@ def forgetting(results: Matrix) -> float:
 def paired_change(
     before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], weights: Sequence[float] = (1.0,)
 ) -> Change:
-    """The change of the weighted sum of tasks' means, with a paired bootstrap over each task's items (percentiles).
+    """The change of the weighted sum of tasks' means, with a paired bootstrap over each task's items.
 
+    Percentile interval (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3), items drawn for
+    both models alike (Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation").
     `before` and `after` hold tasks, these the scores of the same items. Items are drawn within their tasks, in the
     same 2,000 resamples every time.
     """

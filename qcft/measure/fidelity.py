@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qcft.data.filters import identified
+from qcft.data.filters import identified, known_languages
 from qcft.models.generate import Answer
 
 
 def judge_answer(answer: Answer, lang: str) -> dict[str, Any]:
-    """One answer: `right` is whether it is in the prompt's language, None where it is too short to tell."""
-    found = identified(answer.text)
-    right = None if found is None else found == lang.split("-")[0]
+    """One answer: `right` is whether it is in the prompt's language, None where it is too short to tell, or the
+    language is none that can be told."""
+    found, wanted = identified(answer.text), lang.split("-")[0]
+    right = None if found is None or wanted not in known_languages() else found == wanted
     return {"text": answer.text, "tokens": answer.tokens, "finished": answer.finished, "found": found, "right": right}
 
 

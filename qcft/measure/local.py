@@ -49,7 +49,7 @@ def local_dataset(task: str, path: Path, shots: int | None) -> Callable[..., Map
     """What lm-eval calls in the place of loading from the hub: splits by name.
 
     A folder has a file for each split (`test.jsonl`, `dev.jsonl.gz`); a single file is the split that is evaluated.
-    Where rows have a `subject`, a task of a group (mmlu's) gets those of its own.
+    Where rows have a `subject`, a task of a group that has one for each subject (mmlu's) gets those of its own.
     """
     read = cache(read_local)
 
@@ -75,7 +75,8 @@ class _Splits(dict[str, Any]):
     ) -> None:
         super().__init__()
         self.task, self.path, self.read = task, path, read
-        self.subject = config.get("dataset_name")
+        part = str(config.get("dataset_name") or "")  # on the hub: mmlu's are subjects, global_mmlu's are languages
+        self.subject = part if len(part) > len("en") else None
         self.evaluated = config.get("test_split") or config.get("validation_split")
         self.shots = shots if shots is not None else config.get("num_fewshot", 0)
 

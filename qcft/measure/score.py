@@ -1,13 +1,19 @@
-"""Teacher-forced scores: negative log-likelihood and accuracy of each row's answer tokens."""
+"""Teacher-forced scores: negative log-likelihood and accuracy of each row's answer tokens.
+
+NLL = -sum_t ln p(y_t | x, y_<t) over the answer's tokens y after the prompt x, in nats: the loss that language models
+are trained on (Bengio et al. 2003, "A Neural Probabilistic Language Model", JMLR 3, section 2).
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcft.data.encode import IGNORED, EncodedRow
+from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.models.load import evaluating
 
@@ -28,13 +34,18 @@ class RowScore:
 
 
 def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch, label: str) -> list[RowScore]:
-    """Score each row's answer tokens, the end-of-turn tokens among them; in the order of `rows`."""
+    """Score each row's answer tokens, the end-of-turn tokens among them; in the order of `rows`.
+
+    Raises QcftError where an NLL is no number.
+    """
     scores: dict[int, RowScore] = {}
     limited = keeps_logits(model)
     with evaluating(model):
         for chosen in _batches(rows):
             for i, score in zip(chosen, _score(model, [rows[i] for i in chosen], limited), strict=True):
                 scores[i] = score
+                if not math.isfinite(score.nll):
+                    raise QcftError(f"{label}: the NLL is {score.nll}", "the model's weights or its adapter are broken")
             watch.progress(label, len(scores), len(rows), "rows")
     return [scores[i] for i in range(len(rows))]
 

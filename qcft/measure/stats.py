@@ -41,7 +41,7 @@ class Kept:
 
 
 def mean_nll(scores: Sequence[RowScore]) -> float:
-    """Mean NLL per answer token."""
+    """Mean NLL per answer token in nats, whatever row it is of: the logarithm of perplexity (Jelinek et al. 1977)."""
     return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
 
 
@@ -51,8 +51,10 @@ def accuracy(scores: Sequence[RowScore]) -> float:
 
 
 def difference(a: Sequence[RowScore], b: Sequence[RowScore]) -> Difference:
-    """mean_nll(b) - mean_nll(a) on the same rows, with a paired bootstrap over rows (percentiles).
+    """mean_nll(b) - mean_nll(a) on the same rows, with a paired bootstrap over rows.
 
+    Percentile interval (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3), rows drawn for both
+    models alike (Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation").
     The same 2,000 resamples every time, so that the same scores give the same interval.
     """
     import numpy as np

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 LARGEST = {"cuda": 64, "cpu": 16}  # items scored at once, unless memory sets a lower limit
+TEXTS = 64  # items whose text is looked at to tell a task's language
 # The score that stands for a task where it has several; else the one it names first.
 MAIN = {"hellaswag": "acc_norm", "mlqa": "f1", "xquad": "f1", "ifeval": "prompt_level_strict_acc"}
 
@@ -47,7 +48,7 @@ class Asked:
 @dataclass(frozen=True)
 class Scored:
     """A task's scores by name, those of its parts, the score that stands for it, its value item by item (None where
-    its value is no mean over items), and what was asked and answered."""
+    its value is no mean over items), what was asked and answered, and what some of the items hold, as text."""
 
     metric: str
     scores: Mapping[str, float]
@@ -57,11 +58,13 @@ class Scored:
     generates: bool
     items: Sequence[Mapping[str, Any]]
     is_mean: bool
+    texts: Sequence[str]
 
     @property
     def prompts(self) -> str:
-        """A digest of all prompts, in order: equal where models were asked the same."""
-        return hashlib.sha256(" ".join(str(item["prompt"]) for item in self.items).encode()).hexdigest()
+        """A digest of all prompts and what they are scored by, in order: equal where models were asked the same."""
+        asked = (f"{item['prompt']} {item['doc']}" for item in self.items)
+        return hashlib.sha256(" ".join(asked).encode()).hexdigest()
 
 
 class Scorer:
@@ -186,7 +189,14 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
         any("answer" in item for item in items),
         items,
         is_mean,
+        _texts([sample["doc"] for samples in found["samples"].values() for sample in samples]),
     )
+
+
+def _texts(docs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is written in items, evenly chosen."""
+    chosen = docs[:: math.ceil(len(docs) / TEXTS) or 1]
+    return [" ".join(value for value in doc.values() if isinstance(value, str)) for doc in chosen]
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:

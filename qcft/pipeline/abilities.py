@@ -65,7 +65,9 @@ class Abilities:
             raise QcftError(f"{type(error).__name__}: {text}", "look at the task's data, or leave it out") from error
 
     def drop(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, if there is one."""
+        if self._model is None:
+            return
         self._key = self._model = self._scorer = None
         free_memory()
 
@@ -97,7 +99,7 @@ class Abilities:
         write_text(folder / ITEMS, "".join(lines))
         return {
             "task": settings["task"],
-            "lang": language_of(settings["task"]),
+            "lang": language_of(settings["task"], scored.texts),
             "metric": scored.metric,
             "score": scored.scores[scored.metric],
             "scores": dict(scored.scores),

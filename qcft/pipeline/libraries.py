@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from functools import cache
 
 
 def set_environment() -> None:
@@ -12,6 +14,7 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
+    _loaded_by_others()
 
 
 def quiet() -> None:
@@ -19,3 +22,26 @@ def quiet() -> None:
     from qcft.models.load import quiet_libraries
 
     quiet_libraries()
+
+
+@cache
+def spare_the_collector() -> None:
+    """Load what steps work with, and take it out of the garbage collector's sight, once.
+
+    The libraries' half a million objects live as long as the process, but every collection walks them: 0.4 s each time
+    that a model is let go of, more than a small model's whole step. Where others loaded transformers before qcft, a
+    model of theirs may be alive, which would never be collected: nothing is done then.
+    """
+    if _loaded_by_others():
+        return
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+@cache
+def _loaded_by_others() -> bool:
+    """Whether transformers was loaded when qcft was first called."""
+    return "transformers" in sys.modules

@@ -237,6 +237,11 @@ class Prepared:
                 check_shape(name, change, weights[name], adapter.transposed)
             except QcftError as error:
                 raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
+        said = str((read_json(folder / CONFIG) or {}).get("base_model_name_or_path") or "")
+        if said and _last(said) not in {_last(self.recipe.model.name), _last(str(self.described))}:
+            self.watch.note(
+                f"the adapter {str(folder)!r} says it is of {said!r}, not {self.recipe.model.name!r}", "warning"
+            )
 
     def _tokenising(self, name: str, total: int, done: int) -> None:
         if done % 500 == 0:
@@ -339,13 +344,18 @@ class Prepared:
         trained = {s.lang for p in self.recipe.phases for s in p.sources() if isinstance(s.lang, str)}
         chosen = self.catalog.choose(sorted(trained - {ENGLISH}))
         for lang, names in chosen.lacking.items():
-            self.watch.note(f"lm-eval has no task {', '.join(names)}: {lang} goes without", "warning")
+            self.watch.note(f"there is no task {', '.join(names)}: {lang} goes without", "warning")
         return {task: held_out if task == FIDELITY else digest for task, digest in chosen.tasks.items()}
 
 
 def _digest(group: Group) -> str:
     """A group's rows, and what decides how they become tokens."""
     return f"{group.name} {group.system} {group.max_length} {group.long_rows} {digest_rows(group.rows)}"
+
+
+def _last(model: str) -> str:
+    """A model's name without owner or folders, which are others elsewhere."""
+    return Path(model).name.lower()
 
 
 def _counts(left_out: dict[str, int]) -> str:

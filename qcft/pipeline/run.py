@@ -14,7 +14,7 @@ from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.abilities import ABILITIES, abilities_table, continual_nll
 from qcft.measure.forgetting import forgetting_table
 from qcft.pipeline.forecast import forecast
-from qcft.pipeline.libraries import quiet, set_environment
+from qcft.pipeline.libraries import quiet, set_environment, spare_the_collector
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Plan, Step
 from qcft.recipe import Dial, Goal, Merge, Recipe
@@ -179,6 +179,7 @@ def worker_for(prepared: Prepared, store: Store, watch: Watch) -> Callable[[], W
     def worker() -> Worker:
         from qcft.pipeline.work import Worker
 
+        spare_the_collector()
         return Worker(prepared, store, watch)
 
     return worker

@@ -51,7 +51,8 @@ def _step(probe: Step, task: str, digest: str, evaluate: Evaluate, digests: Dige
     shared = {key: probe.settings[key] for key in ("model", "attn_implementation", "chat_template", "quantize")}
     settings: dict[str, Any] = {**shared, "task": task, "data": digest}
     if task == FIDELITY:
-        settings |= evaluate.fidelity.model_dump()
+        most = min(evaluate.fidelity.max_new_tokens, evaluate.max_new_tokens or evaluate.fidelity.max_new_tokens)
+        settings |= {**evaluate.fidelity.model_dump(), "max_new_tokens": most}
     else:
         settings |= {"limit": evaluate.limit, "max_new_tokens": evaluate.max_new_tokens, "batch": evaluate.batch}
         if task != ALPACA_EVAL:

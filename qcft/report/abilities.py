@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Table = Mapping[str, Any]
@@ -51,6 +52,14 @@ def continual_in_words(continual: Mapping[str, float] | None, unit: str, scale: 
         return []
     transfer, lost = continual["backward_transfer"] * scale, continual["forgetting"] * scale
     return [f"Backward transfer {transfer:+.3f}, forgetting {lost:+.3f} {unit}."]
+
+
+def asked_alike(cells: Iterable[Table]) -> list[list[Table]]:
+    """The language of answers, those together that were asked the same in the same way."""
+    ways: dict[str, list[Table]] = {}
+    for cell in cells:
+        ways.setdefault(json.dumps(cell["asked"], sort_keys=True), []).append(cell)
+    return list(ways.values())
 
 
 def fidelity_table(cells: list[Table]) -> tuple[list[str], list[list[str]]]:

@@ -42,10 +42,13 @@ def _transfer(run: Evidence) -> list[str]:
 
 
 def _way_of_measuring(run: Evidence) -> str:
-    """What must be equal for two runs to stand in one table."""
+    """What must be equal for two runs to stand in one table: rows, the tokens they come to (an NLL per token means
+    another thing with another tokenizer), and the settings."""
     stage = next(name for name in run.run.stages if name.startswith("eval/"))
     settings = read_json(run.run.stages[stage].folder / "step.json")["inputs"]["settings"]
-    return f"{header(run.run.table)} {settings['held_out']} {settings['answers']} {settings['chat_template']}"
+    tokens = [group["answer_tokens"] for group in run.run.table["stages"][0]["groups"].values()]
+    ways = [settings[key] for key in ("held_out", "answers", "chat_template", "attn_implementation")]
+    return f"{header(run.run.table)} {tokens} {ways}"
 
 
 def _single(run: Evidence) -> Table:

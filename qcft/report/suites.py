@@ -23,7 +23,11 @@ def suites_section(arms: Sequence[Arm]) -> Section | None:
     blocks: list[Block] = []
     several = sum(len(arm.runs) for arm in arms) > 1
     ways = evaluated(arms)
-    if len(ways) > 1:
+    fidelity: dict[str, list[Member]] = {}
+    for arm, run, found in _found(arms):
+        for cell in found["fidelity"]:
+            fidelity.setdefault(json.dumps(cell["asked"], sort_keys=True), []).append((arm, run, cell))
+    if max(len(ways), len(fidelity)) > 1:
         blocks.append(Prose(("Measured with other settings, and not to be compared: a table for each.",)))
     for number, members in enumerate(ways, start=1):
         more = "" if number == 1 else f"-{number}"
@@ -33,9 +37,8 @@ def suites_section(arms: Sequence[Arm]) -> Section | None:
         told = [f"{_of(arm, run, several)}{text}" for arm, run, table in members for text in _transfer(table)]
         if told:
             blocks.append(Prose(tuple(told)))
-    fidelity = [(arm, run, cell) for arm, run, found in _found(arms) for cell in found["fidelity"]]
-    if fidelity:
-        blocks.append(_fidelity(fidelity, several))
+    for number, cells in enumerate(fidelity.values(), start=1):
+        blocks.append(_fidelity(cells, "" if number == 1 else f"-{number}", several))
     return Section("suites", "What the stages can do", tuple(blocks)) if blocks else None
 
 
@@ -123,7 +126,7 @@ def _changes(members: Sequence[Member], more: str, several: bool) -> Table:
         for change in table["changes"]:
             found = {**change["tasks"], **{side: change[side] for side in SIDES if side in change}}
             name = f"{change['to_name']} since {change['from_name']}"
-            cells = [_changed(found.get(key)) for key in (*tasks, "EA", "MA")]
+            cells = [_changed(found.get(key)) for key in (*tasks, *SIDES)]
             rows.append((*([arm.label(run)] if several else []), name, *cells))
             records += [
                 {"arm": arm.name, "run": run.run.name, "seed": run.recipe.seed, "to": change["to"]}
@@ -134,14 +137,14 @@ def _changes(members: Sequence[Member], more: str, several: bool) -> Table:
     return Table(
         f"task-changes{more}",
         "What changed, in points",
-        (*(["arm"] if several else []), "change", *tasks, "EA", "MA"),
+        (*(["arm"] if several else []), "change", *tasks, *SIDES),
         tuple(rows),
         tuple(records),
         words=(0, 1) if several else (0,),
     )
 
 
-def _fidelity(cells: Sequence[Member], several: bool) -> Table:
+def _fidelity(cells: Sequence[Member], more: str, several: bool) -> Table:
     languages = list(dict.fromkeys(lang for _, _, cell in cells for lang in cell["languages"]))
     rows, records = [], []
     for arm, run, cell in cells:
@@ -153,7 +156,7 @@ def _fidelity(cells: Sequence[Member], several: bool) -> Table:
                 records.append({"run": run.run.name, "stage": cell["stage"], "lang": lang, **entry})
         rows.append(tuple(row))
     return Table(
-        "fidelity",
+        f"fidelity{more}",
         "The language of answers",
         ("stage", *(["of"] if several else []), *(f"prompts in {lang}" for lang in languages)),
         tuple(rows),
