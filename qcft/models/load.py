@@ -174,6 +174,8 @@ def quiet_libraries() -> None:
     for name in ("bitsandbytes", "trl", "accelerate", "peft", "gguf", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)\b")
+    # Named `cache` from transformers 5.24 on, which takes either name; it blames the caller, whatever the module.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
 
 
 def _bytes_of(folder: Path) -> int:
