@@ -54,16 +54,6 @@ def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
     return done
 
 
-def raise_failed(done: Run) -> None:
-    """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
-    if done.failed:
-        raise QcftError(
-            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
-            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
-            "the others are kept; the same command tries these again",
-        )
-
-
 def ablate(
     recipe: str | Path,
     *,
@@ -75,11 +65,13 @@ def ablate(
 ) -> Ablation:
     """Run a recipe's arms x seeds in this process (all, or those named), reusing what is done.
 
-    An arm that fails is noted and the next one begun: `states()` of what is returned tells. `set` and `listener` as
-    for `run`. Raises qcft.InputError before anything is written.
+    An arm that fails is noted and the next one begun: `states()` of what is returned tells. Its page is in report/.
+    `set` and `listener` as for `run`. Raises qcft.InputError before anything is written.
     """
     plain, every = load_ablation(recipe, set)
-    return ablate_watched(plain, chosen_arms(every, arms, seeds), Path(runs), Watch(listener))
+    done = ablate_watched(plain, chosen_arms(every, arms, seeds), Path(runs), Watch(listener))
+    report([done.name], Path(runs), Watch())
+    return done
 
 
 def ablate_watched(

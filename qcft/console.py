@@ -26,12 +26,9 @@ from qcft.report.abilities import (
     task_rows,
 )
 from qcft.report.before import memory_rows, step_rows
-from qcft.report.cells import change_rows, conclusion, header, stage_rows
+from qcft.report.cells import change_rows, conclusion, header, plain, stage_rows
 
 WIDE = 130  # columns of a table that goes to a file or a pipe
-STEERING = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"} | {
-    c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
 
 
@@ -379,11 +376,6 @@ def size(count: float) -> str:
 
 def _of(event: Progress) -> str:
     return f"{event.done:,.0f}/{event.total:,.0f} {event.unit}" if event.total else f"{event.done:,.0f} {event.unit}"
-
-
-def plain(text: str) -> str:
-    """Text from data or a model without what steers a terminal: control characters, turns of writing direction."""
-    return text.translate(STEERING)
 
 
 def _one_line(text: str) -> str:

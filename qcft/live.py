@@ -134,11 +134,11 @@ def print_outcome(outcome: Mapping[str, Any]) -> None:
     print_rows(
         ["arm", "seeds done", "English", "other languages", "training steps", "tokens", "time of all steps"], rows
     )
-    stdout().print(
+    note = (
         "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
-        "[least, most]",
-        style="dim",
+        "[least, most]"
     )
+    stdout().print(Text(note, style="dim"), soft_wrap=True)  # a text: brackets are markup elsewhere
     for run in outcome["runs"]:
         if run["state"] == "failed":
             text = f"{run['run']} failed: {in_words(run['error'])}"
@@ -146,9 +146,10 @@ def print_outcome(outcome: Mapping[str, Any]) -> None:
 
 
 def _cost(part: Mapping[str, Any]) -> str:
-    if not part["unknown"]:
-        return duration(part["seconds"])
-    return f"{duration(part['seconds'])} + {part['unknown']} steps unknown" if part["seconds"] else "unknown"
+    if part["seconds"] is None:
+        return "unknown"
+    more = f" + {part['unknown']} step{'s' * (part['unknown'] > 1)} unknown" if part["unknown"] else ""
+    return duration(part["seconds"]) + more
 
 
 def _size(part: Mapping[str, Any]) -> str:

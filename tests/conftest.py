@@ -114,10 +114,14 @@ def make_color_data(folder: Path) -> Path:
 
 @pytest.fixture
 def raw_recipe(tiny_model, color_data) -> dict:
+    return make_recipe(tiny_model, color_data)
+
+
+def make_recipe(model: Path, color_data: Path) -> dict:
     """A two-phase recipe on the tiny model, small enough for seconds."""
     return {
         "name": "tiny",
-        "model": {"name": str(tiny_model)},
+        "model": {"name": str(model)},
         "lora": {"r": 4, "alpha": 8},
         "heldout": {"share": 0.2, "rows": 6},
         "answers": {"prompts": 3, "max_new_tokens": 8},

@@ -1,12 +1,16 @@
 """Ablations: arms expanded and checked as a whole, shared steps run once, failures that leave the others going."""
 
+import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 import qcft
+from qcft import live
 from qcft.events import ArmChanged, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.meta import model_without_weights
@@ -14,6 +18,8 @@ from qcft.pipeline.ablate import prepare_arms
 from qcft.pipeline.prepare import Prepared
 from qcft.recipe import expand_ablation, recipe_from
 from qcft.store.ablations import Ablation, run_states
+
+from .conftest import make_recipe
 
 ARMS = [
     {"name": "plain", "set": {"phase2.replay": None, "phase2.freeze": "none"}},
@@ -43,14 +49,16 @@ def ablate(path, runs, **options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A place for one finished ablation that several tests look at."""
+    """The place of one finished ablation that several tests look at."""
     return tmp_path_factory.mktemp("finished")
 
 
-@pytest.fixture
-def done(finished, raw):
+@pytest.fixture(scope="module")
+def done(finished, tiny_model, color_data):
     path = finished / "recipe.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(
+        yaml.safe_dump({**make_recipe(tiny_model, color_data), "ablation": {"arms": ARMS, "seeds": [0, 1]}})
+    )
     return ablate(path, finished / "runs", seeds=[0])
 
 
@@ -257,8 +265,23 @@ def test_the_table_of_arms(qcft, done, finished):
         (change["phase2 es"]["value"] + change["phase2 pt"]["value"]) / 2
     )
     assert arms["lf"]["steps"]["mean"] == arms["mixed"]["steps"]["mean"] == 18
-    code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", finished / "runs", "--seeds", "0", "--in-process")
-    assert out.splitlines()[0].split()[:3] == ["arm", "seeds", "done"]
+    code, shown, _ = qcft("show", "tiny", "--runs", finished / "runs")
+    assert (code, shown.splitlines()[0].split()[:3]) == (0, ["arm", "seeds", "done"])
+    assert shown.endswith("mean of the seeds [least, most]\n"), "brackets are no markup"
+    assert json.loads(qcft("show", "tiny", "--runs", finished / "runs", "--json")[1]) == outcome
+
+
+def test_the_page_of_an_ablation(done, finished):
+    """It is there at the end, and what an arm kept of English counts from one stage for all arms, mixed ones too."""
+    page = (finished / "runs" / "tiny" / "report" / "report.md").read_text()
+    question, answer = page.splitlines()[2:4]
+    assert "Which of 5 arms kept the most English for the most gain in es and pt?" in question
+    assert "since phase1, the other languages gained" in answer
+    rows = csv.DictReader((finished / "runs" / "tiny" / "report" / "tables" / "stages.csv").open())
+    nll = {(r["arm"], r["stage"]): float(r["nll"]) for r in rows if (r["lang"], r["precision"]) == ("en", "NF4")}
+    lost = nll["mixed", "phase2"] - nll["plain", "phase1"]
+    assert f"{lost:+.3f} since phase1" in next(line for line in page.splitlines() if line.startswith("| mixed"))
+    assert "all but mixed" in page
 
 
 def test_the_plan_of_an_ablation(qcft, done, finished):
@@ -278,6 +301,26 @@ def test_the_plan_of_an_ablation(qcft, done, finished):
     assert not (finished / "runs" / "tiny-plain-s1").exists()
     code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", "nowhere", "--dry-run")
     assert "24 steps unknown" in out, "without any done step, only trainings are reckoned"
+
+
+def test_what_takes_next_to_no_time_is_no_unknown(capsys):
+    for seconds, unknown, says in ((0.004, 3, "0.0 s + 3 steps unknown"), (0.0, 1, "0.0 s + 1 step unknown"),
+                                   (None, 2, "takes unknown"), (70, 0, "takes 1 min 10 s and")):  # fmt: skip
+        total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
+        live.print_plan({"runs": [], "total": total})
+        assert says in capsys.readouterr().out
+
+
+def test_processes_that_note_arms_of_one_ablation_at_once_lose_nothing(done, tmp_path):
+    """Each note is a change of one file."""
+    (tmp_path / "tiny").mkdir()
+    shutil.copy(done[0].folder / "ablation.json", tmp_path / "tiny")
+    code = "from pathlib import Path; from qcft.store.ablations import Ablation"
+    code += f"; a = Ablation(Path({str(tmp_path)!r}), 'tiny')"
+    notes = [f"{code}\nfor i in range(60): a.begin('{who}' + str(i))" for who in "xy"]
+    processes = [subprocess.Popen([sys.executable, "-c", note]) for note in notes]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(read_json(tmp_path / "tiny" / "ablation.json")["working"]) == 120
 
 
 def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp_path):

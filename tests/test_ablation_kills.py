@@ -41,6 +41,10 @@ def working(runs: Path, name: str) -> dict:
     return (read_json(runs / name / "ablation.json") or {}).get("working", {})
 
 
+def workers(runs: Path, name: str) -> set[int]:
+    return {process["pid"] for process in working(runs, name).values()}
+
+
 def done_steps(runs: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (runs / ".steps").glob("*/done.json")}
 
@@ -69,9 +73,11 @@ def kill_ablations(recipe: Path, runs: Path, name: str, times: int, span: float,
     moments = random.Random(seed)
     found = []
     before: dict[Path, int] = {}
+    dead: set[int] = set()
     for _ in range(times):
         process = start(recipe, runs)
-        wait_for(lambda: working(runs, name), process)
+        wait_for(lambda: workers(runs, name) - dead, process)  # those that were killed still stand in the index
+        dead.update(workers(runs, name))
         time.sleep(moments.uniform(0, span))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -97,7 +103,7 @@ def recipe_file(raw_recipe, tmp_path):
 
 def test_a_killed_ablation_ends_as_one_left_alone(recipe_file, tmp_path):
     qcft.ablate(recipe_file, runs=tmp_path / "alone")
-    kill_ablations(recipe_file, tmp_path / "killed", "tiny", times=2, span=12, seed=0)
+    kill_ablations(recipe_file, tmp_path / "killed", "tiny", times=2, span=8, seed=0)
     assert table(tmp_path / "killed", "tiny") == table(tmp_path / "alone", "tiny")
 
 

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qcft
+from qcft import api
 from qcft.data.encode import IGNORED, EncodedRow
+from qcft.events import Progress, Watch
 from qcft.files import read_json
+from qcft.recipe import load_recipe
 from qcft.training.batches import FILLER, Batches, Fed
 from qcft.training.ranks import shared_out
 
@@ -53,29 +56,45 @@ def test_passes_are_dealt_out_so_that_every_step_keeps_its_rows(count, per_pass,
     assert exposure["rows"] == count
 
 
-def launch(recipe: Path, runs: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+def trains(event: Progress) -> bool:
+    return event.label == "training phase2" and event.done >= 2
+
+
+WAYS = {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version", "2"]}
+
+
+def launch(recipe: Path, runs: Path, way: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *WAYS[way], "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", "qcft", "run", str(recipe), "--runs", str(runs)]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_two_processes_train_what_one_does(raw_recipe, tmp_path, packing):
-    """Both start from weights drawn with one seed; sums of gradients differ in their order only."""
+@pytest.mark.parametrize(("way", "packing"), [("ddp", True), ("fsdp", False)])
+def test_two_processes_train_what_one_does(raw_recipe, tmp_path, way, packing):
+    """Both start from weights drawn with one seed; sums of gradients differ in their order only.
+
+    With FSDP each holds half of every weight, and they go on from where one process was stopped.
+    """
     phase = {**raw_recipe["phases"][1], "replay": None}
     phase["train"] = {**phase["train"], "batch": 6, "packing": packing, "lr": 1e-3, "epochs": 1.3}
     raw = {**raw_recipe, "phases": [phase], "answers": {"prompts": 0}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
     one = qcft.run(path, runs=tmp_path / "one")
-    done = launch(path, tmp_path / "two")
+    if way == "fsdp":
+        watch = Watch(lambda event: watch.ask_to_stop(143) if isinstance(event, Progress) and trains(event) else None)
+        with pytest.raises(qcft.Interrupted):
+            api.run_watched(load_recipe(path), tmp_path / "two", watch)
+    done = launch(path, tmp_path / "two", way)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("train phase2") == 1, "rank 1 is silent"
     two = tmp_path / "two" / "tiny" / "phase2"
     alone, together = one.stages["phase2"].metrics, read_json(two / "done.json")["metrics"]
     assert (alone["processes"], together["processes"]) == (1, 2)
+    assert (together["resumed_from"] > 0) is (way == "fsdp")
+    assert (alone["held"], together["held"]) == (1.0, pytest.approx({"ddp": 1.0, "fsdp": 0.5}[way], abs=0.01))
     for key in ("steps", "rows", "tokens", "exposure"):
         assert together[key] == alone[key], key
     assert together["loss"] == pytest.approx(alone["loss"], abs=0.02)

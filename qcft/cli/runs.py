@@ -116,13 +116,23 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
 
 @app.command()
 def show(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Annotated[str | None, typer.Argument(help="A run, or an ablation [default: the latest run].")] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Show a run's tables, stages and languages, what the stages were evaluated on, and what it cost."""
-    from qcft import api, console
+    """Show a run's tables, stages and languages, what the stages were evaluated on, and what it cost.
 
+    Of an ablation, its arms side by side.
+    """
+    from qcft import api, console
+    from qcft.store.ablations import Ablation, list_ablations
+
+    if run in list_ablations(runs):
+        from qcft import live
+
+        outcome = api.ablation_outcome(Ablation(runs, str(run)))
+        console.print_json(outcome) if json_ else live.print_outcome(outcome)
+        return
     found = api.read(run, runs)
     cost = api.cost(found)
     if json_:
@@ -161,7 +171,7 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     from qcft import api, console
     from qcft.commands import plan_listed
     from qcft.events import Watch
-    from qcft.pipeline.run import help_train
+    from qcft.pipeline.run import help_train, raise_failed
     from qcft.training.ranks import rank
 
     if dry_run:
@@ -182,4 +192,4 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     else:
         console.print_table(done.table)
         console.stderr().print(f"report: {done.folder / 'report' / 'report.html'}", style="dim", soft_wrap=True)
-    api.raise_failed(done)
+    raise_failed(done)

@@ -53,6 +53,13 @@ def ablate(
     with watched(quiet, live.ArmsReporter) as watch, stop_with_parent(watch, supervised is not None):
         done = api.ablate_watched(plain, chosen, runs, watch, split(supervised), on)
     outcome = api.ablation_outcome(done)
-    console.print_json(outcome) if json_ else live.print_outcome(outcome)
+    with watched(quiet) as watch:
+        page = api.report([done.name], runs, watch)
+    if json_:
+        console.print_json(outcome)
+    else:
+        live.print_outcome(outcome)
+        console.print_answer(page["question"], page["answer"])
+        console.say(f"report: {page['page']}")
     asked = {(one.arm, one.seed) for one in chosen}
     raise typer.Exit(any(run["state"] == "failed" and (run["arm"], run["seed"]) in asked for run in outcome["runs"]))

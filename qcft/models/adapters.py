@@ -128,9 +128,19 @@ def read_trained(model: PeftModel, folder: Path) -> None:
         raise QcftError(f"{folder.name} holds {result.unexpected_keys[0]}, which is not trained", "please report this")
 
 
-def save_trained(model: PeftModel, folder: Path) -> None:
-    """Save the adapter that trains, and none of those under it: the same files from every process."""
-    model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False)
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's adapter, by the names of its weights in the model that trains it."""
+    from safetensors.torch import load_file
+
+    return {f"{name.removesuffix('weight')}{TOP}.weight": w for name, w in load_file(folder / WEIGHTS).items()}
+
+
+def save_trained(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Save the adapter that trains, and none of those under it: the same files from every process.
+
+    `weights`: by their names in the model, where the model holds a part of each only.
+    """
+    model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     config = read_json(folder / CONFIG)
     if isinstance(config["target_modules"], list):  # a set in memory, in another order in each process

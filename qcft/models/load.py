@@ -54,12 +54,13 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTrainedModel:
+def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_out: bool = False) -> PreTrainedModel:
     """A model's weights as the recipe asks (`quantize` overrides it), ready to be trained or measured.
 
     NF4 with double quantisation and 16-bit compute. The same kernels serve training and measuring: on
     some CPUs bitsandbytes repacks 4-bit weights in place for evaluation, with other results and no way
-    back to training, so 4-bit modules stay in training mode always (see `evaluating`).
+    back to training, so 4-bit modules stay in training mode always (see `evaluating`). `dealt_out`: the 4-bit weights
+    are kept as 16-bit numbers, which FSDP can deal out to processes.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -79,6 +80,7 @@ def load_model(folder: Path, model: Model, quantize: str | None = None) -> PreTr
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype(),
+            **({"bnb_4bit_quant_storage": compute_dtype()} if dealt_out else {}),
         )
     elif device() == "cuda" and _bytes_of(folder) > 0.85 * torch.cuda.mem_get_info()[0]:
         options["device_map"] = "auto"  # 16 bits do not fit on the card: the rest is held in main memory
@@ -172,6 +174,8 @@ def quiet_libraries() -> None:
     for name in ("bitsandbytes", "trl", "accelerate", "peft", "gguf", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)\b")
+    # Named `cache` from transformers 5.24 on, which takes either name; it blames the caller, whatever the module.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
 
 
 def _bytes_of(folder: Path) -> int:

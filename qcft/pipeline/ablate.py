@@ -15,7 +15,7 @@ from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import ArmChanged, Watch
 from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
-from qcft.pipeline.run import Run, run_prepared
+from qcft.pipeline.run import Run, raise_failed, run_prepared
 from qcft.plan import Step
 from qcft.recipe import ArmRun, Recipe
 from qcft.store import Store, open_run
@@ -68,7 +68,9 @@ def run_arms(
         ablation.begin(name)
         try:
             _check_parents(one.prepared, store, broken)
-            done = finished(run_prepared(one.prepared, store, watch))
+            made = run_prepared(one.prepared, store, watch)
+            done = finished(made)
+            raise_failed(made)
         except Interrupted:
             ablation.end(name)
             raise
@@ -76,7 +78,7 @@ def run_arms(
             # Steps are done in their order, so the one that failed is the first that is not done.
             step = next((s for s in one.prepared.plan.steps if store.state(s.id) != "done"), None)
             what = told(error, step)
-            if step:
+            if step and step.kind != "suite":  # nothing rests on an evaluation
                 broken.setdefault(step.id, name)
             ablation.end(name, what)
             watch.tell(change("failed", what["message"]))

@@ -84,11 +84,15 @@ def _of_run(arm: ArmRun, steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Done steps, and the seconds and bytes of those to do; `unknown` of them have no estimate."""
+    """Done steps, and the seconds and bytes of those to do; `unknown` of them have no estimate.
+
+    Seconds are null where no step that is to do has one: 0 are those of a step that takes next to no time.
+    """
     todo = [row for row in rows if row["state"] != "done"]
+    known = [row["seconds"] for row in todo if row["seconds"] is not None]
     return {
         "done": len(rows) - len(todo),
-        "seconds": sum(row["seconds"] or 0 for row in todo),
+        "seconds": sum(known) if known or not todo else None,
         "bytes": sum(row["bytes"] or 0 for row in todo),
         "unknown": sum(row["seconds"] is None for row in todo),
     }
@@ -128,7 +132,7 @@ def _expected(step: Step, prepared: Prepared, store: Store, known: Sequence[Done
         return _from_shapes(step, prepared)
     scaled = step.kind in {"replay", "probe"}
     return {
-        "seconds": round(fmean(d.seconds / max(1, d.rows) for d in alike) * rows, 1),
+        "seconds": fmean(d.seconds / max(1, d.rows) for d in alike) * rows,
         "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in alike)),
     }
 
@@ -144,7 +148,7 @@ def _from_shapes(step: Step, prepared: Prepared) -> dict[str, Any]:
     planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
     tokens = batches.tokens_until(batches.steps)
     return {
-        "seconds": round(_speed().seconds(planned.cost) * tokens / planned.largest.tokens, 1),
+        "seconds": _speed().seconds(planned.cost) * tokens / planned.largest.tokens,
         "bytes": 3 * planned.memory.adapters + 2 * planned.memory.optimizer,
     }
 

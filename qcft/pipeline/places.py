@@ -14,6 +14,7 @@ from qcft.pipeline.prepare import Prepared
 from qcft.plan import Step
 from qcft.recipe import Phase
 from qcft.store import Store
+from qcft.training.ranks import sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ class StepWork:
 
     def load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
         """The step's weights as the recipe loads them, its adapters live on them."""
-        model = load_model(self.weights(step), self.recipe.model, quantize)
+        dealt_out = step.kind == "train" and sharded()
+        model = load_model(self.weights(step), self.recipe.model, quantize, dealt_out)
         if step.adapter is not None and step.kind != "train":
             return load_stack(model, [self.adapter(one) for one in (*step.under, step.adapter)])
         return model

@@ -145,6 +145,16 @@ def run_prepared(prepared: Prepared, store: Store, watch: Watch, up_to: str | No
     return replace(done, goal=plan.goal, failed=failed)
 
 
+def raise_failed(done: Run) -> None:
+    """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
+    if done.failed:
+        raise QcftError(
+            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
+            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
+            "the others are kept; the same command tries these again",
+        )
+
+
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
     """A run's stages and table, from its done steps."""
     done = {}

@@ -58,13 +58,17 @@ def arms_of(found: Sequence[Evidence], named: Mapping[str, str] | None = None) -
 
 
 def shared_by(runs: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm]) -> str:
-    """Which of all runs these are, in a few words: `all`, `all, seed 0`, or the arms with their seeds."""
+    """Which of all runs these are, in a few words: `all`, `all but mixed, seed 0`, or the arms with their seeds."""
     every = [(arm, run) for arm in arms for run in arm.runs]
-    if len(runs) == len(every):
-        return "all"
     seeds = {run.recipe.seed for _, run in runs}
-    if len(seeds) == 1 and len(runs) == sum(run.recipe.seed in seeds for _, run in every) > 1:
-        return f"all, seed {min(seeds)}"
+    alike = [(arm, run) for arm, run in every if run.recipe.seed in seeds]  # all there are with these seeds
+    seed = f", seed {min(seeds)}" if len(seeds) == 1 and len(alike) < len(every) else ""
+    here = {run.run.name for _, run in runs}
+    others = list(dict.fromkeys(arm.name for arm, run in alike if run.run.name not in here))
+    if not others and len(runs) > 1:
+        return f"all{seed}"
+    if 0 < 3 * len(others) <= len(here) and not any(arm.name in others for arm, _ in runs):
+        return f"all but {', '.join(others)}{seed}"
     counts = Counter(arm.name for arm, _ in runs)
     whole = {arm.name for arm, _ in runs if counts[arm.name] == len(arm.runs)}
     return "; ".join(dict.fromkeys(arm.name if arm.name in whole else arm.label(run) for arm, run in runs))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.report.arms import Arm
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import COLOURS, LINES, MARKERS, draw, legend_below
+from qcft.report.plots import draw, legend_below, look
 from qcft.report.standing import ENGLISH, mean_of
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
         for i, (key, word) in enumerate((("EA", "EA: English"), ("MA", "MA: other languages"))):
             line = [(p["scale"], p[key]) for p in points if p[key] is not None]
             if line:
+                own = look(i)
                 axes.plot(
-                    [scale for scale, _ in line], [nll for _, nll in line], label=word, color=COLOURS[i],
-                    marker=MARKERS[i], linestyle=LINES[i],
+                    [scale for scale, _ in line], [nll for _, nll in line], label=word, color=own.colour,
+                    marker=own.marker, linestyle=own.line,
                 )  # fmt: skip
         axes.set_xlabel("scale of the delta")
         axes.set_ylabel("NLL, nats per answer token")

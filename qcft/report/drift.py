@@ -8,7 +8,7 @@ from typing import Any
 from qcft.files import read_json
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Prose, Section, Table
-from qcft.report.plots import COLOURS, FAINT, LINES, MARKERS, draw, legend_below
+from qcft.report.plots import FAINT, draw, legend_below, look
 
 MOST_ROWS = 12  # of a table; --json and drift.json have every layer
 BAR = 10
@@ -109,9 +109,10 @@ def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
             first.set_ylabel("MPD")
         for axes, (key, word) in zip(panels, SHIFTS.items(), strict=True):
             for i, lang in enumerate(languages):
+                own = look(i)
                 axes.plot(
-                    numbers, [layer["languages"][lang][key] for layer in layers], color=COLOURS[i % len(COLOURS)],
-                    linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], markersize=3.5, linewidth=1.2,
+                    numbers, [layer["languages"][lang][key] for layer in layers], color=own.colour,
+                    linestyle=own.line, marker=own.marker, markersize=3.5, linewidth=1.2,
                     label=lang if key == "cka" else None,
                 )  # fmt: skip
             axes.set_ylabel(word)
@@ -130,7 +131,7 @@ def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
         f"How far each layer moved {what}: its weights (MPD), and its hidden states on the same text in each language.",
         "MPD, mean shift, covariance shift and CKA over the layers; the numbers are in the table that follows.",
         body,
-        height=1.6 * (3 + with_mpd) + 0.6,
+        height=1.6 * (3 + with_mpd) + 0.4,
         panels=3 + with_mpd,
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.files import read_json
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import COLOURS, FAINT, HATCHES, INK, PAPER, draw, legend_below
+from qcft.report.plots import FAINT, INK, PAPER, draw, legend_below, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
             places = [layer - 0.4 + wide * (i + 0.5) for layer in range(count)]
             axes.bar(
                 places, [changes.get(layer, 0.0) for layer in range(count)], wide, label=name,
-                color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i % len(HATCHES)], edgecolor=PAPER, linewidth=0.4,
+                color=look(i).colour, hatch=look(i).hatch, edgecolor=PAPER, linewidth=0.4,
             )  # fmt: skip
         shown: set[str] = set()
         for i, (name, layers) in enumerate(frozen.items()):
@@ -93,7 +93,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
         "How much each phase changed each layer: the Frobenius norm of the delta that its adapter adds.",
         "Bars of the change in each layer, phase by phase; the numbers are in the table that follows.",
         body,
-        height=3.4,
+        height=2.8,
     )
 
 
@@ -117,6 +117,7 @@ def _map(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]
                     look = {"edgecolor": PAPER, "facecolor": colours[layer]}
                 axes.add_patch(Rectangle((layer - 0.5, row - 0.4), 1, 0.8, linewidth=0.4, **look))
         axes.set_xlim(-0.5, count - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(len(columns) - 0.5, -0.5)
         axes.set_yticks(range(len(columns)), list(columns))
         axes.tick_params(left=False, labelcolor=INK)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import COLOURS, HATCHES, INK, PAPER, draw, legend_below
+from qcft.report.plots import INK, PAPER, draw, legend_below, look
 from qcft.report.training import Trained, trainings
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
                 starts.append(100 * before / total)
                 widths.append(100 * shares.get(source, 0) / total)
             axes.barh(
-                range(len(lines)), widths, left=starts, color=COLOURS[i % len(COLOURS)], label=source,
-                hatch=HATCHES[i % len(HATCHES)], edgecolor=PAPER, linewidth=0.8, height=0.8,
+                range(len(lines)), widths, left=starts, color=look(i).colour, label=source,
+                hatch=look(i).hatch, edgecolor=PAPER, linewidth=0.8, height=0.8,
             )  # fmt: skip
         axes.set_yticks(range(len(lines)), [label for label, _, _ in lines])
         axes.invert_yaxis()
@@ -85,7 +85,7 @@ def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
         + (" Of each arm's first seed." if any(len(arm.runs) > 1 for arm in arms) else ""),
         "Stacked bars of each source's share; the numbers are in the table that follows.",
         body,
-        height=1.0 + 0.42 * len(lines) + 0.2 * len(sources),
+        height=1.0 + 0.42 * len(lines),
     )
 
 

@@ -9,7 +9,7 @@ from qcft.measure.stats import Difference
 from qcft.report.arms import Arm, Evidence
 from qcft.report.cells import conclusion
 from qcft.report.document import Figure, Section, Table
-from qcft.report.plots import COLOURS, FAINT, INK, MARKERS, PAPER, draw, legend_below
+from qcft.report.plots import FAINT, INK, PAPER, draw, legend_below, look
 from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, front, mean_of, standings, verdict
 from qcft.report.suites import last_averages
 
@@ -61,6 +61,10 @@ def _told(said: Verdict, arms: int) -> str:
         text += f"; not told apart from {', '.join(equal)}" if equal else ""
     far = arms - len(said.near)
     text += f"; {far} gained less than {NEAR:.0%} of the most" if far else ""
+    if said.beyond:
+        other, share, less = said.beyond
+        more = f"{-less.value:.3f} nats {_interval(less, -1)} more English"
+        text += f"; of these {other.arm.name} ({share:.0%}) kept {more}"
     return f"{text}."
 
 
@@ -71,8 +75,13 @@ def _became(one: Standing) -> str:
 def _moved(change: Difference) -> str:
     """A change of NLL as a loss or a gain, with its 95% interval in the same direction."""
     if change.value > 0:
-        return f"lost {change.value:.3f} nats [{change.low:.3f}, {change.high:.3f}]"
-    return f"gained {-change.value:.3f} nats [{-change.high:.3f}, {-change.low:.3f}]"
+        return f"lost {change.value:.3f} nats {_interval(change)}"
+    return f"gained {-change.value:.3f} nats {_interval(change, -1)}"
+
+
+def _interval(change: Difference, sign: int = 1) -> str:
+    low, high = sorted((sign * change.low, sign * change.high))
+    return f"[{low:.3f}, {high:.3f}]"
 
 
 def _languages(arms: Sequence[Arm]) -> str:
@@ -82,7 +91,7 @@ def _languages(arms: Sequence[Arm]) -> str:
 
 
 def _pareto(found: Sequence[Standing]) -> Figure:
-    before = {s.arm.runs[0].run.stages[f"eval/{s.since}"].step for s in found}
+    before = {s.before[0].step for s in found}
 
     def body(axes: Axes) -> None:
         places = {s.arm.name: list(zip(s.english, s.others, strict=True)) for s in found}
@@ -103,7 +112,7 @@ def _pareto(found: Sequence[Standing]) -> Figure:
         f"better.{_seeds([s.english for s in found])}",
         "Scatter plot of English against the other languages, arm by arm; the numbers are in the table that follows.",
         body,
-        height=3.6,
+        height=2.8,
     )
 
 
@@ -124,7 +133,7 @@ def _pareto_of_tasks(places: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
         f"better.{_seeds(list(places.values()))}",
         "Scatter plot of English tasks against those in other languages; the numbers are in the table of tasks.",
         body,
-        height=3.6,
+        height=2.8,
     )
 
 
@@ -132,17 +141,17 @@ def _scatter(axes: Axes, places: Mapping[str, Sequence[tuple[float, float]]], be
     """Each arm's runs (EA, MA), their mean and spread, and a line through the `best`."""
     means = {}
     for i, (name, runs) in enumerate(places.items()):
-        look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+        own: dict[str, Any] = {"marker": look(i).marker, "color": look(i).colour}
         english, others = zip(*runs, strict=True)
         means[name] = here = (sum(others) / len(others), sum(english) / len(english))
         if len(runs) > 1:
-            axes.plot(others, english, linestyle="", markersize=4, alpha=0.55, **look)
+            axes.plot(others, english, linestyle="", markersize=4, alpha=0.55, **own)
             axes.errorbar(
                 *here, xerr=_spread(others), yerr=_spread(english), fmt="none", ecolor=FAINT, capsize=3, linewidth=1
             )
         axes.plot(
             *here, linestyle="", markersize=9, markeredgecolor=INK if name in best else PAPER, markeredgewidth=1.2,
-            label=name, zorder=3, **look,
+            label=name, zorder=3, **own,
         )  # fmt: skip
     line = sorted(means[name] for name in best)
     axes.plot([x for x, _ in line], [y for _, y in line], color=FAINT, linewidth=1, linestyle=":", zorder=1)
@@ -167,8 +176,8 @@ def _path(evidence: Evidence) -> Figure:
         axes.plot([p[1] for p in places], [p[2] for p in places], color=FAINT, linewidth=1, linestyle=":", zorder=1)
         for i, (name, others, english) in enumerate(places):
             axes.plot(
-                others, english, linestyle="", markersize=8, marker=MARKERS[i % len(MARKERS)],
-                color=COLOURS[i % len(COLOURS)], markeredgecolor=PAPER, label=name,
+                others, english, linestyle="", markersize=8, marker=look(i).marker,
+                color=look(i).colour, markeredgecolor=PAPER, label=name,
             )  # fmt: skip
         _better_up_and_right(axes)
         legend_below(axes)
@@ -180,7 +189,7 @@ def _path(evidence: Evidence) -> Figure:
         "The way of the model from stage to stage, English against the other languages; the numbers are in the table "
         "of stages and languages.",
         body,
-        height=3.6,
+        height=2.8,
     )
 
 

@@ -7,9 +7,10 @@ colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), less those too p
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcft.report.document import Figure
 
@@ -21,6 +22,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a8528c", "#b07c00", "#4a4a52")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo", "----")
+LEGEND_ROW = 0.21  # inches
 WIDTH = 4.8  # inches: as wide as a phone, so that text stays readable there
 PNG_DPI = 200
 
@@ -56,10 +58,31 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class Look(NamedTuple):
+    """What a series is known by."""
+
+    colour: str
+    marker: str
+    line: Any
+    hatch: str
+
+
+def look(i: int) -> Look:
+    """The looks of the series `i`; colour and line differ of any 36 in a row, colour and marker or hatch of any 24."""
+    turn = i // len(COLOURS)
+    return Look(
+        COLOURS[i % len(COLOURS)],
+        MARKERS[i % len(MARKERS)],
+        LINES[(i + turn) % len(LINES)],
+        HATCHES[i % len(HATCHES)],
+    )
+
+
 def draw(
-    name: str, caption: str, alt: str, body: Callable[[Any], None], height: float = 3.2, panels: int = 1
+    name: str, caption: str, alt: str, body: Callable[[Any], None], height: float = 2.8, panels: int = 1
 ) -> Figure:
-    """A plot that `body` draws on the axes it is given, or on several that share what is across; `height` in inches.
+    """A plot that `body` draws on the axes it is given, or on several that share what is across; `height` in inches, a
+    legend apart.
 
     Equal drawings give equal bytes.
     """
@@ -88,7 +111,8 @@ def inline_svg(figure: Figure) -> str:
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:
-    """A legend under the axes, where it hides nothing."""
+    """A legend under the axes, where it hides nothing and takes nothing from them: the figure grows by it."""
     handles, labels = axes.get_legend_handles_labels()
-    figure = axes.figure
+    figure: Any = axes.figure
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(labels) / columns))
     figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)))

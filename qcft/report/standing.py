@@ -10,6 +10,7 @@ from typing import Any
 from qcft.files import read_json
 from qcft.measure.score import RowScore
 from qcft.measure.stats import Difference, difference
+from qcft.pipeline import Stage
 from qcft.report.arms import Arm, Evidence
 
 ENGLISH = "en"
@@ -27,8 +28,8 @@ def mean_of(groups: Iterable[Mapping[str, Any]]) -> float | None:
 class Standing:
     """An arm at its last stage: mean NLL per answer token of English and of the others, run by run; lower is better.
 
-    The changes are means over the arm's runs, with 95% intervals over rows: `lost` (English) since the stage named
-    `since`, `gained` (the others; below zero is a gain) since the base as it is loaded. `front`: no other arm is
+    The changes are means over the arm's runs, with 95% intervals over rows: `lost` (English) since each run's stage of
+    `before`, `gained` (the others; below zero is a gain) since the base as it is loaded. `front`: no other arm is
     better at both.
     """
 
@@ -37,8 +38,13 @@ class Standing:
     others: tuple[float, ...]
     lost: Difference
     gained: Difference
-    since: str
+    before: tuple[Stage, ...]
     front: bool = False
+
+    @property
+    def since(self) -> str:
+        """The name of the stage that `lost` counts from."""
+        return self.before[0].name.removeprefix("eval/")
 
     @property
     def place(self) -> tuple[float, float]:
@@ -49,11 +55,14 @@ class Standing:
 @dataclass(frozen=True)
 class Verdict:
     """The arm that kept the most English among those `near` the largest gain; `behind` holds, of the others near it,
-    how much more English NLL they have, with a paired 95% interval over the same rows."""
+    how much more English NLL they have, with a paired 95% interval over the same rows. `beyond`: of the arms that
+    gained less, the one with the most English, where that is more than `best` has; with it the share of the largest
+    gain that it had, and its English NLL less that of `best`."""
 
     best: Standing
     near: tuple[Standing, ...]
     behind: Mapping[str, Difference]
+    beyond: tuple[Standing, float, Difference] | None
 
 
 def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
@@ -64,17 +73,20 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
         return ()
     found = []
     for arm in done:
-        since = f"eval/{arm.runs[0].recipe.phases[0].name}" if len(arm.runs[0].recipe.phases) > 1 else "eval/base"
-        if not all({since, "eval/base"} <= run.run.stages.keys() for run in arm.runs):
+        before = tuple(stage for run in arm.runs if (stage := _before(run, done)))
+        base = [stage for run in arm.runs if (stage := run.run.stages.get("eval/base"))]
+        if not len(before) == len(base) == len(arm.runs):
             continue
+        if len({stage.name for stage in before}) > 1:
+            before = tuple(base)
         found.append(
             Standing(
                 arm,
                 tuple(_level(run, english) for run in arm.runs),
                 tuple(_level(run, others) for run in arm.runs),
-                difference(_rows(arm, since, english), _rows(arm, None, english)),
-                difference(_rows(arm, "eval/base", others), _rows(arm, None, others)),
-                since.removeprefix("eval/"),
+                difference(_rows(before, english), _rows(_last(arm), english)),
+                difference(_rows(base, others), _rows(_last(arm), others)),
+                before,
             )
         )
     best = front({s.arm.name: s.place for s in found})
@@ -100,9 +112,13 @@ def verdict(found: Sequence[Standing]) -> Verdict | None:
     near = tuple(s for s in found if -s.gained.value >= NEAR * most)
     best = min(near, key=lambda s: s.place)
     english, _ = common_groups([s.arm for s in found])
-    rows = _rows(best.arm, None, english)
-    behind = {s.arm.name: difference(rows, _rows(s.arm, None, english)) for s in near if s is not best}
-    return Verdict(best, near, behind)
+    rows = _rows(_last(best.arm), english)
+    behind = {s.arm.name: difference(rows, _rows(_last(s.arm), english)) for s in near if s is not best}
+    far = min((s for s in found if s not in near), key=lambda s: s.place, default=None)
+    if far is None or far.place[0] >= best.place[0]:
+        return Verdict(best, near, behind, None)
+    less = difference(rows, _rows(_last(far.arm), english))
+    return Verdict(best, near, behind, (far, -far.gained.value / most, less))
 
 
 def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
@@ -130,13 +146,36 @@ def _level(run: Evidence, groups: Sequence[str]) -> float:
     return mean
 
 
-def _rows(arm: Arm, stage: str | None, groups: Sequence[str]) -> list[RowScore]:
-    """Each row's score at a stage (None: the last), its NLL the mean over the arm's runs."""
+def _before(run: Evidence, arms: Sequence[Arm]) -> Stage | None:
+    """What a run's English is held against: its first phase's measurement, or with one phase only, the base.
+
+    A mixed run, which trains on the first phase of other runs with the rest, is held against theirs, where those with
+    its base and its seed have one in common.
+    """
+    stages, phases = run.run.stages, run.recipe.phases
+    base = stages.get("eval/base")
+    if len(phases) > 1:
+        return stages.get(f"eval/{phases[0].name}")
+    shared = {
+        stage.step: stage
+        for other in (other for arm in arms for other in arm.runs)
+        if other.recipe.seed == run.recipe.seed and len(other.recipe.phases) > 1 and base
+        if other.recipe.phases[0].data and all(source in phases[0].data for source in other.recipe.phases[0].data)
+        if (also := other.run.stages.get("eval/base")) and also.step == base.step
+        if (stage := other.run.stages.get(f"eval/{other.recipe.phases[0].name}"))
+    }
+    return next(iter(shared.values())) if len(shared) == 1 else base
+
+
+def _last(arm: Arm) -> list[Stage]:
+    return [run.last for run in arm.runs if run.last]
+
+
+def _rows(stages: Sequence[Stage], groups: Sequence[str]) -> list[RowScore]:
+    """Each row's score, its NLL the mean over the stages, which are those of an arm's runs."""
     found = []
-    for run in arm.runs:
-        measured = run.run.stages[stage] if stage else run.last
-        assert measured is not None
-        scores = _scores(measured.folder)
+    for stage in stages:
+        scores = _scores(stage.folder)
         found.append([entry for name in groups for entry in scores[name]])
     return [RowScore(_mean([e["nll"] for e in row]), row[0]["tokens"], 0) for row in zip(*found, strict=True)]
 

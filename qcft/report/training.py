@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import COLOURS, LINES, MARKERS, draw, legend_below
+from qcft.report.plots import draw, legend_below, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+LONGEST = 40  # letters of a legend's entry
 
 
 @dataclass(frozen=True)
@@ -69,27 +71,34 @@ def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figur
         labelled: set[str] = set()
         for one in logged:
             arm = one.runs[0][0]
-            i = places[arm.name]
-            look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+            own = look(places[arm.name])
+            line: dict[str, Any] = {"color": own.colour, "linestyle": own.line}
             tokens = [entry["tokens"] / 1000 for entry in one.log]
             losses = [entry["loss"] for entry in one.log]
             if len(logged) == 1:
-                axes.plot(tokens, losses, linewidth=0.8, alpha=0.45, color=look["color"], label="each step")
-            name = "running mean" if len(logged) == 1 else "; ".join(dict.fromkeys(a.name for a, _ in one.runs))
-            axes.plot(tokens, running_mean(losses), linewidth=1.8, label=name if name not in labelled else None, **look)
+                axes.plot(tokens, losses, linewidth=0.8, alpha=0.45, color=own.colour, label="each step")
+            name = "running mean" if len(logged) == 1 else _whose(one, arms)
+            axes.plot(tokens, running_mean(losses), linewidth=1.8, label=name if name not in labelled else None, **line)
             labelled.add(name)
         axes.set_xlabel("tokens, thousands")
-        axes.set_ylabel("loss, nats per answer token")
+        axes.set_ylabel("loss, nats per token")
         legend_below(axes)
 
     several = " A line for each run of an arm." if len(logged) > len({one.runs[0][0].name for one in logged}) else ""
     return draw(
         f"training-{phase}",
-        f"Training loss of {phase}; the thick line is the mean of a tenth of the training.{several}",
+        f"Training loss of {phase}, per answer token; the thick line is the mean of a tenth of the training.{several}",
         f"Training loss of {phase} over the tokens trained on.",
         body,
-        height=3.0,
+        height=2.6,
     )
+
+
+def _whose(one: Trained, arms: Sequence[Arm]) -> str:
+    """The arms that share a training, whichever of their seeds, in as many words as a legend has room for."""
+    own = {arm.name: arm for arm, _ in one.runs}
+    name = shared_by([(arm, run) for arm in own.values() for run in arm.runs], arms)
+    return name if len(name) <= LONGEST else f"{next(iter(own))} and {len(own) - 1} more"
 
 
 def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
@@ -98,11 +107,11 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
     def body(axes: Axes) -> None:
         for one in probed:
             arm, run = one.runs[0]
-            i = places[arm.name]
+            own = look(places[arm.name])
             found = [entry for entry in one.log if entry.get("english_nll") is not None]
             axes.plot(
                 [entry["tokens"] / 1000 for entry in found], [entry["english_nll"] for entry in found],
-                color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)],
+                color=own.colour, linestyle=own.line, marker=own.marker,
                 markersize=4, label=arm.label(run),
             )  # fmt: skip
         axes.set_xlabel("tokens, thousands")
@@ -114,7 +123,7 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
         f"The live probe: NLL of held-out English rows while {phase} trains.",
         f"English NLL over the tokens that {phase} trained on.",
         body,
-        height=3.0,
+        height=2.6,
     )
 
 

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from qcft.files import write_bytes, write_text
+from qcft.report.cells import plain
 from qcft.report.document import Document, Table
 from qcft.report.markdown import to_markdown
 from qcft.report.page import to_page
@@ -23,8 +24,8 @@ def write_report(folder: Path, document: Document) -> Path:
     for figure in document.figures():
         write_text(folder / "plots" / f"{figure.name}.svg", figure.svg)
         write_bytes(folder / "plots" / f"{figure.name}.png", figure.png)
-    write_text(folder / "report.md", to_markdown(document))
-    write_text(folder / PAGE, to_page(document))
+    write_text(folder / "report.md", plain(to_markdown(document)))
+    write_text(folder / PAGE, plain(to_page(document)))
     return folder / PAGE
 
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock
 
 from qcft.errors import InputError, nearest
 from qcft.files import read_json, write_json
@@ -78,22 +81,28 @@ class Ablation:
 
     def begin(self, run: str) -> None:
         """Note that this process works on a run."""
-        document = self.document
-        document["working"][run] = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._write(document | {"runs": [_with_error(e, run, None) for e in document["runs"]]})
+        with self._changing() as document:
+            document["working"][run] = {"pid": os.getpid(), "host": socket.gethostname()}
+            document["runs"] = [_with_error(e, run, None) for e in document["runs"]]
 
     def end(self, run: str, error: Mapping[str, Any] | None = None) -> None:
         """Note that the work on a run ended, and what went wrong."""
-        document = self.document
-        document["working"].pop(run, None)
-        self._write(document | {"runs": [_with_error(e, run, error) for e in document["runs"]]})
+        with self._changing() as document:
+            document["working"].pop(run, None)
+            document["runs"] = [_with_error(e, run, error) for e in document["runs"]]
 
     def abandoned(self) -> list[str]:
         """The runs that a process which is no more was working on."""
         return [run for run, process in self.document["working"].items() if not _alive(process)]
 
-    def _write(self, document: dict[str, Any]) -> None:
-        write_json(self.folder / INDEX, document)
+    @contextmanager
+    def _changing(self, new: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """The index, written when its change is made; several processes may work on arms of one ablation."""
+        with FileLock(self.folder / f".{INDEX}.lock"):
+            before = read_json(self.folder / INDEX)
+            document = self.document if before is not None or new is None else new
+            yield document
+            write_json(self.folder / INDEX, document)
 
 
 def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapping[tuple[str, int], str]) -> Ablation:
@@ -107,25 +116,25 @@ def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapp
         number += 1
         name = f"{plain.name}-{number}"
     ablation = Ablation(runs, name)
-    before = read_json(ablation.folder / INDEX) or {"created": _now(), "runs": [], "working": {}}
-    entries = {(e["arm"], e["seed"]): e for e in before["runs"]}
-    for one in arms:
-        entry = entries.get((one.arm, one.seed), {"error": None})
-        entries[one.arm, one.seed] = entry | {
-            "arm": one.arm,
-            "seed": one.seed,
-            "run": names[one.arm, one.seed],
-            "set": dict(one.set),
-            "mixed": one.as_long_as is not None,
-        }
     try:
         ablation.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
         ) from None
-    document = {"version": 1, "name": name, "created": before["created"], "recipe": recipe}
-    ablation._write({**document, "runs": list(entries.values()), "working": before["working"]})
+    empty = {"version": 1, "name": name, "created": _now(), "recipe": recipe, "runs": [], "working": {}}
+    with ablation._changing(empty) as document:
+        entries = {(e["arm"], e["seed"]): e for e in document["runs"]}
+        for one in arms:
+            entry = entries.get((one.arm, one.seed), {"error": None})
+            entries[one.arm, one.seed] = entry | {
+                "arm": one.arm,
+                "seed": one.seed,
+                "run": names[one.arm, one.seed],
+                "set": dict(one.set),
+                "mixed": one.as_long_as is not None,
+            }
+        document |= {"recipe": recipe, "runs": list(entries.values())}
     return ablation
 
 

@@ -1,4 +1,5 @@
-"""Several processes that train one phase together (data parallel), as `accelerate launch` begins them.
+"""Several processes that train one phase together, as `accelerate launch` begins them: on rows of their own, each with
+the whole model or, with FSDP 2, with a part of its weights.
 
 Rank 0 walks the plan, writes and speaks; the others only train with it, step by step, when it says so.
 """
@@ -28,19 +29,27 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def sharded() -> bool:
+    """Whether the weights are dealt out to the processes while they train."""
+    return world() > 1 and _configured("FSDP")
+
+
 def join() -> None:
     """Meet the other processes. Raises InputError for ways to train together that qcft does not know."""
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise InputError(
-                f"accelerate is configured for {name}, which qcft does not train with",
-                "launch with --multi_gpu (data parallel): every GPU then holds the whole model, in 4 bits",
-            )
+    known = "launch with --multi_gpu (each GPU holds the whole model, in 4 bits), or --use_fsdp --fsdp_version 2"
+    if _configured("DEEPSPEED"):
+        raise InputError("accelerate is configured for DeepSpeed, which qcft does not train with", known)
+    if _configured("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("accelerate is configured for FSDP 1, which qcft does not train with", known)
     from accelerate import PartialState
 
     from qcft.models.load import device
 
     PartialState(cpu=device() == "cpu", timeout=PATIENCE)
+
+
+def _configured(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
 
 
 def tell(message: str | None) -> None:

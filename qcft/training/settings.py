@@ -12,7 +12,7 @@ from qcft.errors import InputError, nearest
 from qcft.models.load import compute_dtype, device
 from qcft.recipe import Train
 from qcft.training.batches import Batches
-from qcft.training.ranks import world
+from qcft.training.ranks import sharded, world
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -67,7 +67,8 @@ def sft_config(
 
     optimizer = train.optimizer
     if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if device() == "cuda" else "adamw_torch"
+        # bitsandbytes' optimizers know no tensors that are dealt out.
+        optimizer = "paged_adamw_8bit" if device() == "cuda" and not sharded() else "adamw_torch"
     every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
     return SFTConfig(
         output_dir=str(checkpoints),

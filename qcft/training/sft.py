@@ -15,12 +15,13 @@ from qcft.data.encode import IGNORED, EncodedRow
 from qcft.errors import Interrupted, QcftError
 from qcft.events import Watch
 from qcft.files import SEAL, is_whole, seal
-from qcft.models.adapters import keep_adapters_in_fp32, read_trained, save_trained
+from qcft.models.adapters import keep_adapters_in_fp32, read_trained, read_weights, save_trained
 from qcft.recipe import Train
+from qcft.training import shards
 from qcft.training.batches import Batches, Fed
 from qcft.training.passes import Fit, Passes
 from qcft.training.probe import EnglishProbe, Probing, probe_callback
-from qcft.training.ranks import rank, shared_out, world
+from qcft.training.ranks import rank, sharded, shared_out, world
 from qcft.training.reporter import reporter
 from qcft.training.settings import sft_config
 
@@ -40,7 +41,8 @@ ROWS = "rows"  # the rows of what is run at once
 class Trained:
     """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
     through the model, as counted while they did, all epochs together; `pass_limit`, most tokens that were run at
-    once where memory set a limit; `recomputed`, whether activations were; `processes` that trained together.
+    once where memory set a limit; `recomputed`, whether activations were; `processes` that trained together, of
+    which each held the share `held` of the model's weights.
     `forgetting`: what the live probe found."""
 
     steps: int
@@ -51,6 +53,7 @@ class Trained:
     pass_limit: int | None
     recomputed: bool
     processes: int
+    held: float
     exposure: list[dict[str, Any]]
     forgetting: dict[str, Any] | None = None
 
@@ -93,11 +96,15 @@ def train_adapter(
     passes = Passes(fit or Fit(None, train.gradient_checkpointing is True), padded, checkpoints, watch)
     dealt = shared_out(batches, world())
     config = sft_config(train, checkpoints, dealt, seed, passes.recompute, shortcuts.by_rows)
+    if sharded():
+        shards.allow_on_cpu()
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
         trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts, passes)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
+    if sharded():
+        shards.keep_precision(trainer)
     english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
     trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below, english))
     if english:
@@ -122,8 +129,9 @@ def train_adapter(
             watch.stop_code,
         )
     steps = english.go_back(model) if english and stopped else trainer.state.global_step
+    weights = shards.whole(model) if sharded() else None
     if rank() == 0:
-        save_trained(model, folder / "adapter")
+        save_trained(model, folder / "adapter", weights)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
     exposure = trainer.fed.exposure(steps)
     return Trained(
@@ -135,6 +143,7 @@ def train_adapter(
         pass_limit=passes.limit,
         recomputed=passes.recompute,
         processes=world(),
+        held=shards.held(model) if sharded() else 1.0,
         exposure=exposure,
         forgetting=english.summary() if english else None,
     )
@@ -217,12 +226,32 @@ def _make_trainer(
             answers.chosen = None  # where labels are smoothed, training itself does not choose
             return -float(outputs.log_probs.sum())
 
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            save_trained(self.model, Path(output_dir or self.args.output_dir))
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            weights = shards.whole(self.model) if sharded() else None
+            if rank() == 0:
+                save_trained(self.model, Path(output_dir or self.args.output_dir), weights)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # The Trainer's own loads one adapter only, under whichever name comes first.
-            read_trained(self.model, Path(resume_from_checkpoint))
+            if sharded():
+                shards.deal_out(self.model, read_weights(Path(resume_from_checkpoint)))
+            else:
+                read_trained(self.model, Path(resume_from_checkpoint))
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if not sharded():
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
+            shards.save_optimizer(self, Path(output_dir))
+            if rank() == 0:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is None or not sharded():
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            shards.load_optimizer(self, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card to each
