@@ -171,7 +171,8 @@ def quiet_libraries() -> None:
     datasets.logging.set_verbosity_error()
     for name in ("bitsandbytes", "trl", "accelerate", "peft", "gguf", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)\b")
+    # What is to be called otherwise one day is told of our lines.
+    warnings.filterwarnings("ignore", module=r"(qcft|torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)\b")
 
 
 def _bytes_of(folder: Path) -> int:
