@@ -7,6 +7,11 @@ import yaml
 
 from qcft.commands import size_of
 from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.pipeline import forecast
+from qcft.pipeline.prepare import Prepared
+from qcft.recipe import recipe_from
+from qcft.store import Store
 
 from .test_similarity import static_encoder
 
@@ -121,6 +126,21 @@ def test_check_measures(qcft, recipe_file, tmp_path):
     assert code == 0
     assert all(phase["measured"] and phase["seconds"] > 0 for phase in found["phases"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):
+    """In a line, by part; and where the disk is too small for it."""
+    told = []
+    prepared, store = Prepared(recipe_from(raw_recipe), Watch()), Store(tmp_path / "runs")
+    forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
+    assert told == []  # so small a model fits anywhere
+    monkeypatch.setattr(forecast, "SMALL", 0)
+    monkeypatch.setattr(forecast, "disk_free", lambda place: 1000)
+    forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
+    line, warning = (note.text for note in told)
+    for words in ("GiB of main memory (weights 0.0, adapters 0.0, activations", "and a minute; the run writes about"):
+        assert words in line
+    assert "has less room than the run needs: `qcft gc`" in warning
 
 
 @pytest.mark.parametrize("text", ["8GB", "8 GiB", "8192M", "8g", "8.0GB"])

@@ -124,4 +124,6 @@ def _parts(memory: Memory) -> str:
 
 
 def _about(seconds: float) -> str:
-    return f"{max(1, round(seconds / 60))} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{round(seconds / 60)} minutes" if seconds >= 90 else "a minute"
