@@ -124,6 +124,7 @@ def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[di
         if not is_here(LABSE):
             return []
         encoder = LABSE
+    find_encoder(encoder)  # a mistake is told though there be one phase, and nothing to compare
 
     def side(phase: Phase) -> Side:
         first = (one.model_copy(update={"take": min(one.take or FIRST_ROWS, FIRST_ROWS)}) for one in phase.sources())
