@@ -204,17 +204,14 @@ def _begins_with(name: str, folder: str) -> bool:
 def _check_punkt(name: str) -> None:
     import nltk
 
-    for _ in range(2):
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-            return
-        except LookupError:
-            nltk.download("punkt_tab", quiet=True)
-    raise InputError(
-        f"evaluate: {name} needs NLTK's punkt_tab, which is not here and cannot be fetched",
-        "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
-        "NLTK_DATA",
-    )
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:  # fetching it would be for neither the hub nor the package index, so that is the user's to do
+        raise InputError(
+            f"evaluate: {name} needs NLTK's punkt_tab, which is not here",
+            "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
+            "NLTK_DATA",
+        ) from None
 
 
 def _try_scoring(tasks: Iterable[Any]) -> None:
