@@ -15,7 +15,7 @@ from qcft.store import NamedRun, Store, list_runs, read_run
 from qcft.store.ablations import run_states
 
 SHIPPED = "qcft:"
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
 LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
 
 
@@ -200,7 +200,7 @@ def similarity_table(
             sources = [one for raw in _sources(text.split(","), None, None) for one in Source(**raw).expanded()]
         limited = (one.model_copy(update={"take": take}) if take else one for one in sources)
         sides.append(Side(text, tuple(limited), column))
-    found = measure_similarity(sides[0], sides[1], encoder or LABSE, watch)
+    found = measure_similarity(sides[0], sides[1], LABSE if encoder is None else encoder, watch)
     names = [text.rpartition(":")[0] for text in (a, b)]
     if names[0] == names[1] and (runs / names[0] / "run.json").is_file() and _phase_sources(a, runs):
         keep_similarity(names[0], found, runs)
@@ -260,8 +260,9 @@ def size_of(text: str) -> int:
     """Bytes of `8GB`, `7.5 GiB`, `8192M`, all by 1,024 as cards are sold. Raises InputError."""
     match = SIZE.fullmatch(text.strip())
     if not match or not float(match[1]):
-        raise InputError(f"--vram {text!r} is no size", "give it as 8GB or 7.5GiB")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+        unit = f", as {text.strip()}GB" if text.strip().isdecimal() else ""
+        raise InputError(f"--vram {text!r} is no size", f"give it with its unit{unit or ', as 8GB or 7.5GiB'}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper()))
 
 
 def recipe_text(name: str) -> str:

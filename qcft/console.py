@@ -25,7 +25,7 @@ from qcft.report.abilities import (
     task_header,
     task_rows,
 )
-from qcft.report.before import memory_rows, step_rows
+from qcft.report.before import memory_table, step_rows
 from qcft.report.cells import change_rows, conclusion, header, plain, stage_rows
 
 WIDE = 130  # columns of a table that goes to a file or a pipe
@@ -328,7 +328,7 @@ def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
     console = stdout()
     print_rows(["step", "state", "training", "memory", "writes"], step_rows(found))
     console.print()
-    print_rows(["memory", *(phase["phase"] for phase in found["phases"])], memory_rows(found))
+    print_rows(*memory_table(found))
     console.print()
     for line in lines:
         console.print(Text(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)

@@ -126,9 +126,15 @@ def is_disk_full(error: BaseException, place: Path) -> bool:
         cause = cause.__cause__ or cause.__context__
     if not isinstance(error, (OSError, RuntimeError)) or getattr(error, "errno", None) is not None:
         return False
-    while not place.exists() and place != place.parent:
+    return disk_free(place) < LEAST
+
+
+def disk_free(place: Path) -> int:
+    """Bytes that are free on the disk where a path is, or would be made."""
+    place = place.absolute()
+    while not exists(place) and place != place.parent:
         place = place.parent
-    return shutil.disk_usage(place).free < LEAST
+    return shutil.disk_usage(place).free
 
 
 def exists(path: Path) -> bool:

@@ -54,6 +54,7 @@ RECIPES = {
     "python.yaml": b"!!python/object/apply:os.system ['touch pwned']\n",
     "nothing.yaml": b"name: a\n",
     "date.yaml": b"name: 2024-13-45\n",
+    "text.yaml": b"just a sentence\n",
 }
 
 
@@ -96,11 +97,21 @@ CASES = {
     "no such built-in recipe": (command("recipes", "--show", "quikstart"), "no built-in recipe 'quikstart'"),
     "a run name with a slash": (command("run", "recipe.yaml", "--as", "a/b"), "cannot name a run"),
     "a run name that is no name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
+    "a run name that is empty": (command("run", "recipe.yaml", "--as", ""), "'' cannot name a run"),
+    "an option without its value": (command("check", "recipe.yaml", "--vram"), "--vram"),
+    "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is no size"),
+    "an encoder that is none": (command("check", "recipe.yaml", "--encoder", ""), "is no folder and no hub id"),
+    "runs without a name": (command("ls", "--runs", ""), "--runs '' names no folder"),
+    "runs behind a link that leads nowhere": (
+        command("run", "recipe.yaml", "--runs", "dangling"),
+        "is a link that leads nowhere",
+    ),
     "runs below a file": (command("run", "recipe.yaml", "--runs", "good.jsonl/runs"), "is a file"),
     # recipes
     **{f"the recipe {name}": (command("run", name), says) for name, says in {
         "empty.yaml": "a recipe is a mapping of keys, not nothing",
         "list.yaml": "a recipe is a mapping of keys, not a list",
+        "text.yaml": "a recipe is a mapping of keys, not text",
         "open.yaml": "not readable as YAML",
         "tabs.yaml": "not readable as YAML",
         "binary.yaml": "not readable as YAML",
@@ -119,6 +130,10 @@ CASES = {
     "a rate that is a truth": (setting("phase1.train.lr=true"), "phase1.train.lr"),
     "an infinite rate": (setting("phase1.train.lr=.inf"), "phase1.train.lr: inf"),
     "a negative seed": (setting("seed=-1"), "seed: -1"),
+    "a seed too large": (setting(f"seed={2**32}"), f"seed: {2**32}"),
+    "more epochs than a life": (setting("phase1.train.epochs=1e308"), "rows to train on"),
+    "more steps than a life": (setting(f"phase1.train.steps={10**12}"), "rows to train on"),
+    "a rank over all ranks": (setting("lora.r=100000"), "more than the rank"),
     "a rank of nothing": (setting("lora.r=0"), "lora.r: 0"),
     "half a batch": (setting("phase1.train.batch=2.5"), "phase1.train.batch: 2.5"),
     "all rows held out": (setting("heldout.share=1"), "heldout.share: 1"),
@@ -234,6 +249,7 @@ def place(raw_recipe, tiny_model, tmp_path, monkeypatch):
     for name, content in {**DATA, **RECIPES}.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(8))
     (tmp_path / "text.gguf").write_bytes(b"I am a model")
     models(tiny_model, tmp_path)
@@ -285,7 +301,8 @@ def adapter(folder, config):
 
 
 def listing(folder):
-    return sorted((str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    found = ((p, p.lstat()) for p in folder.rglob("*"))
+    return sorted((str(p.relative_to(folder)), told.st_size, told.st_mtime_ns) for p, told in found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-")[:60])

@@ -7,8 +7,16 @@ import yaml
 
 from qcft.commands import size_of
 from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.pipeline import forecast
+from qcft.pipeline.prepare import Prepared
+from qcft.recipe import recipe_from
+from qcft.store import Store
+
+from .test_similarity import static_encoder
 
 GIB = 2**30
+ANSWERS = "phase2.replay={ratio: 0.2, batch: 4, max_new_tokens: 50}"
 
 
 @pytest.fixture
@@ -20,16 +28,27 @@ def recipe_file(raw_recipe, tmp_path):
 
 def test_check_tells_memory_time_disk_and_rows(qcft, recipe_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    code, out, _ = qcft("check", recipe_file)
+    code, out, _ = qcft("check", recipe_file, "--set", ANSWERS)
     assert (code, sorted(tmp_path.rglob("*"))) == (0, before)
-    for words in ("weights in NF4", "their constants", "gradients", "optimizer", "logits", "total", "phase1 fits"):
+    for words in (
+        "weights in NF4",
+        "their constants",
+        "gradients",
+        "optimizer",
+        "logits",
+        "total",
+        "phase1 fits",
+        "keys and values of answers",
+        "answers for phase2",
+        "no encoder is here",
+    ):
         assert words in out
     assert "[[red red<|im_end|>]]" in out or "[[blue blue<|im_end|>]]" in out or "[[green green<|im_end|>]]" in out
     assert "merge phase1" in out
 
 
 def test_check_as_json(qcft, recipe_file):
-    code, out, _ = qcft("check", recipe_file, "--json", "--rows", "1")
+    code, out, _ = qcft("check", recipe_file, "--json", "--rows", "1", "--set", ANSWERS)
     found = json.loads(out)
     assert code == 0
     assert found["fits"]
@@ -39,8 +58,39 @@ def test_check_as_json(qcft, recipe_file):
         assert phase["seconds"] > 0
         assert "".join(s["text"] for s in phase["samples"][0] if s["trained"]).endswith("<|im_end|>")
     assert found["phases"][0]["steps"] == 12
-    states = {step["state"] for step in found["steps"]}
-    assert states == {"to do"}
+    assert {step["state"] for step in found["steps"]} == {"to do"}
+    assert all(step["bytes"] > 0 for step in found["steps"])
+    assert found["disk_bytes"] == sum(step["bytes"] for step in found["steps"])
+    assert (found["cache_bytes"], found["similarity"]) == (0, [])
+    steps = {step["title"]: step for step in found["steps"]}
+    replay = steps["generate replay for phase2"]["memory"]
+    tokens, rest = divmod(replay["cache"], 4 * 2 * 2 * 3 * 2 * 16)  # 4 answers; keys and values of 3 layers, 2 heads
+    assert rest == 0
+    assert 50 < tokens < 120  # a prompt and its answer
+    assert replay["total"] == sum(value for key, value in replay.items() if key != "total")
+    assert steps["measure base, NF4"]["memory"]["cache"] > 0
+    phase2, train = found["phases"][1], steps["train phase2"]
+    states = train["bytes"] - 3 * train["memory"]["adapters"] - 2 * train["memory"]["optimizer"]
+    assert states == phase2["tokens"] * 64 * 2  # of the frozen layer: one epoch, each row once
+
+
+def test_check_compares_phases_by_an_encoder_and_suggests_a_remedy(
+    qcft, recipe_file, color_data, tokenizer_folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("model2vec")
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    encoder = static_encoder(tmp_path / "encoder", tokenizer_folder)
+    how = ["check", recipe_file, "--rows", "0", "--encoder", encoder, "--set", f"phase2.data={color_data / 'es.jsonl'}"]
+    code, out, err = qcft(*how, "--set", "phase2.replay=null", "--set", "phase2.freeze=none")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "DES" in line]
+    assert line.startswith("phase1 and phase2: DES 0.")
+    assert "by encoder, 24 and 60 rows" in line
+    assert "expect phase 2 to cost English" in line
+    assert line.endswith(" Try --set phase2.replay=0.2, or --set phase2.freeze=first:0.5.")
+    (found,) = json.loads(qcft(*how, "--json")[1])["similarity"]
+    assert found["verdict"] == "unlike"
+    assert found["remedy"] == "phase2 has a remedy: replay of 0.2 and freeze first:1."
 
 
 def test_check_counts_what_is_cut_and_left_out(qcft, recipe_file, color_data, tmp_path):
@@ -77,13 +127,28 @@ def test_check_measures(qcft, recipe_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):
+    """In a line, by part; and where the disk is too small for it."""
+    told = []
+    prepared, store = Prepared(recipe_from(raw_recipe), Watch()), Store(tmp_path / "runs")
+    forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
+    assert told == []  # so small a model fits anywhere
+    monkeypatch.setattr(forecast, "SMALL", 0)
+    monkeypatch.setattr(forecast, "disk_free", lambda place: 1000)
+    forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
+    line, warning = (note.text for note in told)
+    for words in ("GiB of main memory (weights 0.0, adapters 0.0, activations", "and a minute; the run writes about"):
+        assert words in line
+    assert "has less room than the run needs: `qcft gc`" in warning
+
+
 @pytest.mark.parametrize("text", ["8GB", "8 GiB", "8192M", "8g", "8.0GB"])
 def test_sizes(text):
     assert size_of(text) == 8 * GIB
 
 
-@pytest.mark.parametrize("text", ["", "0GB", "eight", "-8GB", "8XB"])
-def test_no_sizes(qcft, recipe_file, text):
+@pytest.mark.parametrize("text", ["", "8", "0GB", "eight", "-8GB", "8XB"])
+def test_no_sizes(text):
     with pytest.raises(InputError):
         size_of(text)
 

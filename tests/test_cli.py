@@ -127,6 +127,33 @@ def test_no_traceback_without_debug(qcft, recipe_file, monkeypatch):
         qcft("run", str(recipe_file), "--debug")
 
 
+@pytest.mark.parametrize(
+    ("ends", "code", "says"),
+    [
+        ("", 0, "mod\\xe8le"),  # a terminal that has no such letter
+        (">&-", 0, ""),
+        (">/dev/full", 1, "error: the disk that is written to is full\nhint: free some space"),
+        ("--runs ../x; rmdir ../gone; python -m qcft ls", 2, "error: the working folder is no more\nhint: "),
+    ],
+    ids=["ASCII", "closed", "full", "no folder"],
+)
+def test_odd_places_to_write_to(raw_recipe, tmp_path, ends, code, says):
+    run = tmp_path / "gone" / "runs" / "x" if not ends.startswith("--") else tmp_path / "x" / "x"
+    (tmp_path / "gone").mkdir()
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"stages": {}}')
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**raw_recipe, "model": "modèle"}))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PATH": path}
+    done = subprocess.run(
+        ["bash", "-c", f"python -m qcft ls {ends}"], cwd=tmp_path / "gone", env=environment, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr
+    assert "unexpected" not in done.stderr
+
+
 def test_dry_run_lists_the_steps_and_does_nothing(qcft, recipe_file, tmp_path):
     code, out, _ = qcft("run", str(recipe_file), "--dry-run")
     assert code == 0

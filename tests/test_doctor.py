@@ -1,6 +1,7 @@
 """qcft doctor: what it tries, and its exit code."""
 
 import json
+import sys
 
 from qcft.pipeline import doctor
 
@@ -15,7 +16,7 @@ def test_doctor_tries_everything(qcft):
     hub = found["model hub"]  # offline in tests, which is no error
     assert not hub["ok"]
     assert not hub["needed"]
-    assert hub["mend"]
+    assert hub["mend"] == "unset HF_HUB_OFFLINE"
 
 
 def test_a_wrong_product_is_broken(qcft, monkeypatch):
@@ -26,7 +27,9 @@ def test_a_wrong_product_is_broken(qcft, monkeypatch):
     code, out, _ = qcft("doctor")
     assert code == 1
     assert "BROKEN" in out
-    assert "install --force-reinstall bitsandbytes" in " ".join(out.split())
+    assert out.splitlines()[-2].startswith("for the bitsandbytes: ")
+    assert "-m pip install --force-reinstall --no-deps 'bitsandbytes<1,>=" in out.splitlines()[-2]
+    assert out.splitlines()[-1] == "for the model hub: unset HF_HUB_OFFLINE"
 
 
 def test_an_import_that_fails_is_told(monkeypatch):
@@ -50,8 +53,24 @@ def test_a_runs_folder_that_cannot_be_written(qcft, tmp_path):
     assert not found["ok"]
 
 
-def test_a_package_that_is_missing(monkeypatch):
-    monkeypatch.setattr(doctor, "package_versions", lambda: {"qcft": "1"})
+def test_a_package_that_is_missing_or_too_old(monkeypatch):
+    there = {"qcft": "1", **doctor.package_versions(), "torch": "2.4.1"}
+    del there["peft"]
+    monkeypatch.setattr(doctor, "package_versions", lambda: there)
     found = doctor._packages()
     assert not found.ok
-    assert "torch" in found.found
+    assert found.found.startswith("missing: peft; torch must be <")
+    assert "install 'peft<1,>=" in found.mend
+    assert "'torch<" in found.mend
+    assert "trl" not in found.mend
+
+
+def test_what_cannot_be_imported_is_told_and_the_rest_is_tried(qcft, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    code, out, _ = qcft("doctor", "--json")
+    found = {one["name"]: one for one in json.loads(out)}
+    assert code == 1
+    assert {name for name, one in found.items() if not one["ok"]} == {"GPU", "16 bits", "bitsandbytes", "model hub"}
+    assert "torch" in found["GPU"]["found"]
+    assert "pip install" in found["GPU"]["mend"]

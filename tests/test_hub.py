@@ -89,6 +89,14 @@ def test_a_hub_that_keeps_failing_is_told_and_half_a_model_is_never_used(fetch, 
     assert "folder: " in fetch(HF_HUB_OFFLINE="1")
 
 
+def test_what_others_fetched_is_used_where_the_hub_cannot_be_reached(fetch):
+    """By `hf download`, say, before qcft was ever asked for the model."""
+    place = fetch("from huggingface_hub import snapshot_download; print(snapshot_download('someone/tiny'))").strip()
+    fetch.hub.close()
+    assert f"folder: {place}" in fetch()
+    assert f"folder: {place}" in fetch(HF_HUB_OFFLINE="1")
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_an_altered_file_in_the_hubs_cache_is_named_and_fetched_again(fetch, tiny_model, tmp_path, damage):
     folder = Path(fetch().removeprefix("folder: ").strip())

@@ -20,10 +20,11 @@ from qcft.cache import cache_folder
 from qcft.errors import without_tokens
 from qcft.events import Progress, Watch
 from qcft.files import file_digest, read_json, seal, write_json
+from qcft.measure.catalog import Catalog
 from qcft.models import embedded
 from qcft.models.embedded import Embedded, fetch_embedded
 from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Model, recipe_from
+from qcft.recipe import Evaluate, Model, recipe_from
 
 from .conftest import write_rows
 from .test_training import train
@@ -164,6 +165,16 @@ def test_model_output_stays_text_in_the_report(raw_recipe, tmp_path):
     assert "alert(2)" in shown
     assert not re.search(r"(?<!\\)<script", shown)
     assert not re.search(r"(?<!\\)\[x", shown)
+
+
+def test_nothing_is_fetched_from_elsewhere(monkeypatch):
+    """Neither hub nor package index: what lm-eval's ifeval would fetch by itself is asked for instead."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: pytest.fail("it was fetched"))
+    with pytest.raises(InputError, match="needs NLTK's punkt_tab") as refused:
+        Catalog(Evaluate(), Watch()).check("ifeval")
+    assert "python -m nltk.downloader punkt_tab" in refused.value.hint
 
 
 def test_a_wheel_is_unpacked_by_name_and_checked(tmp_path, monkeypatch):

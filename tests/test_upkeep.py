@@ -129,10 +129,14 @@ def test_checkpoints_of_a_finished_training_are_left_overs(store):
     assert Store(store.runs).done("train-1") is not None
 
 
-def test_with_a_run_that_cannot_be_read_nothing_is_removed(store):
-    (store.runs / "r" / "run.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", '{"stages": {"phase1": 5}}', '{"stages": {"phase1": "../../elsewhere"}}'])
+def test_with_a_run_that_cannot_be_read_nothing_is_removed(store, text):
+    (store.runs / "r" / "recipe.yaml").unlink()
+    (store.runs / "r" / "run.json").write_text(text)
     with pytest.raises(InputError, match="what it uses is not known"):
         remove_unused(store.runs)
+    with pytest.raises(InputError, match="there is no run 'r'"):
+        remove_run(store.runs, "r")
     assert (store.folder("train-9") / "bytes").is_file()
 
 

@@ -19,11 +19,15 @@ def check(
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Time optimizer steps that are really taken.")] = False,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of each phase to print.")] = 2,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="Folder or hub id of a sentence encoder, to compare the phases' data [LaBSE]."),
+    ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a recipe would take: memory by part, disk, time; and rows, with what is trained on marked."""
+    """Show what a recipe would take: memory by part, disk, time; how alike its phases are; rows as trained on."""
     from qcft import console
     from qcft.commands import size_of
     from qcft.pipeline.check import check_recipe
@@ -32,7 +36,7 @@ def check(
 
     loaded, size = load_recipe(recipe, parse_assignments(set_ or [])), size_of(vram) if vram else None
     with watched(quiet) as watch:
-        found = check_recipe(loaded, runs, watch, size, measure, rows)
+        found = check_recipe(loaded, runs, watch, size, measure, rows, encoder)
     if json_:
         console.print_json(found)
     else:
@@ -52,9 +56,8 @@ def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
         console.print_json([asdict(one) for one in findings])
     else:
         marks = ["ok" if one.ok else "BROKEN" if one.needed else "note" for one in findings]
-        console.print_rows(
-            ["", "what", "found", "mend it with"],
-            [[m, f.name, f.found, "" if f.ok else f.mend] for m, f in zip(marks, findings, strict=True)],
-        )
+        rows = [[mark, one.name, one.found] for mark, one in zip(marks, findings, strict=True)]
+        console.print_rows(["", "what", "found"], rows)
+        console.print_lines([f"for the {one.name}: {one.mend}" for one in findings if not one.ok])
     if any(one.needed and not one.ok for one in findings):
         raise typer.Exit(1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qcft.cli.options import STOPPED, app, stop_at_once
@@ -15,6 +18,11 @@ def main() -> NoReturn:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     from qcft.errors import QcftError
 
+    _prepare_streams()
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        _fail("the working folder is no more", "go to one that is there", 2)
     for number in STOPPED:  # until work begins, which hears them itself
         signal.signal(number, stop_at_once)
     try:
@@ -28,9 +36,22 @@ def main() -> NoReturn:
             _usage_error(error)
         if debug:
             raise
+        from qcft.files import is_disk_full
+
+        if is_disk_full(error, Path.cwd()):
+            _fail("the disk that is written to is full", "free some space, then give the same command", 1)
         text = f"{type(error).__name__}: {error}"
         _fail(f"unexpected {text[:300]}", "what was done is kept; run again with --debug to see where it comes from", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _prepare_streams() -> None:
+    """What the terminal's encoding lacks is written as an escape; a stream that was closed takes all and keeps none."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _usage_error(error: Any) -> NoReturn:
@@ -38,7 +59,8 @@ def _usage_error(error: Any) -> NoReturn:
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
         sys.exit(0)
-    command = context.command_path if context else "qcft"
+    named = [word for word in sys.argv[1:2] if not word.startswith("-")]  # an option without its value has no context
+    command = context.command_path if context else " ".join(["qcft", *named])
     _fail(error.format_message(), f"see `{command} --help`", 2)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from qcft.errors import InputError
+
 if TYPE_CHECKING:
     from qcft.console import Reporter
     from qcft.events import Watch
@@ -29,7 +31,19 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, e.g. phase2.train.lr=1e-4. Repeatable."),
 ]
-Runs = Annotated[Path, typer.Option("--runs", envvar="QCFT_RUNS", help="Folder that holds the runs.")]
+
+
+def _folder(text: str | Path) -> Path:
+    """A folder that was named; what an unset variable leaves of a name is no word for the working folder."""
+    if not str(text).strip():
+        raise InputError(f"--runs {text!r} names no folder", "give one, such as --runs runs, or leave --runs out")
+    return Path(text)
+
+
+Runs = Annotated[
+    Path,
+    typer.Option("--runs", envvar="QCFT_RUNS", parser=_folder, metavar="FOLDER", help="Folder that holds the runs."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps and do nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]

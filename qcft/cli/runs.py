@@ -29,7 +29,7 @@ def run(
     from qcft.recipe import load_recipe, parse_assignments
 
     changes = parse_assignments(set_ or [])
-    loaded = load_recipe(recipe, changes | ({"name": name} if name else {}))
+    loaded = load_recipe(recipe, changes | ({} if name is None else {"name": name}))
     if loaded.ablation and not quiet:
         console.stderr().print("this is the plain recipe; its arms are run by `qcft ablate`", style="dim")
     run_and_show(loaded, runs, dry_run, json_, quiet)
@@ -110,8 +110,10 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     listed = runs_listed(runs)
     if json_:
         console.print_json(listed)
-    else:
+    elif listed:
         console.print_rows(["run", "model", "phases", "steps done", "state"], [list(r.values()) for r in listed])
+    else:
+        console.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
 
 
 @app.command()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -220,19 +219,14 @@ def _begins_with(name: str, folder: str) -> bool:
 def _check_punkt(name: str) -> None:
     import nltk
 
-    def is_here() -> bool:
-        try:
-            return bool(nltk.data.find("tokenizers/punkt_tab"))
-        except LookupError:
-            return False
-
-    if is_here() or (nltk.download("punkt_tab", quiet=True, print_error_to=StringIO()) and is_here()):
-        return
-    raise InputError(
-        f"evaluate: {name} needs NLTK's punkt_tab, which is not here and cannot be fetched",
-        "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
-        "NLTK_DATA",
-    )
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:  # fetching it would be for neither the hub nor the package index, so that is the user's to do
+        raise InputError(
+            f"evaluate: {name} needs NLTK's punkt_tab, which is not here",
+            "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
+            "NLTK_DATA",
+        ) from None
 
 
 def _try_scoring(tasks: Iterable[Any]) -> None:

@@ -14,7 +14,7 @@ from qcft.errors import InputError
 from qcft.files import file_digest
 from qcft.hub import unreachable
 from qcft.models.load import device
-from qcft.models.sources import pin_hub
+from qcft.models.sources import is_cached, pin_hub
 from qcft.models.tensors import stored_weights
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class EncoderSource:
 def find_encoder(name: str = LABSE) -> EncoderSource:
     """Find out what an encoder's name means, without loading it: a folder or a hub id. Raises InputError."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _in_folder(path)
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(
@@ -50,6 +50,11 @@ def find_encoder(name: str = LABSE) -> EncoderSource:
     _installed("sentence_transformers")
     commit = pin_hub(name, None, "encoder", OFFLINE)
     return EncoderSource(name, "sentence_transformers", name, commit, f"hub:{name}@{commit}")
+
+
+def is_here(name: str) -> bool:
+    """Whether a hub's encoder can be loaded without fetching anything."""
+    return find_spec("sentence_transformers") is not None and is_cached(name, "modules.json", "model.safetensors")
 
 
 def load_encoder(source: EncoderSource) -> Encode:

@@ -67,8 +67,8 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
     if source.kind == "hub":
         return _fetch_hub(source, watch)
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
-    digest = source.digest.split(":")[1]
-    return cached_folder(f"converted/{digest[:20]}-v{CONVERTED}", lambda folder: _convert(file, folder, watch), watch)
+    name = _converted(source).relative_to(cache_folder()).as_posix()
+    return cached_folder(name, lambda folder: _convert(file, folder, watch), watch)
 
 
 def described_folder(source: ModelSource, watch: Watch) -> Path:
@@ -77,12 +77,16 @@ def described_folder(source: ModelSource, watch: Watch) -> Path:
         return _fetch_description(source, watch)
     if source.kind == "folder":
         return Path(source.location)
-    digest = source.digest.split(":")[1]
-    converted = cache_folder() / f"converted/{digest[:20]}-v{CONVERTED}"
+    converted = _converted(source)
     if (converted / SEAL).is_file():
         return converted
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
-    return cached_folder(f"described/{digest[:20]}-v{CONVERTED}", lambda folder: _describe(file, folder))
+    return cached_folder(f"described/{converted.name}", lambda folder: _describe(file, folder))
+
+
+def _converted(source: ModelSource) -> Path:
+    """Where the cache keeps what a GGUF file is converted to."""
+    return cache_folder() / "converted" / f"{source.digest.split(':')[1][:20]}-v{CONVERTED}"
 
 
 def check_gguf(path: Path) -> None:
@@ -191,9 +195,29 @@ def pin_hub(name: str, revision: str | None, what: str = "model", offline: str =
         write_text(known, f"{commit}\n")
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
         commit = known.read_text(encoding="utf-8").strip() if known.is_file() else revision
-        if not isinstance(try_to_load_from_cache(name, "config.json", revision=commit), str):
+        config = try_to_load_from_cache(name, "config.json", revision=commit)
+        if not isinstance(config, str):
             raise unreachable(what, name, error, offline) from None
+        commit = Path(config).parent.name  # of a branch that others than qcft fetched, such as `hf download`
     return str(commit)
+
+
+def is_cached(name: str, *files: str) -> bool:
+    """Whether the hub's cache holds files of a hub id, as far as can be told without asking the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = _hub_note(name, "main")
+    commit = known.read_text(encoding="utf-8").strip() if known.is_file() else None
+    return all(isinstance(try_to_load_from_cache(name, file, revision=commit), str) for file in files)
+
+
+def has_weights(source: ModelSource) -> bool:
+    """Whether a model's 16-bit weights are on this disk already; their bytes are not looked at."""
+    if source.kind == "folder":
+        return True
+    if source.kind == "hub":
+        return any(_snapshot(source.location, source.digest.rsplit("@", 1)[1]).glob("*.safetensors"))
+    return (_converted(source) / SEAL).is_file()
 
 
 def _fetch_hub(source: ModelSource, watch: Watch) -> Path:

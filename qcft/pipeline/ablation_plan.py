@@ -15,6 +15,7 @@ from qcft.files import read_json
 from qcft.pipeline.ablate import prepare_arms
 from qcft.pipeline.forecast import plan_phase
 from qcft.pipeline.libraries import quiet
+from qcft.pipeline.needs import bytes_written
 from qcft.pipeline.prepare import Prepared
 from qcft.plan import Step
 from qcft.recipe import ArmRun
@@ -142,14 +143,14 @@ def _from_shapes(step: Step, prepared: Prepared) -> dict[str, Any]:
     from qcft.models.load import device, free_bytes
 
     if step.kind == "merge":
-        return {"seconds": None, "bytes": 2 * sum(p.numel() for p in prepared.meta_model.parameters())}
+        return {"seconds": None, "bytes": bytes_written(prepared, step, None)}
     if step.kind != "train" or step.phase is None:
         return {"seconds": None, "bytes": None}
     planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
     tokens = batches.tokens_until(batches.steps)
     return {
         "seconds": _speed().seconds(planned.cost) * tokens / planned.largest.tokens,
-        "bytes": 3 * planned.memory.adapters + 2 * planned.memory.optimizer,
+        "bytes": bytes_written(prepared, step, planned),
     }
 
 

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
 from qcft.events import Watch
-from qcft.measure.score import BATCH_TOKENS
+from qcft.files import disk_free
+from qcft.models.sources import has_weights
 from qcft.pipeline.forecast import plan_phase
-from qcft.pipeline.generation import LARGEST
 from qcft.pipeline.libraries import quiet, set_environment
+from qcft.pipeline.needs import bytes_written, memory_held
 from qcft.pipeline.prepare import Prepared
-from qcft.plan import Step
+from qcft.pipeline.similarity import compare_phases
 from qcft.recipe import Phase, Recipe, parse_freeze
 from qcft.store import Store
 
 if TYPE_CHECKING:
+    from qcft.training.batches import Batches
+    from qcft.training.memory import Planned
     from qcft.training.speed import Speed
 
 CONTEXT = 1 << 29  # bytes that CUDA takes for itself, roughly: part of a card that is planned for but not here
 
 
 def check_recipe(
-    recipe: Recipe, runs: Path, watch: Watch, vram: int | None = None, measure: bool = False, rows: int = 2
+    recipe: Recipe,
+    runs: Path,
+    watch: Watch,
+    vram: int | None = None,
+    measure: bool = False,
+    rows: int = 2,
+    encoder: str | None = None,
 ) -> dict[str, Any]:
     """What `qcft check` shows. `vram`: bytes of a GPU that is not here; `measure`: take a few optimizer steps of each
-    phase to know their pace, and throw them away; `rows`: of each phase to show. Raises InputError."""
+    phase to know their pace, and throw them away; `rows`: of each phase to show; `encoder`: of sentences, by which to
+    compare the phases' instructions (None: the paper's, if it is here). Raises InputError."""
     from qcft.models.load import device, free_bytes
     from qcft.training.speed import measure_speed
 
@@ -36,39 +45,44 @@ def check_recipe(
     quiet()
     prepared, store = Prepared(recipe, watch), Store(runs)
     prepared.check(weights=False)
+    alike = compare_phases(recipe, encoder, watch)
     where = "cuda" if vram else device()
     free = vram - CONTEXT if vram else free_bytes()
     speed = None if vram else measure_speed()
     phases: list[dict[str, Any]] = []
+    plans: dict[str, Planned] = {}
     for phase in recipe.phases:
         if not phase.adapter:
             watch.progress(f"planning {phase.name}", len(phases), len(recipe.phases), "phases")
-            phases.append(_phase(prepared, phase, where, free, speed, rows))
+            plans[phase.name], batches = plan_phase(prepared, phase, where, free)
+            phases.append(_phase(prepared, phase, plans[phase.name], batches, speed, rows))
             if measure:
                 from qcft.pipeline.trial import seconds_a_step
 
                 phases[-1]["seconds"] = seconds_a_step(recipe, phase, watch) * phases[-1]["steps"]
                 phases[-1]["measured"] = True
-    disk = _disk(prepared, store, phases)
-    done = {step.id for step in prepared.plan.steps if store.state(step.id) == "done"}
-    needed = sum(step["bytes"] for step in disk if step["id"] not in done)
-    place = runs if runs.exists() else Path(".")
+    steps = _steps(prepared, store, phases, plans, free)
+    parameters: int = sum(p.numel() for p in prepared.meta_model.parameters())
     return {
         "recipe": recipe.name,
         "model": recipe.model.name,
+        "quantize": recipe.model.quantize,
         "device": where,
         "here": vram is None,
         "free_bytes": free,
         "fits": all(phase["fits"] for phase in phases),
         "phases": phases,
-        "steps": disk,
-        "disk_bytes": needed,
-        "disk_free_bytes": shutil.disk_usage(place).free,
+        "steps": steps,
+        "disk_bytes": sum(step["bytes"] for step in steps if step["state"] != "done"),
+        "disk_free_bytes": disk_free(runs),
+        "cache_bytes": 0 if has_weights(prepared.model) else 2 * parameters,
+        "similarity": alike,
     }
 
 
-def _phase(prepared: Prepared, phase: Phase, where: str, free: int, speed: Speed | None, rows: int) -> dict[str, Any]:
-    planned, batches = plan_phase(prepared, phase, where, free)
+def _phase(
+    prepared: Prepared, phase: Phase, planned: Planned, batches: Batches, speed: Speed | None, rows: int
+) -> dict[str, Any]:
     encoder = prepared.encoder(phase)
     sets = prepared.encoded(phase)
     tokens = batches.tokens_until(batches.steps)
@@ -120,54 +134,31 @@ def _is_cut(row: Any, encoded: EncodedRow, encoder: Encoder) -> bool:
     return begun < turns or encoded.input_ids[-1] not in encoder.end_ids
 
 
-def _disk(prepared: Prepared, store: Store, phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each step with its state and the bytes it writes: merged weights, adapters with two checkpoints; else text."""
-    parameters: int = sum(p.numel() for p in prepared.meta_model.parameters())
-    trained: dict[str, dict[str, int]] = {phase["phase"]: phase["memory"] for phase in phases}
-    seconds = {phase["phase"]: phase["seconds"] for phase in phases}
-
-    def bytes_of(step: Step) -> int:
-        if step.kind == "merge":
-            return 2 * parameters
-        if step.kind == "train" and step.phase in trained:
-            memory: dict[str, int] = trained[step.phase]
-            return 3 * memory["adapters"] + 2 * memory["optimizer"]
-        return 0
-
-    return [
-        {
-            "id": step.id,
-            "title": step.title,
-            "state": store.state(step.id),
-            "bytes": bytes_of(step),
-            "memory_bytes": trained[step.phase]["total"]
-            if step.kind == "train" and step.phase in trained
-            else _held(prepared, step),
-            "seconds": seconds.get(step.phase or "") if step.kind == "train" else None,
-        }
-        for step in prepared.plan.steps
-    ]
-
-
-def _held(prepared: Prepared, step: Step) -> int | None:
-    """Most bytes that a step which loads a model and does not train it holds at once; None for one that loads none."""
-    from qcft.models.size import weight_bytes
-
-    recipe, model = prepared.recipe, prepared.meta_model
-    config: Any = model.config.get_text_config()
-    weights = weight_bytes(model, step.settings.get("quantize") or recipe.model.quantize).total
-    if step.kind in {"probe", "kept", "dial"}:
-        return weights + int(BATCH_TOKENS * config.vocab_size * (2 + 4))  # logits in 16 bits, and in fp32 to be scored
-    if step.kind != "replay" or not any(part["pool"] for part in step.settings["parts"]):
-        return None
-    phase = recipe.phase(step.phase or "")
-    assert phase.replay is not None
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cache = 2 * 2 * config.num_hidden_layers * size * (getattr(config, "num_key_value_heads", None) or heads)
-    together = LARGEST if phase.replay.batch == "auto" else phase.replay.batch
-    longest = phase.train.max_length + phase.replay.max_new_tokens
-    return weights + int(cache * min(together, phase.replay.chunk) * longest)
+def _steps(
+    prepared: Prepared, store: Store, phases: list[dict[str, Any]], plans: dict[str, Planned], free: int
+) -> list[dict[str, Any]]:
+    """Each step with its state, the memory it holds at most, the bytes it writes, and of trainings the time."""
+    trained = {phase["phase"]: phase for phase in phases}
+    steps = []
+    for step in prepared.plan.steps:
+        training = trained.get(step.phase or "") if step.kind == "train" else None
+        memory = training["memory"] if training else memory_held(prepared, step, free)
+        if memory is not None and training is None:
+            memory = {**memory, "total": sum(memory.values())}
+        steps.append(
+            {
+                "id": step.id,
+                "kind": step.kind,
+                "title": step.title,
+                "phase": step.phase,
+                "quantize": step.settings.get("quantize") or prepared.recipe.model.quantize,
+                "state": store.state(step.id),
+                "bytes": bytes_written(prepared, step, plans.get(step.phase or "")),
+                "memory": memory,
+                "seconds": training["seconds"] if training else None,
+            }
+        )
+    return steps
 
 
 def _summed(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from qcft.cache import cache_folder
 from qcft.errors import InputError
+from qcft.files import disk_free
 from qcft.store.steps import PACKAGES, package_versions, writable
 
 GIB = 2**30
@@ -32,10 +36,17 @@ class Finding:
 
 def examine(runs: Path) -> list[Finding]:
     """Everything `qcft doctor` looks at, in order. Nothing is written."""
-    checks: list[Callable[[], Finding]] = [
-        _python, _packages, _cuda, _half_precision, _four_bits, lambda: _disk(runs), _cache, _hub,
-    ]  # fmt: skip
-    return [check() for check in checks]
+    checks: dict[str, Callable[[], Finding]] = {
+        "Python": _python, "packages": _packages, "GPU": _cuda, "16 bits": _half_precision, "bitsandbytes": _four_bits,
+        "runs folder": lambda: _disk(runs), "cache": _cache, "model hub": _hub,
+    }  # fmt: skip
+    findings = []
+    for name, check in checks.items():
+        try:
+            findings.append(check())
+        except ImportError as error:  # a package that is missing or broken: the next thing can be tried all the same
+            findings.append(Finding(name, False, f"fails: {_short(error)}", mend=_install(PACKAGES)))
+    return findings
 
 
 def _python() -> Finding:
@@ -46,9 +57,28 @@ def _python() -> Finding:
 def _packages() -> Finding:
     found = package_versions()
     missing = [name for name in PACKAGES if name not in found]
-    listed = ", ".join(f"{name} {version}" for name, version in found.items())
-    told = f"missing: {', '.join(missing)}; {listed}" if missing else listed
-    return Finding("packages", not missing, told, mend=f"{_pip()} install --upgrade qcft")
+    wrong = [name for name, wanted in _bounds().items() if not _within(found.get(name), wanted)]
+    told = [f"missing: {', '.join(missing)}"] if missing else []
+    told += [f"{name} must be {_bounds()[name]}" for name in wrong]
+    told.append(", ".join(f"{name} {version}" for name, version in found.items()))
+    return Finding("packages", not (missing or wrong), "; ".join(told), mend=_install([*missing, *wrong] or PACKAGES))
+
+
+def _bounds() -> dict[str, str]:
+    """The versions that qcft asks for of the packages that results rest on."""
+    from packaging.requirements import Requirement
+
+    try:
+        asked = [Requirement(text) for text in requires("qcft") or []]
+    except PackageNotFoundError:  # a folder of sources that was not installed
+        return {}
+    return {one.name: str(one.specifier) for one in asked if one.name in PACKAGES and one.marker is None}
+
+
+def _within(version: str | None, wanted: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return version is None or SpecifierSet(wanted).contains(version, prereleases=True)
 
 
 def _cuda() -> Finding:
@@ -65,7 +95,7 @@ def _cuda() -> Finding:
     built = torch.version.cuda or "without CUDA"
     return Finding(
         "GPU", False, f"there is an NVIDIA driver, but torch {torch.__version__} (built {built}) sees no GPU", True,
-        f"{_pip()} install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
+        _install(["torch"], "--force-reinstall", "--index-url", "https://download.pytorch.org/whl/cu128"),
     )  # fmt: skip
 
 
@@ -73,18 +103,21 @@ def _half_precision() -> Finding:
     from qcft.models.load import compute_dtype, device
 
     dtype = str(compute_dtype()).removeprefix("torch.")
-    return Finding("16 bits", True, f"{dtype} on the {'GPU' if device() == 'cuda' else 'CPU'}", needed=False)
+    where = "GPU" if device() == "cuda" else "CPU"
+    lacks = "" if dtype == "bfloat16" else ", which has no bfloat16: losses are scaled"
+    return Finding("16 bits", True, f"{dtype} on the {where}{lacks}", needed=False)
 
 
 def _four_bits() -> Finding:
     """A product with NF4 weights and its gradient, against the same with those weights dequantised."""
-    import bitsandbytes as bnb
-    import torch
-
-    from qcft.models.load import compute_dtype, device
-
-    mend = f"{_pip()} install --force-reinstall bitsandbytes"
+    mend = _install(["bitsandbytes"], "--force-reinstall", "--no-deps")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it can do without
     try:
+        import bitsandbytes as bnb
+        import torch
+
+        from qcft.models.load import compute_dtype, device
+
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(128, 256, generator=generator).to(device(), compute_dtype())
         x = torch.randn(8, 256, generator=generator).to(device(), compute_dtype()).requires_grad_()
@@ -94,7 +127,7 @@ def _four_bits() -> Finding:
         (gradient,) = torch.autograd.grad(product.float().sum(), x)
         far = max(_distance(product, x @ plain.t()), _distance(gradient, plain.sum(0).expand_as(x)))
     except Exception as error:  # whatever a broken binary raises: that is what is asked here
-        return Finding("bitsandbytes", False, f"fails: {' '.join(str(error).split())[:160]}", mend=mend)
+        return Finding("bitsandbytes", False, f"fails: {_short(error)}", mend=mend)
     return Finding(
         "bitsandbytes", far < CLOSE, f"NF4 products and gradients are off by {far:.2g} (relative)", mend=mend
     )
@@ -109,18 +142,13 @@ def _distance(a: object, b: object) -> float:
 
 
 def _disk(runs: Path) -> Finding:
-    place = runs.absolute()
     try:
         writable(runs)
     except InputError as error:
         return Finding("runs folder", False, error.message, mend="qcft run ... --runs FOLDER, or QCFT_RUNS=FOLDER")
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    return Finding(
-        "runs folder", free > LEAST_FREE, f"{free / GIB:.0f} GiB free in {runs}", False,
-        f"du -sh {runs}/.steps/* | sort -h",
-    )  # fmt: skip
+    free = disk_free(runs)
+    mend = f"qcft gc --runs {shlex.quote(str(runs))}"
+    return Finding("runs folder", free > LEAST_FREE, f"{free / GIB:.0f} GiB free in {runs}", False, mend)
 
 
 def _cache() -> Finding:
@@ -135,15 +163,29 @@ def _cache() -> Finding:
 
 
 def _hub() -> Finding:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.constants import ENDPOINT
 
     try:
         HfApi().model_info("gpt2", timeout=HUB_SECONDS)
     except Exception as error:  # whatever the hub's HTTP client raises
-        told = f"{ENDPOINT} cannot be reached ({type(error).__name__}); local folders and files work"
-        return Finding("model hub", False, told, needed=False, mend=f"curl -I {ENDPOINT}")
+        if is_offline_mode():
+            told, mend = "not asked, as HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+        elif getattr(getattr(error, "response", None), "status_code", None) == 401:
+            told, mend = f"{ENDPOINT} does not take the access token that is set", "hf auth login"
+        else:
+            told, mend = f"{ENDPOINT} cannot be reached ({type(error).__name__})", f"curl -I {ENDPOINT}"
+        return Finding("model hub", False, f"{told}; local folders and files work", needed=False, mend=mend)
     return Finding("model hub", True, f"{ENDPOINT} answers", needed=False)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _install(packages: Iterable[str], *options: str) -> str:
+    bounds = _bounds()
+    return " ".join([_pip(), "install", *options, *(shlex.quote(name + bounds.get(name, "")) for name in packages)])
 
 
 def _pip() -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
 from qcft.events import Watch
+from qcft.files import disk_free
 from qcft.recipe import Train
 from qcft.store import Store
 from qcft.store.states import RowStates
@@ -67,7 +67,7 @@ def open_prefix(
     lengths = {row_key(row): len(row.input_ids) for row in rows}
     new = [length for key, length in lengths.items() if not there.has(key)]
     needed = sum(new) * there.token_bytes
-    free = shutil.disk_usage(store.runs if store.runs.exists() else ".").free
+    free = disk_free(store.runs)
     again = passes > len(lengths) or len(new) < len(lengths)
     if not worth_storing(train, needed, again):
         return None

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
+MOST_ROWS = 10**8  # of all epochs: a consumer's card is at it for years
 PROBE_LENGTH = 1024  # tokens of a row that is only measured
 
 
@@ -195,6 +196,7 @@ class Prepared:
             self._check_layers(phase, weights)
             check_settings(phase.train)
             new = self.encoded(phase)
+            _check_length(phase, sum(len(one.rows) for one in new))
             if phase.replay and phase.replay.ratio > 0:
                 check_replay(phase, self.pools[phase.name], new, self.replay_encoder(phase))
 
@@ -208,9 +210,15 @@ class Prepared:
 
     def _check_layers(self, phase: Phase, weights: bool) -> None:
         """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
-        from qcft.layers import adapted_modules
+        from qcft.layers import adapted_modules, linear_modules
 
         modules = adapted_modules(self.meta_model, self.recipe.lora.targets, phase.freeze, self.recipe.seed)
+        full = max(min(module.shape) for module in linear_modules(self.meta_model, self.recipe.lora.targets))
+        if self.recipe.lora.r > full:
+            raise InputError(
+                f"recipe: lora.r: {self.recipe.lora.r} is more than the rank that any change of this model can have",
+                f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
+            )
         if not weights or phase.name == self.recipe.phases[-1].name:
             return
         missing = {f"{name}.weight" for name in modules} - weight_names(self.folder)
@@ -356,6 +364,18 @@ def _digest(group: Group) -> str:
 def _last(model: str) -> str:
     """A model's name without owner or folders, which are others elsewhere."""
     return Path(model).name.lower()
+
+
+def _check_length(phase: Phase, rows: int) -> None:
+    """Refuse what no machine gets through, and memory cannot even lay out."""
+    train = phase.train
+    total = train.steps * train.batch if train.steps else train.epochs * rows
+    if total > MOST_ROWS:
+        key = "steps" if train.steps else "epochs"
+        raise InputError(
+            f"recipe: {phase.name}.train.{key}: {getattr(train, key):g} come to {total:.2g} rows to train on",
+            f"{MOST_ROWS:,} are the most that qcft lays out",
+        )
 
 
 def _counts(left_out: dict[str, int]) -> str:

@@ -115,7 +115,7 @@ def run_prepared(prepared: Prepared, store: Store, watch: Watch, up_to: str | No
         if any(step.kind != "suite" for step in missing):
             prepared.check()
         prepared.check_tasks(dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
-        forecast(prepared, missing, watch)
+        forecast(prepared, missing, store, watch)
     recipe = prepared.pinned_recipe()
     run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from qcft.cache import cached_folder
 from qcft.data.instructions import instructions
 from qcft.events import Watch
 from qcft.measure.similarity import PAPER, RESAMPLES, EmbeddingSums, Similarity, similarity
-from qcft.models.encoders import LABSE, Encode, EncoderSource, find_encoder, load_encoder
-from qcft.recipe import Source
+from qcft.models.encoders import LABSE, Encode, EncoderSource, find_encoder, is_here, load_encoder
+from qcft.recipe import Phase, Recipe, Source
 
 FORMAT = 1  # raised when what is kept changes
 BATCH = 256
+FIRST_ROWS = 500  # of each source: enough for a hint before anything runs
 # Pairs that ship with qcft, in the words of the paper's: an encoder's own values for like and unlike instructions.
 OWN = {
     "similar": ("qcft:instructions/en", "qcft:instructions/es"),
@@ -109,8 +110,42 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> dict[str
         "des": asdict(found),
         "languages": by_language,
         "scale": {"paper": PAPER if source.name == LABSE else None, "qcft": own_pairs},
-        "says": _says(found, [entry["value"] for entry in by_language], source, own_pairs),
+        **_judged(found, [entry["value"] for entry in by_language], source, own_pairs),
     }
+
+
+def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[dict[str, Any]]:
+    """DES of each phase's first rows and those of the phase before it, and the remedy that it suggests.
+
+    By `encoder`, else by LaBSE where it is installed and fetched already; nothing where it is not. Raises InputError.
+    """
+    trained = [phase for phase in recipe.phases if not phase.adapter]
+    if encoder is None:
+        if not is_here(LABSE):
+            return []
+        encoder = LABSE
+    find_encoder(encoder)  # a mistake is told though there be one phase, and nothing to compare
+
+    def side(phase: Phase) -> Side:
+        first = (one.model_copy(update={"take": min(one.take or FIRST_ROWS, FIRST_ROWS)}) for one in phase.sources())
+        return Side(phase.name, tuple(first))
+
+    compared = []
+    for before, phase in pairwise(trained):
+        found = measure_similarity(side(before), side(phase), encoder, watch)
+        compared.append({**found, "remedy": _remedy(found["verdict"], phase)})
+    return compared
+
+
+def _remedy(verdict: str, phase: Phase) -> str:
+    has = [f"replay of {phase.replay.ratio:g}"] if phase.replay and phase.replay.ratio > 0 else []
+    has += [f"freeze {phase.freeze}"] if phase.freeze != "none" else []
+    if has:
+        return f"{phase.name} has a remedy: {' and '.join(has)}."
+    if verdict == "alike":
+        return f"{phase.name} may do without a remedy."
+    word = "Try" if verdict == "unlike" else "To be safe:"
+    return f"{word} --set {phase.name}.replay=0.2, or --set {phase.name}.freeze=first:0.5."
 
 
 def _total(sums: Sequence[EmbeddingSums]) -> EmbeddingSums:
@@ -130,8 +165,10 @@ def _described(side: Side, sums: EmbeddingSums) -> dict[str, Any]:
     return {"name": side.name, "rows": sums.rows, "langs": [str(source.lang or "?") for source in side.sources]}
 
 
-def _says(found: Similarity, languages: Sequence[float], source: EncoderSource, own: dict[str, Any]) -> list[str]:
-    """What the value implies for phase 2, and how sure that is."""
+def _judged(
+    found: Similarity, languages: Sequence[float], source: EncoderSource, own: dict[str, Any]
+) -> dict[str, Any]:
+    """What the value implies for phase 2, and how sure that is: a `verdict` and sentences."""
     if source.name == LABSE:
         like, unlike = PAPER.values()
         scale = (
@@ -159,9 +196,10 @@ def _says(found: Similarity, languages: Sequence[float], source: EncoderSource, 
         word = f"undecided: the interval holds {middle:.3f}, the middle of the scale"
     rows = min(found.rows)
     few = f" Its {rows} rows are few." if rows < 100 else ""
-    return [
+    says = [
         f"The instructions are {word}.",
         f"On what scale: {scale}.",
         f"How sure: two points make that scale, so it is a hint and no threshold; the live probe and the table measure "
         f"English itself.{few}",
     ]
+    return {"verdict": word.split(":")[0], "says": says}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from qcft.recipe.parts import NAME, Count, Number, Part
+from qcft.recipe.parts import NAME, Number, Part, Seed
 
 # A recipe key, and its values: a list of plain values, or values under names of their own. Under the key `set` each
 # name stands for a mapping of several keys and their values.
@@ -35,7 +35,7 @@ class Ablation(Part):
     `gpus` and `cpus` are what one step takes of a Ray cluster (`--on ray`); null: one GPU where the cluster has any.
     """
 
-    seeds: Annotated[list[Annotated[Count, Field(ge=0)]], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     arms: list[Arm] = []
     grid: Grid = {}
     gpus: Annotated[Number, Field(ge=0)] | None = None

@@ -348,4 +348,5 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    words = {"NoneType": "nothing", "str": "text", "int": "a number", "float": "a number"}
+    return words.get(type(value).__name__, f"a {type(value).__name__}")

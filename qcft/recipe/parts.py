@@ -20,6 +20,7 @@ def _no_bool(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]  # of what is found by it: nothing would mean the working folder
 Count = Annotated[int, BeforeValidator(_no_bool)]
+Seed = Annotated[Count, Field(ge=0, lt=2**32)]  # the widest that NumPy's generator takes
 
 
 class Part(BaseModel):

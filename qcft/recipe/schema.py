@@ -11,7 +11,7 @@ from qcft.errors import InputError
 from qcft.recipe.ablation import Ablation
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import parse_freeze
-from qcft.recipe.parts import NAME, Count, Name, Number, Part, Source, Sources, named
+from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
 
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
@@ -177,7 +177,7 @@ class Recipe(Part):
     version: Literal[1] = 1
     name: str
     model: Annotated[Model, BeforeValidator(named("name"))]
-    seed: Annotated[Count, Field(ge=0)] = 0
+    seed: Seed = 0
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()

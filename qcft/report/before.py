@@ -16,12 +16,15 @@ PARTS = {
     "optimizer": "optimizer",
     "activations": "activations",
     "logits": "logits",
+    "cache": "keys and values of answers",
     "total": "total",
 }
 
 
 def gib(count: float) -> str:
-    """`3.84 GiB`, `12 MiB`."""
+    """`3.84 GiB`, `12 MiB`, `< 1 MiB`."""
+    if count < 2**20 - 1:
+        return "< 1 MiB" if count else "0 MiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"
 
 
@@ -32,14 +35,20 @@ def minutes(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def memory_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each part of the memory, a column for each phase."""
-    memories = [phase["memory"] for phase in found["phases"]]
-    return [
-        [title, *(gib(memory[key]) for memory in memories)]
+def memory_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: a row for each part of the memory, a column for each phase, measuring and generating."""
+    columns = {phase["phase"]: phase["memory"] for phase in found["phases"]}
+    for step in found["steps"]:
+        if step["kind"] == "probe" and step["quantize"] == found["quantize"]:
+            columns.setdefault("measuring", step["memory"])
+        elif step["kind"] == "replay" and step["memory"]:
+            columns[f"answers for {step['phase']}"] = step["memory"]
+    rows = [
+        [title, *(gib(memory[key]) if memory.get(key) else "" for memory in columns.values())]
         for key, title in PARTS.items()
-        if any(memory[key] for memory in memories)
+        if any(memory.get(key) for memory in columns.values())
     ]
+    return ["memory", *columns], rows
 
 
 def check_lines(found: Mapping[str, Any]) -> list[str]:
@@ -65,8 +74,24 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
         left_out = ", ".join(f"{n} {reason}" for reason, n in phase["left_out"].items()) or "none"
         share = phase["truncated"] / max(1, phase["rows_read"])
         lines.append(f"  of {phase['rows_read']:,} rows left out: {left_out}; cut: {phase['truncated']} ({share:.1%})")
-    lines.append(f"disk: {gib(found['disk_bytes'])} to write of {gib(found['disk_free_bytes'])} free")
+    room = "" if found["disk_bytes"] <= found["disk_free_bytes"] else ": DOES NOT FIT"
+    fetched = f"; the cache takes {gib(found['cache_bytes'])} more, as the weights are not here yet"
+    lines.append(
+        f"disk: {gib(found['disk_bytes'])} to write of {gib(found['disk_free_bytes'])} free{room}"
+        f"{fetched if found['cache_bytes'] else ''}"
+    )
+    lines += [_alike(one) for one in found["similarity"]]
+    if not found["similarity"] and len(found["phases"]) > 1:
+        lines.append("how alike the phases' instructions are (DES): no encoder is here; name one with --encoder")
     return lines
+
+
+def _alike(found: Mapping[str, Any]) -> str:
+    des, rows = found["des"], " and ".join(f"{n:,}" for n in found["des"]["rows"])
+    return (
+        f"{found['a']['name']} and {found['b']['name']}: DES {des['value']:.3f} [{des['low']:.3f}, {des['high']:.3f}] "
+        f"by {found['encoder']['name']}, {rows} rows. {found['says'][0]} {found['remedy']}"
+    )
 
 
 def step_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -76,8 +101,8 @@ def step_rows(found: Mapping[str, Any]) -> list[list[str]]:
             step["title"],
             step["state"],
             "" if step["seconds"] is None or step["state"] == "done" else minutes(step["seconds"]),
-            gib(step["memory_bytes"]) if step["memory_bytes"] else "",
-            gib(step["bytes"]) if step["bytes"] else "",
+            gib(step["memory"]["total"]) if step["memory"] else "",
+            gib(step["bytes"]),
         ]
         for step in found["steps"]
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
 def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     wanted = _results(stages)
     number, name = 1, recipe.name
-    while (existing := _read(runs / name)) is not None or _is_taken(runs / name):
+    while (existing := read_stages(runs / name)) is not None or _is_taken(runs / name):
         if existing is not None:
             shared = existing.keys() & wanted.keys()
             if all(existing[s] == wanted[s] for s in shared) and (shared or not existing):
@@ -135,7 +136,7 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
         if not found:
             raise InputError(f"there is no run in {str(runs)!r}", "start with `qcft run quickstart`")
         return found[0]
-    stages = _read(runs / name) if Path(name).name == name else None  # a path may lead out of the runs folder
+    stages = read_stages(runs / name) if Path(name).name == name else None  # a path may lead out of the runs folder
     if stages is None:
         known = [run.name for run in list_runs(runs)]
         raise InputError(
@@ -147,17 +148,26 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
 
 def list_runs(runs: Path) -> list[NamedRun]:
     """All runs, the latest first."""
-    found = [NamedRun(p.parent.name, p.parent, _read(p.parent) or {}) for p in runs.glob(f"*/{RUN}")]
+    found = [NamedRun(p.parent.name, p.parent, read_stages(p.parent) or {}) for p in runs.glob(f"*/{RUN}")]
     return sorted(found, key=lambda run: (run.folder / RUN).stat().st_mtime, reverse=True)
 
 
-def _read(folder: Path) -> dict[str, str] | None:
+def read_stages(folder: Path) -> dict[str, str] | None:
+    """The step behind each stage of the run in a folder; None where there is none, or none that can be read.
+
+    Raises InputError for what a newer qcft wrote.
+    """
     document: Any = read_json(folder / RUN)
     stages = document.get("stages") if isinstance(document, dict) else None
-    if not isinstance(stages, dict):
+    if not isinstance(stages, dict) or not all(_is_step(step) for step in stages.values()):
         return None
     check_layout(document.get("version", 1), LAYOUT, f"the run {folder.name!r}")
     return stages
+
+
+def _is_step(value: Any) -> bool:
+    """Whether a value can be a step's name, and not a path that leads out of the runs folder."""
+    return isinstance(value, str) and re.fullmatch(r"[a-z]+-\w+", value) is not None
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:

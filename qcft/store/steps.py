@@ -186,11 +186,12 @@ def check_layout(written: Any, known: int, what: str) -> None:
 def writable(runs: Path) -> None:
     """Check that a runs folder can be written, writing nothing. Raises InputError."""
     place = runs
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
+        what = "a link that leads nowhere" if place.is_symlink() else "a file"
         raise InputError(
-            f"the runs folder {str(runs)!r} cannot be made: {str(place)!r} is a file", "name another with --runs"
+            f"the runs folder {str(runs)!r} cannot be made: {str(place)!r} is {what}", "name another with --runs"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"the runs folder {str(runs)!r} cannot be written", "name another with --runs")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
 from qcft.files import read_json
-from qcft.store.runs import list_runs, read_run, runs_lock
+from qcft.store.runs import list_runs, read_run, read_stages, runs_lock
 from qcft.store.steps import Store
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def size_of(folder: Path) -> int:
 
 def _used(store: Store) -> set[str]:
     for folder in store.runs.iterdir() if store.runs.is_dir() else []:
-        if (folder / "recipe.yaml").exists() and read_json(folder / "run.json") is None:
+        known = (folder / "run.json").exists() or (folder / "recipe.yaml").exists()
+        if known and read_stages(folder) is None:
             raise InputError(
                 f"the run {folder.name!r} has no readable run.json, so what it uses is not known",
                 "give its recipe again with `qcft run`, or remove its folder",

@@ -49,13 +49,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Planned:
-    """A training as it would run: what it needs, how passes are fitted, what its largest pass costs."""
+    """A training as it would run: what it needs, how passes are fitted, what its largest pass costs; `stored`, bytes
+    of frozen layers' states that it keeps on disk."""
 
     memory: Memory
     fit: Fit
     largest: Pass
     cost: Footprint
     fits: bool
+    stored: int = 0
 
 
 def plan_training(

@@ -1,5 +1,6 @@
 """Kills a run of a tiny model with SIGKILL at random moments, in every kind of step and in the report, again and
-again; each time it is finished, every file of every step must be equal to the bit to those of a run left alone.
+again; each time it is finished, every file and every score of every step must be equal to the bit to those of a run
+left alone.
 
 python tests/soak/kills.py [--kills 30] [--seed 0]
 """
@@ -27,9 +28,12 @@ import yaml
 from qcft import api
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.files import read_json
+from qcft.pipeline.run import plan_recipe
 from qcft.recipe import load_recipe
 
 REPORT = "report"
+# Of a step's metrics, what depends on the clock, or on how often the run was killed.
+CIRCUMSTANCES = {"tokens_per_second", "resumed_from", "chunks_made", "chunks_reused", "share_of_time"}
 FORK = multiprocessing.get_context("fork")  # what is imported here is there in every child: a start costs nothing
 
 
@@ -43,6 +47,9 @@ def recipe(model: Path, data: Path) -> dict[str, Any]:
         "heldout": {"share": 0.2, "rows": 6},
         "answers": {"prompts": 3, "max_new_tokens": 8},
         "merge": {"refuse_below": None},
+        "evaluate": {"tasks": ["xquad_es", "fidelity"], "limit": 8, "max_new_tokens": 8,
+                     "local": {"xquad_es": str(data / "xquad.jsonl")},
+                     "fidelity": {"prompts": 3, "max_new_tokens": 8}},
         "phases": [
             {"name": "phase1", "data": {"path": str(data / "en.jsonl"), "take": 24, "lang": "en"},
              "train": {**train, "epochs": 6}},
@@ -55,12 +62,14 @@ def recipe(model: Path, data: Path) -> dict[str, Any]:
 
 def work(recipe_file: Path, runs: Path, said: Any, at: str | None, delay: float) -> None:
     """Run in a child process; at the step `at`, and so many seconds later, it is killed by its own hand."""
+    loaded = load_recipe(recipe_file)
+    last = plan_recipe(loaded, runs, Watch())[0].steps[-1].id
 
     def listen(event: Any) -> None:
         title = None
         if isinstance(event, StepBegun) and event.state != "reused":
             title = event.title
-        elif isinstance(event, StepEnded) and event.title == "measure phase2":
+        elif isinstance(event, StepEnded) and event.step == last:
             title = REPORT
         if title is not None:
             said.send((title, time.monotonic()))
@@ -69,7 +78,7 @@ def work(recipe_file: Path, runs: Path, said: Any, at: str | None, delay: float)
                 timer.daemon = True
                 timer.start()
 
-    api.run_watched(load_recipe(recipe_file), runs, Watch(listen))
+    api.run_watched(loaded, runs, Watch(listen))
     said.send(("end", time.monotonic()))
 
 
@@ -90,13 +99,26 @@ def run(recipe_file: Path, runs: Path, at: str | None = None, delay: float = 0.0
 
 
 def results(runs: Path) -> dict[str, Any]:
-    """Every stage's step, and the digests of its files but for the adapter's config, which names its base's folder."""
+    """Every stage's step and scores, and the digests of its files but for the adapter's config, which names its base's
+    folder."""
     stages = read_json(runs / "tiny" / "run.json")["stages"]
     found = {stage: read_json(runs / ".steps" / step / "done.json") for stage, step in stages.items()}
     return {
-        stage: (record["step"], {k: v for k, v in record["files"].items() if not k.endswith("adapter_config.json")})
+        stage: (
+            record["step"],
+            {k: v for k, v in record["files"].items() if not k.endswith("adapter_config.json")},
+            scores(record["metrics"]),
+        )
         for stage, record in found.items()
     }
+
+
+def scores(value: Any) -> Any:
+    """What was measured, less what is different each time."""
+    if isinstance(value, dict):
+        apart = {key for key in value if key in CIRCUMSTANCES or "seconds" in key or key.startswith("peak_")}
+        return {key: scores(one) for key, one in value.items() if key not in apart}
+    return [scores(one) for one in value] if isinstance(value, list) else value
 
 
 def kill_runs(raw: dict[str, Any], folder: Path, kills: int, seed: int) -> Counter[str]:
@@ -113,8 +135,9 @@ def kill_runs(raw: dict[str, Any], folder: Path, kills: int, seed: int) -> Count
         number += 1
         runs, left = folder / f"killed {number}", list(took)
         while True:
-            # A step that is not done yet, and a moment in it; steps are done in their order.
-            at = chance.choice(left) if killed.total() < kills else None
+            # A step of some kind that is not done yet, and a moment in it; steps are done in their order.
+            kind = chance.choice(sorted({title.split()[0] for title in left}))
+            at = chance.choice([t for t in left if t.split()[0] == kind]) if killed.total() < kills else None
             code, _ = run(recipe_file, runs, at, chance.uniform(0, took[at]) if at else 0.0)
             if code == 0:
                 break
@@ -159,6 +182,10 @@ def _make_inputs(folder: Path) -> None:
     tokenizer = conftest.make_tokenizer(folder / "tokenizer")
     conftest.make_llama(folder / "model", tokenizer)
     conftest.make_color_data(folder / "data")
+    answers = {"text": ["red"], "answer_start": [11]}
+    rows = [{"id": f"q{i}", "context": "the cat is red", "question": f"what color {i}", "answers": answers}
+            for i in range(8)]  # fmt: skip
+    conftest.write_rows(folder / "data" / "xquad.jsonl", rows)
 
 
 if __name__ == "__main__":
