@@ -337,18 +337,6 @@ def test_copies_of_every_suite_and_the_languages_they_lack(tmp_path):
     assert sum(len(task.eval_docs) for task in catalog.load("global_mmlu_es")["tasks"].values()) == 6
 
 
-def test_tokenizer_data_that_cannot_be_fetched_is_told_without_noise(monkeypatch, capsys):
-    nltk = pytest.importorskip("nltk")
-    from qcft import InputError
-    from qcft.measure import catalog
-
-    monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(nltk.downloader._downloader, "_url", "http://127.0.0.1:9/")
-    with pytest.raises(InputError, match="ifeval needs NLTK's punkt_tab"):
-        catalog._check_punkt("ifeval")
-    assert capsys.readouterr() == ("", "")
-
-
 def test_nothing_to_evaluate_is_said(qcft, done, shared_runs, recipe_file):
     raw = yaml.safe_load(recipe_file.read_text()) | {"name": "bare", "evaluate": {}}
     recipe_file.write_text(yaml.safe_dump(raw))
