@@ -19,6 +19,11 @@ set_environment()  # before any library is loaded, as the command line does
 WORDS = "red blue green one two three four cat dog bird runs sleeps eats the a is what color number animal"
 
 
+def pytest_collection_modifyitems(items):
+    """Real weights first: the longest test runs beside the others, not after them."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -91,9 +91,10 @@ def test_a_pickle_planted_in_a_checkpoint_is_refused(tiny_model, tmp_path, name)
 
 
 def test_no_pickle_is_read_or_written_by_the_code():
-    """torch.load and pickle appear nowhere; what the Trainer loads is loaded with `weights_only`."""
+    """pickle appears nowhere; what torch.load reads, our own and the Trainer's, is read with `weights_only`."""
     for path in (ROOT / "qcft").rglob("*.py"):
-        assert not re.search(r"torch\.load|\bpickle\b\.|weights_only=False|import pickle", path.read_text()), path
+        unsafe = r"torch\.load(?!\(.*weights_only=True\))|\bpickle\b\.|weights_only=False|import pickle"
+        assert not re.search(unsafe, path.read_text()), path
     import inspect
 
     from transformers import Trainer
