@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qcft import InputError
 from qcft.cache import cached_folder
@@ -123,6 +127,43 @@ def test_a_gguf_file_is_checked_before_use(tmp_path):
         bad.write_bytes(content)
         with pytest.raises(InputError, match=r"truncated|altered|no GGUF"):
             found(bad)
+
+
+def announcing(kind, *numbers):
+    """A GGUF header with one value of this type and what follows it."""
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<I", kind) + struct.pack(*numbers)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (announcing(9, "<IQ", 0, 2**62), "4611686018427387904 bytes announced where 0 are left"),
+        (announcing(9, "<IQ", 8, 2**63), "8 bytes announced where 0 are left"),
+        (announcing(9, "<IQ" + "IQ" * 9, *(9, 1) * 10), "arrays in arrays, more than 4 deep"),
+        (announcing(8, "<Q", 2**64 - 1), "18446744073709551615 bytes announced"),
+        (announcing(99, ""), "unknown type 99"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0), "8 bytes announced where 0 are left"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 1, 0, 1) + b"t" + struct.pack("<I", 2**31), "2147483648 dimensions"),
+    ],
+)
+def test_lengths_that_a_gguf_file_makes_up_are_refused_at_once(tmp_path, content, reason):
+    """The gguf package's reader takes them at their word: it goes on for ever, and memory fills."""
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        check_gguf(bad)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=timedelta(seconds=5))
+@given(where=st.integers(4, 200), what=st.binary(min_size=1, max_size=12))
+def test_a_gguf_header_with_anything_in_it_is_read_or_refused(tmp_path, where, what):
+    data = tiny_gguf(tmp_path / "whole.gguf").read_bytes()
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(data[:where] + what + data[where + len(what) :])
+    try:
+        check_gguf(bad)
+    except InputError as error:
+        assert error.hint
 
 
 def test_a_gguf_that_cannot_be_converted_leaves_nothing_in_the_cache(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from qcft.events import Watch
 from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
 from qcft.hub import OFFLINE, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
+from qcft.models.gguf_header import check_lengths
 from qcft.recipe import Model
 
 CONVERTED = 1  # raised when the conversion from GGUF changes
@@ -97,6 +98,7 @@ def check_gguf(path: Path) -> None:
         if stream.read(4) != b"GGUF":
             raise InputError(f"model: {str(path)!r} is no GGUF file: it begins otherwise", f"give {WHAT}")
     try:
+        check_lengths(path)
         reader = GGUFReader(path)
         end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError, struct.error, OSError) as error:
