@@ -288,6 +288,7 @@ def test_a_moved_runs_folder_goes_on_elsewhere(raw, made, runs, tmp_path):
     with pytest.raises(QcftError, match="stopped"):
         api.run_watched(load_recipe(here / "recipe.yaml"), here / "runs", watch)
     here.rename(there)
+    assert (there / "runs" / "tiny" / "phase1" / "done.json").is_file()  # as it lies, before anything is made anew
     _, warnings, begun = go(there / "recipe.yaml", there / "runs")
     assert warnings == []
     assert begun == {"train phase2", "measure phase2"}
