@@ -99,9 +99,9 @@ def _pareto(found: Sequence[Standing]) -> Figure:
         if len(before) == 1:
             level = found[0].place[0] - found[0].lost.value
             axes.axhline(level, color=INK, linewidth=1, linestyle="--", zorder=1)
-            axes.annotate(
-                f"English after {found[0].since}", (1, level), xycoords=("axes fraction", "data"),
-                xytext=(0, 3), textcoords="offset points", ha="right", fontsize=9,
+            axes.annotate(  # at the left: the best arms lie at the right, near the line
+                f"English after {found[0].since}", (0, level), xycoords=("axes fraction", "data"),
+                xytext=(4, -11), textcoords="offset points", ha="left", fontsize=9,
             )  # fmt: skip
         _better_up_and_right(axes)
         legend_below(axes)
