@@ -39,6 +39,11 @@ class Interrupted(QcftError):
         self.exit_code = exit_code
 
 
+def short(error: BaseException, most: int = 160) -> str:
+    """What another library's error says, on one line and cut; its name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`did you mean 'x'? ` when a known word is close to `word`, else an empty string."""
     import difflib

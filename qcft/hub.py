@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from qcft.errors import InputError, QcftError
+from qcft.errors import InputError, QcftError, short
 from qcft.events import Watch
 from qcft.files import FULL
 
@@ -32,7 +32,7 @@ def retried(call: Callable[[], Answer], what: str, name: str, watch: Watch, offl
             if attempt == TRIES or not _may_pass(error):
                 raise unreachable(what, name, error, offline) from None
             seconds = WAIT * 2 ** (attempt - 1)
-            watch.note(f"{name}: the hub fails ({_short(error)}); trying again in {seconds:.0f} s", "warning")
+            watch.note(f"{name}: the hub fails ({short(error, 200)}); trying again in {seconds:.0f} s", "warning")
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 watch.check_stop()
@@ -56,10 +56,6 @@ def _chain(error: BaseException) -> list[BaseException]:
     while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(deeper)
     return chain
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) -> QcftError:
@@ -91,4 +87,4 @@ def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) 
     networks = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
     if names & networks or any(isinstance(c, (ConnectionError, TimeoutError)) for c in chain):
         return InputError(f"{what}: {name!r} is not cached here as a whole and the hub can't be reached", offline)
-    return InputError(f"{what}: {name!r} could not be loaded from the hub: {_short(error)}", offline)
+    return InputError(f"{what}: {name!r} could not be loaded from the hub: {short(error, 200)}", offline)

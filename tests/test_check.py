@@ -1,6 +1,7 @@
 """qcft check: what a recipe would take; nothing is trained and nothing is written."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -176,3 +177,30 @@ def test_check_reads_a_gguf_files_header_alone(qcft, raw_recipe, tmp_path, monke
     memory = json.loads(out)["phases"][0]["memory"]
     assert memory["weights"] == 106_168_320 // 2
     assert memory["halves"] == 2 * (49152 * 576 + 61 * 576)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 10**9}, "a num_hidden_layers of 1,000,000,000"),
+        ({"num_hidden_layers": -1}, "no list of its -1 decoder layers"),
+        ({"vocab_size": 10**12}, "a vocab_size of 1,000,000,000,000"),
+        ({"hidden_size": 10**9}, "a hidden_size of 1,000,000,000"),
+        ({"hidden_size": "big"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"model_type": "nope"}, "cannot be built"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_at_once(qcft, raw_recipe, tiny_model, tmp_path, changes, reason):
+    """No traceback, and no work for every layer or token that it makes up."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**raw_recipe, "model": {"name": str(folder)}}))
+    code, _, err = qcft("check", tmp_path / "recipe.yaml")
+    assert code == 2, err
+    error, hint = err.strip().splitlines()
+    assert error.startswith("error: model: ")
+    assert reason in error
+    assert hint.startswith("hint: ")

@@ -46,6 +46,16 @@ def test_a_resolved_recipe_reads_back_as_itself():
     assert back.model_dump_json() == recipe.model_dump_json()  # 32 and 32.0 are equal, but not in a step's id
 
 
+def test_a_key_may_lead_into_what_was_just_set_in_short():
+    changes = ["model=other", "model.chat_template=chatml", "phase2.replay=0.3", "phase2.replay.kind=phase1",
+               "phase2.data=x.jsonl", "phase2.data.0.take=5"]  # fmt: skip
+    recipe = recipe_from(RAW, parse_assignments(changes))
+    assert (recipe.model.name, recipe.model.chat_template) == ("other", "chatml")
+    phase = recipe.phases[1]
+    assert (phase.replay.ratio, phase.replay.kind) == (0.3, "phase1")
+    assert (phase.data[0].path, phase.data[0].take) == ("x.jsonl", 5)
+
+
 @pytest.mark.parametrize(
     ("change", "says", "hints"),
     [

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qcft.data.filters import identified
-from qcft.errors import InputError, QcftError, nearest
+from qcft.errors import InputError, QcftError, nearest, short
 from qcft.events import Watch
 from qcft.hub import unreachable
 from qcft.measure.local import check_local, local_dataset, local_digest
@@ -248,7 +248,7 @@ def _try_scoring(tasks: Iterable[Any]) -> None:
 def _unfit(name: str, path: str, error: Exception) -> InputError:
     column = re.search(r"'(\w+)' is undefined", str(error))
     missing = column[1] if column else str(error.args[0]) if isinstance(error, KeyError) and error.args else None
-    what = f"has no column {missing!r}" if missing else f"cannot be read: {' '.join(str(error).split())[:160]}"
+    what = f"has no column {missing!r}" if missing else f"cannot be read: {short(error)}"
     return InputError(f"evaluate.local: {name}: {path!r} {what}", f"give a file with the columns of {name} on the hub")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, QcftError
+from qcft.errors import InputError, QcftError, short
 from qcft.files import exists, is_whole_safetensors, read_json, write_json
 from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_factors, read_adapter
 from qcft.recipe import Lora
@@ -110,7 +110,7 @@ def combine_live(model: PeftModel, scale: float, method: str, density: float, se
         model.add_weighted_adapter(names, weights, COMBINED, combination_type=method, density=density)
     except (ValueError, NotImplementedError) as error:
         raise InputError(
-            f"dial: PEFT cannot combine the adapters by {method}: {' '.join(str(error).split())[:160]}",
+            f"dial: PEFT cannot combine the adapters by {method}: {short(error)}",
             f"use --method {method}_svd for adapters of different ranks, or leave --method out",
         ) from None
     model.set_adapter(COMBINED)

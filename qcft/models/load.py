@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, QcftError
+from qcft.errors import InputError, QcftError, short
 from qcft.recipe import Model
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # it reads config.json too, and anything may stand there
         raise InputError(
-            f"model: no tokenizer could be read from {str(folder)!r}: {_short(error)}",
-            "the folder needs tokenizer.json",
+            f"model: no tokenizer could be read from {str(folder)!r}: {short(error)}",
+            "the folder needs tokenizer.json and a whole config.json",
         ) from None
     set_chat_template(tokenizer, model.chat_template)
     if tokenizer.pad_token is None:
@@ -89,7 +89,7 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
     except torch.cuda.OutOfMemoryError:
         raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise QcftError(f"model: {str(folder)!r} cannot be loaded: {_short(error)}", "check the model folder") from None
+        raise QcftError(f"model: {str(folder)!r} cannot be loaded: {short(error)}", "check the model folder") from None
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = loaded.config.get_text_config().eos_token_id
     # Fresh, so that greedy means greedy: checkpoints ship repetition penalties and the like.
@@ -180,7 +180,3 @@ def quiet_libraries() -> None:
 
 def _bytes_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

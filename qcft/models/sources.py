@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from qcft.cache import cache_folder, cached_folder
-from qcft.errors import InputError, QcftError, nearest
+from qcft.errors import InputError, QcftError, nearest, short
 from qcft.events import Watch
 from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
 from qcft.hub import OFFLINE, retried, unreachable
@@ -103,7 +103,7 @@ def check_gguf(path: Path) -> None:
         end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError, struct.error, OSError) as error:
         raise InputError(
-            f"model: {str(path)!r} is truncated or altered ({' '.join(str(error).split())[:80]})", "fetch it again"
+            f"model: {str(path)!r} is truncated or altered ({short(error, 80)})", "fetch it again"
         ) from None
     if end > path.stat().st_size:
         raise InputError(
@@ -124,11 +124,8 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             place, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"model: {file.name!r} cannot be converted: {' '.join(str(error).split())[:160]}",
-            "fetch it again, or use the model's safetensors folder",
-        ) from None
+    except Exception as error:
+        raise _unreadable(file, "converted", error) from None
     for tensor_name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"model: {file.name!r} is altered: {tensor_name} is not finite", "fetch it again")
@@ -136,18 +133,24 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _unreadable(file: Path, what: str, error: Exception) -> InputError:
+    """A header that announces anything may fail anywhere in the libraries' code."""
+    return InputError(
+        f"model: {file.name!r} cannot be {what}: {short(error)}",
+        "fetch it again, or use the model's safetensors folder",
+    )
+
+
 def _describe(file: Path, folder: Path) -> None:
     """Write the config and the tokenizer that a GGUF file's header holds."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"model: {file.name!r} cannot be read: {' '.join(str(error).split())[:160]}",
-            "fetch it again, or use the model's safetensors folder",
-        ) from None
+        described = [one.from_pretrained(str(file.parent), gguf_file=file.name) for one in (AutoConfig, AutoTokenizer)]
+    except Exception as error:
+        raise _unreadable(file, "read", error) from None
+    for one in described:
+        one.save_pretrained(folder)
 
 
 def _folder_digest(folder: Path) -> str:

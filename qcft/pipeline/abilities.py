@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import Encoder
 from qcft.data.rows import Message, Row
-from qcft.errors import InputError, QcftError
+from qcft.errors import InputError, QcftError, short
 from qcft.events import Watch
 from qcft.files import write_json, write_text
 from qcft.hub import unreachable
@@ -61,7 +61,7 @@ class Abilities:
         except QcftError:
             raise
         except Exception as error:  # tasks are code by many hands, and may raise anything
-            text = " ".join(str(error).split())[:200]
+            text = short(error, 200)
             raise QcftError(f"{type(error).__name__}: {text}", "look at the task's data, or leave it out") from error
 
     def drop(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qcft.data.mix import mixed_order
-from qcft.errors import InputError, Interrupted, QcftError
+from qcft.errors import InputError, Interrupted, QcftError, short
 from qcft.events import ArmChanged, Watch
 from qcft.pipeline.libraries import quiet, set_environment
 from qcft.pipeline.prepare import Prepared
@@ -155,7 +155,7 @@ def told(error: Exception, step: Step | None) -> dict[str, Any]:
         hint = "try a smaller train.max_length or train.micro_batch, or more frozen layers"
         return {"message": "the memory ran out", "hint": hint, **where}
     return {
-        "message": f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "message": f"unexpected {type(error).__name__}: {short(error, 300)}",
         "hint": "the index holds the traceback; the same command tries it again",
         **where,
         "traceback": traceback.format_exc(),

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import InputError, QcftError
+from qcft.errors import InputError, QcftError, short
 from qcft.events import ArmChanged, Watch
 from qcft.pipeline.ablate import begin_ablation, told
 from qcft.pipeline.libraries import quiet, set_environment
@@ -126,7 +126,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
             socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     except (OSError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:160]
+        text = short(error)
         raise InputError(f"--on ray: no cluster at {address!r}: {text}", "start one with `ray start --head`") from None
     try:
         yield ray
@@ -147,7 +147,7 @@ def _failure(ray: Any, refs: Sequence[Any]) -> Exception | None:
             cause = error.cause
             return cause if isinstance(cause, Exception) else error
         except ray.exceptions.RayError as error:
-            return QcftError(f"its worker was lost {RETRIES + 1} times: {' '.join(str(error).split())[:200]}", "")
+            return QcftError(f"its worker was lost {RETRIES + 1} times: {short(error, 200)}", "")
     return None
 
 

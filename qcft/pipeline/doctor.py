@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from qcft.cache import cache_folder
-from qcft.errors import InputError
+from qcft.errors import InputError, short
 from qcft.files import disk_free
 from qcft.store.steps import PACKAGES, package_versions, writable
 
@@ -45,7 +45,7 @@ def examine(runs: Path) -> list[Finding]:
         try:
             findings.append(check())
         except ImportError as error:  # a package that is missing or broken: the next thing can be tried all the same
-            findings.append(Finding(name, False, f"fails: {_short(error)}", mend=_install(PACKAGES)))
+            findings.append(Finding(name, False, f"fails: {short(error)}", mend=_install(PACKAGES)))
     return findings
 
 
@@ -127,7 +127,7 @@ def _four_bits() -> Finding:
         (gradient,) = torch.autograd.grad(product.float().sum(), x)
         far = max(_distance(product, x @ plain.t()), _distance(gradient, plain.sum(0).expand_as(x)))
     except Exception as error:  # whatever a broken binary raises: that is what is asked here
-        return Finding("bitsandbytes", False, f"fails: {_short(error)}", mend=mend)
+        return Finding("bitsandbytes", False, f"fails: {short(error)}", mend=mend)
     return Finding(
         "bitsandbytes", far < CLOSE, f"NF4 products and gradients are off by {far:.2g} (relative)", mend=mend
     )
@@ -177,10 +177,6 @@ def _hub() -> Finding:
             told, mend = f"{ENDPOINT} cannot be reached ({type(error).__name__})", f"curl -I {ENDPOINT}"
         return Finding("model hub", False, f"{told}; local folders and files work", needed=False, mend=mend)
     return Finding("model hub", True, f"{ENDPOINT} answers", needed=False)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _install(packages: Iterable[str], *options: str) -> str:

@@ -61,7 +61,7 @@ def changed(raw: dict[str, Any], changes: Mapping[str, Any], folder: Path | None
     raw = _normalised(raw)
     for key, value in changes.items():
         _apply(raw, key, value)
-    raw = _normalised(raw)  # what was set may use shorthands too
+        raw = _normalised(raw)  # what was set may use shorthands too, and the next key may lead into them
     for place in (folder, Path.cwd()):
         if place is not None:
             _anchor_paths(raw, place)

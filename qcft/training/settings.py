@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcft.errors import InputError, nearest
+from qcft.errors import InputError, nearest, short
 from qcft.models.load import compute_dtype, device
 from qcft.recipe import Train
 from qcft.training.batches import Batches
@@ -53,9 +53,7 @@ def check_settings(train: Train) -> None:
     try:
         sft_config(train, Path("."), Batches([[]], 1, 1, False), 0, False, False)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"train.sft: {' '.join(str(error).split())[:160]}", "see TRL's documentation of SFTConfig"
-        ) from None
+        raise InputError(f"train.sft: {short(error)}", "see TRL's documentation of SFTConfig") from None
 
 
 def sft_config(
