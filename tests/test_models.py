@@ -22,6 +22,7 @@ from qcft.models.adapters import add_lora, keep_adapters_in_fp32, load_adapter
 from qcft.models.embedded import fetch_embedded
 from qcft.models.load import evaluating, load_model
 from qcft.models.sources import check_gguf, resolve, weights_folder
+from qcft.models.switch import Switched
 from qcft.recipe import Lora, Model
 
 from .conftest import make_llama
@@ -301,6 +302,31 @@ def test_adapters_are_trained_in_fp32_and_come_back_the_same(tiny_model, tmp_pat
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     back = dict(load_adapter(_plain(tiny_model), tmp_path).named_parameters())
     assert all(torch.equal(p, back[n]) for n, p in trainable.items())
+
+
+def test_switched_adapters_give_the_same_numbers_before_and_after_an_evaluation(tiny_model, tmp_path):
+    """On some CPUs 4-bit weights are repacked in evaluation, with other rounding, and unpacked as adapters load."""
+    import torch
+
+    for name in ("one", "two"):
+        model = _plain(tiny_model)
+        adapted = add_lora(model, adapted_modules(model, "all-linear", "none", 0), Lora(r=4))
+        for parameter in (p for p in adapted.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter)
+        adapted.save_pretrained(tmp_path / name, save_embedding_layers=False)
+    switched = Switched(load_model(tiny_model, Model(name="tiny"), quantize="nf4"))
+    ids = torch.arange(5, 12)[None]
+
+    def logits():
+        with evaluating(switched.model):
+            return switched.model(input_ids=ids).logits
+
+    for stack in ([], ["one"], ["one", "two"], []):
+        switched.use([tmp_path / name for name in stack])
+        before = logits()
+        with torch.no_grad():
+            switched.model.eval()(input_ids=ids)
+        assert torch.equal(before, logits()), stack
 
 
 def test_more_layers_than_asked_for(tmp_path, tokenizer):

@@ -23,19 +23,23 @@ class Switched:
     """A loaded model whose adapters are switched on and off; `model` is the model itself, adapters inside it.
 
     It is put into evaluation mode, and, as bitsandbytes repacks 4-bit weights in the first forward pass of that mode
-    on some CPUs, such a pass is done at once: every number after it comes from the same kernels, in whatever order
-    stages are evaluated. It must not be trained any more.
+    on some CPUs, such a pass is done at once, and again where adapters were loaded: PEFT asks for the model's state
+    dict then, for which they are unpacked. So every number comes from the same kernels, in whatever order stages and
+    tasks are evaluated. It must not be trained any more.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        import torch
-
         self.model = model
         self._adapted: Any = None
         self._names: dict[Path, str] = {}
-        model.eval()
+        self._settle()
+
+    def _settle(self) -> None:
+        import torch
+
+        self.model.eval()  # what was loaded since came in training mode
         with torch.no_grad():
-            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+            self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device))
 
     def use(self, stack: Sequence[Path]) -> None:
         """Make exactly these adapters live, the lowest first; none of them: the bare weights."""
@@ -59,4 +63,4 @@ class Switched:
             self._adapted.base_model.set_adapter(names if len(names) > 1 else names[0])
         else:
             self._adapted.base_model.disable_adapter_layers()
-        self.model.eval()  # what was loaded since came in training mode
+        self._settle()

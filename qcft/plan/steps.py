@@ -24,7 +24,7 @@ FORMATS: dict[Kind, int] = {
     "layers": 1,
     "dial": 1,
     "drift": 1,
-    "suite": 2,
+    "suite": 3,
 }
 
 # Settings of a training that change how it is run or watched, not what comes of it.

@@ -35,6 +35,9 @@ from qcft.pipeline.run import plan_recipe
 from qcft.recipe import load_recipe
 
 REPORT = "report"
+# Files that name the folder of an adapter's base, and the seconds that each live probe took (what it found is among
+# the metrics too).
+NOT_COMPARED = ("adapter/adapter_config.json", "english.jsonl")
 # Of a step's metrics, what depends on the clock, or on how often the run was killed.
 CIRCUMSTANCES = {"tokens_per_second", "resumed_from", "chunks_made", "chunks_reused", "share_of_time"}
 FORK = multiprocessing.get_context("fork")  # what is imported here is there in every child: a start costs nothing
@@ -50,6 +53,7 @@ def recipe(model: Path, data: Path) -> dict[str, Any]:
         "heldout": {"share": 0.2, "rows": 6},
         "answers": {"prompts": 3, "max_new_tokens": 8},
         "merge": {"refuse_below": None},
+        "forgetting": {"every": 2},
         "evaluate": {"tasks": ["xquad_es", "fidelity"], "limit": 8, "max_new_tokens": 8,
                      "local": {"xquad_es": str(data / "xquad.jsonl")},
                      "fidelity": {"prompts": 3, "max_new_tokens": 8}},
@@ -102,18 +106,15 @@ def run(recipe_file: Path, runs: Path, at: str | None = None, delay: float = 0.0
 
 
 def results(runs: Path) -> dict[str, Any]:
-    """Every stage's step and scores, and the digests of its files but for the adapter's config, which names its base's
-    folder."""
+    """What must be equal of each stage of a run."""
     stages = read_json(runs / "tiny" / "run.json")["stages"]
-    found = {stage: read_json(runs / ".steps" / step / "done.json") for stage, step in stages.items()}
-    return {
-        stage: (
-            record["step"],
-            {k: v for k, v in record["files"].items() if not k.endswith("adapter_config.json")},
-            scores(record["metrics"]),
-        )
-        for stage, record in found.items()
-    }
+    return {stage: equal_parts(read_json(runs / ".steps" / step / "done.json")) for stage, step in stages.items()}
+
+
+def equal_parts(record: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
+    """A done step's id, the digests of its files, and all that was measured."""
+    files = {name: digest for name, digest in record["files"].items() if name not in NOT_COMPARED}
+    return record["step"], files, scores(record["metrics"])
 
 
 def scores(value: Any) -> Any:
