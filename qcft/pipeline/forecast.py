@@ -120,6 +120,8 @@ def _parts(memory: Memory) -> str:
     weights = memory.weights + memory.constants + memory.halves + memory.file
     adapters = memory.adapters + memory.gradients + memory.optimizer
     parts = {"weights": weights, "adapters": adapters, "activations": memory.activations, "logits": memory.logits}
+    if memory.kept:
+        parts["kept by malloc"] = memory.kept
     return ", ".join(f"{name} {count / GIB:.1f}" for name, count in parts.items())
 
 

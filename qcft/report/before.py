@@ -16,6 +16,7 @@ PARTS = {
     "optimizer": "optimizer",
     "activations": "activations",
     "logits": "logits",
+    "kept": "freed blocks that malloc keeps",
     "cache": "keys and values of answers",
     "total": "total",
 }

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FULL = 4  # bytes of a number in fp32
-ROOM = {"cuda": 0.9, "cpu": 0.7}  # share of the free memory to fill: allocators keep freed blocks, glibc a third
+ROOM = 0.9  # share of the free memory to fill
+# The tokenizer, the rows, and freed blocks of some hundred KB that glibc keeps between tensors that live on: half a GiB
+# within a few steps, whatever the passes, as measured (tests/benchmarks/memory.py). CUDA's allocator reuses blocks.
+KEPT = 1 << 29
 # Bytes an optimizer keeps for each trained number; others are taken for AdamW. Those in 8 bits have a constant for
 # each 256 numbers of either moment.
 STATES = {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "sgd": 0, "adafactor": 0.1, "lion_8bit": 1.02}
@@ -29,7 +32,8 @@ ADAMW = 8
 class Memory:
     """Bytes of a training by part. `weights`: in 4 bits, with their `constants`; `halves`: what stays in 16 bits
     (embeddings, head, norms; all of it without quantisation); `file`: of the weights' file, what stays mapped beside
-    them on a CPU until the system wants it back; `logits`: of the head, with their temporaries."""
+    them on a CPU until the system wants it back; `logits`: of the head, with their temporaries; `kept`: freed blocks
+    that a CPU's allocator does not give back."""
 
     weights: int
     constants: int
@@ -40,6 +44,7 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    kept: int
 
     @property
     def total(self) -> int:
@@ -84,7 +89,7 @@ def plan_training(
         cost = footprint(model, with_fit, largest)
         memory = _memory(model, with_fit, train, cost, under)
         held = memory.weights + memory.constants + memory.halves + memory.file + memory.adapters if loaded else 0
-        fits = memory.total - held <= ROOM[shape.device] * free
+        fits = memory.total - held <= ROOM * free
         tried[fit] = Planned(memory, fit, largest, cost, fits)
         if fits:
             break
@@ -146,4 +151,5 @@ def _memory(model: PreTrainedModel, shape: Shape, train: Train, cost: Footprint,
         optimizer=round(STATES.get(optimizer, ADAMW) * trained),
         activations=round(max(cost.activations - cost.logits, 0)),
         logits=round(min(cost.logits, cost.activations)),
+        kept=KEPT if shape.device == "cpu" else 0,
     )
