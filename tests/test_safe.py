@@ -104,6 +104,14 @@ def test_no_pickle_is_read_or_written_by_the_code():
     assert all("weights_only=True" in one for one in loads)
 
 
+def test_what_has_an_advisory_without_a_fix_is_not_used():
+    """accelerate's loaders of checkpoints (CVE-2026-69112); sqlitedict, which only lm-eval's cache opens
+    (CVE-2024-35515): no cache is given to it."""
+    unused = r"load_checkpoint_(in_model|and_dispatch)|sqlitedict|CachingLM|use_cache=(?!False)|simple_evaluate\("
+    for path in (ROOT / "qcft").rglob("*.py"):
+        assert not re.search(unused, path.read_text()), path
+
+
 def test_a_models_own_code_is_not_run(tiny_model, raw_recipe, tmp_path):
     folder, mark = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "mark"
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
