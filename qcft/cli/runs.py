@@ -174,7 +174,7 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     from qcft.commands import plan_listed
     from qcft.events import Watch
     from qcft.pipeline.run import help_train, raise_failed
-    from qcft.training.ranks import rank
+    from qcft.training.ranks import leave, rank, world
 
     if dry_run:
         with watched(quiet) as watch:
@@ -186,9 +186,12 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
         return
     if rank() > 0:  # of several processes that `accelerate launch` began
         help_train(recipe, runs, Watch())
+        leave()
         return
     with watched(quiet) as watch:
         done = api.run_watched(recipe, runs, watch)
+    if world() > 1:
+        leave()
     if json_:
         console.print_json({"run": done.name, "folder": str(done.folder), **done.table})
     else:

@@ -48,6 +48,15 @@ def join() -> None:
     PartialState(cpu=device() == "cpu", timeout=PATIENCE)
 
 
+def leave() -> None:
+    """Part from the other processes, as this one is about to end: threads of a process group that are still there when
+    the interpreter goes abort it now and then."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _configured(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
 
