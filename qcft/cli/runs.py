@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -187,7 +188,7 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     if rank() > 0:  # of several processes that `accelerate launch` began
         help_train(recipe, runs, Watch())
         leave()
-        return
+        os._exit(0)  # it wrote nothing and has nothing to tidy; threads of libraries abort an interpreter that ends
     with watched(quiet) as watch:
         done = api.run_watched(recipe, runs, watch)
     if world() > 1:
