@@ -13,7 +13,7 @@ from qcft.errors import InputError, Interrupted, QcftError
 
 if TYPE_CHECKING:
     from qcft.api import ablate, run
-    from qcft.pipeline import Run, Stage
+    from qcft.store.results import Run, Stage
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Interrupted", "QcftError", "Run", "Stage", "ablate", "run"]
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(qcft.api, name)
     if name in {"Run", "Stage"}:
-        import qcft.pipeline
+        import qcft.store.results
 
-        return getattr(qcft.pipeline, name)
+        return getattr(qcft.store.results, name)
     raise AttributeError(f"module 'qcft' has no attribute {name!r}")

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qcft.ablation.arms import run_arms
+from qcft.ablation.on_ray import run_on_ray
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
 from qcft.files import read_json, telling_full_disk, write_json
-from qcft.pipeline import Run, run_recipe
-from qcft.pipeline.ablate import run_arms
-from qcft.pipeline.cluster import run_on_ray
-from qcft.pipeline.run import finished_run
+from qcft.measure.results import finished_run
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
 from qcft.report.ablation import outcome
 from qcft.report.arms import Evidence, arms_of
@@ -21,10 +20,12 @@ from qcft.report.build import build_report
 from qcft.report.card import write_card
 from qcft.report.cost import costs_of, in_all
 from qcft.report.curve import curve_points
-from qcft.report.drift import drift_name
+from qcft.report.drift_section import drift_name
 from qcft.report.write import write_report
+from qcft.runner.recipe import run_recipe
 from qcft.store import Store, read_run
 from qcft.store.ablations import Ablation
+from qcft.store.results import Run
 from qcft.store.steps import FREE
 
 
@@ -91,7 +92,7 @@ def ablate_watched(
 
 def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
     """What running these arms would do, and what that would take; nothing is written."""
-    from qcft.pipeline.ablation_plan import ablation_plan
+    from qcft.ablation.dry_run import ablation_plan
 
     return ablation_plan(arms, runs, watch)
 
@@ -156,8 +157,8 @@ def cost(run: Run) -> dict[str, float]:
 
 def evidence(name: str | None, runs: Path) -> Evidence:
     """A run as it stands, with what its adapters changed."""
+    from qcft.layers.change import summed_changes
     from qcft.models.load import quiet_libraries
-    from qcft.pipeline.layers import summed_changes
 
     quiet_libraries()
     named = read_run(runs, name)
@@ -190,7 +191,7 @@ def merge(
 
     Returns the folder, the step's stage, and what was kept. Raises QcftError.
     """
-    from qcft.pipeline.deliver import check_place, deliver_model, goal_for
+    from qcft.runner.export import check_place, deliver_model, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -220,7 +221,7 @@ def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phas
 
     Returns the folder and the phase. Raises QcftError.
     """
-    from qcft.pipeline.deliver import check_place, deliver_adapter, goal_for
+    from qcft.runner.export import check_place, deliver_adapter, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -257,7 +258,7 @@ def dial(
 
     Returns the points, the drawing's path, and what `merge` returns. Raises QcftError.
     """
-    from qcft.pipeline.deliver import check_place, dial_for
+    from qcft.runner.export import check_place, dial_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -292,7 +293,7 @@ def drift(
 
     Returns what the step's drift.json holds, and the drawing's path. Raises QcftError.
     """
-    from qcft.pipeline.drift import Asked, measure_drift
+    from qcft.inspect.drift import Asked, measure_drift
 
     named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
     _report(read(named.name, runs), runs)

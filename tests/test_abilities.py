@@ -9,10 +9,10 @@ import yaml
 
 from qcft import Interrupted, api
 from qcft.events import StepBegun, StepEnded, Watch
-from qcft.pipeline import abilities
 from qcft.recipe import load_recipe
+from qcft.steps import suite
 
-from .conftest import write_rows
+from .helpers.tiny import write_rows
 
 pytest.importorskip("lm_eval")
 
@@ -127,8 +127,8 @@ def test_scores_are_those_of_lm_eval_by_hand_to_the_digit(done, local, tiny_mode
 def test_stages_are_scored_in_one_load_and_alone_the_same(recipe_file, shared_runs, done, tmp_path, monkeypatch):
     """Every stage once more, in another order and alone: other loads, other adapters before it, the same scores."""
     loads = []
-    load = abilities.load_model
-    monkeypatch.setattr(abilities, "load_model", lambda *a: loads.append(a[0]) or load(*a))
+    load = suite.load_model
+    monkeypatch.setattr(suite, "load_model", lambda *a: loads.append(a[0]) or load(*a))
     runs = shutil.copytree(shared_runs, tmp_path / "runs", symlinks=True)
     for step in (runs / ".steps").glob("suite-*"):
         shutil.rmtree(step)

@@ -10,16 +10,17 @@ import pytest
 import yaml
 
 import qcft
-from qcft import live
+from qcft.ablation.arms import prepare_arms
 from qcft.events import ArmChanged, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.meta import model_without_weights
-from qcft.pipeline.ablate import prepare_arms
-from qcft.pipeline.prepare import Prepared
+from qcft.prepare.checks import check_prepared
 from qcft.recipe import expand_ablation, recipe_from
+from qcft.runner.planned import PlannedRecipe
 from qcft.store.ablations import Ablation, run_states
+from qcft.terminal import ablation_view
 
-from .conftest import make_recipe
+from .helpers.tiny import make_recipe
 
 ARMS = [
     {"name": "plain", "set": {"phase2.replay": None, "phase2.freeze": "none"}},
@@ -192,7 +193,7 @@ def test_arms_on_different_data_measure_the_rows_of_all(raw, color_data):
 def test_the_run_of_an_arm_is_the_same_run_when_its_recipe_is_run(raw):
     """The recipe that an arm's run keeps gives the same steps: what `qcft merge` and others go by."""
     for one in prepare_arms(expand_ablation(raw)[1], Watch()):
-        again = Prepared(recipe_from(one.arm.recipe.model_dump(mode="json")), Watch())
+        again = PlannedRecipe(recipe_from(one.arm.recipe.model_dump(mode="json")), Watch())
         assert again.plan.stages() == one.prepared.plan.stages()
 
 
@@ -209,11 +210,11 @@ def test_the_mixed_arm_has_the_steps_of_both_phases(done):
 
 
 def test_what_arms_share_is_read_once(raw, monkeypatch):
-    from qcft.pipeline import prepare
+    from qcft.prepare import prepared
 
     read = []
-    load = prepare.load_source
-    monkeypatch.setattr(prepare, "load_source", lambda source, *rest: read.append(source) or load(source, *rest))
+    load = prepared.load_source
+    monkeypatch.setattr(prepared, "load_source", lambda source, *rest: read.append(source) or load(source, *rest))
     prepare_arms(expand_ablation(raw)[1], Watch())
     assert len(read) == len({source.path for source in read}) == 3
     assert model_without_weights.__doc__
@@ -307,7 +308,7 @@ def test_what_takes_next_to_no_time_is_no_unknown(capsys):
     for seconds, unknown, says in ((0.004, 3, "0.0 s + 3 steps unknown"), (0.0, 1, "0.0 s + 1 step unknown"),
                                    (None, 2, "takes unknown"), (70, 0, "takes 1 min 10 s and")):  # fmt: skip
         total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
-        live.print_plan({"runs": [], "total": total})
+        ablation_view.print_plan({"runs": [], "total": total})
         assert says in capsys.readouterr().out
 
 
@@ -416,7 +417,7 @@ def test_the_quick_ablation_is_checked_whole(tiny_model):
     found = {one.arm.arm: one for one in prepare_arms(arms, Watch())}
     for name, one in found.items():
         if name != "first20":
-            one.prepared.check()
+            check_prepared(one.prepared)
     groups = {group.name: len(group.rows) for group in found["none"].prepared.groups}
     assert list(groups) == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr"]
     assert min(groups.values()) >= 16

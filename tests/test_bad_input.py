@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from .conftest import write_rows
+from .helpers.tiny import write_rows
 
 GOOD = [{"instruction": f"what color is {i}", "output": "red"} for i in range(40)]
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

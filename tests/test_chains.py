@@ -12,7 +12,7 @@ from qcft.events import Note, Progress, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.load import evaluating, load_model
-from qcft.pipeline.prepare import Prepared
+from qcft.prepare.prepared import Prepared
 from qcft.recipe import Lora, Model, recipe_from
 
 

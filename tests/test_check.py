@@ -6,15 +6,15 @@ import shutil
 import pytest
 import yaml
 
-from qcft.commands import size_of
+from qcft.cli.flags import size_of
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.pipeline import forecast
-from qcft.pipeline.prepare import Prepared
 from qcft.recipe import recipe_from
+from qcft.runner import forecast
+from qcft.runner.planned import PlannedRecipe
 from qcft.store import Store
 
-from .test_similarity import static_encoder
+from .helpers.encoders import static_encoder
 
 GIB = 2**30
 ANSWERS = "phase2.replay={ratio: 0.2, batch: 4, max_new_tokens: 50}"
@@ -131,7 +131,7 @@ def test_check_measures(qcft, recipe_file, tmp_path):
 def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):
     """In a line, by part; and where the disk is too small for it."""
     told = []
-    prepared, store = Prepared(recipe_from(raw_recipe), Watch()), Store(tmp_path / "runs")
+    prepared, store = PlannedRecipe(recipe_from(raw_recipe), Watch()), Store(tmp_path / "runs")
     forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
     assert told == []  # so small a model fits anywhere
     monkeypatch.setattr(forecast, "SMALL", 0)

@@ -248,7 +248,7 @@ def test_phase2_on_an_instruct_model(qcft, tiny_model, color_data):
 
 
 def test_a_table_too_wide_for_the_terminal_comes_in_blocks():
-    from qcft.console import _blocks
+    from qcft.terminal.tables import _blocks
 
     titles, rows = ["stage", *(f"phase2 {i}" for i in range(9))], [["x" * 20, *["1.234  50%"] * 9]]
     assert _blocks(titles, rows, 200) == [list(range(10))]

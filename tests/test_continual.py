@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcft.measure.abilities import abilities_table, continual_nll
+from qcft.measure.ability_table import abilities_table, continual_nll
 from qcft.measure.catalog import family_of, language_of
 from qcft.measure.continual import RESAMPLES, backward_transfer, forgetting, paired_change
 from qcft.measure.fidelity import judge_answer
@@ -17,7 +17,7 @@ from qcft.measure.rouge import rouge_l, words
 from qcft.measure.squad import compute_exact, compute_f1
 from qcft.models.generate import Answer
 from qcft.recipe import recipe_from
-from qcft.report.abilities import asked_alike
+from qcft.terminal.ability_tables import asked_alike
 
 VALUES = st.floats(-5, 5)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcft import InputError
-from qcft.pipeline.deliver import scales_of
+from qcft.runner.export import scales_of
 
 
 @pytest.fixture(scope="module")

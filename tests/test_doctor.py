@@ -3,7 +3,7 @@
 import json
 import sys
 
-from qcft.pipeline import doctor
+from qcft.check import doctor
 
 
 def test_doctor_tries_everything(qcft):

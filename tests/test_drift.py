@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from qcft import QcftError
 from qcft.events import Watch
 from qcft.layers.change import squared_norm
-from qcft.measure import drift
-from qcft.measure.drift import Moments, layer_outputs, layer_shifts
+from qcft.measure.shifts import Moments, layer_outputs, layer_shifts
 from qcft.models.load import load_model
 from qcft.recipe import Model
 
@@ -110,7 +109,7 @@ def test_layer_outputs_are_the_hidden_states_and_groups_of_layers_change_nothing
         return layer_shifts(*run, rows, 3, 64, Watch(), "test")
 
     together = shifts()
-    monkeypatch.setattr(drift, "SUM_BYTES", 3 * 8 * 64**2)  # one layer at a time
+    monkeypatch.setattr("qcft.measure.shifts.SUM_BYTES", 3 * 8 * 64**2)  # one layer at a time
     assert shifts() == together
     assert all(0 < shift.covariance_shift < 1 and 0.5 < shift.cka < 1 for shift in together)
 
@@ -181,7 +180,7 @@ def test_from_a_live_phase_both_models_are_loaded_and_mpd_is_that_of_the_deltas(
 
 def test_the_factors_agree_with_the_weights_on_disk(done, qcft, monkeypatch):
     """A merge against the base: by factors, and streamed from both folders."""
-    from qcft.pipeline import mpd
+    from qcft.inspect import mpd
 
     by_factors = drift_of(qcft, done, "--from", "base", "--to", "merged", "--rows", "1")
     monkeypatch.setattr(mpd, "deltas_of", lambda version, store: None)
@@ -215,10 +214,10 @@ def test_it_is_kept_shown_and_reported(done, qcft):
 
 
 def test_a_killed_drift_keeps_the_languages_it_measured(done, qcft, monkeypatch):
-    from qcft.pipeline import drift as pipeline
+    from qcft.inspect import drift
 
     seen = []
-    measured = pipeline.layer_shifts
+    measured = drift.layer_shifts
 
     def counted(*arguments):
         seen.append(arguments[-1])
@@ -226,7 +225,7 @@ def test_a_killed_drift_keeps_the_languages_it_measured(done, qcft, monkeypatch)
             raise KeyboardInterrupt
         return measured(*arguments)
 
-    monkeypatch.setattr(pipeline, "layer_shifts", counted)
+    monkeypatch.setattr(drift, "layer_shifts", counted)
     assert qcft("drift", "two", "--rows", "4", "--runs", done, "-q")[0] == 130
     drift_of(qcft, done, "--rows", "4")
     assert [label[-2:] for label in seen] == ["en", "es", "es", "pt"]
@@ -268,7 +267,7 @@ def test_bad_comparisons_are_refused(done, qcft, flags, says):
 
 
 def test_a_run_of_another_base_is_refused(done, qcft, raw_recipe, tmp_path, tokenizer):
-    from tests.conftest import make_llama
+    from tests.helpers.tiny import make_llama
 
     raw_recipe["phases"] = raw_recipe["phases"][:1]
     raw_recipe["model"]["name"] = str(make_llama(tmp_path / "other", tokenizer, seed=5))

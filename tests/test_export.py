@@ -1,12 +1,7 @@
 """Models that leave the runs folder: whole or not there, loadable by others, with a card."""
 
 import json
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qcft.events import Watch
-from qcft.files import file_digest, read_json
+from qcft.files import read_json
 from qcft.models.adapters import load_stack
 from qcft.models.load import evaluating, load_model
 from qcft.models.merge import MARK
 from qcft.recipe import Model
+
+from .helpers.merge_kills import kill_merges
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -152,55 +149,6 @@ def test_bad_input_is_refused_before_any_work(runs, qcft, arguments, says, tmp_p
     assert code == 2
     assert says in error
     assert sorted(p.name for p in (runs / ".steps").iterdir()) == before
-
-
-MERGING = """
-import sys
-from pathlib import Path
-from qcft.events import Watch
-from qcft.models import merge
-from qcft.pipeline.deliver import whole_folder
-base, adapter, place = map(Path, sys.argv[1:4])
-merge.SHARD_BYTES, merge.BLOCK = map(int, sys.argv[4:])
-print("begun", flush=True)
-with whole_folder(place) as work:
-    merge.merge_adapters(base, [adapter], work, Watch())
-"""
-
-
-def kill_merges(base: Path, adapter: Path, place: Path, times: int, seed: int, shard: int, block: int) -> int:
-    """Kill `times` merges to a folder at random moments; after each the folder is whole or not there, and the next
-    merge comes to the same files. Returns how many were killed before they were done."""
-    command = [sys.executable, "-c", MERGING, base, adapter, place, str(shard), str(block)]
-    rng = random.Random(seed)
-
-    def merge(kill_after: float | None) -> float:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"begun\n"
-        begun = time.monotonic()
-        if kill_after is not None:
-            time.sleep(kill_after)
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        return time.monotonic() - begun
-
-    def content() -> dict[str, str]:
-        return {file.name: file_digest(file) for file in place.iterdir()}
-
-    longest, killed = merge(None), 0
-    whole = content()
-    for _ in range(times):
-        shutil.rmtree(place, ignore_errors=True)
-        merge(rng.uniform(0, longest))
-        if place.exists():
-            assert content() == whole
-        else:
-            killed += 1
-    if not place.exists():
-        merge(None)
-    assert content() == whole
-    assert not list(place.parent.glob(".*.partial"))
-    return killed
 
 
 def test_a_merge_killed_at_random_is_whole_or_not_there(runs, tiny_model, tmp_path):

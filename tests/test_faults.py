@@ -28,9 +28,9 @@ from qcft.store.runs import read_run
 from qcft.training.batches import make_batches
 from qcft.training.sft import train_adapter
 
-from .conftest import make_llama
-from .test_full_disk import GENERATIVE, results
-from .test_training import TRAIN, adapter_of, same, train
+from .helpers.runs import GENERATIVE, results
+from .helpers.tiny import make_llama
+from .helpers.training import TRAIN, adapter_of, same, train
 
 ROOT = Path(__file__).parents[1]
 RARE = "animal"  # a word that only the poisoned row has

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from qcft.layers import adapted_modules
 from qcft.models.size import nf4_bytes, weight_bytes
-from qcft.recipe import Lora, Model
+from qcft.recipe import Model
 from qcft.training import footprint as room
-from qcft.training.footprint import Pass, Shape, footprint
+from qcft.training.footprint import Pass, footprint
+
+from .helpers.shapes import on_meta, shape_of, tiny_meta
 
 MISTRAL_7B = MistralConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -20,11 +21,6 @@ LLAMA_3_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=128256, tie_word_embeddings=False,
 )  # fmt: skip
-
-
-def on_meta(config):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("config", [MISTRAL_7B, LLAMA_3_8B], ids=["Mistral-7B", "Llama-3-8B"])
@@ -71,16 +67,6 @@ def test_constants_of_any_matrix(count):
     packed, state = functional.quantize_4bit(torch.randn(count), quant_type="nf4", compress_statistics=True)
     own = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
     assert nf4_bytes(count) == (held_by(packed), sum(map(held_by, own)))
-
-
-def tiny_meta(**options):
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return on_meta(LlamaConfig(vocab_size=400, num_hidden_layers=6, tie_word_embeddings=True, **(sizes | options)))
-
-
-def shape_of(model, freeze="none", checkpointing=False, **options):
-    modules = tuple(adapted_modules(model, "all-linear", freeze, 0))
-    return Shape(modules, Lora(), options.pop("quantize", "nf4"), checkpointing, **options)
 
 
 ROWS = Pass((90, 60, 50), 80, by_rows=True)

@@ -17,18 +17,12 @@ from qcft.events import StepBegun, StepEnded, Watch
 from qcft.files import read_json
 from qcft.recipe import load_recipe
 
+from .helpers.runs import GENERATIVE, results
+
 ROOT = Path(__file__).parents[1]
-GENERATIVE = {"ratio": 0.2, "max_new_tokens": 24, "temperature": 1.0, "chunk": 4}
 STEPS = (*range(1, 11), "report")
 # The disk is filled as a step begins, but for so many bytes: none, or enough to begin a file and not to end it.
 MOMENTS = [(0, step) for step in STEPS] + [(30_000, 3), (90_000, 3), (90_000, 5)]
-
-
-def results(runs):
-    """The files of each stage of a run, with their digests; but for an adapter's config, which names a folder."""
-    stages = read_json(runs / "tiny" / "run.json")["stages"]
-    files = {stage: read_json(runs / ".steps" / step / "done.json")["files"] for stage, step in stages.items()}
-    return {stage: {k: v for k, v in f.items() if k != "adapter/adapter_config.json"} for stage, f in files.items()}
 
 
 def fill(ballast, left):

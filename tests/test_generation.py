@@ -20,12 +20,12 @@ from qcft.events import Note, Watch
 from qcft.files import read_json
 from qcft.models.generate import Sampling, _Nucleus, answer_batches
 from qcft.models.load import load_model, load_tokenizer
-from qcft.pipeline.generation import Generation
-from qcft.pipeline.pools import Pool
-from qcft.pipeline.replay import make_replay
 from qcft.recipe import Model, Phase, ReplayPart, load_recipe
+from qcft.replay.generation import Generation
+from qcft.replay.pools import Pool
+from qcft.replay.rows import make_replay
 
-from .conftest import make_llama
+from .helpers.tiny import make_llama
 
 SETTINGS = {"ratio": 0.5, "max_new_tokens": 24, "temperature": 0, "chunk": 4, "filters": {"language": None}}
 

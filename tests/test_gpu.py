@@ -20,8 +20,8 @@ def test_training_from_stored_states_is_the_plain_training(tmp_path, tokenizer):
     """Row by row, with the prefix cache and without; kernels there need not be equal to the bit."""
     from qcft.store import Store
 
-    from .conftest import make_llama
-    from .test_prefix import TRAIN, set_to, train
+    from .helpers.prefix import TRAIN, set_to, train
+    from .helpers.tiny import make_llama
 
     model = make_llama(tmp_path / "model", tokenizer, layers=5)
     plain, _, _ = train(model, tmp_path / "plain", Store(tmp_path / "p"), set_to(TRAIN, prefix_cache=False))

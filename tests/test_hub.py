@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import write_rows
-from .fake_hub import COMMIT, FakeHub
+from .helpers.fake_hub import COMMIT, FakeHub
+from .helpers.tiny import write_rows
 
 ROOT = Path(__file__).parents[1]
 FETCH = """

@@ -18,7 +18,7 @@ from qcft.models.adapters import add_lora
 from qcft.models.load import load_model
 from qcft.recipe import Lora, Model, frozen_layers, frozen_modules, parse_freeze
 
-from .conftest import make_llama
+from .helpers.tiny import make_llama
 
 FAMILIES = {
     "llama": 7,

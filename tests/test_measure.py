@@ -18,6 +18,8 @@ from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import load_model
 from qcft.recipe import Model
 
+from .helpers.scores import by_hand
+
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
@@ -25,16 +27,6 @@ def rows(tokenizer):
     made = [Row((Message("user", q),), (Message("assistant", a),)) for q, a in turns]
     made.append(Row(made[0].prompt, (*made[0].completion, Message("user", "bird"), Message("assistant", "green"))))
     return Encoder(tokenizer).encode_all(made).encoded
-
-
-def by_hand(model, row):
-    """NLL of a row's answer tokens, alone, from the full logits, by numpy in fp64."""
-    with torch.no_grad():
-        logits = model(torch.tensor([row.input_ids])).logits[0].float().numpy().astype(np.float64)
-    answered = [t for t, label in enumerate(row.labels) if t and label != IGNORED]
-    chances = [np.exp(logits[t - 1] - logits[t - 1].max()) for t in answered]
-    nll = -sum(np.log(p[row.input_ids[t]] / p.sum()) for t, p in zip(answered, chances, strict=True))
-    return float(nll), len(answered)
 
 
 @pytest.mark.parametrize(("kind", "near"), [("fp32", 1e-5), ("none", 1e-2), ("nf4", 1e-2)])

@@ -11,13 +11,14 @@ from qcft import InputError, QcftError
 from qcft.events import Watch
 from qcft.layers import adapted_modules
 from qcft.models import merge
-from qcft.models.adapters import add_lora, read_adapter_config
+from qcft.models.adapter_config import read_adapter_config
+from qcft.models.adapters import add_lora
 from qcft.models.deltas import read_adapter
 from qcft.models.load import load_model
 from qcft.models.merge import merge_adapters
 from qcft.recipe import Lora, Model
 
-from .conftest import make_llama
+from .helpers.tiny import make_llama
 
 
 def tensors(folder):

@@ -25,7 +25,7 @@ from qcft.models.sources import check_gguf, resolve, weights_folder
 from qcft.models.switch import Switched
 from qcft.recipe import Lora, Model
 
-from .conftest import make_llama
+from .helpers.tiny import make_llama
 
 
 def found(name):

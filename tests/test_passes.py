@@ -18,9 +18,9 @@ from qcft.training.memory import plan_training
 from qcft.training.passes import FILE, Fit, divided
 from qcft.training.sft import train_adapter
 
-from .conftest import make_llama
-from .test_footprint import shape_of, tiny_meta
-from .test_training import adapter_of, log_of, rows_of
+from .helpers.shapes import shape_of, tiny_meta
+from .helpers.tiny import make_llama
+from .helpers.training import adapter_of, log_of, rows_of
 
 TRAIN = Train(lr=1e-2, batch=8, micro_batch=8, epochs=2, max_length=96, checkpoint_steps=1)
 
@@ -165,7 +165,8 @@ def test_batch_auto_keeps_the_rows_of_a_step_and_the_step_itself():
 
 
 def test_micro_batch_is_a_circumstance(raw_recipe):
-    from qcft.plan import Digests, make_plan
+    from qcft.plan import make_plan
+    from qcft.prepare.digests import Digests
 
     digests = Digests("m", {"phase1": "a", "phase2": "b"}, {"phase2": ("c",)}, "d")
     plans = [

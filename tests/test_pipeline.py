@@ -20,11 +20,12 @@ from qcft.files import read_json, write_json
 from qcft.measure.stats import mean_nll
 from qcft.models.adapters import load_adapter
 from qcft.models.load import evaluating, load_model, load_tokenizer
-from qcft.pipeline.prepare import Prepared
+from qcft.prepare.checks import check_prepared
+from qcft.prepare.prepared import Prepared
 from qcft.recipe import load_recipe, recipe_from
 
-from .conftest import make_llama, write_rows
-from .test_measure import by_hand
+from .helpers.scores import by_hand
+from .helpers.tiny import make_llama, write_rows
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_collections_do_not_walk_the_libraries(recipe_file, shared_runs):
 def test_what_others_loaded_before_stays_with_the_collector():
     """A model of theirs may be alive."""
     code = (
-        "import gc, transformers; from qcft.pipeline.libraries import *; set_environment(); spare_the_collector(); "
+        "import gc, transformers; from qcft.runner.libraries import *; set_environment(); spare_the_collector(); "
         "print(gc.get_freeze_count())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -316,7 +317,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
         write_json(copied / "adapter_config.json", config | {"base_model_name_or_path": base})
         heard = []
         recipe = recipe_from({**raw, "model": raw_recipe["model"], "phases": [{**brought, "adapter": str(copied)}]})
-        Prepared(recipe, Watch(heard.append)).check()
+        check_prepared(Prepared(recipe, Watch(heard.append)))
         assert sum("says it is of 'somebody/else'" in event.text for event in heard if isinstance(event, Note)) == told
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from qcft.plan import Digests, make_plan
+from qcft.plan import make_plan
+from qcft.prepare.digests import Digests
 from qcft.recipe import Dial, Goal, recipe_from
 
 RAW = {

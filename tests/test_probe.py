@@ -20,15 +20,16 @@ from qcft.measure.score import score_rows
 from qcft.measure.stats import mean_nll
 from qcft.models.adapters import add_lora, load_adapter
 from qcft.models.load import load_model, load_tokenizer
-from qcft.pipeline.prefix import open_prefix
-from qcft.plan import Digests, make_plan
+from qcft.plan import make_plan
+from qcft.prepare.digests import Digests
 from qcft.recipe import Forgetting, Lora, Model, Train, recipe_from
+from qcft.steps.prefix import open_prefix
 from qcft.store import Store
 from qcft.training.attention import attend_by_rows
 from qcft.training.batches import make_batches
 from qcft.training.probe import COST, FEWEST_PROBES, Probing, lay_out
 from qcft.training.sft import Shortcuts, train_adapter
-from tests.test_training import adapter_of, log_of, rows_of, same
+from tests.helpers.training import adapter_of, log_of, rows_of, same
 
 TRAIN = Train(lr=2e-2, batch=4, epochs=2, max_length=64, checkpoint_steps=2)
 NEVER = Probing((), 1, None, None)

@@ -19,7 +19,7 @@ from qcft.events import Progress, Watch
 from qcft.files import read_json
 from qcft.recipe import load_recipe
 from qcft.training.batches import FILLER, Batches, Fed
-from qcft.training.ranks import shared_out
+from qcft.training.distributed.ranks import shared_out
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from qcft.events import ArmChanged, Watch
 from qcft.files import read_json
 from qcft.recipe import load_ablation
 
-from .test_ablation_kills import table
+from .helpers.ablation_kills import table
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,13 +17,13 @@ from qcft.data.mix import mixed_order, repeated, split_amount, stratified, take_
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError, QcftError
 from qcft.events import Note, Watch
-from qcft.pipeline.pools import Pool
-from qcft.pipeline.prepare import Prepared
-from qcft.pipeline.replay import check_replay, make_replay, read_replay
+from qcft.prepare.prepared import Prepared
 from qcft.recipe import Filters, Phase, Replay, ReplayPart, Train, load_recipe, recipe_from
+from qcft.replay.pools import Pool
+from qcft.replay.rows import check_replay, make_replay, read_replay
 from qcft.training.batches import make_batches
 
-from .conftest import write_rows
+from .helpers.tiny import write_rows
 
 WORDS = ("red", "blue", "green", "one", "two", "three", "four", "cat", "dog", "bird", "runs", "sleeps", "eats")
 

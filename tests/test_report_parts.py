@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from qcft.measure.stats import Difference
-from qcft.pipeline import Stage
 from qcft.report.arms import Arm
 from qcft.report.document import Answer, Document, Sample, Section
 from qcft.report.pareto import _told
 from qcft.report.plots import look
 from qcft.report.standing import Standing, Verdict
 from qcft.report.write import write_report
+from qcft.store.results import Stage
 
 
 def test_an_arm_that_gained_less_for_more_english_is_named_too():

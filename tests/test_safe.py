@@ -26,8 +26,8 @@ from qcft.models.embedded import Embedded, fetch_embedded
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Evaluate, Model, recipe_from
 
-from .conftest import write_rows
-from .test_training import train
+from .helpers.tiny import write_rows
+from .helpers.training import train
 
 ROOT = Path(__file__).parents[1]
 HF, WANDB = "hf_" + "Qz7" * 12, "0123456789abcdef" * 2 + "beefcafe"

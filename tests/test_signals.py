@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .test_full_disk import GENERATIVE, results
+from .helpers.runs import GENERATIVE, results
 
 ROOT = Path(__file__).parents[1]
 # The command, which sends itself the signals at the progress that is named; the second comes a moment later.
 CODE = """
 import os, signal, sys, threading
-from qcft import console
+from qcft.terminal import progress
 from qcft.cli import main
 label, number, twice = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "twice"
 sent = []
-class Reporter(console.Reporter):
+class Reporter(progress.Reporter):
     def __call__(self, event):
         if not sent and getattr(event, "label", "").startswith(label) and event.done:
             sent.append(event)
@@ -28,7 +28,7 @@ class Reporter(console.Reporter):
             if twice:
                 os.kill(os.getpid(), number)
         super().__call__(event)
-console.Reporter = Reporter
+progress.Reporter = Reporter
 sys.argv = ["qcft", *sys.argv[4:]]
 main()
 """

@@ -1,7 +1,6 @@
 """DES against its definition, its interval against scipy's and against the truth; the command on static encoders."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +8,12 @@ import yaml
 
 from qcft import InputError
 from qcft.data.instructions import instructions
-from qcft.measure.similarity import EmbeddingSums, similarity
+from qcft.measure.des import EmbeddingSums, similarity
 from qcft.models import encoders
 from qcft.recipe import Source
-from tests.conftest import write_rows
+from tests.helpers.tiny import write_rows
+
+from .helpers.encoders import static_encoder
 
 
 def sums_of(embeddings, seed, parts=3):
@@ -86,20 +87,6 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     assert 178 <= held <= 199  # of 200; 190 expected
 
 
-def static_encoder(folder: Path, tokenizer_folder: Path, seed: int = 0) -> Path:
-    """A folder in model2vec's format, with a vector of its own for each token."""
-    from safetensors.numpy import save_file
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    vectors = np.random.default_rng(seed).normal(size=(tokenizer.get_vocab_size(), 12)).astype(np.float32)
-    save_file({"embeddings": vectors}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"normalize": True}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, tokenizer_folder):
     pytest.importorskip("model2vec")
@@ -140,9 +127,9 @@ def test_the_command_against_numpy_by_language_and_from_the_cache(qcft, encoder,
     assert found["scale"]["paper"] is None
     assert "scale of its own" in found["says"][1]
     monkeypatch.setattr(encoders, "load_encoder", None)  # nothing is embedded again
-    from qcft.pipeline import similarity as pipeline
+    from qcft.measure import similarity
 
-    monkeypatch.setattr(pipeline, "load_encoder", None)
+    monkeypatch.setattr(similarity, "load_encoder", None)
     assert json.loads(qcft("similarity", *pair, "--encoder", encoder, "--json", "-q")[1]) == found
     code, out, _ = qcft("similarity", *pair, "--encoder", encoder, "-q")
     assert "DES by static" in out

@@ -1,67 +1,27 @@
 """Training on real NF4: adapters learn, the base stays, a killed run comes to the same adapter."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qcft import InputError, Interrupted, QcftError
-from qcft.data.encode import Encoder
-from qcft.data.mix import mixed_order
-from qcft.data.rows import Message, Row
 from qcft.events import Progress, Watch
 from qcft.files import seal
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
-from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Lora, Model, Train
+from qcft.models.load import load_model
+from qcft.recipe import Lora, Model
 from qcft.training.batches import Fed, make_batches
 from qcft.training.settings import check_settings, sft_config
-from qcft.training.sft import _last_whole, train_adapter
+from qcft.training.sft import _last_whole
 
-TRAIN = Train(lr=1e-2, batch=4, epochs=3, max_length=64, checkpoint_steps=2)
-
-
-def rows_of(tokenizer, count=24):
-    made = [
-        Row(
-            (Message("user", f"what number is {i}"),), (Message("assistant", "red dog" if i % 2 else "blue bird runs"),)
-        )
-        for i in range(count)
-    ]
-    encoded = Encoder(tokenizer).encode_all(made).encoded
-    return [replace(row, source="odd" if i % 2 else "even") for i, row in enumerate(encoded)]
-
-
-def train(model_folder, folder, watch=None, settings=TRAIN, lora=None):
-    tokenizer = load_tokenizer(model_folder, Model(name="tiny"))
-    rows = rows_of(tokenizer)
-    batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
-    model = load_model(model_folder, Model(name="tiny"))
-    torch.manual_seed(0)
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "first:1", 0), lora or Lora(r=4, dropout=0.1))
-    folder.mkdir(exist_ok=True)
-    return train_adapter(adapted, tokenizer, batches, settings, 0, folder, watch or Watch(), "training"), adapted
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def adapter_of(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from .helpers.training import TRAIN, adapter_of, log_of, rows_of, same, train
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +102,7 @@ def test_asking_to_stop_writes_a_checkpoint_and_going_on_comes_to_the_same_adapt
 def test_a_killed_training_comes_to_the_same_adapter(whole, tiny_model, tmp_path):
     """SIGKILL in the middle, in a process of its own; then the same call again."""
     code = (
-        "import sys, time; from pathlib import Path; from tests.test_training import train\n"
+        "import sys, time; from pathlib import Path; from tests.helpers.training import train\n"
         "from qcft.events import Watch\n"
         "train(Path(sys.argv[1]), Path(sys.argv[2]), Watch(lambda event: time.sleep(0.2)))"
     )

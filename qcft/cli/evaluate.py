@@ -43,7 +43,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a run's stages on suites and tasks; what was evaluated before is kept."""
-    from qcft.commands import eval_recipe
+    from qcft.cli.flags import eval_recipe
 
     chosen = {"suites": suite, "tasks": task, "languages": language, "stages": stage}
     given = {"limit": limit, "shots": shots, "max_new_tokens": max_new_tokens}

@@ -65,8 +65,8 @@ def _usage_error(error: Any) -> NoReturn:
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:
-    from qcft.console import print_error
     from qcft.errors import without_tokens
+    from qcft.terminal.tables import print_error
 
     print_error(without_tokens(message), hint)
     sys.exit(code)

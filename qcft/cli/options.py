@@ -14,8 +14,8 @@ import typer
 from qcft.errors import InputError
 
 if TYPE_CHECKING:
-    from qcft.console import Reporter
     from qcft.events import Watch
+    from qcft.terminal.progress import Reporter
 
 STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
 
@@ -86,10 +86,10 @@ def options(
 @contextmanager
 def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Watch]:
     """Work that is shown on stderr and hears Ctrl-C."""
-    from qcft import console
     from qcft.events import Watch
+    from qcft.terminal import progress
 
-    reporter = (shown_by or console.Reporter)(quiet)
+    reporter = (shown_by or progress.Reporter)(quiet)
     watch = Watch(reporter)
     hear_signals(watch)
     try:

@@ -26,13 +26,13 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a whole recipe: its phases, what is measured between them, the report."""
-    from qcft import console
     from qcft.recipe import load_recipe, parse_assignments
+    from qcft.terminal import format
 
     changes = parse_assignments(set_ or [])
     loaded = load_recipe(recipe, changes | ({} if name is None else {"name": name}))
     if loaded.ablation and not quiet:
-        console.stderr().print("this is the plain recipe; its arms are run by `qcft ablate`", style="dim")
+        format.stderr().print("this is the plain recipe; its arms are run by `qcft ablate`", style="dim")
     run_and_show(loaded, runs, dry_run, json_, quiet)
 
 
@@ -53,7 +53,7 @@ def phase1(
     quiet: Quiet = False,
 ) -> None:
     """Train the first phase (English, unless --data says LANG=PATH), or take in an adapter."""
-    from qcft.commands import phase1_recipe
+    from qcft.cli.flags import phase1_recipe
 
     recipe = phase1_recipe(run, model, data or [], adapter, take, freeze, set_ or [])
     run_and_show(recipe, runs, dry_run, json_, quiet)
@@ -77,7 +77,7 @@ def phase2(
     quiet: Quiet = False,
 ) -> None:
     """Merge phase 1, mix in replay, train the second phase, and show what was gained and lost."""
-    from qcft.commands import phase2_recipe
+    from qcft.cli.flags import phase2_recipe
 
     recipe = phase2_recipe(runs, run, model, data or [], replay, freeze, take, name, set_ or [])
     run_and_show(recipe, runs, dry_run, json_, quiet)
@@ -89,32 +89,32 @@ def recipes(
     json_: Json = False,
 ) -> None:
     """List the recipes that ship with qcft."""
-    from qcft import console
-    from qcft.commands import recipe_text, recipes_listed
+    from qcft.cli.listings import recipe_text, recipes_listed
+    from qcft.terminal import tables
 
     if show:
         sys.stdout.write(recipe_text(show))
         return
     listed = recipes_listed()
     if json_:
-        console.print_json(listed)
+        tables.print_json(listed)
     else:
-        console.print_rows(["name", "what it does"], [[r["name"], r["about"]] for r in listed])
+        tables.print_rows(["name", "what it does"], [[r["name"], r["about"]] for r in listed])
 
 
 @app.command()
 def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     """List the runs, the latest first."""
-    from qcft import console
-    from qcft.commands import runs_listed
+    from qcft.cli.listings import runs_listed
+    from qcft.terminal import tables
 
     listed = runs_listed(runs)
     if json_:
-        console.print_json(listed)
+        tables.print_json(listed)
     elif listed:
-        console.print_rows(["run", "model", "phases", "steps done", "state"], [list(r.values()) for r in listed])
+        tables.print_rows(["run", "model", "phases", "steps done", "state"], [list(r.values()) for r in listed])
     else:
-        console.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
+        tables.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
 
 
 @app.command()
@@ -127,22 +127,23 @@ def show(
 
     Of an ablation, its arms side by side.
     """
-    from qcft import api, console
+    from qcft import api
     from qcft.store.ablations import Ablation, list_ablations
+    from qcft.terminal import tables
 
     if run in list_ablations(runs):
-        from qcft import live
+        from qcft.terminal import ablation_view
 
         outcome = api.ablation_outcome(Ablation(runs, str(run)))
-        console.print_json(outcome) if json_ else live.print_outcome(outcome)
+        tables.print_json(outcome) if json_ else ablation_view.print_outcome(outcome)
         return
     found = api.read(run, runs)
     cost = api.cost(found)
     if json_:
-        console.print_json({**found.table, "cost": cost})
+        tables.print_json({**found.table, "cost": cost})
     else:
-        console.print_table(found.table)
-        console.print_cost(cost)
+        tables.print_table(found.table)
+        tables.print_cost(cost)
 
 
 @app.command()
@@ -158,32 +159,34 @@ def report(
     json_: Json = False,
 ) -> None:
     """Write the report of a run, or of several side by side: one page, Markdown, plots and tables as files."""
-    from qcft import api, console
+    from qcft import api
+    from qcft.terminal import tables
 
     with watched(False) as watch:
         written = api.report(names or [], runs, watch, to)
     if json_:
-        console.print_json(written)
+        tables.print_json(written)
     else:
-        console.print_answer(written["question"], written["answer"])
+        tables.print_answer(written["question"], written["answer"])
         sys.stdout.write(f"{written['page']}\n")
 
 
 def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
     """Run a recipe and print its tables, or its steps; exit code 1 where an evaluation failed."""
-    from qcft import api, console
-    from qcft.commands import plan_listed
+    from qcft import api
+    from qcft.cli.listings import plan_listed
     from qcft.events import Watch
-    from qcft.pipeline.run import help_train, raise_failed
-    from qcft.training.ranks import leave, rank, world
+    from qcft.runner.recipe import help_train, raise_failed
+    from qcft.terminal import format, tables
+    from qcft.training.distributed.ranks import leave, rank, world
 
     if dry_run:
         with watched(quiet) as watch:
             steps = plan_listed(recipe, runs, watch)
         if json_:
-            console.print_json(steps)
+            tables.print_json(steps)
         else:
-            console.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+            tables.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
         return
     if rank() > 0:  # of several processes that `accelerate launch` began
         help_train(recipe, runs, Watch())
@@ -194,8 +197,8 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     if world() > 1:
         leave()
     if json_:
-        console.print_json({"run": done.name, "folder": str(done.folder), **done.table})
+        tables.print_json({"run": done.name, "folder": str(done.folder), **done.table})
     else:
-        console.print_table(done.table)
-        console.stderr().print(f"report: {done.folder / 'report' / 'report.html'}", style="dim", soft_wrap=True)
+        tables.print_table(done.table)
+        format.stderr().print(f"report: {done.folder / 'report' / 'report.html'}", style="dim", soft_wrap=True)
     raise_failed(done)

@@ -19,22 +19,22 @@ def gc(
     """List the steps that no run uses, and what finished trainings left; remove them with --delete."""
     from dataclasses import asdict
 
-    from qcft import console
     from qcft.store.upkeep import remove_unused, unused_steps
+    from qcft.terminal import format, tables
 
     found, left = remove_unused(runs) if delete else (unused_steps(runs), [])
     total = sum(one.bytes for one in found)
     if json_:
         listed = {key: [asdict(one) for one in which] for key, which in (("unused", found), ("in_use_now", left))}
-        console.print_json({**listed, "bytes": total, "deleted": delete})
+        tables.print_json({**listed, "bytes": total, "deleted": delete})
         return
-    rows = [["/".join(filter(None, (one.step, one.part))), console.size(one.bytes), one.what] for one in found]
+    rows = [["/".join(filter(None, (one.step, one.part))), format.size(one.bytes), one.what] for one in found]
     if rows:
-        console.print_rows(["step", "size", "why"], rows)
+        tables.print_rows(["step", "size", "why"], rows)
     for one in left:
-        console.say(f"{one.step} was left: a process works on it")
+        tables.say(f"{one.step} was left: a process works on it")
     more = "" if delete or not rows else "; remove them with `qcft gc --delete`"
-    console.say(f"{len(rows)} {'removed' if delete else 'that no run needs'}, {console.size(total)}{more}")
+    tables.say(f"{len(rows)} {'removed' if delete else 'that no run needs'}, {format.size(total)}{more}")
 
 
 @app.command()
@@ -43,12 +43,12 @@ def rm(
     runs: Runs = Path("runs"),
 ) -> None:
     """Remove a run: its recipe, report and links. Its steps stay, for other runs or `qcft gc`."""
-    from qcft import console
     from qcft.store.upkeep import remove_run, unused_steps
+    from qcft.terminal import format, tables
 
     others = remove_run(runs, run)
     if others:
-        console.say(f"left in {runs / run}, as qcft did not write it: {', '.join(others)}")
+        tables.say(f"left in {runs / run}, as qcft did not write it: {', '.join(others)}")
     unused = unused_steps(runs)
-    more = f"; {len(unused)} steps ({console.size(sum(u.bytes for u in unused))}) are in no run now: `qcft gc`"
-    console.say(f"removed the run {run}{more if unused else ''}")
+    more = f"; {len(unused)} steps ({format.size(sum(u.bytes for u in unused))}) are in no run now: `qcft gc`"
+    tables.say(f"removed the run {run}{more if unused else ''}")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcft.errors import InputError
 from qcft.events import Watch
+from qcft.layers.modules import linear_modules
 from qcft.layers.snr import BLOCK_BYTES, matrix_of
 from qcft.models.adapters import lora_factors
 from qcft.models.tensors import tensor_files
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def change_by_adapter(folder: Path) -> dict[str, float]:
@@ -66,3 +68,17 @@ def change_between(
         changes[name] = sum(float((block**2).sum()) for block in blocks)
     watch.progress(label, len(modules), len(modules), "matrices")
     return changes
+
+
+def summed_changes(adapters: Iterable[Path]) -> dict[str, float]:
+    """How much adapters changed each module: the sum of their squared Frobenius norms."""
+    total: dict[str, float] = {}
+    for adapter in adapters:
+        for name, change in change_by_adapter(adapter).items():
+            total[name] = total.get(name, 0.0) + change
+    return total
+
+
+def change_since(base: Path, folder: Path, model: nn.Module, watch: Watch) -> dict[str, float]:
+    """How much each linear module differs from that of the model's base."""
+    return change_between(base, folder, [module.name for module in linear_modules(model)], watch)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcft.cache import cached_folder
 from qcft.errors import InputError
 from qcft.events import Watch
+from qcft.files import read_json, write_json
+from qcft.layers.modules import linear_modules
 from qcft.models.tensors import tensor_files
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 BLOCK_BYTES = 2**26  # of a matrix, in fp64, held at once
+SNR_FORMAT = 1  # raised when the way the ratio is computed changes
 
 
 def signal_to_noise(singular: torch.Tensor, rows: int, columns: int) -> float:
@@ -80,3 +86,14 @@ def matrix_of(files: dict[str, Any], name: str, folder: Path) -> Any:
             "its weights are stored under other names: load it with transformers and save it again",
         )
     return files[name].get_slice(name)
+
+
+def snr_of(folder: Path, digest: str, model: nn.Module, watch: Watch) -> dict[str, float]:
+    """The signal-to-noise ratio of each linear module, cached by the digest of the weights."""
+    names = [module.name for module in linear_modules(model)]
+
+    def make(work: Path) -> None:
+        write_json(work / "snr.json", measure_snr(folder, names, watch))
+
+    key = hashlib.sha256(f"{digest} {names}".encode()).hexdigest()[:20]
+    return dict(read_json(cached_folder(f"snr/{key}-v{SNR_FORMAT}", make, watch) / "snr.json"))

@@ -1,73 +1,205 @@
-"""Dataset embedding similarity (DES): how alike the instructions of two data sets are, with a bootstrap interval.
-
-DES(A, B) is the cosine of the mean embeddings of A's and of B's instructions, "the normalized dot product" of arXiv
-2410.16006, which takes LaBSE's embeddings.
-"""
+"""How alike the instructions of two data sets are (DES), each embedded once and kept in the cache as sums."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
+from qcft.cache import cached_folder
+from qcft.data.instructions import instructions
+from qcft.events import Watch
+from qcft.measure.des import PAPER, RESAMPLES, EmbeddingSums, Similarity, similarity
+from qcft.models.encoders import LABSE, Encode, EncoderSource, find_encoder, is_here, load_encoder
+from qcft.recipe import Phase, Recipe, Source
 
-RESAMPLES = 1000
-PAPER = {"Alpaca - MultiAlpaca": 0.924, "Instruct - MultiAlpaca": 0.746}  # similar: no forgetting; not: forgetting
+FORMAT = 1  # raised when what is kept changes
+BATCH = 256
+FIRST_ROWS = 500  # of each source: enough for a hint before anything runs
+# Pairs that ship with qcft, in the words of the paper's: an encoder's own values for like and unlike instructions.
+OWN = {
+    "similar": ("qcft:instructions/en", "qcft:instructions/es"),
+    "unlike": ("qcft:instructions/en", "qcft:passages/es"),
+}
 
 
 @dataclass(frozen=True)
-class Similarity:
-    """A cosine with its 95% interval over rows."""
+class Side:
+    """One of the two data sets: what it is called, and its sources, one per language."""
 
-    value: float
-    low: float
-    high: float
-    rows: tuple[int, int]
+    name: str
+    sources: tuple[Source, ...]
+    column: str | None = None
 
 
-class EmbeddingSums:
-    """Running sums of embeddings: the plain sum and those of 1,000 Poisson resamples, so that no embedding is kept.
+class _Embedder:
+    """Sums of sources' embeddings; the encoder is loaded when the first is not in the cache."""
 
-    In a Poisson bootstrap each row counts Poisson(1) times in a resample, independently of the others, which is what
-    drawing rows with replacement comes to when their number is not fixed; the cosine does not see how long a sum is.
-    """
+    def __init__(self, source: EncoderSource, watch: Watch) -> None:
+        self.source = source
+        self.watch = watch
+        self._encode: Encode | None = None
 
-    def __init__(self, sums: np.ndarray, rows: int) -> None:
-        self.sums = sums
-        self.rows = rows
-
-    @classmethod
-    def empty(cls, width: int) -> EmbeddingSums:
-        """Sums of no rows yet, in fp64, of shape (1 + resamples, width)."""
+    def sums(self, source: Source, column: str | None) -> EmbeddingSums:
+        """The sums of one source, from the cache where they are there."""
         import numpy as np
 
-        return cls(np.zeros((1 + RESAMPLES, width)), 0)
+        digest, rows = self._digest(source, column)
+        key = hashlib.sha256(f"{FORMAT} {RESAMPLES} {self.source.digest} {digest}".encode()).hexdigest()[:20]
 
-    def add(self, embeddings: np.ndarray, draws: np.random.Generator) -> None:
-        """Add embeddings of shape (rows, width)."""
+        def make(folder: Path) -> None:
+            np.save(folder / "sums.npy", self._embed(source, column, digest, rows).sums)
+
+        return EmbeddingSums(np.load(cached_folder(f"embeddings/{key}", make) / "sums.npy"), rows)
+
+    def _digest(self, source: Source, column: str | None) -> tuple[str, int]:
+        """A digest of the instructions in their order, and how many there are."""
+        total, rows = hashlib.sha256(), 0
+        for text in instructions(source, column):
+            total.update(hashlib.sha256(text.encode()).digest())
+            rows += 1
+            if rows % 5000 == 0:
+                self.watch.progress(f"reading {source.path}", rows, source.take or 0, "rows")
+        return total.hexdigest(), rows
+
+    def _embed(self, source: Source, column: str | None, digest: str, rows: int) -> EmbeddingSums:
         import numpy as np
 
-        counts = draws.poisson(1.0, size=(len(embeddings), RESAMPLES)).T
-        weights = np.concatenate([np.ones((1, len(embeddings))), counts])
-        self.sums += weights @ embeddings.astype(np.float64)
-        self.rows += len(embeddings)
+        if self._encode is None:
+            self._encode = load_encoder(self.source)
+        # Seeded by the data, so that two data sets are resampled independently, and each always alike.
+        draws = np.random.default_rng(int(digest[:16], 16))
+        sums: EmbeddingSums | None = None
+        all_texts = instructions(source, column)
+        while texts := list(islice(all_texts, BATCH)):
+            embeddings = self._encode(texts)
+            sums = sums or EmbeddingSums.empty(embeddings.shape[1])
+            sums.add(embeddings, draws)
+            self.watch.progress(f"embedding {source.path}", sums.rows, rows, "rows")
+        assert sums is not None
+        return sums
 
-    def __add__(self, other: EmbeddingSums) -> EmbeddingSums:
-        return EmbeddingSums(self.sums + other.sums, self.rows + other.rows)
 
+def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> dict[str, Any]:
+    """DES of two data sets, of each language where a side has several, and of the pairs that ship with qcft.
 
-def similarity(a: EmbeddingSums, b: EmbeddingSums) -> Similarity:
-    """DES of two data sets.
-
-    The interval is the basic bootstrap's (Davison & Hinkley 1997, eq. 5.6), 2 DES minus the resamples' percentiles:
-    the mean of few rows points away from that of all by its noise, which lowers the cosine in the resamples as much as
-    it did in the sample.
+    Raises InputError before anything is embedded for an encoder that can't be had, and for data that can't be read.
     """
-    import numpy as np
+    source = find_encoder(encoder)
+    embedder = _Embedder(source, watch)
+    each_a, each_b = ([embedder.sums(one, side.column) for one in side.sources] for side in (a, b))
+    sums_a, sums_b = _total(each_a), _total(each_b)
+    found = similarity(sums_a, sums_b)
+    by_language = [
+        {"of": side.name, "lang": lang, **asdict(similarity(group, other))}
+        for side, own, other in ((a, each_a, sums_b), (b, each_b, sums_a))
+        if len(own) > 1
+        for lang, group in _by_language(side, own)
+    ]
+    own_pairs = {
+        word: asdict(similarity(*(embedder.sums(Source(path=path), None) for path in pair)))
+        for word, pair in OWN.items()
+    }
+    return {
+        "a": _described(a, sums_a),
+        "b": _described(b, sums_b),
+        "encoder": {"name": source.name, "digest": source.digest, "is_labse": source.name == LABSE},
+        "des": asdict(found),
+        "languages": by_language,
+        "scale": {"paper": PAPER if source.name == LABSE else None, "qcft": own_pairs},
+        **_judged(found, [entry["value"] for entry in by_language], source, own_pairs),
+    }
 
-    with np.errstate(invalid="ignore"):  # a resample of nothing, where rows are very few
-        cosines = (a.sums * b.sums).sum(axis=1) / (np.linalg.norm(a.sums, axis=1) * np.linalg.norm(b.sums, axis=1))
-    value = float(cosines[0])
-    low, high = np.nanpercentile(cosines[1:], [2.5, 97.5])
-    return Similarity(value, float(min(1.0, 2 * value - high)), float(min(1.0, 2 * value - low)), (a.rows, b.rows))
+
+def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[dict[str, Any]]:
+    """DES of each phase's first rows and those of the phase before it, and the remedy that it suggests.
+
+    By `encoder`, else by LaBSE where it is installed and fetched already; nothing where it is not. Raises InputError.
+    """
+    trained = [phase for phase in recipe.phases if not phase.adapter]
+    if encoder is None:
+        if not is_here(LABSE):
+            return []
+        encoder = LABSE
+    find_encoder(encoder)  # a mistake is told though there be one phase, and nothing to compare
+
+    def side(phase: Phase) -> Side:
+        first = (one.model_copy(update={"take": min(one.take or FIRST_ROWS, FIRST_ROWS)}) for one in phase.sources())
+        return Side(phase.name, tuple(first))
+
+    compared = []
+    for before, phase in pairwise(trained):
+        found = measure_similarity(side(before), side(phase), encoder, watch)
+        compared.append({**found, "remedy": _remedy(found["verdict"], phase)})
+    return compared
+
+
+def _remedy(verdict: str, phase: Phase) -> str:
+    has = [f"replay of {phase.replay.ratio:g}"] if phase.replay and phase.replay.ratio > 0 else []
+    has += [f"freeze {phase.freeze}"] if phase.freeze != "none" else []
+    if has:
+        return f"{phase.name} has a remedy: {' and '.join(has)}."
+    if verdict == "alike":
+        return f"{phase.name} may do without a remedy."
+    word = "Try" if verdict == "unlike" else "To be safe:"
+    return f"{word} --set {phase.name}.replay=0.2, or --set {phase.name}.freeze=first:0.5."
+
+
+def _total(sums: Sequence[EmbeddingSums]) -> EmbeddingSums:
+    total = sums[0]
+    for one in sums[1:]:
+        total = total + one
+    return total
+
+
+def _by_language(side: Side, sums: Sequence[EmbeddingSums]) -> Iterator[tuple[str, EmbeddingSums]]:
+    langs = [str(source.lang or "?") for source in side.sources]
+    for lang in dict.fromkeys(langs):
+        yield lang, _total([one for one, its in zip(sums, langs, strict=True) if its == lang])
+
+
+def _described(side: Side, sums: EmbeddingSums) -> dict[str, Any]:
+    return {"name": side.name, "rows": sums.rows, "langs": [str(source.lang or "?") for source in side.sources]}
+
+
+def _judged(
+    found: Similarity, languages: Sequence[float], source: EncoderSource, own: dict[str, Any]
+) -> dict[str, Any]:
+    """What the value implies for phase 2, and how sure that is: a `verdict` and sentences."""
+    if source.name == LABSE:
+        like, unlike = PAPER.values()
+        scale = (
+            f"the paper's pairs are {like} (Alpaca and MultiAlpaca: phase 2 cost no English) and {unlike} (Instruct "
+            "and MultiAlpaca: it did)"
+        )
+    else:
+        like, unlike = own["similar"]["value"], own["unlike"]["value"]
+        scale = (
+            f"{source.name} has a scale of its own, not that of LaBSE and the paper: it gives the like pair that ships "
+            f"with qcft {like:.3f}, the unlike one {unlike:.3f}"
+        )
+    middle = (like + unlike) / 2
+    apart = max(languages, default=0.0) - min(languages, default=0.0)
+    if apart > like - unlike:
+        word = (
+            f"undecided: the values of its languages lie {apart:.3f} apart, further than the scale is wide, so the "
+            "encoder may tell languages apart rather than instructions"
+        )
+    elif found.low > middle:
+        word = "alike: expect phase 2 to cost little English"
+    elif found.high < middle:
+        word = "unlike: expect phase 2 to cost English; replay or freezing are the remedies"
+    else:
+        word = f"undecided: the interval holds {middle:.3f}, the middle of the scale"
+    rows = min(found.rows)
+    few = f" Its {rows} rows are few." if rows < 100 else ""
+    says = [
+        f"The instructions are {word}.",
+        f"On what scale: {scale}.",
+        f"How sure: two points make that scale, so it is a hint and no threshold; the live probe and the table measure "
+        f"English itself.{few}",
+    ]
+    return {"verdict": word.split(":")[0], "says": says}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from qcft.errors import InputError
 from qcft.files import read_json, write_json
+from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
 from qcft.models.adapters import lora_factors
-from qcft.models.deltas import CONFIG, PREFIX, WEIGHTS, check_stack, read_adapter
+from qcft.models.deltas import check_stack, read_adapter
 
 
 def write_adapter(stack: Sequence[Path], to: Path, base: str) -> None:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 from qcft.errors import InputError, QcftError
 from qcft.files import read_json
+from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS, check_mergeable
 from qcft.models.tensors import Stored, stored_tensors
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
 
 # A factor's name: the module it belongs to, and which factor it is.
 FACTOR = re.compile(
@@ -73,8 +72,6 @@ class Adapter:
 
 def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
     """What an adapter changes. Raises InputError for what qcft cannot merge, by name."""
-    from qcft.models.adapters import check_mergeable
-
     config = read_json(folder / CONFIG)
     check_mergeable(config, str(folder))
     adapter = Adapter(folder, scale, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qcft.plan.abilities import ability_steps
-from qcft.plan.steps import CIRCUMSTANCES, Digests, Kind, Live, Plan, Step
+from qcft.plan.plan import CIRCUMSTANCES, Live, Plan
+from qcft.plan.suite_steps import ability_steps
+from qcft.prepare.digests import Digests
 from qcft.recipe import Dial, Goal, Phase, Recipe, parse_freeze
+from qcft.steps.step import Kind, Step
 
 
 def make_plan(recipe: Recipe, digests: Digests, goal: Goal | Dial | None = None) -> Plan:

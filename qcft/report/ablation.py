@@ -7,8 +7,8 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from qcft.pipeline import Run
 from qcft.store.ablations import Ablation
+from qcft.store.results import Run
 
 
 def outcome(ablation: Ablation, found: Mapping[str, Run]) -> dict[str, Any]:

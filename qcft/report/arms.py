@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from qcft.pipeline import Run, Stage
 from qcft.recipe import Recipe
+from qcft.store.results import Run, Stage
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from qcft.report.arms import Arm
 from qcft.report.cost import cost_section
 from qcft.report.curve import dial_section
 from qcft.report.document import Document, Section
-from qcft.report.drift import drift_section
+from qcft.report.drift_section import drift_section
 from qcft.report.layers import layers_section
 from qcft.report.mix import mix_section
 from qcft.report.pareto import ability_section, question_and_answer
 from qcft.report.repeat import arms_section, repeat_section
 from qcft.report.samples import samples_section
-from qcft.report.similarity import similarity_section
+from qcft.report.similarity_section import similarity_section
 from qcft.report.stages import stages_section
 from qcft.report.suites import suites_section
 from qcft.report.training import training_section

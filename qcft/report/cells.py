@@ -108,3 +108,11 @@ def _start(table: Table, change: Mapping[str, Any]) -> str:
 
 def _answers(table: Table) -> Mapping[str, Any] | None:
     return table["stages"][0]["answers"] if table["stages"] else None
+
+
+def continual_in_words(continual: Mapping[str, float] | None, unit: str, scale: float = 1.0) -> list[str]:
+    """Backward transfer and forgetting as a sentence."""
+    if continual is None:
+        return []
+    transfer, lost = continual["backward_transfer"] * scale, continual["forgetting"] * scale
+    return [f"Backward transfer {transfer:+.3f}, forgetting {lost:+.3f} {unit}."]

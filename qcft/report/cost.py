@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcft.pipeline import Run, Stage
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Section, Table
+from qcft.store.results import Run, Stage
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qcft.files import read_json
-from qcft.report.abilities import continual_in_words
 from qcft.report.arms import Arm, Evidence, shared_by
-from qcft.report.cells import change_rows, conclusion, header, stage_rows
+from qcft.report.cells import change_rows, conclusion, continual_in_words, header, stage_rows
 from qcft.report.document import Block, Prose, Section, Table
 
 NOTE = (

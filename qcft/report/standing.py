@@ -10,8 +10,8 @@ from typing import Any
 from qcft.files import read_json
 from qcft.measure.score import RowScore
 from qcft.measure.stats import Difference, difference
-from qcft.pipeline import Stage
 from qcft.report.arms import Arm, Evidence
+from qcft.store.results import Stage
 
 ENGLISH = "en"
 NEAR = 0.9  # arms with at least this share of the largest gain compete for the most English

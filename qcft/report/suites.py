@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcft.report.abilities import continual_in_words
 from qcft.report.arms import Arm, Evidence, shared_by
+from qcft.report.cells import continual_in_words
 from qcft.report.document import Block, Prose, Section, Table
 
 SIDES = ("EA", "MA", "overall")

@@ -6,6 +6,7 @@ done.json     metrics, seconds, file digests, and a digest of itself: written la
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -227,3 +228,12 @@ def _device_name() -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def model_digest(store: Store, step: str) -> str:
+    """The digest of a merged model's files. Raises KeyError for a step that is not done."""
+    record = store.record(step)
+    if record is None:
+        raise KeyError(step)
+    files = sorted((name, digest) for name, digest in record["files"].items() if name.endswith(".safetensors"))
+    return hashlib.sha256(repr(files).encode()).hexdigest()

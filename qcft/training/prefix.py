@@ -11,6 +11,7 @@ from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.layers import decoder_layers
 from qcft.models.load import compute_dtype, evaluating, free_memory
+from qcft.recipe import Train
 from qcft.store.states import RowStates
 from qcft.training.attention import FAMILIES, NAME
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PASS_TOKENS = 2048
+SMALL = 10**9  # bytes that are worth storing even for a training that sees each row once
 
 
 def row_key(row: EncodedRow) -> str:
@@ -148,3 +150,8 @@ def _passes(keys: list[str], rows: dict[str, EncodedRow], budget: int) -> Iterab
         held += length
     if group:
         yield group
+
+
+def worth_storing(train: Train, needed: int, again: bool) -> bool:
+    """Whether states of so many bytes are stored: as asked, or where they are small or are read `again`."""
+    return train.prefix_cache is True or (train.prefix_cache == "auto" and (needed <= SMALL or again))

@@ -16,7 +16,7 @@ from qcft.files import write_text
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
 from qcft.training.checkpointing import only_above
-from qcft.training.ranks import any_stops, rank
+from qcft.training.distributed.ranks import any_stops, rank
 
 if TYPE_CHECKING:
     from qcft.training.probe import EnglishProbe

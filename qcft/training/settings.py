@@ -12,7 +12,7 @@ from qcft.errors import InputError, nearest, short
 from qcft.models.load import compute_dtype, device
 from qcft.recipe import Train
 from qcft.training.batches import Batches
-from qcft.training.ranks import sharded, world
+from qcft.training.distributed.ranks import sharded, world
 
 if TYPE_CHECKING:
     from trl import SFTConfig

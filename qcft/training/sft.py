@@ -17,11 +17,11 @@ from qcft.events import Watch
 from qcft.files import SEAL, is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, read_weights, save_trained
 from qcft.recipe import Train
-from qcft.training import shards
 from qcft.training.batches import Batches, Fed
+from qcft.training.distributed import shards
+from qcft.training.distributed.ranks import rank, sharded, shared_out, world
 from qcft.training.passes import Fit, Passes
 from qcft.training.probe import EnglishProbe, Probing, probe_callback
-from qcft.training.ranks import rank, sharded, shared_out, world
 from qcft.training.reporter import reporter
 from qcft.training.settings import sft_config
 

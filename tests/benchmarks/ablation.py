@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import yaml
 
+from qcft.ablation.arms import prepare_arms
 from qcft.events import Watch
-from qcft.pipeline.ablate import prepare_arms
 from qcft.recipe import load_ablation, parse_assignments, read_recipe
 
 FEW = {

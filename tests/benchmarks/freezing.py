@@ -143,8 +143,8 @@ def ours(variant, folder, tokenizer, rows, options, place, saved) -> dict:
     from qcft.events import Progress, Watch
     from qcft.models.adapters import add_lora
     from qcft.models.load import load_model
-    from qcft.pipeline.prefix import open_prefix
     from qcft.recipe import Lora, Model, Train
+    from qcft.steps.prefix import open_prefix
     from qcft.store import Store
     from qcft.training.attention import attend_by_rows
     from qcft.training.batches import make_batches

@@ -24,7 +24,7 @@ from qcft.measure.score import RowScore, score_rows
 from qcft.measure.stats import kept, mean_nll
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.load import load_model
-from qcft.pipeline.prepare import Prepared
+from qcft.prepare.prepared import Prepared
 from qcft.recipe import recipe_from
 
 

@@ -62,10 +62,10 @@ def evaluate(runs: str, copies: dict[str, str], stages: list[str], tasks: list[s
     import qcft
     import qcft.measure.suites  # takes seconds, which are no scoring
     from qcft.events import StepBegun, StepEnded
-    from qcft.pipeline import abilities
+    from qcft.steps import suite
 
     spent = {"loads": 0.0}
-    load = abilities.Switched
+    load = suite.Switched
 
     def begin(*arguments: Any) -> Any:
         begun = time.monotonic()
@@ -74,8 +74,8 @@ def evaluate(runs: str, copies: dict[str, str], stages: list[str], tasks: list[s
         finally:
             spent["loads"] += time.monotonic() - begun
 
-    abilities.Switched = begin
-    plain = abilities.load_model
+    suite.Switched = begin
+    plain = suite.load_model
 
     def timed(*arguments: Any) -> Any:
         begun = time.monotonic()
@@ -84,7 +84,7 @@ def evaluate(runs: str, copies: dict[str, str], stages: list[str], tasks: list[s
         finally:
             spent["loads"] += time.monotonic() - begun
 
-    abilities.load_model = timed
+    suite.load_model = timed
     marks: list[float] = []
 
     def hear(event: object) -> None:

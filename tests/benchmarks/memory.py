@@ -49,8 +49,8 @@ def recipe(changes, model="smollm2-135m-instruct"):
 def estimated(changes, model, where):
     """Bytes by part."""
     from qcft.events import Watch
-    from qcft.pipeline.forecast import plan_phase
-    from qcft.pipeline.prepare import Prepared
+    from qcft.prepare.prepared import Prepared
+    from qcft.runner.forecast import plan_phase
 
     made = recipe(changes, model)
     planned, _ = plan_phase(Prepared(made, Watch()), made.phases[0], where, 1 << 50)
@@ -69,9 +69,9 @@ def measured(changes, model):
     import torch
     import trl.trainer.sft_trainer  # noqa: F401 (loaded, so that it is not counted)
 
-    import qcft.pipeline.work  # noqa: F401
+    import qcft.steps.worker  # noqa: F401
     from qcft.events import Watch
-    from qcft.pipeline import run_recipe
+    from qcft.runner.recipe import run_recipe
 
     before = status("VmRSS")
     with tempfile.TemporaryDirectory() as place:

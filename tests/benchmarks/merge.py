@@ -50,7 +50,7 @@ def work(way: str, base: Path, adapter: Path, to: Path) -> None:
     from peft import PeftModel
 
     from qcft.events import Watch
-    from qcft.models.adapters import read_adapter_config  # noqa: F401 (loaded before time begins)
+    from qcft.models.adapter_config import read_adapter_config  # noqa: F401 (loaded before time begins)
     from qcft.models.merge import merge_adapters
 
     transformers.logging.set_verbosity_error()

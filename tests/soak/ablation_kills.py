@@ -16,8 +16,8 @@ import qcft
 from qcft.events import Watch
 from qcft.models.sources import resolve, weights_folder
 from qcft.recipe import Model
-from tests.conftest import make_llama
-from tests.test_ablation_kills import kill_ablations, table
+from tests.helpers.ablation_kills import kill_ablations, table
+from tests.helpers.tiny import make_llama
 
 
 def main() -> None:

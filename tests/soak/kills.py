@@ -31,8 +31,8 @@ import yaml
 from qcft import api
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.files import read_json
-from qcft.pipeline.run import plan_recipe
 from qcft.recipe import load_recipe
+from qcft.runner.recipe import plan_recipe
 
 REPORT = "report"
 # Files that name the folder of an adapter's base, and the seconds that each live probe took (what it found is among
@@ -201,15 +201,15 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
 
 
 def _make_inputs(folder: Path) -> None:
-    from tests import conftest
+    from tests.helpers import tiny
 
-    tokenizer = conftest.make_tokenizer(folder / "tokenizer")
-    conftest.make_llama(folder / "model", tokenizer)
-    conftest.make_color_data(folder / "data")
+    tokenizer = tiny.make_tokenizer(folder / "tokenizer")
+    tiny.make_llama(folder / "model", tokenizer)
+    tiny.make_color_data(folder / "data")
     answers = {"text": ["red"], "answer_start": [11]}
     rows = [{"id": f"q{i}", "context": "the cat is red", "question": f"what color {i}", "answers": answers}
             for i in range(8)]  # fmt: skip
-    conftest.write_rows(folder / "data" / "xquad.jsonl", rows)
+    tiny.write_rows(folder / "data" / "xquad.jsonl", rows)
 
 
 if __name__ == "__main__":

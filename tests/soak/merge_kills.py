@@ -18,7 +18,7 @@ from qcft.files import write_json
 from qcft.models.sources import resolve, weights_folder
 from qcft.models.tensors import stored_weights
 from qcft.recipe import Model
-from tests.test_export import kill_merges
+from tests.helpers.merge_kills import kill_merges
 
 
 def main() -> None:

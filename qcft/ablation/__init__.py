@@ -1,0 +1,1 @@
+"""Ablations: the arms, in this process, in one that is supervised, or on a Ray cluster."""

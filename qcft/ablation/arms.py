@@ -1,0 +1,175 @@
+"""Running an ablation: every arm checked before any work, then each in turn; one that fails leaves the others going."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qcft.data.mix import mixed_order
+from qcft.errors import InputError, Interrupted, QcftError, short
+from qcft.events import ArmChanged, Watch
+from qcft.prepare.checks import check_prepared
+from qcft.recipe import ArmRun, Recipe
+from qcft.runner.libraries import quiet, set_environment
+from qcft.runner.planned import PlannedRecipe
+from qcft.runner.recipe import raise_failed, run_prepared
+from qcft.steps.step import Step
+from qcft.store import Store, open_run
+from qcft.store.ablations import Ablation, open_ablation
+from qcft.store.results import Run
+from qcft.store.steps import writable
+from qcft.training.batches import make_batches
+
+
+@dataclass(frozen=True)
+class PreparedArm:
+    """An arm with its data read and its steps planned."""
+
+    arm: ArmRun
+    prepared: PlannedRecipe
+
+
+def prepare_arms(arms: Sequence[ArmRun], watch: Watch) -> list[PreparedArm]:
+    """Read the data of all arms and plan their steps; what they share is read once. Raises InputError with the arm."""
+    set_environment()
+    memo: dict[Any, Any] = {}
+    found = []
+    for number, arm in enumerate(arms):
+        watch.progress("reading the arms", number, len(arms), "arms")
+        with _naming(arm):
+            recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
+            found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+    return found
+
+
+def run_arms(
+    plain: Recipe,
+    arms: Sequence[ArmRun],
+    runs: Path,
+    watch: Watch,
+    finished: Callable[[Run], Run],
+    skip: Sequence[str] = (),
+) -> Ablation:
+    """Run all arms, reusing what is done; `finished` is called with each run, `skip` names runs to leave out.
+
+    Raises InputError before anything is written; what fails later is noted in the ablation, and the next arm begun.
+    """
+    ablation, prepared = begin_ablation(plain, arms, runs, watch)
+    store = Store(runs)
+    broken: dict[str, str] = {}  # step -> the run it failed in
+    todo = [(name, one) for name, one in prepared if name not in skip]
+    for number, (name, one) in enumerate(todo, start=1):
+        arm = one.arm
+        change = partial(ArmChanged, name, arm.arm, arm.seed, number, len(todo))
+        watch.tell(change("running"))
+        ablation.begin(name)
+        try:
+            _check_parents(one.prepared, store, broken)
+            made = run_prepared(one.prepared, store, watch)
+            done = finished(made)
+            raise_failed(made)
+        except Interrupted:
+            ablation.end(name)
+            raise
+        except Exception as error:  # whatever ends one arm, from a full disk to a bug, must not end the others
+            # Steps are done in their order, so the one that failed is the first that is not done.
+            step = next((s for s in one.prepared.plan.steps if store.state(s.id) != "done"), None)
+            what = told(error, step)
+            if step and step.kind != "suite":  # nothing rests on an evaluation
+                broken.setdefault(step.id, name)
+            ablation.end(name, what)
+            watch.tell(change("failed", what["message"]))
+            continue
+        ablation.end(name)
+        watch.tell(change("done", _in_words(done)))
+    return ablation
+
+
+def begin_ablation(
+    plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch
+) -> tuple[Ablation, list[tuple[str, PreparedArm]]]:
+    """Check all arms, then write the ablation's index and every arm's named run; the arms by their runs' names."""
+    writable(runs)
+    prepared = prepare_arms(arms, watch)
+    store = Store(runs)
+    quiet()
+    for one in prepared:
+        if any(store.state(step.id) != "done" for step in one.prepared.plan.steps):
+            with _naming(one.arm):
+                check_prepared(one.prepared)
+    named = [(open_run(runs, one.prepared.pinned_recipe(), one.prepared.plan.stages()).name, one) for one in prepared]
+    names = {(one.arm.arm, one.arm.seed): name for name, one in named}
+    ablation = open_ablation(runs, plain, [one.arm for _, one in named], names)
+    steps = {step.id for one in prepared for step in one.prepared.plan.steps}
+    every = sum(len(one.prepared.plan.steps) for one in prepared)
+    done = sum(store.state(step) == "done" for step in steps)
+    for number, (name, one) in enumerate(named, start=1):
+        watch.tell(ArmChanged(name, one.arm.arm, one.arm.seed, number, len(named), "to do"))
+    watch.note(f"{ablation.name}: {len(arms)} runs, {every} steps, {len(steps)} of them different, {done} done before")
+    return ablation, named
+
+
+@contextmanager
+def _naming(arm: ArmRun) -> Iterator[None]:
+    """Name the arm in an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"arm {arm.arm!r}: {error.message}", error.hint) from None
+
+
+def _as_long(arm: ArmRun, watch: Watch, memo: dict[Any, Any]) -> Recipe:
+    """A mixed arm's recipe, its only phase given the optimizer steps that the phases of `as_long_as` take in all."""
+    assert arm.as_long_as is not None
+    apart = PlannedRecipe(arm.as_long_as, watch, memo=memo)
+    steps = 0
+    for phase in apart.recipe.phases:
+        rows = [row for encoded in apart.encoded(phase) for row in encoded.encoded]
+        order = partial(_order, len(rows), apart.recipe.seed)
+        steps += make_batches(rows, order, phase.train).steps
+    (only,) = arm.recipe.phases
+    train = only.train.model_copy(update={"steps": steps})
+    return arm.recipe.model_copy(update={"phases": [only.model_copy(update={"train": train})]})
+
+
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    return mixed_order(rows, 0, f"{seed}:{epoch}")
+
+
+def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, str]) -> None:
+    """Raise QcftError where a step that is still to do failed for another arm already."""
+    for step in prepared.plan.steps:
+        if step.id in broken and store.state(step.id) != "done":
+            raise QcftError(f"it rests on {step.id} ({step.title}), which failed in {broken[step.id]}", "see there")
+
+
+def told(error: Exception, step: Step | None) -> dict[str, Any]:
+    """What went wrong at a step, for the index: an unexpected error with its traceback."""
+    where = {"step": step.id, "title": step.title} if step else {"step": None, "title": None}
+    if isinstance(error, QcftError):
+        return {"message": error.message, "hint": error.hint, **where}
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        hint = "try a smaller train.max_length or train.micro_batch, or more frozen layers"
+        return {"message": "the memory ran out", "hint": hint, **where}
+    return {
+        "message": f"unexpected {type(error).__name__}: {short(error, 300)}",
+        "hint": "the index holds the traceback; the same command tries it again",
+        **where,
+        "traceback": traceback.format_exc(),
+    }
+
+
+def _in_words(done: Run) -> str:
+    """The last phase's length in steps and tokens, and what became of English since the base."""
+    trained = [stage.metrics for stage in done.stages.values() if "exposure" in stage.metrics]
+    length = f"{sum(m['steps'] for m in trained)} steps, {sum(m['tokens'] for m in trained):,} tokens"
+    since_base = next((c for c in done.table["changes"] if c["from"] == "eval/base"), None)
+    english = next((g["name"] for g in done.table["groups"] if g["english"]), None)
+    if since_base is None or english is None:
+        return length
+    return f"{length}, English {since_base['groups'][english]['value']:+.3f} nats since the base"

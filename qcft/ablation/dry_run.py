@@ -1,0 +1,176 @@
+"""What an ablation would run: its steps, which arms share them, and what the steps done so far say they will take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from qcft.ablation.arms import prepare_arms
+from qcft.data.mix import replay_amount
+from qcft.events import Watch
+from qcft.files import read_json
+from qcft.recipe import ArmRun
+from qcft.runner.forecast import plan_phase
+from qcft.runner.libraries import quiet
+from qcft.runner.planned import PlannedRecipe
+from qcft.steps.needs import bytes_written
+from qcft.steps.step import Step
+from qcft.store import Store
+
+if TYPE_CHECKING:
+    from qcft.training.speed import Speed
+
+ALIKE = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide what a row of work takes
+
+
+@dataclass(frozen=True)
+class Done:
+    """A done step of the store: its kind and settings, seconds and bytes, and how many rows it worked on."""
+
+    kind: str
+    settings: Mapping[str, Any]
+    seconds: float
+    bytes: int
+    rows: float
+
+
+def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
+    """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
+
+    `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; where
+    there are none, from shapes for trainings and merges, else they are null. Nothing is written. Raises InputError.
+    """
+    store = Store(runs)
+    known = _done_steps(store)
+    steps: dict[str, dict[str, Any]] = {}
+    prepared = prepare_arms(arms, watch)
+    quiet()
+    for number, one in enumerate(prepared):
+        watch.progress("planning the arms", number, len(prepared), "arms")
+        name = one.arm.recipe.name
+        for step in one.prepared.plan.steps:
+            if step.id not in steps:
+                steps[step.id] = {
+                    "id": step.id,
+                    "title": step.title,
+                    "state": store.state(step.id),
+                    **_expected(step, one.prepared, store, known),
+                    "runs": [],
+                }
+            steps[step.id]["runs"].append(name)
+    rows = list(steps.values())
+    return {
+        "runs": [_of_run(arm, rows) for arm in arms],
+        "steps": rows,
+        "total": {**_sums(rows), "steps": len(rows), "shared": sum(len(row["runs"]) > 1 for row in rows)},
+    }
+
+
+def _of_run(arm: ArmRun, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """An arm's part: its steps, and those that no run before it needs."""
+    name = arm.recipe.name
+    own = [row for row in steps if row["runs"][0] == name]
+    return {
+        "run": name,
+        "arm": arm.arm,
+        "seed": arm.seed,
+        "steps": sum(name in row["runs"] for row in steps),
+        "own": len(own),
+        **_sums(own),
+    }
+
+
+def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Done steps, and the seconds and bytes of those to do; `unknown` of them have no estimate.
+
+    Seconds are null where no step that is to do has one: 0 are those of a step that takes next to no time.
+    """
+    todo = [row for row in rows if row["state"] != "done"]
+    known = [row["seconds"] for row in todo if row["seconds"] is not None]
+    return {
+        "done": len(rows) - len(todo),
+        "seconds": sum(known) if known or not todo else None,
+        "bytes": sum(row["bytes"] or 0 for row in todo),
+        "unknown": sum(row["seconds"] is None for row in todo),
+    }
+
+
+def _done_steps(store: Store) -> list[Done]:
+    found = []
+    for folder in store.steps.glob("*-*"):
+        inputs, record = (read_json(folder / name) for name in ("step.json", "done.json"))
+        if inputs is None or record is None:
+            continue
+        size = sum((folder / name).stat().st_size for name in record["files"] if (folder / name).is_file())
+        inputs = inputs["inputs"]
+        found.append(
+            Done(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
+        )
+    return found
+
+
+def _worked_on(kind: str, record: Mapping[str, Any]) -> float:
+    metrics = record["metrics"]
+    if kind == "probe":
+        return float(sum(group["rows"] for group in metrics["groups"].values()))
+    return float(metrics["rows"]) if kind in {"train", "replay"} else 1.0
+
+
+def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[Done]) -> dict[str, Any]:
+    record = store.record(step.id)
+    if record is not None:
+        sizes = [store.folder(step.id) / name for name in record["files"]]
+        return {"seconds": record["seconds"], "bytes": sum(p.stat().st_size for p in sizes if p.is_file())}
+    alike = [d for d in known if d.kind == step.kind and d.settings.get("model") == step.settings.get("model")]
+    for key in ALIKE:  # the nearest there are
+        alike = [d for d in alike if d.settings.get(key) == step.settings.get(key)] or alike
+    rows = _rows(step, prepared)
+    if not alike or not rows:
+        return _from_shapes(step, prepared)
+    scaled = step.kind in {"replay", "probe"}
+    return {
+        "seconds": fmean(d.seconds / max(1, d.rows) for d in alike) * rows,
+        "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in alike)),
+    }
+
+
+def _from_shapes(step: Step, prepared: PlannedRecipe) -> dict[str, Any]:
+    """What a training takes and writes, and a merge writes, as `qcft check` reckons it."""
+    from qcft.models.load import device, free_bytes
+
+    if step.kind == "merge":
+        return {"seconds": None, "bytes": bytes_written(prepared, step, None)}
+    if step.kind != "train" or step.phase is None:
+        return {"seconds": None, "bytes": None}
+    planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
+    tokens = batches.tokens_until(batches.steps)
+    return {
+        "seconds": _speed().seconds(planned.cost) * tokens / planned.largest.tokens,
+        "bytes": bytes_written(prepared, step, planned),
+    }
+
+
+@cache
+def _speed() -> Speed:
+    from qcft.training.speed import measure_speed
+
+    return measure_speed()
+
+
+def _rows(step: Step, prepared: PlannedRecipe) -> float:
+    """Rows that a step will work on; 1 for a step that works on none."""
+    if step.kind == "probe":
+        return sum(len(group.rows) for group in prepared.groups)
+    if step.kind not in {"train", "replay"}:
+        return 1
+    assert step.phase is not None
+    phase = prepared.recipe.phase(step.phase)
+    new = sum(len(rows) for rows in prepared.rows[phase.name])
+    replay = float(replay_amount(new, phase.replay.ratio)) if phase.replay else 0.0
+    if step.kind == "replay":
+        return replay
+    return phase.train.steps * phase.train.batch if phase.train.steps else (new + replay) * phase.train.epochs

@@ -1,0 +1,156 @@
+"""An ablation's steps as tasks of a Ray cluster: the plan's graph over a runs folder that all nodes share.
+
+Ray schedules; the store decides what is done, as it does for one process. A worker that is lost has its step run
+again, which goes on from what is in the step's folder.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qcft.ablation.arms import begin_ablation, told
+from qcft.errors import InputError, QcftError, short
+from qcft.events import ArmChanged, Watch
+from qcft.recipe import Ablation as Section
+from qcft.recipe import ArmRun, Recipe, recipe_from
+from qcft.runner.libraries import quiet, set_environment
+from qcft.runner.planned import PlannedRecipe
+from qcft.runner.recipe import do_step, run_prepared, worker_for
+from qcft.steps.step import Step
+from qcft.store import Store
+from qcft.store.ablations import Ablation
+from qcft.store.results import Run
+
+RETRIES = 3  # of a step whose worker was lost
+WITHOUT_GPU = {"merge", "adapter", "layers"}  # they stream weights through the CPU
+
+
+def run_on_ray(
+    plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, finished: Callable[[Run], Run], address: str | None
+) -> Ablation:
+    """`run_arms` with the steps on a Ray cluster: the one at `address`, or one begun on this machine.
+
+    Raises InputError where Ray or the cluster is not there.
+    """
+    section = plain.ablation
+    assert section is not None
+    runs = runs.absolute()
+    with _cluster(address) as ray:
+        ablation, named = begin_ablation(plain, arms, runs, watch)
+        store, tasks = Store(runs), _Tasks(ray, section, runs)
+        parts = {name: tasks.submit(one.prepared, store) for name, one in named}
+        changes = {
+            name: partial(ArmChanged, name, one.arm.arm, one.arm.seed, number, len(named))
+            for number, (name, one) in enumerate(named, start=1)
+        }
+        prepared = {name: one.prepared for name, one in named}
+        for name in prepared:
+            ablation.begin(name)
+        open_arms = dict(parts)
+        while open_arms:
+            watch.check_stop()
+            waiting = list({ref for refs in open_arms.values() for ref in refs})
+            ready = set(ray.wait(waiting, timeout=1)[0]) if waiting else set()
+            for name, refs in list(open_arms.items()):
+                left = [ref for ref in refs if ref not in ready]
+                open_arms[name] = left
+                if len(left) < len(refs):
+                    watch.tell(changes[name]("running", f"{len(left)} of {len(parts[name])} steps left"))
+                if left:
+                    continue
+                del open_arms[name]
+                error = _failure(ray, parts[name])
+                if error is None:
+                    try:
+                        finished(run_prepared(prepared[name], store, watch))
+                    except QcftError as refused:  # a merge that kept too little
+                        error = refused
+                ablation.end(name, told(error, _first_undone(prepared[name], store)) if error else None)
+                watch.tell(changes[name]("failed" if error else "done", str(error) if error else ""))
+    return ablation
+
+
+class _Tasks:
+    """Every step that is not done, submitted once, after the steps it rests on."""
+
+    def __init__(self, ray: Any, section: Section, runs: Path) -> None:
+        self.refs: dict[str, Any] = {}
+        self.runs = runs
+        self.work = ray.remote(_work)
+        gpus = section.gpus if section.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
+        self.options = {"num_cpus": section.cpus, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
+
+    def submit(self, prepared: PlannedRecipe, store: Store) -> list[Any]:
+        """The tasks of an arm's steps that are to do."""
+        document = prepared.pinned_recipe().model_dump(mode="json")
+        own = []
+        for step in prepared.plan.steps:
+            if step.id not in self.refs:
+                if store.done(step.id) is not None:
+                    continue
+                parents = [self.refs[parent] for parent in _parents(step) if parent in self.refs]
+                options = self.options | ({"num_gpus": 0} if step.kind in WITHOUT_GPU else {})
+                task = self.work.options(**options, name=step.title)
+                self.refs[step.id] = task.remote(document, str(self.runs), step.id, *parents)
+            own.append(self.refs[step.id])
+        return own
+
+
+_memo: dict[Any, Any] = {}  # what a worker has read, for all steps it does
+
+
+def _work(recipe: dict[str, Any], runs: str, step: str, *_: None) -> None:
+    """A step, in a worker. What it rests on is given so that Ray does that first."""
+    set_environment()
+    quiet()
+    watch, store = Watch(), Store(Path(runs))
+    prepared = PlannedRecipe(recipe_from(recipe), watch, memo=_memo)
+    steps = prepared.plan.steps
+    position, wanted = next((i, one) for i, one in enumerate(steps, start=1) if one.id == step)
+    do_step(wanted, position, len(steps), worker_for(prepared, store, watch), store, watch)
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[Any]:
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--on ray: Ray is not installed", "pip install 'qcft[ray]'") from None
+    try:
+        host, colon, port = (address or "").rpartition(":")
+        if colon and port.isdigit():  # Ray itself waits for minutes, then ends the process
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = short(error)
+        raise InputError(f"--on ray: no cluster at {address!r}: {text}", "start one with `ray start --head`") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _parents(step: Step) -> list[str]:
+    return [one for one in (step.weights, step.adapter, *step.under, *step.parents) if one]
+
+
+def _failure(ray: Any, refs: Sequence[Any]) -> Exception | None:
+    """What made a task fail: the error of the step itself, if it was one, else what Ray says of its worker."""
+    for ref in refs:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            return cause if isinstance(cause, Exception) else error
+        except ray.exceptions.RayError as error:
+            return QcftError(f"its worker was lost {RETRIES + 1} times: {short(error, 200)}", "")
+    return None
+
+
+def _first_undone(prepared: PlannedRecipe, store: Store) -> Step | None:
+    return next((step for step in prepared.plan.steps if store.state(step.id) != "done"), None)

@@ -1,0 +1,1 @@
+"""What a recipe would take, and whether this machine can do it."""

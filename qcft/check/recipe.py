@@ -1,0 +1,170 @@
+"""What a recipe would run: memory, disk, time, and rows as they are trained on. Nothing is trained or written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
+from qcft.events import Watch
+from qcft.files import disk_free
+from qcft.measure.similarity import compare_phases
+from qcft.models.sources import has_weights
+from qcft.prepare.checks import check_prepared
+from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.runner.forecast import plan_phase
+from qcft.runner.libraries import quiet, set_environment
+from qcft.runner.planned import PlannedRecipe
+from qcft.steps.needs import bytes_written, memory_held
+from qcft.store import Store
+
+if TYPE_CHECKING:
+    from qcft.training.batches import Batches
+    from qcft.training.memory import Planned
+    from qcft.training.speed import Speed
+
+CONTEXT = 1 << 29  # bytes that CUDA takes for itself, roughly: part of a card that is planned for but not here
+
+
+def check_recipe(
+    recipe: Recipe,
+    runs: Path,
+    watch: Watch,
+    vram: int | None = None,
+    measure: bool = False,
+    rows: int = 2,
+    encoder: str | None = None,
+) -> dict[str, Any]:
+    """What `qcft check` shows. `vram`: bytes of a GPU that is not here; `measure`: take a few optimizer steps of each
+    phase to know their pace, and throw them away; `rows`: of each phase to show; `encoder`: of sentences, by which to
+    compare the phases' instructions (None: the paper's, if it is here). Raises InputError."""
+    from qcft.models.load import device, free_bytes
+    from qcft.training.speed import measure_speed
+
+    set_environment()
+    quiet()
+    prepared, store = PlannedRecipe(recipe, watch), Store(runs)
+    check_prepared(prepared, weights=False)
+    alike = compare_phases(recipe, encoder, watch)
+    where = "cuda" if vram else device()
+    free = vram - CONTEXT if vram else free_bytes()
+    speed = None if vram else measure_speed()
+    phases: list[dict[str, Any]] = []
+    plans: dict[str, Planned] = {}
+    for phase in recipe.phases:
+        if not phase.adapter:
+            watch.progress(f"planning {phase.name}", len(phases), len(recipe.phases), "phases")
+            plans[phase.name], batches = plan_phase(prepared, phase, where, free)
+            phases.append(_phase(prepared, phase, plans[phase.name], batches, speed, rows))
+            if measure:
+                from qcft.check.trial import seconds_a_step
+
+                phases[-1]["seconds"] = seconds_a_step(recipe, phase, watch) * phases[-1]["steps"]
+                phases[-1]["measured"] = True
+    steps = _steps(prepared, store, phases, plans, free)
+    parameters: int = sum(p.numel() for p in prepared.meta_model.parameters())
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model.name,
+        "quantize": recipe.model.quantize,
+        "device": where,
+        "here": vram is None,
+        "free_bytes": free,
+        "fits": all(phase["fits"] for phase in phases),
+        "phases": phases,
+        "steps": steps,
+        "disk_bytes": sum(step["bytes"] for step in steps if step["state"] != "done"),
+        "disk_free_bytes": disk_free(runs),
+        "cache_bytes": 0 if has_weights(prepared.model) else 2 * parameters,
+        "similarity": alike,
+    }
+
+
+def _phase(
+    prepared: PlannedRecipe, phase: Phase, planned: Planned, batches: Batches, speed: Speed | None, rows: int
+) -> dict[str, Any]:
+    encoder = prepared.encoder(phase)
+    sets = prepared.encoded(phase)
+    tokens = batches.tokens_until(batches.steps)
+    seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens if speed else None
+    read = sum(len(s.rows) + sum(s.left_out.values()) for s in sets)
+    return {
+        "phase": phase.name,
+        "memory": {**asdict(planned.memory), "total": planned.memory.total},
+        "fits": planned.fits,
+        "pass_tokens": planned.largest.tokens,
+        "pass_limit": planned.fit.limit,
+        "gradient_checkpointing": planned.fit.recompute,
+        "freeze_is_known": parse_freeze(phase.freeze).measure is None,
+        "steps": batches.steps,
+        "rows": batches.rows,
+        "tokens": tokens,
+        "seconds": seconds,
+        "measured": False,
+        "rows_read": read,
+        "left_out": _summed([s.left_out for s in sets]),
+        "truncated": sum(_is_cut(row, one, encoder) for s in sets for row, one in zip(s.rows, s.encoded, strict=True)),
+        "samples": [_decoded(prepared, row) for row in _first(sets, rows)],
+    }
+
+
+def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:
+    """The first rows, from every source in turn."""
+    each = [list(one.encoded[:rows]) for one in sets]
+    return [one[i] for i in range(rows) for one in each if i < len(one)][:rows]
+
+
+def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[dict[str, Any]]:
+    """A row as text, in stretches that bear loss and stretches that do not."""
+    stretches: list[tuple[bool, list[int]]] = []
+    for token, label in zip(row.input_ids, row.labels, strict=True):
+        trained = label != IGNORED
+        if not stretches or stretches[-1][0] != trained:
+            stretches.append((trained, []))
+        stretches[-1][1].append(token)
+    return [{"text": str(prepared.tokenizer.decode(ids)), "trained": trained} for trained, ids in stretches]
+
+
+def _is_cut(row: Any, encoded: EncodedRow, encoder: Encoder) -> bool:
+    """Whether a row lost its end to the limit on length: its answer's, or whole turns."""
+    turns = sum(message.role == "assistant" for message in row.messages)
+    begun = sum(
+        label != IGNORED and (i == 0 or encoded.labels[i - 1] == IGNORED) for i, label in enumerate(encoded.labels)
+    )
+    return begun < turns or encoded.input_ids[-1] not in encoder.end_ids
+
+
+def _steps(
+    prepared: PlannedRecipe, store: Store, phases: list[dict[str, Any]], plans: dict[str, Planned], free: int
+) -> list[dict[str, Any]]:
+    """Each step with its state, the memory it holds at most, the bytes it writes, and of trainings the time."""
+    trained = {phase["phase"]: phase for phase in phases}
+    steps = []
+    for step in prepared.plan.steps:
+        training = trained.get(step.phase or "") if step.kind == "train" else None
+        memory = training["memory"] if training else memory_held(prepared, step, free)
+        if memory is not None and training is None:
+            memory = {**memory, "total": sum(memory.values())}
+        steps.append(
+            {
+                "id": step.id,
+                "kind": step.kind,
+                "title": step.title,
+                "phase": step.phase,
+                "quantize": step.settings.get("quantize") or prepared.recipe.model.quantize,
+                "state": store.state(step.id),
+                "bytes": bytes_written(prepared, step, plans.get(step.phase or "")),
+                "memory": memory,
+                "seconds": training["seconds"] if training else None,
+            }
+        )
+    return steps
+
+
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for reason, n in one.items():
+            total[reason] = total.get(reason, 0) + n
+    return total

@@ -1,0 +1,66 @@
+"""`qcft ablate`: a recipe's arms over seeds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcft.cli.options import As, DryRun, Json, Quiet, Runs, Set, app, watched
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="A recipe file with an ablation section, or a built-in name.")],
+    arms: Annotated[str | None, typer.Option("--arms", metavar="A,B", help="Only these arms.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.")] = None,
+    set_: Set = None,
+    name: As = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="In this process: one that crashes ends all arms.")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray[:ADDRESS]", help="Steps as tasks of a Ray cluster, in parallel.")
+    ] = None,
+    supervised: Annotated[str | None, typer.Option("--supervised", hidden=True)] = None,
+    runs: Runs = Path("runs"),
+    dry_run: DryRun = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every arm of a recipe with every seed; what they share runs once, one that fails leaves the others going."""
+    from qcft import api
+    from qcft.ablation.supervise import stop_with_parent, supervise
+    from qcft.cli.flags import parse_seeds, split
+    from qcft.errors import InputError
+    from qcft.recipe import chosen_arms, load_ablation, parse_assignments
+    from qcft.terminal import ablation_view, tables
+    from qcft.training.distributed.ranks import world
+
+    if world() > 1:
+        raise InputError("qcft ablate does not run under accelerate", "launch `qcft run` with it, one recipe at a time")
+    changes = parse_assignments(set_ or []) | ({"name": name} if name else {})
+    plain, every = load_ablation(recipe, changes)
+    chosen = chosen_arms(every, split(arms), parse_seeds(seeds))
+    if dry_run:
+        with watched(quiet) as watch:
+            plan = api.plan_ablation(chosen, runs, watch)
+        tables.print_json(plan) if json_ else ablation_view.print_plan(plan)
+        return
+    if not in_process and supervised is None and on is None:
+        raise typer.Exit(supervise(sys.argv[1:], runs))
+    with watched(quiet, ablation_view.ArmsReporter) as watch, stop_with_parent(watch, supervised is not None):
+        done = api.ablate_watched(plain, chosen, runs, watch, split(supervised), on)
+    outcome = api.ablation_outcome(done)
+    with watched(quiet) as watch:
+        page = api.report([done.name], runs, watch)
+    if json_:
+        tables.print_json(outcome)
+    else:
+        ablation_view.print_outcome(outcome)
+        tables.print_answer(page["question"], page["answer"])
+        tables.say(f"report: {page['page']}")
+    asked = {(one.arm, one.seed) for one in chosen}
+    raise typer.Exit(any(run["state"] == "failed" and (run["arm"], run["seed"]) in asked for run in outcome["runs"]))

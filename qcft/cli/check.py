@@ -1,0 +1,63 @@
+"""Commands for before anything runs: what a recipe would take, whether the machine can do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcft.cli.options import Json, Quiet, Runs, Set, app, watched
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    set_: Set = None,
+    vram: Annotated[
+        str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a GPU that is not here, e.g. 8GB.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time optimizer steps that are really taken.")] = False,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of each phase to print.")] = 2,
+    encoder: Annotated[
+        str | None,
+        typer.Option("--encoder", help="Folder or hub id of a sentence encoder, to compare the phases' data [LaBSE]."),
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what a recipe would take: memory by part, disk, time; how alike its phases are; rows as trained on."""
+    from qcft.check.recipe import check_recipe
+    from qcft.cli.flags import size_of
+    from qcft.recipe import load_recipe, parse_assignments
+    from qcft.terminal import check_view, tables
+    from qcft.terminal.check_view import check_lines
+
+    loaded, size = load_recipe(recipe, parse_assignments(set_ or [])), size_of(vram) if vram else None
+    with watched(quiet) as watch:
+        found = check_recipe(loaded, runs, watch, size, measure, rows, encoder)
+    if json_:
+        tables.print_json(found)
+    else:
+        check_view.print_check(found, check_lines(found))
+
+
+@app.command()
+def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
+    """Try what qcft rests on: packages, GPU, 4-bit products, disk, hub; exit code 1 when something needed is broken."""
+    from dataclasses import asdict
+
+    from qcft.check.doctor import examine
+    from qcft.terminal import tables
+
+    findings = examine(runs)
+    if json_:
+        tables.print_json([asdict(one) for one in findings])
+    else:
+        marks = ["ok" if one.ok else "BROKEN" if one.needed else "note" for one in findings]
+        rows = [[mark, one.name, one.found] for mark, one in zip(marks, findings, strict=True)]
+        tables.print_rows(["", "what", "found"], rows)
+        tables.print_lines([f"for the {one.name}: {one.mend}" for one in findings if not one.ok])
+    if any(one.needed and not one.ok for one in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,165 @@
+"""Commands for one stage at a time, or to look before running: replay, merge, export, dial, layers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qcft.cli.options import Freeze, Json, Quiet, Runs, Set, Stage, app, watched
+
+if TYPE_CHECKING:
+    from qcft.events import Watch
+
+
+class Base(StrEnum):
+    """What a merge goes onto."""
+
+    original = "original"
+    dequantised = "dequantised"
+
+
+class Dtype(StrEnum):
+    """Of merged weights."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
+def replay(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="Another share of the mix than the run's.")] = None,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print the first N rows.")] = 0,
+    left_out: Annotated[bool, typer.Option("--left-out", help="Print rows that were left out, and why.")] = False,
+    set_: Set = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run's replay rows; make them first, with what they rest on, where they are not made yet."""
+    from qcft import api
+    from qcft.cli.flags import replay_recipe
+    from qcft.cli.listings import replay_shown
+    from qcft.terminal import tables
+
+    recipe = replay_recipe(runs, run, ratio, set_ or [])
+    with watched(quiet) as watch:
+        done = api.replay_watched(recipe, runs, watch)
+    stages = {name: stage.folder for name, stage in done.stages.items()}
+    shown = replay_shown(done.name, stages, show or 5 * left_out, left_out)
+    if json_:
+        tables.print_json(shown)
+    else:
+        tables.print_replay(shown)
+
+
+@app.command()
+def merge(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    stage: Stage = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write [default: runs/RUN].")] = None,
+    base: Annotated[
+        Base, typer.Option("--base", help="Onto the 16-bit weights, or what 4 bits made of them (16-bit use only).")
+    ] = Base.original,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights [default: the base's].")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
+    from qcft import api
+
+    onto_4bit = base is Base.dequantised
+    _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, dequantised=onto_4bit, dtype=dtype), json_, quiet)
+
+
+@app.command()
+def export(
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    stage: Stage = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="One PEFT adapter for the model as it came.")
+    ] = False,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
+    from qcft import api
+
+    if adapter_only:
+        _deliver(lambda watch: api.export_adapter(run, to, runs, watch, phase=stage), json_, quiet)
+    else:
+        _deliver(lambda watch: api.merge(run, to, runs, watch, phase=stage), json_, quiet)
+
+
+@app.command()
+def dial(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.")] = "0:1:0.1",
+    stage: Stage = None,
+    method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
+    density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
+    merge_at: Annotated[float | None, typer.Option("--merge-at", help="Merge the phase at this scale.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder for the merged point.")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score English and the other languages at each scale of a phase's delta, without training."""
+    from qcft import api
+    from qcft.report.curve import curve_rows
+    from qcft.terminal import format, tables
+
+    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
+    with watched(quiet) as watch:
+        done = api.dial(run, scales, runs, watch, **how)
+    if json_:
+        tables.print_json(done)
+    else:
+        tables.print_rows(*curve_rows(done["points"]))
+        format.stderr().print(f"curve: {done['drawing']}", style="dim", soft_wrap=True)
+        if "merged" in done:
+            sys.stdout.write(f"{done['merged']['folder']}\n")
+
+
+@app.command()
+def layers(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model as phase 2 would start from.")
+    ],
+    freeze: Freeze = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The model this one was tuned from, for most-changed and least-changed."),
+    ] = None,
+    set_: Set = None,
+    snr: Annotated[bool, typer.Option(help="Measure the signal-to-noise ratios (minutes for a large model).")] = True,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """Show which layers a freeze spec leaves free, what phase 1 changed and their signal to noise. Trains nothing."""
+    from qcft.cli.listings import layers_table
+    from qcft.terminal import tables
+
+    with watched(False) as watch:
+        table = layers_table(target, runs, freeze, base, set_ or [], snr, watch)
+    tables.print_json(table) if json_ else tables.print_layers(table)
+
+
+def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
+    from qcft.terminal import tables
+
+    with watched(quiet) as watch:
+        done = work(watch)
+    if json_:
+        tables.print_json(done)
+    else:
+        sys.stdout.write(f"{done['folder']}\n")

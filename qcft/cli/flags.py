@@ -1,0 +1,197 @@
+"""From flags to recipes. Prints nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import InputError
+from qcft.recipe import Recipe, parse_assignments, recipe_from
+from qcft.store import NamedRun, list_runs, read_run
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
+LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
+
+
+def phase1_recipe(
+    run: str,
+    model: str | None,
+    data: list[str],
+    adapter: str | None,
+    take: int | None,
+    freeze: str | None,
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft phase1`. Raises InputError."""
+    if model is None:
+        raise InputError(
+            "phase1 needs a model", "add --model smollm2-135m-instruct, a hub id, a folder or a .gguf file"
+        )
+    if not data and adapter is None:
+        raise InputError("phase1 has no data", "add --data PATH, or --adapter PATH for an adapter you bring")
+    phase: dict[str, Any] = {"name": "phase1"}
+    if data:
+        phase["data"] = sources_of(data, take, default_lang="en")
+    if adapter is not None:
+        phase["adapter"] = adapter
+    if freeze is not None:
+        phase["freeze"] = freeze
+    raw = {"name": run, "model": {"name": model}, "phases": [phase]}
+    return recipe_from(raw, parse_assignments(assignments))
+
+
+def phase2_recipe(
+    runs: Path,
+    run: str | None,
+    model: str | None,
+    data: list[str],
+    replay: float | None,
+    freeze: str | None,
+    take: int | None,
+    name: str | None,
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's.
+
+    Raises InputError.
+    """
+    if model is not None:
+        existing = next((found.recipe() for found in list_runs(runs) if found.name == run), None)
+        if existing and (existing.model.name != model or existing.phases[0].name != "phase2"):
+            raise InputError(
+                f"run {run!r} has a phase 1 or another model ({existing.model.name})",
+                "leave --model out, or give a new name",
+            )
+        raw: dict[str, Any] = {"name": run or "phase2", "model": {"name": model}, "phases": []}
+    else:
+        found = read_run(runs, run) if run is not None else _latest_with_phase1(runs)
+        raw = found.recipe().model_dump(mode="json")
+        raw["name"] = found.name
+    phase = second_phase(raw, model is not None)
+    if data:
+        phase["data"] = sources_of(data, take, default_lang=None)
+    elif not phase["data"]:
+        raise InputError("phase2 has no data", "add --data LANG=PATH, for example --data es=data/es.jsonl")
+    elif take is not None:
+        phase["data"] = [{**source, "take": take} for source in phase["data"]]
+    if replay is not None:
+        phase["replay"] = {**(phase.get("replay") or {}), "ratio": replay}
+    if freeze is not None:
+        phase["freeze"] = freeze
+    if name is not None:
+        raw["name"] = name
+    return recipe_from(raw, parse_assignments(assignments))
+
+
+def eval_recipe(
+    runs: Path,
+    run: str | None,
+    chosen: dict[str, list[str] | None],
+    given: dict[str, int | None],
+    local: list[str],
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft eval`: a run's own, evaluated on what the flags say. `chosen` are lists (suites and tasks
+    replace the recipe's together), `given` numbers; what is None stays. Raises InputError."""
+    found = read_run(runs, run)
+    changes: dict[str, Any] = {
+        f"evaluate.{key}": value for key, value in {**chosen, **given}.items() if value is not None
+    }
+    if chosen["suites"] or chosen["tasks"]:
+        changes |= {f"evaluate.{key}": chosen[key] or [] for key in ("suites", "tasks")}
+        changes["evaluate.local"] = {}
+    for text in local:
+        task, equals, path = text.partition("=")
+        if not equals or not path:
+            raise InputError(f"--local {text!r} is not TASK=PATH", "for example --local xquad_es=xquad/es.jsonl")
+        changes["evaluate.local"] = {**changes.get("evaluate.local", {}), task: str(Path(path).absolute())}
+    raw = found.recipe().model_dump(mode="json") | {"name": found.name}
+    recipe = recipe_from(raw, changes | parse_assignments(assignments))
+    if not recipe.evaluate.asks_for_something:
+        raise InputError(
+            f"the recipe of {found.name!r} names nothing to evaluate on",
+            "add --suite english, --suite multilingual, or --task NAME (hellaswag, xquad_es, fidelity ...)",
+        )
+    return recipe
+
+
+def replay_recipe(runs: Path, run: str | None, ratio: float | None, assignments: list[str]) -> Recipe:
+    """The recipe of `qcft replay`: a run's own, or with another ratio or other keys. Raises InputError."""
+    found = read_run(runs, run)
+    recipe = found.recipe()
+    changes: dict[str, Any] = {} if ratio is None else {f"{recipe.phases[-1].name}.replay.ratio": ratio}
+    raw = recipe.model_dump(mode="json") | {"name": found.name}
+    if ratio is not None and len(recipe.phases) == 1 and recipe.phases[0].name == "phase1":
+        raise InputError(
+            f"the run {found.name!r} has no phase 2 to replay into", "give it data first: qcft phase2 --data LANG=PATH"
+        )
+    return recipe_from(raw, changes | parse_assignments(assignments))
+
+
+def text_files(given: list[str]) -> dict[str, Path]:
+    """Text files by language, from `[LANG=]FILE`. Raises InputError."""
+    files: dict[str, Path] = {}
+    for text in given:
+        match = LANG_PATH.fullmatch(text)
+        lang, path = (match[1], match[2]) if match else ("text", text)
+        if not Path(path).is_file():
+            raise InputError(f"--text: there is no file {path!r}", "give a text file, a sentence a line")
+        if lang in files:
+            raise InputError(f"--text names {lang} twice", "write LANG=FILE, one file for each language")
+        files[lang] = Path(path)
+    return files
+
+
+def size_of(text: str) -> int:
+    """Bytes of `8GB`, `7.5 GiB`, `8192M`, all by 1,024 as cards are sold. Raises InputError."""
+    match = SIZE.fullmatch(text.strip())
+    if not match or not float(match[1]):
+        unit = f", as {text.strip()}GB" if text.strip().isdecimal() else ""
+        raise InputError(f"--vram {text!r} is no size", f"give it with its unit{unit or ', as 8GB or 7.5GiB'}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper()))
+
+
+def split(text: str | None) -> list[str]:
+    """The words of a comma-separated list."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def parse_seeds(text: str | None) -> list[int]:
+    """The seeds of a comma-separated list. Raises InputError."""
+    for word in split(text):
+        if not word.isdigit():
+            raise InputError(f"--seeds: {word!r} is not a whole number", "for example --seeds 0,1")
+    return [int(word) for word in split(text)]
+
+
+def sources_of(data: list[str], take: int | None, default_lang: str | None) -> list[dict[str, Any]]:
+    """The raw sources of `[LANG=]PATH` flags."""
+    sources = []
+    for given in data:
+        match = LANG_PATH.fullmatch(given)
+        lang, path = (match[1], match[2]) if match else (default_lang, given)
+        # Absolute, so that the run can be gone on with from another folder.
+        path = str(Path(path).absolute()) if Path(path).exists() else path
+        sources.append({"path": path, "lang": lang, "take": take})
+    return sources
+
+
+def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:
+    """The second phase of a raw recipe, added when it is not there; `only` when there is no first."""
+    phases: list[dict[str, Any]] = raw["phases"]
+    single_second = len(phases) == 1 and phases[0]["name"] == "phase2"
+    position = 0 if only or single_second else 1
+    if len(phases) <= position:
+        phases.append({"name": "phase2", "data": []})
+    return phases[position]
+
+
+def _latest_with_phase1(runs: Path) -> NamedRun:
+    for run in list_runs(runs):
+        if "phase1" in run.stages or len(run.recipe().phases) > 1:
+            return run
+    raise InputError(
+        f"there is no run with a phase 1 in {str(runs)!r}",
+        "start with `qcft phase1 NAME --model M --data D`, or `qcft phase2 NAME --model M --data LANG=PATH`",
+    )

@@ -1,0 +1,76 @@
+"""Commands that compare: two data sets, two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcft.cli.options import Json, Quiet, Runs, app, watched
+
+
+@app.command()
+def similarity(
+    a: Annotated[str, typer.Argument(help="[LANG=]PATH,..., RUN:PHASE, or a run: its last two phases.")],
+    b: Annotated[str | None, typer.Argument(help="The other data set.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="Hub id or folder of a sentence encoder [default: LaBSE].")
+    ] = None,
+    take: Annotated[int | None, typer.Option("--take", min=1, help="Rows of each source, the first ones.")] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", help="Column of text to compare, for records of no known format.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how alike the instructions of two data sets are (DES), and say what that implies for phase 2."""
+    from qcft.cli.listings import similarity_table
+    from qcft.report.similarity_section import similarity_rows
+    from qcft.terminal import tables
+
+    with watched(quiet) as watch:
+        found = similarity_table(a, b, runs, encoder, take, column, watch)
+    if json_:
+        tables.print_json(found)
+    else:
+        tables.print_rows(*similarity_rows(found))
+        tables.print_lines(found["says"])
+
+
+@app.command()
+def drift(
+    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="base, a phase or a merge [default: what the phase began with]."),
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="[default: the last phase]")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="RUN", help="Compare with another run's last phase, or --from.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each language.")] = 16,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="[LANG=]FILE", help="Lines of a file instead of held-out rows. Repeatable."),
+    ] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show how far a phase moved the model, layer by layer: its weights (MPD) and what it makes of the same text."""
+    from qcft import api
+    from qcft.cli.flags import text_files
+    from qcft.report.drift_section import NOTE, drift_rows, drift_says
+    from qcft.terminal import format, tables
+
+    files = text_files(text or [])
+    with watched(quiet) as watch:
+        found = api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=files)
+    if json_:
+        tables.print_json(found)
+    else:
+        tables.print_rows(*drift_rows(found))
+        tables.print_lines([*drift_says(found), NOTE])
+        format.stderr().print(f"drawing: {found['drawing']}", style="dim", soft_wrap=True)

@@ -1,0 +1,177 @@
+"""What commands list: runs, recipes, steps, layers, how alike data sets are. Prints nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qcft.cli.flags import second_phase, sources_of
+from qcft.errors import InputError, nearest
+from qcft.events import Watch
+from qcft.files import read_json
+from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.store import Store, list_runs, read_run
+from qcft.store.ablations import run_states
+
+
+def layers_table(
+    target: str, runs: Path, freeze: str | None, base: str | None, assignments: list[str], snr: bool, watch: Watch
+) -> dict[str, Any]:
+    """What `qcft layers` shows: a run's last phase, or a model's only one, layer by layer. Raises InputError."""
+    from qcft.inspect.layers import describe_layers, weights_of
+
+    run = next((found for found in list_runs(runs) if found.name == target), None)
+    if run is not None:
+        raw = run.recipe().model_dump(mode="json")
+    else:
+        raw = {"name": "layers", "model": {"name": target}, "phases": []}
+    phase = second_phase(raw, run is None)
+    if not phase.get("data") and not phase.get("adapter"):
+        phase["data"] = ["qcft:instructions/en"]  # stands for data that isn't known yet
+    if freeze is not None:
+        phase["freeze"] = freeze
+    if base is not None:
+        raw["model"]["base"] = base
+    try:
+        recipe = recipe_from(raw, parse_assignments(assignments))
+        weights = weights_of(recipe, run, Store(runs), watch)
+    except InputError as error:
+        names = [found.name for found in list_runs(runs)]
+        if run is None and error.message.startswith("model:") and names:
+            raise InputError(error.message, nearest(target, names) + f"or a run: {', '.join(names[:8])}") from None
+        raise
+    return describe_layers(recipe, weights, snr, watch)
+
+
+def replay_shown(run: str, stages: dict[str, Path], show: int, left_out: bool) -> dict[str, Any]:
+    """A run's last replay: what it is made of, and the first `show` of its rows, or of those left out."""
+    stage = [stage for stage in stages if stage == "replay" or stage.startswith("replay-")][-1]
+    file = stages[stage] / ("left_out.jsonl" if left_out else "replay.jsonl")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {
+        "run": run,
+        "stage": stage,
+        "file": str(file),
+        **(read_json(stages[stage] / "done.json") or {})["metrics"],
+        "samples": [json.loads(line) for line in lines[:show]],
+    }
+
+
+def similarity_table(
+    a: str, b: str | None, runs: Path, encoder: str | None, take: int | None, column: str | None, watch: Watch
+) -> dict[str, Any]:
+    """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named.
+
+    Two phases of one run are also kept beside its report. Raises InputError.
+    """
+    from qcft.api import keep_similarity
+    from qcft.measure.similarity import Side, measure_similarity
+    from qcft.models.encoders import LABSE
+
+    if b is None:
+        phases = [phase.name for phase in read_run(runs, a).recipe().phases]
+        if len(phases) < 2:
+            raise InputError(f"the run {a!r} has one phase, {phases[0]}", "name another data set, or phase, as B")
+        a, b = (f"{a}:{phase}" for phase in phases[-2:])
+    sides = []
+    for text in (a, b):
+        sources = _phase_sources(text, runs)
+        if sources is None:
+            sources = [one for raw in sources_of(text.split(","), None, None) for one in Source(**raw).expanded()]
+        limited = (one.model_copy(update={"take": take}) if take else one for one in sources)
+        sides.append(Side(text, tuple(limited), column))
+    found = measure_similarity(sides[0], sides[1], LABSE if encoder is None else encoder, watch)
+    names = [text.rpartition(":")[0] for text in (a, b)]
+    if names[0] == names[1] and (runs / names[0] / "run.json").is_file() and _phase_sources(a, runs):
+        keep_similarity(names[0], found, runs)
+    return found
+
+
+def recipes_listed() -> list[dict[str, str]]:
+    """Built-in recipes with the comment that heads them."""
+    listed = []
+    for name, path in built_in_recipes().items():
+        comment = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            comment.append(line.lstrip("# ").strip())
+        listed.append({"name": name, "about": " ".join(comment)})
+    return listed
+
+
+def recipe_text(name: str) -> str:
+    """A built-in recipe as it is written. Raises InputError."""
+    known = built_in_recipes()
+    if name not in known:
+        raise InputError(
+            f"there is no built-in recipe {name!r}", nearest(name, list(known)) + f"there is {', '.join(known)}"
+        )
+    return known[name].read_text(encoding="utf-8")
+
+
+def runs_listed(runs: Path) -> list[dict[str, str]]:
+    """Runs with their model, phases, how many of their steps are done, and whether they are done."""
+    listed = []
+    store, in_ablations = Store(runs), run_states(runs)
+    for run in list_runs(runs):
+        try:
+            recipe = run.recipe()
+            model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
+        except InputError as error:  # one that cannot be read does not hide the others
+            model, phases = "?", error.message
+        todo = [step for step in run.stages.values() if store.state(step) != "done"]
+        alone = "done" if not todo else "running" if any(map(store.is_claimed, todo)) else "to do"
+        listed.append(
+            {
+                "run": run.name,
+                "model": model,
+                "phases": phases,
+                "steps done": f"{len(run.stages) - len(todo)} of {len(run.stages)}",
+                "state": in_ablations.get(run.name, alone),
+            }
+        )
+    return listed
+
+
+def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]]:
+    """The steps a recipe comes to, and the state of each."""
+    from qcft.runner.recipe import plan_recipe
+
+    plan, states = plan_recipe(recipe, runs, watch)
+    return [
+        {
+            "id": step.id,
+            "stage": step.stage,
+            "title": step.title,
+            "state": states[step.id],
+            "seconds": (read_json(runs / ".steps" / step.id / "done.json") or {}).get("seconds"),
+        }
+        for step in plan.steps
+    ]
+
+
+def _phase_sources(text: str, runs: Path) -> list[Source] | None:
+    """The sources of `RUN:PHASE` or `RECIPE:PHASE`; None where the text is no such thing."""
+    name, colon, phase_name = text.rpartition(":")
+    if not colon or text.startswith(SHIPPED) or Path(text).exists():
+        return None
+    if (runs / name / "run.json").is_file():
+        recipe = read_run(runs, name).recipe()
+    elif Path(name).is_file() or name in built_in_recipes():
+        recipe = load_recipe(name)
+    else:
+        raise InputError(f"{name!r} is no run in {str(runs)!r} and no recipe", "write RUN:PHASE, or the path of data")
+    names = [phase.name for phase in recipe.phases]
+    if phase_name not in names:
+        raise InputError(
+            f"{name} has no phase {phase_name!r}", nearest(phase_name, names) + f"it has {', '.join(names)}"
+        )
+    phase = recipe.phase(phase_name)
+    if phase.adapter:
+        raise InputError(f"{text} is an adapter made elsewhere, whose data is not known", "name its data set instead")
+    return phase.sources()
+
+
+SHIPPED = "qcft:"

@@ -1,0 +1,1 @@
+"""A look at a run's models: their layers, and how far apart two of them are."""

@@ -1,0 +1,230 @@
+"""How far two models of one base are apart: their parameters (MPD), and what they make of the same text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError
+from qcft.events import StepBegun, StepEnded, Watch
+from qcft.files import read_json, write_json
+from qcft.inspect.mpd import parameter_difference
+from qcft.inspect.versions import (
+    Version,
+    check_base,
+    is_plain,
+    start_of,
+    version_of,
+    weights_folder_of,
+)
+from qcft.layers import decoder_layers
+from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts
+from qcft.models.adapters import load_stack
+from qcft.models.load import free_memory, load_model, peak_memory, quiet_libraries
+from qcft.models.switch import Stacks
+from qcft.prepare.prepared import Prepared
+from qcft.replay.pools import ENGLISH
+from qcft.runner.libraries import set_environment
+from qcft.steps.step import Step
+from qcft.store import NamedRun, Store, read_run
+from qcft.store.runs import add_stage, link_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TEXT_TOKENS = 512  # of a line of a text file that are looked at
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is compared: stages of a run (`base`, a phase, a merge), against another run's where one is named, on how
+    many held-out rows of each language, or on the lines of text files by language."""
+
+    run: str | None = None
+    since: str | None = None
+    to: str | None = None
+    against: str | None = None
+    rows: int = 16
+    texts: Mapping[str, Path] | None = None
+
+
+def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, dict[str, Any]]:
+    """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content.
+
+    Raises InputError before any model is loaded when the two can't be compared.
+    """
+    set_environment()
+    quiet_libraries()
+    store, named = Store(runs), read_run(runs, asked.run)
+    recipe = named.recipe()
+    last = recipe.phases[-1].name
+    to = version_of(named, asked.to or last, store)
+    if asked.against is not None:
+        other = read_run(runs, asked.against)
+        since = version_of(other, asked.since or other.recipe().phases[-1].name, store)
+        since = replace(since, name=f"{other.name}.{since.name}")
+        check_base(named, other, store)
+    else:
+        since = version_of(named, asked.since, store) if asked.since else start_of(named, to, store)
+    if (since.weights, since.stack) == (to.weights, to.stack):
+        raise InputError(f"drift: {since.name} and {to.name} are the same model", "name another with --from or --to")
+    prepared = Prepared(recipe, watch)
+    texts = _file_texts(asked.texts, prepared) if asked.texts else _held_out_texts(prepared, asked.rows)
+    step = _step(since, to, texts, prepared)
+    record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
+    add_stage(named, step.stage, step.id)
+    link_stage(named, step.stage, store.folder(record["step"]))
+    return named, step.stage, dict(read_json(store.folder(step.id) / "drift.json"))
+
+
+def _held_out_texts(prepared: Prepared, rows: int) -> dict[str, list[list[int]]]:
+    """Held-out rows of each language, English first; where several phases have some, the earliest one's."""
+    texts: dict[str, list[list[int]]] = {}
+    for group in sorted(prepared.groups, key=lambda group: group.lang != ENGLISH):
+        if group.lang not in texts:
+            texts[group.lang] = [row.input_ids for row in prepared.held_out(group).encoded[:rows]]
+    return texts
+
+
+def _file_texts(files: Mapping[str, Path], prepared: Prepared) -> dict[str, list[list[int]]]:
+    """The lines of text files, without a chat template. Raises InputError."""
+    texts = {}
+    for lang, path in files.items():
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"drift: {str(path)!r} cannot be read as text: {error}", "give a UTF-8 file") from None
+        encoded = [list(prepared.tokenizer(line)["input_ids"])[:TEXT_TOKENS] for line in lines if line]
+        texts[lang] = [ids for ids in encoded if len(ids) > 2]
+        if not texts[lang]:
+            raise InputError(f"drift: {str(path)!r} has no line of text", "give a file with a sentence a line")
+    return texts
+
+
+def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int]]], prepared: Prepared) -> Step:
+    recipe = prepared.recipe
+    settings = {
+        "model": prepared.model.digest,
+        "quantize": recipe.model.quantize,
+        "attn_implementation": recipe.model.attn_implementation,
+        "from": {"weights": since.weights, "stack": list(since.stack)},
+        "to": {"weights": to.weights, "stack": list(to.stack)},
+        "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+    }
+    title = f"drift from {since.name} to {to.name}"
+    parents = tuple(dict.fromkeys((*since.steps, *to.steps)))
+    return Step("drift", f"drift/{since.name}-{to.name}", title, None, None, None, settings, parents)
+
+
+def _do(
+    step: Step,
+    since: Version,
+    to: Version,
+    texts: Mapping[str, Sequence[Sequence[int]]],
+    prepared: Prepared,
+    store: Store,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Measure under the step's lock; languages that a killed process has measured are kept."""
+    before = store.state(step.id)
+    with store.claim(step.id, step.inputs(), watch) as folder:
+        if record := store.done(step.id):
+            return record
+        watch.tell(StepBegun(step.id, step.title, 1, 1, "resumed" if before == "partial" else "new"))
+        begun = time.monotonic()
+        moved = parameter_difference(since, to, prepared, store, watch)
+        shifts = _shifts(since, to, texts, prepared, store, folder, watch)
+        trained = store.record(to.trained) if to.trained else None
+        frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
+        document = {
+            "from": since.name,
+            "to": to.name,
+            "text": {
+                lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in texts.items()
+            },
+            "parameters": {key: value for key, value in moved.items() if key != "layers"},
+            "layers": [
+                {
+                    "layer": number,
+                    "frozen": number in frozen,
+                    **moved["layers"][number],
+                    "languages": {lang: asdict(each[number]) for lang, each in shifts.items()},
+                }
+                for number in range(len(moved["layers"]))
+            ],
+        }
+        write_json(folder / "drift.json", document)
+        kind, peak = peak_memory()
+        metrics = {"from": since.name, "to": to.name, "mpd": moved["mpd"], f"peak_{kind}_bytes": peak}
+        record = store.finish(step.id, metrics, time.monotonic() - begun)
+    watch.tell(StepEnded(step.id, step.title, record["seconds"]))
+    return record
+
+
+def _shifts(
+    since: Version,
+    to: Version,
+    texts: Mapping[str, Sequence[Sequence[int]]],
+    prepared: Prepared,
+    store: Store,
+    folder: Path,
+    watch: Watch,
+) -> dict[str, list[Shift]]:
+    """How each layer's states shift, by language; both models see the same tokens at once."""
+    files = {lang: folder / f"shifts-{number}.json" for number, lang in enumerate(texts)}
+    missing = [lang for lang, file in files.items() if not file.is_file()]
+    if missing:
+        path, layers = decoder_layers(prepared.meta_model)
+        config: Any = prepared.meta_model.config
+        width = int(config.get_text_config().hidden_size)
+        first, second = (_states(model, path) for model in _load_both(since, to, prepared, store))
+        for lang in missing:
+            label = f"drift of the layers' states: {lang}"
+            shifts = layer_shifts(first, second, texts[lang], layers, width, watch, label)
+            write_json(files[lang], [asdict(shift) for shift in shifts])
+        del first, second
+        free_memory()
+    return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}
+
+
+Live = Callable[[], "AbstractContextManager[PreTrainedModel]"]  # gives the model with its adapters live
+
+
+def _load_both(since: Version, to: Version, prepared: Prepared, store: Store) -> list[Live]:
+    """Both models: one load with adapters switched where they share weights, else both in memory."""
+    stacks = [[store.folder(step) / "adapter" for step in version.stack] for version in (since, to)]
+    folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
+    model = prepared.recipe.model
+    if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):
+        both = Stacks(load_model(folders[0], model), stacks)
+        return [_switched(both, stack) for stack in stacks]
+    loaded: list[Live] = []
+    for folder, stack in zip(folders, stacks, strict=True):
+        one = load_model(folder, model)
+        loaded.append(_always(load_stack(one, stack) if stack else one))
+    return loaded
+
+
+def _switched(both: Stacks, stack: Sequence[Path]) -> Live:
+    return lambda: both.live(stack)
+
+
+def _always(model: Any) -> Live:
+    return lambda: nullcontext(model)
+
+
+def _states(live: Live, path: str) -> States:
+    """Rows to states of a model's layers."""
+
+    def states(row: Sequence[int], layers: Sequence[int]) -> list[Any]:
+        with live() as model:
+            inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+            return layer_outputs(inner, path, row, layers)
+
+    return states

@@ -1,0 +1,121 @@
+"""What freezing goes by: change in phase 1 and signal to noise, module by module; and the table of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.layers import LinearModule, adapted_modules, decoder_layers, linear_modules, lowest_adapted
+from qcft.layers.change import change_since, summed_changes
+from qcft.layers.snr import snr_of
+from qcft.models.load import quiet_libraries
+from qcft.models.meta import model_without_weights
+from qcft.models.sources import resolve, weights_folder
+from qcft.recipe import Model, Recipe, parse_freeze
+from qcft.store import NamedRun, Store
+from qcft.store.steps import model_digest
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights a phase would start from, what they are called, and the adapters of the phases before it."""
+
+    folder: Path
+    digest: str
+    name: str
+    adapters: tuple[Path, ...] = ()
+
+
+def weights_of(recipe: Recipe, run: NamedRun | None, store: Store, watch: Watch) -> Weights:
+    """What the recipe's last phase starts from, as far as the run is done: its merge, or the model as it came."""
+    quiet_libraries()
+    source = resolve(recipe.model)
+    model = Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name} as it came")
+    if run is None:
+        return model
+    earlier = [phase.name for phase in recipe.phases[:-1]]
+    done = [run.stages[name] for name in earlier if store.record(run.stages.get(name, ""))]
+    adapters = tuple(store.folder(step) / "adapter" for step in done)
+    merges = [step for stage, step in run.stages.items() if stage.split("-")[0] == "merged" and store.record(step)]
+    if recipe.phases[-1].start == "merged" and merges:
+        merged = merges[-1]
+        return Weights(store.folder(merged) / "model", model_digest(store, merged), f"{run.name}, merged", adapters)
+    return Weights(model.folder, model.digest, model.name, adapters)
+
+
+def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Watch) -> dict[str, Any]:
+    """The last phase's layers as plain data: adapters, trainable parameters, change in phase 1, signal to noise.
+
+    Measures the signal-to-noise ratio only when asked, or when the freeze spec goes by it. Raises InputError.
+    """
+    phase = recipe.phases[-1]
+    spec = parse_freeze(phase.freeze)
+    model = model_without_weights(weights.folder, recipe.model)
+    targets = recipe.lora.targets
+    adapted_modules(model, targets, phase.freeze, recipe.seed)  # a spec that doesn't fit is told before measuring
+    change = None
+    if weights.adapters:
+        change = summed_changes(weights.adapters)
+    elif recipe.model.base and len(recipe.phases) == 1:
+        base = weights_folder(resolve(Model(name=recipe.model.base)), watch)
+        change = change_since(base, weights.folder, model, watch)
+    if spec.measure == "change" and change is None:
+        raise InputError(
+            f"freeze: {spec.text!r} goes by what phase 1 changed, but no phase 1 is done in this run", "run it first"
+        )
+    snr = snr_of(weights.folder, weights.digest, model, watch) if with_snr or spec.measure == "snr" else None
+    measured = snr if spec.measure == "snr" else change
+    chosen = set(adapted_modules(model, targets, phase.freeze, recipe.seed, measured))
+    modules = linear_modules(model)
+    layers = [
+        _layer(i, [m for m in modules if m.layer == i], chosen, recipe.lora.r, change, snr)
+        for i in range(decoder_layers(model)[1])
+    ]
+    return {
+        "weights": weights.name,
+        "phase": phase.name,
+        "freeze": phase.freeze,
+        "targets": targets,
+        "rank": recipe.lora.r,
+        "adapted_modules": len(chosen),
+        "linear_modules": len(modules),
+        "trainable_parameters": sum(layer["trainable_parameters"] for layer in layers),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "frozen_below": lowest_adapted(model, sorted(chosen)),
+        "layers": layers,
+    }
+
+
+def _layer(
+    number: int,
+    modules: list[LinearModule],
+    adapted: set[str],
+    rank: int,
+    change: Mapping[str, float] | None,
+    snr: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    names = [module.name for module in modules]
+    return {
+        "layer": number,
+        "adapted": [module.type for module in modules if module.name in adapted],
+        "trainable_parameters": sum(rank * sum(module.shape) for module in modules if module.name in adapted),
+        "change": None if change is None else sum(change.get(name, 0.0) for name in names),
+        "snr": None if snr is None else sum(snr[name] for name in names) / len(names),
+        "modules": [
+            {
+                "module": module.type,
+                "shape": list(module.shape),
+                "adapter": module.name in adapted,
+                "change": None if change is None else change.get(module.name, 0.0),
+                "snr": None if snr is None else snr[module.name],
+            }
+            for module in modules
+        ],
+    }

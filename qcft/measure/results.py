@@ -1,0 +1,28 @@
+"""A run as far as it is done: its stages and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qcft.measure.ability_table import abilities_table, continual_nll
+from qcft.measure.forgetting import forgetting_table
+from qcft.recipe import Recipe
+from qcft.store import NamedRun, Store
+from qcft.store.results import Run, Stage
+
+
+def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
+    """A run's stages and table, from its done steps."""
+    done = {}
+    for stage, step in stages.items():
+        record = store.record(step)
+        if record is not None:
+            done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
+    folders = {name: stage.folder for name, stage in done.items()}
+    table = forgetting_table(recipe, folders)
+    names = {s["stage"].removeprefix("eval/"): (s["name"], s["precision"]) for s in table["stages"]}
+    table |= {
+        "continual": continual_nll(recipe, table),
+        "abilities": abilities_table(recipe, folders, names),
+    }
+    return Run(run.name, run.folder, done, table)

@@ -1,0 +1,118 @@
+"""What can be checked before weights are loaded: data, lengths, layers, adapters, tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from qcft.errors import InputError, QcftError
+from qcft.files import read_json
+from qcft.measure.alpaca import alpaca_prompts
+from qcft.models.adapter_config import CONFIG
+from qcft.models.deltas import check_biases, check_factors, check_shape, check_stack, read_adapter
+from qcft.models.merge import MARK
+from qcft.models.tensors import weight_names
+from qcft.prepare.prepared import Prepared
+from qcft.recipe import ALPACA_EVAL, Phase, parse_freeze
+from qcft.replay.rows import check_replay
+
+MOST_ROWS = 10**8  # of all epochs: a consumer's card is at it for years
+
+
+def check_prepared(prepared: Prepared, weights: bool = True) -> None:
+    """Check what needs the model's config and tokenizer; with `weights`, also the names of the weights that are
+    then fetched, but none are loaded. Raises InputError."""
+    from qcft.training.settings import check_settings
+
+    folder = prepared.folder if weights else prepared.described
+    mark = read_json(folder / MARK) or {}
+    if mark.get("merged_onto") == "dequantised" and prepared.recipe.model.quantize != "none":
+        raise InputError(
+            f"model: {prepared.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
+            "in 4 bits again it loses what was learned",
+            "merge it without --base dequantised, or --set model.quantize=none",
+        )
+    for group in prepared.groups:
+        prepared.held_out(group)
+    for phase in prepared.recipe.phases:
+        if phase.adapter:
+            _check_adapter(prepared, Path(os.path.expanduser(phase.adapter)))
+            continue
+        _check_layers(prepared, phase, weights)
+        check_settings(phase.train)
+        new = prepared.encoded(phase)
+        _check_length(phase, sum(len(one.rows) for one in new))
+        if phase.replay and phase.replay.ratio > 0:
+            check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
+
+
+def check_tasks(prepared: Prepared, tasks: Iterable[str]) -> None:
+    """Check that what stages are evaluated on can be had: data, columns, packages. Raises InputError."""
+    for task in tasks:
+        assert prepared.catalog is not None
+        prepared.catalog.check(task)
+        if task == ALPACA_EVAL:
+            alpaca_prompts(prepared.recipe.evaluate.local.get(ALPACA_EVAL))
+
+
+def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
+    """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
+    from qcft.layers import adapted_modules, linear_modules
+
+    modules = adapted_modules(prepared.meta_model, prepared.recipe.lora.targets, phase.freeze, prepared.recipe.seed)
+    full = max(min(module.shape) for module in linear_modules(prepared.meta_model, prepared.recipe.lora.targets))
+    if prepared.recipe.lora.r > full:
+        raise InputError(
+            f"recipe: lora.r: {prepared.recipe.lora.r} is more than the rank that any change of this model can have",
+            f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
+        )
+    if not weights or phase.name == prepared.recipe.phases[-1].name:
+        return
+    missing = {f"{name}.weight" for name in modules} - weight_names(prepared.folder)
+    if missing:
+        raise InputError(
+            f"model: {prepared.recipe.model.name!r} stores its weights under other names than {min(missing)}",
+            f"{phase.name} could not be merged onto them: load it with transformers and save it again",
+        )
+
+
+def _check_adapter(prepared: Prepared, folder: Path) -> None:
+    """Check that an adapter made elsewhere fits the model."""
+    weights = {name: tuple(weight.shape) for name, weight in prepared.meta_model.state_dict().items()}
+    hint = f"it was made for another model than {prepared.recipe.model.name!r}"
+    adapter = read_adapter(folder)
+    if any(phase.start == "stacked" for phase in prepared.recipe.phases[1:]):
+        check_stack([adapter, adapter])
+    if any(parse_freeze(phase.freeze).measure == "change" for phase in prepared.recipe.phases[1:]):
+        check_factors(adapter)
+    check_biases(adapter, weights)
+    for name, change in adapter.changes.items():
+        if name not in weights:
+            raise InputError(f"adapter: {str(folder)!r} changes {name}, which the model lacks", hint)
+        try:
+            check_shape(name, change, weights[name], adapter.transposed)
+        except QcftError as error:
+            raise InputError(f"adapter: {str(folder)!r}: {error.message}", hint) from None
+    said = str((read_json(folder / CONFIG) or {}).get("base_model_name_or_path") or "")
+    if said and _last(said) not in {_last(prepared.recipe.model.name), _last(str(prepared.described))}:
+        prepared.watch.note(
+            f"the adapter {str(folder)!r} says it is of {said!r}, not {prepared.recipe.model.name!r}", "warning"
+        )
+
+
+def _last(model: str) -> str:
+    """A model's name without owner or folders, which are others elsewhere."""
+    return Path(model).name.lower()
+
+
+def _check_length(phase: Phase, rows: int) -> None:
+    """Refuse what no machine gets through, and memory cannot even lay out."""
+    train = phase.train
+    total = train.steps * train.batch if train.steps else train.epochs * rows
+    if total > MOST_ROWS:
+        key = "steps" if train.steps else "epochs"
+        raise InputError(
+            f"recipe: {phase.name}.train.{key}: {getattr(train, key):g} come to {total:.2g} rows to train on",
+            f"{MOST_ROWS:,} are the most that qcft lays out",
+        )

@@ -1,0 +1,328 @@
+"""Making a phase's replay rows: so many of each kind, drawn from its pool, exact in rows or in answer tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from qcft.data.encode import EncodedSet, Encoder
+from qcft.data.filters import AnswerFilter, known_languages
+from qcft.data.mix import repeated, replay_amount, split_amount, take_amount
+from qcft.data.rows import Message, Row
+from qcft.errors import InputError, QcftError, nearest
+from qcft.events import Watch
+from qcft.files import write_text
+from qcft.recipe import Phase, Replay
+from qcft.replay.generation import Generated, Generation
+from qcft.replay.pools import Pool
+
+FILE, LEFT_OUT = "replay.jsonl", "left_out.jsonl"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row that can be replayed, the tokens of it that bear loss, and where it is from."""
+
+    row: Row
+    answer_tokens: int
+    provenance: dict[str, Any]
+
+
+@dataclass
+class Drawing:
+    """Drawing from one pool: what was left out, by reason and row by row."""
+
+    pool: Pool
+    encoder: Encoder
+    seen: set[str]  # of all pools of the phase, so that no row comes from two
+    left_out: Counter[str] = field(default_factory=Counter)
+    aside: list[dict[str, Any]] = field(default_factory=list)
+
+    def rows(self) -> Iterator[Candidate]:
+        """The pool's rows as they are."""
+        for row in self.pool.rows:
+            encoded = self.encoder.encode(row)
+            identity = f"{row.prompt_digest} {[m.content for m in row.completion]}"
+            if isinstance(encoded, str):
+                self.leave(row, encoded)
+            elif identity in self.seen:
+                self.leave(row, "drawn as another kind")
+            else:
+                self.seen.add(identity)
+                yield Candidate(row, encoded.answer_tokens, self.kind() | {"prompt": _short(row)})
+
+    def answers(self, generated: Iterator[Generated], replay: Replay, model: str, pool_id: str) -> Iterator[Candidate]:
+        """The answers that pass the filters."""
+        filters = replay.filters
+        if self.pool.language is not None and filters.language is not None:
+            language = self.pool.language.split("-")[0]
+            filters = filters.model_copy(update={"language": language if language in known_languages() else None})
+        keep = AnswerFilter(filters)
+        settings = {key: getattr(replay, key) for key in ("max_new_tokens", "temperature", "top_p")}
+        for answer in generated:
+            if answer.skipped is not None:
+                self.leave(answer.row, answer.skipped)
+                continue
+            row = Row(answer.row.prompt, (Message("assistant", answer.text),), answer.row.id)
+            reason = keep.reason(answer.text, answer.finished)
+            encoded = self.encoder.encode(row) if reason is None else reason
+            if isinstance(encoded, str):
+                self.leave(row, encoded)
+                continue
+            provenance = {
+                **self.kind(),
+                "prompt": _short(row),
+                "model": model,
+                "pool": pool_id,
+                "chunk": answer.chunk,
+                "seed": answer.seed,
+                **settings,
+            }
+            yield Candidate(row, encoded.answer_tokens, provenance)
+
+    def leave(self, row: Row, reason: str) -> None:
+        """Count a row that is left out, and keep it."""
+        self.left_out[reason] += 1
+        self.aside.append(row.as_dict() | {"reason": reason, "provenance": self.kind()})
+
+    def kind(self) -> dict[str, Any]:
+        """The kind of the rows, and the earlier phase they are of where one is named."""
+        part = self.pool.part
+        return {"kind": part.kind, **({"phase": part.phase} if part.phase else {})}
+
+
+def weigher(replay: Replay) -> Callable[[Candidate], int]:
+    """What a row counts for in the replay's unit."""
+    return (lambda candidate: 1) if replay.unit == "rows" else (lambda candidate: candidate.answer_tokens)
+
+
+def wanted(replay: Replay, new: Sequence[EncodedSet]) -> list[Fraction]:
+    """How much replay of each kind makes up the ratio beside the new rows, in the replay's unit."""
+    amount = replay_amount(_new(replay, new), replay.ratio)
+    return split_amount(amount, [part.weight for part in replay.parts()])
+
+
+def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet], encoder: Encoder) -> None:
+    """Check before any weights are loaded that the pools can be large enough. Raises InputError."""
+    replay = phase.replay
+    assert replay is not None
+    language = replay.filters.language
+    generative = any(part.kind == "generative" for part in replay.parts())
+    if generative and language is not None and language.split("-")[0] not in known_languages():
+        raise InputError(
+            f"{phase.name}.replay.filters.language: {language!r} is no language that can be told",
+            nearest(language, sorted(known_languages())) + "give a code such as en, or null to keep every language",
+        )
+    weigh, seen = weigher(replay), set[str]()
+    for pool, amount in zip(pools, wanted(replay, new), strict=True):
+        drawing = Drawing(pool, encoder, seen)
+        if pool.part.kind == "generative":
+            have, missing = _askable(drawing, amount, replay)
+        else:
+            rows, missing = take_amount(drawing.rows(), amount, weigh)
+            have = sum(map(weigh, rows))
+            if len(pools) > 1 and missing <= max(map(weigh, rows), default=0):
+                missing = Fraction(0)  # what the other kinds are rounded by may make up for it
+        if not have and amount > 0:
+            raise InputError(
+                f"replay: none of the {len(pool.rows)} rows can be used ({pool.reason}): {_counts(drawing.left_out)}",
+                f"raise {phase.name}.train.max_length, or name others in {phase.name}.replay.data",
+            )
+        if missing and replay.on_shortfall == "error":
+            raise InputError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
+
+
+def make_replay(
+    phase: Phase,
+    pools: Sequence[Pool],
+    new: Sequence[EncodedSet],
+    encoder: Encoder,
+    generations: Sequence[tuple[Generation, str, str] | None],
+    folder: Path,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Draw the replay rows into `folder/replay.jsonl`, and those left out into `left_out.jsonl`; their metrics.
+
+    `generations` has, for each kind that is generated, where its answers come from, the model that gives them
+    and the pool's id. Raises QcftError when rows are missing that were to be there.
+    """
+    replay = phase.replay
+    assert replay is not None
+    weigh, seen, carry = weigher(replay), set[str](), Fraction(0)
+    chosen: list[Candidate] = []
+    aside: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
+    for pool, share, generation in zip(pools, wanted(replay, new), generations, strict=True):
+        amount = share + carry  # the parts' roundings do not add up
+        drawing = Drawing(pool, encoder, seen)
+        if generation:
+            teller = _Teller(generation[0], drawing, amount, replay, watch)
+            candidates = teller.heard(drawing.answers(generation[0].draw(teller.pace), replay, *generation[1:]), weigh)
+        else:
+            candidates = drawing.rows()
+        rows, missing = take_amount(candidates, amount, weigh)
+        again = repeated(rows, missing, weigh) if replay.on_shortfall == "repeat" else []
+        have = sum(map(weigh, rows))
+        if missing and (replay.on_shortfall == "error" or not rows):
+            raise QcftError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
+        if missing:
+            what = f"{len(again)} rows come again" if again else "the share is smaller"
+            watch.note(
+                f"replay: {_number(missing, replay)} {_unit(replay)} are missing ({pool.reason}): {what}", "warning"
+            )
+        carry = (
+            amount - have - sum(map(weigh, again)) if replay.on_shortfall != "shrink" or not missing else Fraction(0)
+        )
+        chosen += rows + again
+        aside += drawing.aside
+        parts.append(
+            {
+                "kind": pool.part.kind,
+                "rows": len(rows) + len(again),
+                "answer_tokens": sum(c.answer_tokens for c in rows + again),
+                "repeated": len(again),
+                "missing": _number(missing, replay) if missing else 0,
+                "reason": pool.reason,
+                "pool": len(pool.rows),
+                "left_out": dict(Counter(pool.left_out) + drawing.left_out),
+                "generation": generation[0].summary() if generation else None,
+            }
+        )
+    _write(
+        folder / FILE,
+        [c.row.as_dict() | {"answer_tokens": c.answer_tokens, "provenance": c.provenance} for c in chosen],
+    )
+    _write(folder / LEFT_OUT, aside)
+    tokens, fresh = sum(c.answer_tokens for c in chosen), sum(s.answer_tokens for s in new)
+    new_rows = sum(len(s.rows) for s in new)
+    return {
+        "rows": len(chosen),
+        "answer_tokens": tokens,
+        "share_of_rows": len(chosen) / max(1, len(chosen) + new_rows),
+        "share_of_answer_tokens": tokens / max(1, tokens + fresh),
+        "reason": "; ".join(part["reason"] for part in parts),
+        "left_out": dict(sum((Counter(part["left_out"]) for part in parts), Counter[str]())),
+        "parts": parts,
+    }
+
+
+def read_replay(file: Path) -> list[tuple[Row, str]]:
+    """The rows of a replay file, each with its kind, and the earlier phase it is of where one was named."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        prompt, completion = (
+            tuple(Message(m["role"], m["content"]) for m in record[part]) for part in ("prompt", "completion")
+        )
+        kind, phase = record["provenance"]["kind"], record["provenance"].get("phase")
+        rows.append((Row(prompt, completion, record.get("id")), f"{kind}, {phase}" if phase else str(kind)))
+    return rows
+
+
+class _Teller:
+    """Tells how generating goes: how much there is of how much, and what the rest will cost once that is known."""
+
+    def __init__(
+        self, generation: Generation, drawing: Drawing, amount: Fraction, replay: Replay, watch: Watch
+    ) -> None:
+        self.generation = generation
+        self.drawing = drawing
+        self.amount = amount
+        self.unit = "answers" if replay.unit == "rows" else "answer tokens"
+        self.watch = watch
+        self.have = 0
+        self.estimated = False
+
+    def pace(self, tokens_per_second: float) -> None:
+        """Hears of every few tokens."""
+        made = self.generation.made + self.generation.reused
+        if made and not self.estimated:
+            self.estimated = True
+            self._estimate()
+        out = sum(self.drawing.left_out.values())
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        done, total = min(float(self.have), float(self.amount)), math.ceil(self.amount)
+        self.watch.progress("generating replay", done, total, self.unit, speed=speed, out=f"{out} left out")
+
+    def heard(self, candidates: Iterator[Candidate], weigh: Callable[[Candidate], int]) -> Iterator[Candidate]:
+        """The candidates, counted."""
+        for candidate in candidates:
+            self.have += weigh(candidate)
+            yield candidate
+
+    def _estimate(self) -> None:
+        made = self.generation
+        if not self.have or not made.seconds:
+            return
+        answers = float(self.amount - self.have) / (self.have / max(1, made.answers))
+        tokens = answers * made.tokens / max(1, made.answers)
+        self.watch.note(
+            f"replay: about {answers:,.0f} more answers, {tokens:,.0f} tokens, "
+            f"{tokens * made.seconds / max(1, made.tokens) / 60:.1f} min to generate "
+            f"(from {made.answers} answers at {made.tokens / made.seconds:,.0f} tokens/s, batches of {made._batch})"
+        )
+
+
+def _askable(drawing: Drawing, amount: Fraction, replay: Replay) -> tuple[int, Fraction]:
+    """At most how much the prompts can give, counted until it is enough; and how much is missing for sure."""
+    each = 1 if replay.unit == "rows" else replay.max_new_tokens + 1
+    have = 0
+    for row in drawing.pool.rows:
+        if have >= amount:
+            break
+        prompt = drawing.encoder.prompt(row)
+        if isinstance(prompt, str):
+            drawing.left_out[prompt] += 1
+        else:
+            have += each
+    missing = amount - have
+    return have, missing if missing * 2 >= each else Fraction(0)
+
+
+def _new(replay: Replay, new: Sequence[EncodedSet]) -> int:
+    return sum(len(s.rows) if replay.unit == "rows" else s.answer_tokens for s in new)
+
+
+def _unit(replay: Replay) -> str:
+    return "rows" if replay.unit == "rows" else "answer tokens"
+
+
+def _number(amount: Fraction, replay: Replay) -> int:
+    """An amount as a whole number of rows or tokens, halves rounded up."""
+    return int(amount + Fraction(1, 2))
+
+
+def _shortfall(
+    replay: Replay, new: Sequence[EncodedSet], amount: Fraction, have: int, pool: Pool, left_out: Counter[str]
+) -> str:
+    unit, needed = _unit(replay), _number(amount, replay)
+    why = f"; left out {_counts(left_out)}" if left_out else ""
+    at_most = "at most " if pool.part.kind == "generative" and replay.unit == "tokens" else ""
+    return (
+        f"replay: a ratio of {replay.ratio} of {_new(replay, new)} new {unit} needs {needed} replay {unit}"
+        + (f" of kind {pool.part.kind}" if replay.mix else "")
+        + f", but there are {at_most}{have} ({pool.reason}{why}): {max(1, needed - have)} are missing"
+    )
+
+
+def _hint(phase: Phase) -> str:
+    name = f"{phase.name}.replay"
+    return f"lower {name}.ratio, name more rows in {name}.data, or set {name}.on_shortfall to repeat or shrink"
+
+
+def _counts(left_out: Counter[str]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
+
+
+def _short(row: Row) -> str:
+    return row.prompt_digest[:16]
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,130 @@
+"""How a phase would be trained, from shapes alone; told in a line before a run begins."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.mix import mixed_order, replay_rows_needed
+from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.files import disk_free
+from qcft.prepare.prepared import Prepared
+from qcft.recipe import Phase
+from qcft.steps.needs import bytes_written
+from qcft.steps.step import Step
+from qcft.store import Store
+
+if TYPE_CHECKING:
+    from qcft.training.batches import Batches
+    from qcft.training.memory import Memory, Planned
+
+GIB = 2**30
+SMALL = 50_000_000  # parameters of a model whose training is not told beforehand: it fits anywhere
+
+
+def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Batches]:
+    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone.
+
+    Replay that is not made yet is taken to be like the phase's own rows.
+    """
+    from qcft.layers import adapted_modules, lowest_adapted
+    from qcft.training.attention import attend_by_rows
+    from qcft.training.batches import make_batches
+    from qcft.training.footprint import Shape
+    from qcft.training.memory import plan_training
+    from qcft.training.prefix import cannot_split, worth_storing
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
+    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
+    rows = [*new, *(new[i % len(new)] for i in range(extra))]
+    batches = make_batches(rows, lambda epoch: mixed_order(len(new), extra, f"{recipe.seed}:{epoch}"), phase.train)
+    modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
+    below = lowest_adapted(model, modules)
+    config: Any = model.config.get_text_config()
+    states = sum(len(row.input_ids) for row in rows) * config.hidden_size * 2
+    cut = below > 0 and phase.start != "continue" and cannot_split(model) is None
+    cut = cut and worth_storing(phase.train, states, batches.rows > len(rows))
+    by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
+    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where)
+    under = _numbers_under(prepared, phase)
+    planned = plan_training(model, shape, batches, phase.train, by_rows, free, under=under)
+    return replace(planned, stored=states if cut else 0), batches
+
+
+def _numbers_under(prepared: Prepared, phase: Phase) -> int:
+    """Numbers in the adapters that lie live and frozen under a phase's own."""
+    from qcft.layers import adapted_modules, linear_modules
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    by_name = {module.name: module.shape for module in linear_modules(model)}
+    place, total = recipe.phases.index(phase), 0
+    while place > 0 and recipe.phases[place].start == "stacked":
+        place -= 1
+        if not recipe.phases[place].adapter:
+            modules = adapted_modules(model, recipe.lora.targets, recipe.phases[place].freeze, recipe.seed)
+            total += recipe.lora.r * sum(sum(by_name[name]) for name in modules)
+    return total
+
+
+def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Watch) -> None:
+    """Tell what the trainings among `steps` need and take, and all `steps` of the disk.
+
+    Raises InputError where a GPU cannot hold them at all.
+    """
+    from qcft.models.load import device, free_bytes
+    from qcft.training.speed import measure_speed
+
+    trainings = [step for step in steps if step.kind == "train" and step.phase]
+    if not trainings or sum(p.numel() for p in prepared.meta_model.parameters()) < SMALL:
+        return
+    where, free, speed = device(), free_bytes(), measure_speed()
+    name = "GPU" if where == "cuda" else "main"
+    plans: dict[str, Planned] = {}
+    seconds = 0.0
+    for step in trainings:
+        phase = prepared.recipe.phase(step.phase or "")
+        planned, batches = plan_phase(prepared, phase, where, free)
+        memory = planned.memory
+        held = memory.total - memory.activations - memory.logits - memory.optimizer
+        if where == "cuda" and held > free:
+            raise InputError(
+                f"{phase.name} does not fit on the GPU: its weights, adapters and gradients alone take "
+                f"{held / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free",
+                "free the GPU, freeze lower layers (freeze: first:N), lower lora.r, or use a smaller model",
+            )
+        if not planned.fits:
+            watch.note(
+                f"{phase.name} needs about {memory.total / GIB:.1f} GiB of {name} memory, and {free / GIB:.1f} GiB are "
+                f"free; try --set {phase.name}.train.batch=auto",
+                "warning",
+            )
+        plans[step.id] = planned
+        seconds += speed.seconds(planned.cost) * batches.tokens_until(batches.steps) / planned.largest.tokens
+    most = max((planned.memory for planned in plans.values()), key=lambda one: one.total)
+    disk = sum(bytes_written(prepared, step, plans.get(step.id)) for step in steps)
+    room = disk_free(store.runs)
+    watch.note(
+        f"training needs about {most.total / GIB:.1f} GiB of {name} memory ({_parts(most)}; {free / GIB:.1f} GiB free) "
+        f"and {_about(seconds)}; the run writes about {disk / GIB:.1f} GiB ({room / GIB:.1f} GiB free)"
+    )
+    if disk > room:
+        watch.note(f"the disk that holds {str(store.runs)!r} has less room than the run needs: `qcft gc`", "warning")
+
+
+def _parts(memory: Memory) -> str:
+    weights = memory.weights + memory.constants + memory.halves + memory.file
+    adapters = memory.adapters + memory.gradients + memory.optimizer
+    parts = {"weights": weights, "adapters": adapters, "activations": memory.activations, "logits": memory.logits}
+    if memory.kept:
+        parts["kept by malloc"] = memory.kept
+    return ", ".join(f"{name} {count / GIB:.1f}" for name, count in parts.items())
+
+
+def _about(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{round(seconds / 60)} minutes" if seconds >= 90 else "a minute"

@@ -1,0 +1,20 @@
+"""A recipe ready to be run: its data read, its steps planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcft.events import Watch
+from qcft.plan import make_plan
+from qcft.prepare.prepared import Prepared
+from qcft.recipe import Dial, Goal, Recipe
+
+
+class PlannedRecipe(Prepared):
+    """A recipe with its data read and its steps planned, up to `goal` where one is given."""
+
+    def __init__(
+        self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
+    ) -> None:
+        super().__init__(recipe, watch, goal, memo)
+        self.plan = make_plan(recipe, self.digests(), goal)

@@ -1,0 +1,181 @@
+"""Running a recipe: every step that is not done, in order, and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError, Interrupted, QcftError
+from qcft.events import StepBegun, StepEnded, Watch
+from qcft.measure.ability_table import ABILITIES
+from qcft.measure.results import finished_run
+from qcft.plan import Plan
+from qcft.prepare.checks import check_prepared, check_tasks
+from qcft.recipe import Dial, Goal, Recipe
+from qcft.runner.forecast import forecast
+from qcft.runner.libraries import quiet, set_environment, spare_the_collector
+from qcft.runner.planned import PlannedRecipe
+from qcft.steps.kept import judge_merge
+from qcft.steps.step import Step
+from qcft.steps.summaries import summarise
+from qcft.store import Store, open_run
+from qcft.store.results import Run
+from qcft.store.runs import link_stage
+from qcft.store.steps import writable
+from qcft.training.distributed.ranks import hear, join, tell, world
+
+if TYPE_CHECKING:
+    from qcft.steps.worker import Worker
+
+
+def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
+    """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
+    set_environment()
+    prepared, store = PlannedRecipe(recipe, watch), Store(runs)
+    return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
+
+
+def run_recipe(
+    recipe: Recipe, runs: Path, watch: Watch, goal: Goal | Dial | None = None, up_to: str | None = None
+) -> Run:
+    """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
+
+    Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
+    Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
+    was asked for.
+    """
+    set_environment()
+    # A cheap check first: a runs folder that can't be written would waste the reading of the data.
+    writable(runs)
+    if world() == 1:
+        return run_prepared(PlannedRecipe(recipe, watch, goal), Store(runs), watch, up_to)
+    join()
+    if recipe.forgetting is not None and recipe.forgetting.stop is not None:
+        raise InputError(
+            "forgetting.stop: several processes train without the live probe",
+            "--set forgetting.stop=null, or run without accelerate",
+        )
+    try:
+        done = run_prepared(PlannedRecipe(recipe, watch, goal), Store(runs), watch, up_to)
+    except Interrupted:
+        tell(None)
+        raise
+    tell(None)
+    return done
+
+
+def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
+    """Train with rank 0 what it says, until it is done. Writes nothing but stored states of frozen layers."""
+    from qcft.steps.worker import Worker
+
+    set_environment()
+    join()
+    quiet()
+    prepared, store = PlannedRecipe(recipe, watch), Store(runs)
+    steps = prepared.plan.by_id()
+    while (step := hear()) is not None:
+        Worker(prepared, steps, store, watch).work(steps[step], store.folder(step))
+
+
+def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str | None = None) -> Run:
+    """`run_recipe` of a recipe whose data is read and whose steps are planned."""
+    recipe, plan = prepared.recipe, prepared.plan
+    steps = plan.up_to(up_to) if up_to else plan.steps
+    records = {step.id: store.done(step.id, watch) for step in steps}
+    finished = sum(record is not None for record in records.values())
+    watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
+    if finished < len(steps):
+        quiet()
+        missing = [step for step in steps if not records[step.id]]
+        if any(step.kind != "suite" for step in missing):
+            check_prepared(prepared)
+        check_tasks(prepared, dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
+        forecast(prepared, missing, store, watch)
+    recipe = prepared.pinned_recipe()
+    run = open_run(store.runs, recipe, plan.stages())
+    if run.name != recipe.name:
+        watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
+    # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
+    records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
+    worker, failed = worker_for(prepared, store, watch), dict[str, str]()
+    for position, step in enumerate(steps, start=1):
+        try:
+            record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
+        except QcftError as error:
+            if step.kind != "suite" or isinstance(error, Interrupted):
+                raise
+            watch.note(f"{step.title}: {error.message}", "warning")
+            failed[step.stage] = error.message
+            continue
+        if records[step.id]:
+            watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
+        records[step.id] = record
+        if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
+            link_stage(run, step.stage, store.folder(step.id))
+        if step.kind == "kept":
+            judge_merge(step, record["metrics"], recipe.merge, watch)
+    earlier = {stage: step for stage, step in run.stages.items() if stage.startswith(ABILITIES)}
+    stages = {**plan.stages(), **{stage: step for stage, step in earlier.items() if stage not in plan.stages()}}
+    done = finished_run(run, recipe.model_copy(update={"name": run.name}), stages, store)
+    return replace(done, goal=plan.goal, failed=failed)
+
+
+def raise_failed(done: Run) -> None:
+    """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
+    if done.failed:
+        raise QcftError(
+            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
+            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
+            "the others are kept; the same command tries these again",
+        )
+
+
+def worker_for(prepared: PlannedRecipe, store: Store, watch: Watch) -> Callable[[], Worker]:
+    """The one who does the steps, made for the first that is to be done, as that takes heavy libraries."""
+
+    @cache
+    def worker() -> Worker:
+        from qcft.steps.worker import Worker
+
+        spare_the_collector()
+        return Worker(prepared, prepared.plan.by_id(), store, watch)
+
+    return worker
+
+
+def do_step(
+    step: Step, position: int, total: int, worker: Callable[[], Worker], store: Store, watch: Watch
+) -> dict[str, Any]:
+    """Do one step under its lock; another process may have done it meanwhile."""
+    before = store.state(step.id)
+    with store.claim(step.id, step.inputs(), watch) as folder:
+        record = store.done(step.id)
+        if record is not None:
+            return record
+        watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
+        if step.kind == "train" and world() > 1:
+            tell(step.id)
+        begun = time.monotonic()
+        _reset_peak()
+        metrics = worker().work(step, folder)
+        kind, peak = _peak()
+        record = store.finish(step.id, {**metrics, f"peak_{kind}_bytes": peak}, time.monotonic() - begun)
+    watch.tell(StepEnded(step.id, step.title, record["seconds"], summarise(step, record["metrics"])))
+    return record
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> tuple[str, int]:
+    from qcft.models.load import peak_memory
+
+    return peak_memory()

@@ -1,0 +1,1 @@
+"""The kinds of step: what each does, from its parents' files to its own."""

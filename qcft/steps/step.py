@@ -1,0 +1,61 @@
+"""A step of a plan: its kind, what it rests on, and the id made of that. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift", "suite"]
+
+
+# Raised when a change to the code changes what a step of that kind results in.
+FORMATS: dict[Kind, int] = {
+    "probe": 2,
+    "train": 3,
+    "adapter": 1,
+    "merge": 1,
+    "pool": 1,
+    "replay": 2,
+    "kept": 2,
+    "layers": 1,
+    "dial": 1,
+    "drift": 1,
+    "suite": 3,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work. `weights` is the merge step whose weights are loaded (None: the model as it
+    came), `adapter` the step of the adapter live on them, `under` those that lie live and frozen under it,
+    the lowest first."""
+
+    kind: Kind
+    stage: str
+    title: str
+    phase: str | None
+    weights: str | None
+    adapter: str | None
+    settings: Mapping[str, Any]
+    parents: tuple[str, ...]
+    under: tuple[str, ...] = ()
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps(self.inputs(), sort_keys=True, separators=(",", ":"))
+        object.__setattr__(self, "id", f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:10]}")
+
+    def inputs(self) -> dict[str, Any]:
+        """Everything that changes the step's result."""
+        return {
+            "kind": self.kind,
+            "format": FORMATS[self.kind],
+            "weights": self.weights,
+            "adapter": self.adapter,
+            "settings": dict(self.settings),
+            "parents": list(self.parents),
+            **({"under": list(self.under)} if self.under else {}),
+        }

@@ -1,0 +1,173 @@
+"""Training a phase: its rows and its replay in their order, its adapter, what need not be done, what fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import EncodedRow, EncodedSet
+from qcft.data.mix import mixed_order
+from qcft.data.rows import Row
+from qcft.errors import QcftError
+from qcft.events import Mixed, SourceShare
+from qcft.files import file_digest
+from qcft.models.adapter_config import WEIGHTS
+from qcft.models.adapters import add_lora_over, load_stack
+from qcft.models.load import free_memory
+from qcft.prepare.prepared import Prepared
+from qcft.recipe import Phase
+from qcft.replay.rows import read_replay
+from qcft.steps.base import StepWork
+from qcft.steps.prefix import open_prefix
+from qcft.steps.step import Step
+from qcft.training.distributed.ranks import world
+
+if TYPE_CHECKING:
+    from qcft.training.batches import Batches
+    from qcft.training.passes import Fit
+
+
+class TrainWork(StepWork):
+    """Does the `train` steps."""
+
+    def work(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Train a phase's adapter on its rows and its replay."""
+        from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
+        from qcft.training.attention import attend_by_rows
+        from qcft.training.batches import make_batches
+        from qcft.training.probe import lay_out
+        from qcft.training.sft import Shortcuts, train_adapter
+
+        phase = self.phase(step)
+        replay = self._replay_sets(phase, step)
+        shares = self._shares(phase, replay)
+        rows = [
+            replace(tokens, source=share.source, name=row.name)
+            for share, encoded in shares
+            for row, tokens in zip(encoded.rows, encoded.encoded, strict=True)
+        ]
+        extra = sum(len(encoded.rows) for encoded in replay.values())
+        seed = self.recipe.seed
+        batches = make_batches(
+            rows, lambda epoch: mixed_order(len(rows) - extra, extra, f"{seed}:{epoch}"), phase.train
+        )
+        targets = self.recipe.lora.targets
+        modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self.measured(step))
+        frozen = frozen_in_words(self.prepared.meta_model, targets, modules)
+        mixed = Mixed(
+            phase.name,
+            tuple(share for share, _ in shares),
+            batches.steps,
+            batches.rows / batches.steps,
+            phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})",
+        )
+        self.watch.tell(mixed)
+        model = self.load(step)
+        free_memory()  # what loading left behind
+        _seed_everything(seed)
+        under = [self.adapter(one) for one in step.under]
+        if step.adapter is not None:  # start: continue
+            adapted = load_stack(model, [*under, self.adapter(step.adapter)], modules)
+        else:
+            adapted = add_lora_over(model, under, modules, self.recipe.lora)
+        below = lowest_adapted(model, modules)
+        probing = None
+        if self.recipe.forgetting is not None and (english := _english_rows(self.prepared, phase)):
+            probing = lay_out(self.recipe.forgetting, english, batches, below / decoder_layers(model)[1])
+            if probing is None:
+                self.watch.note("no live probe: even a small one would cost over 5% of so short a training")
+        by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
+        weights: dict[str, Any] = {"weights": self.weights_digest(step), "quantize": self.recipe.model.quantize}
+        if under:
+            weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
+        prefix = None
+        if step.adapter is None:
+            seen = [*rows, *(probing.rows if probing else ())]
+            prefix = open_prefix(model, below, seen, batches.rows, weights, phase.train, self.store, self.watch)
+        elif phase.train.prefix_cache is True:
+            self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
+        trained = train_adapter(
+            adapted,
+            self.prepared.tokenizer,
+            batches,
+            phase.train,
+            seed,
+            folder,
+            self.watch,
+            f"training {phase.name}",
+            Shortcuts(below, by_rows, prefix),
+            probing,
+            self._fit(phase, modules, batches, by_rows, prefix is not None),
+        )
+        return {
+            **asdict(trained),
+            "mix": [asdict(share) for share in mixed.shares],
+            "adapted_modules": len(modules),
+            "frozen_layers": frozen_whole(model, modules),
+            "prefix_cache": prefix is not None,
+            "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        }
+
+    def _fit(self, phase: Phase, modules: list[str], batches: Batches, by_rows: bool, cut: bool) -> Fit | None:
+        """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
+        from qcft.models.load import device, free_bytes
+        from qcft.training.footprint import Shape
+        from qcft.training.memory import plan_training
+
+        train = phase.train
+        if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
+            return None
+        shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
+        meta = self.prepared.meta_model
+        planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
+        if planned.fit.limit:
+            self.watch.note(f"{phase.name}: passes of at most {planned.fit.limit} tokens, to fit into memory")
+        return planned.fit
+
+    def _replay_sets(self, phase: Phase, step: Step) -> dict[str, EncodedSet]:
+        """The replay rows as tokens, kind by kind."""
+        made = [parent for parent in step.parents if parent.startswith("replay-")]
+        if not made:
+            return {}
+        encoder = self.prepared.replay_encoder(phase)
+        by_kind: dict[str, list[Row]] = {}
+        for row, kind in read_replay(self.store.folder(made[0]) / "replay.jsonl"):
+            by_kind.setdefault(f"replay ({kind})", []).append(row)
+        sets = {name: encoder.encode_all(rows) for name, rows in by_kind.items()}
+        for name, encoded in sets.items():
+            if encoded.left_out:
+                raise QcftError(f"{name}: {encoded.left_out} cannot train", "please report this")
+        return sets
+
+    def _shares(self, phase: Phase, replay: dict[str, EncodedSet]) -> list[tuple[SourceShare, EncodedSet]]:
+        """What the phase trains on, source by source."""
+        shares = []
+        for source, encoded in zip(self.prepared.sources[phase.name], self.prepared.encoded(phase), strict=True):
+            name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
+            left_out = {**source.left_out}
+            for reason, n in encoded.left_out.items():
+                left_out[reason] = left_out.get(reason, 0) + n
+            shares.append((_share(name, encoded, left_out), encoded))
+        return shares + [(_share(name, encoded, {}), encoded) for name, encoded in replay.items()]
+
+
+def _share(name: str, encoded: EncodedSet, left_out: dict[str, int]) -> SourceShare:
+    return SourceShare(name, len(encoded.rows), encoded.tokens, encoded.answer_tokens, left_out)
+
+
+def _seed_everything(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _english_rows(prepared: Prepared, phase: Phase) -> list[EncodedRow]:
+    """Held-out English rows in an order that every arm shares; none for a phase that is not probed, nor where several
+    processes train, each of which would probe."""
+    group = prepared.english_group(phase) if world() == 1 else None
+    if group is None:
+        return []
+    held = prepared.held_out(group)
+    ranked = sorted(zip(held.rows, held.encoded, strict=True), key=lambda pair: pair[0].key)
+    return [encoded for _, encoded in ranked]

@@ -1,0 +1,168 @@
+"""What a person sees of an ablation: its plan, its arms while they run, what they came to.
+
+In a terminal the arms are a table that stays in its place, elsewhere plain lines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
+from qcft.report.ablation import in_words
+from qcft.terminal.format import duration, stderr, stdout
+from qcft.terminal.progress import Reporter
+from qcft.terminal.tables import print_rows
+
+STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
+SHOWN = 0.2  # seconds between two paintings
+
+
+@dataclass
+class _Line:
+    state: str = "to do"
+    what: str = ""
+    begun: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+
+
+class ArmsReporter(Reporter):
+    """A listener that shows arms; what the plain reporter shows of an arm's steps is one cell of the table."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(quiet)
+        self.lines: dict[str, _Line] = {}
+        self.running: str | None = None
+        self.live: Live | None = None
+
+    def close(self) -> None:
+        """Leave the table as it stands."""
+        super().close()
+        if self.live is not None:
+            self.live.update(self.table(), refresh=True)
+            self.live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, ArmChanged):
+            self._arm(event)
+        elif self.live is None or (isinstance(event, Note) and event.level == "warning"):
+            if not (isinstance(event, StepBegun) and event.state == "reused"):  # by nearly every arm
+                super().__call__(event)
+        elif self.running and isinstance(event, (StepBegun, Progress)):
+            self._step(self.lines[self.running], event)
+            self.live.update(self.table())
+
+    def _arm(self, event: ArmChanged) -> None:
+        self._clear()
+        line = self.lines.setdefault(event.run, _Line())
+        if event.state == "running" and line.state != "running":
+            line.begun, self.running = time.monotonic(), event.run
+        elif line.state == "running":
+            line.seconds = time.monotonic() - line.begun
+        line.state, line.what = event.state, event.summary
+        if self.quiet or event.state == "to do":
+            return
+        if self.console.is_terminal:
+            if self.live is None:
+                self.live = Live(console=self.console, refresh_per_second=1 / SHOWN)
+                self.live.start()
+            self.live.update(self.table())
+            return
+        took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
+        text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
+        text += f": {event.summary}" if event.summary else ""
+        self.console.print(Text(text, style=STYLES[event.state]), soft_wrap=True)
+
+    def _step(self, line: _Line, event: StepBegun | Progress) -> None:
+        if isinstance(event, StepBegun):
+            line.what = f"{event.position}/{event.total} {event.title}"
+            self._label = ""
+        else:
+            now = time.monotonic()
+            if event.label != self._label:
+                self._label, self._begun, self._first = event.label, now, event.done
+            share = f" {event.done / event.total:.0%}" if event.total else ""
+            line.what = f"{event.label}{share}  {self._pace(event, now)}"
+
+    def table(self) -> Table:
+        """The arms as they stand."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("arm", "state", "time", ""):
+            table.add_column(title, justify="right" if title == "time" else "left", no_wrap=title != "")
+        for run, line in self._window():
+            seconds = time.monotonic() - line.begun if line.state == "running" else line.seconds
+            cells = (run, line.state, "" if seconds is None else duration(seconds), line.what)
+            table.add_row(*(Text(cell, style=STYLES[line.state]) for cell in cells))
+        return table
+
+    def _window(self) -> list[tuple[str, _Line]]:
+        """The lines that the terminal has room for: around the running one."""
+        lines, room = list(self.lines.items()), max(3, self.console.height - 3)
+        at = list(self.lines).index(self.running) if self.running else 0
+        first = max(0, min(at - room // 2, len(lines) - room))
+        return lines[first : first + room]
+
+
+def print_plan(plan: Mapping[str, Any]) -> None:
+    """What an ablation would run: its runs, and what they need beyond what runs before them do."""
+    rows = [
+        [run["run"], str(run["steps"]), str(run["own"]), str(run["done"]), _cost(run), _size(run)]
+        for run in plan["runs"]
+    ]
+    print_rows(["run", "steps", "not shared with a run above", "of these done", "to do takes", "and writes"], rows)
+    total = plan["total"]
+    stdout().print(
+        f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
+        f"the rest takes {_cost(total)} and writes {_size(total)}, "
+        "going by done steps of their kind, else by shapes"
+    )
+
+
+def print_outcome(outcome: Mapping[str, Any]) -> None:
+    """The arms side by side, their training's length with them; those that failed on stderr."""
+    rows = []
+    for arm in outcome["arms"]:
+        nats = [_nats(arm[key]) for key in ("english", "others")]
+        counts = ["-" if arm[key] is None else f"{arm[key]['mean']:,.0f}" for key in ("steps", "tokens")]
+        minutes = "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"])
+        rows.append([arm["arm"], f"{arm['done']} of {arm['seeds']}", *nats, *counts, minutes])
+    print_rows(
+        ["arm", "seeds done", "English", "other languages", "training steps", "tokens", "time of all steps"], rows
+    )
+    note = (
+        "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
+        "[least, most]"
+    )
+    stdout().print(Text(note, style="dim"), soft_wrap=True)  # a text: brackets are markup elsewhere
+    for run in outcome["runs"]:
+        if run["state"] == "failed":
+            text = f"{run['run']} failed: {in_words(run['error'])}"
+            stderr().print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _cost(part: Mapping[str, Any]) -> str:
+    if part["seconds"] is None:
+        return "unknown"
+    more = f" + {part['unknown']} step{'s' * (part['unknown'] > 1)} unknown" if part["unknown"] else ""
+    return duration(part["seconds"]) + more
+
+
+def _size(part: Mapping[str, Any]) -> str:
+    count = part["bytes"]
+    if part["unknown"] and not count:
+        return "unknown"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _nats(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return "-"
+    spread = f" [{figure['least']:+.3f}, {figure['most']:+.3f}]" if figure["least"] < figure["most"] else ""
+    return f"{figure['mean']:+.3f}{spread}"

@@ -1,0 +1,134 @@
+"""What `qcft check` found, as lines of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from qcft.terminal.format import stdout
+from qcft.terminal.tables import print_rows
+
+GIB = 2**30
+PARTS = {
+    "weights": "weights in NF4",
+    "constants": "their constants",
+    "halves": "embeddings, head, norms in 16 bits",
+    "file": "the weights' file, mapped",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits",
+    "kept": "freed blocks that malloc keeps",
+    "cache": "keys and values of answers",
+    "total": "total",
+}
+
+
+def gib(count: float) -> str:
+    """`3.84 GiB`, `12 MiB`, `< 1 MiB`."""
+    if count < 2**20 - 1:
+        return "< 1 MiB" if count else "0 MiB"
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"
+
+
+def minutes(seconds: float | None) -> str:
+    """`0.4 min`, `2.1 h`, `?` for what is not known."""
+    if seconds is None:
+        return "?"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def memory_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows: a row for each part of the memory, a column for each phase, measuring and generating."""
+    columns = {phase["phase"]: phase["memory"] for phase in found["phases"]}
+    for step in found["steps"]:
+        if step["kind"] == "probe" and step["quantize"] == found["quantize"]:
+            columns.setdefault("measuring", step["memory"])
+        elif step["kind"] == "replay" and step["memory"]:
+            columns[f"answers for {step['phase']}"] = step["memory"]
+    rows = [
+        [title, *(gib(memory[key]) if memory.get(key) else "" for memory in columns.values())]
+        for key, title in PARTS.items()
+        if any(memory.get(key) for memory in columns.values())
+    ]
+    return ["memory", *columns], rows
+
+
+def check_lines(found: Mapping[str, Any]) -> list[str]:
+    """The sentences under the table: whether it fits, how passes are run, time, rows left out or cut, disk."""
+    where = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]] if found["here"] else "such a GPU"
+    lines = []
+    for phase in found["phases"]:
+        name, total = phase["phase"], phase["memory"]["total"]
+        fits = "fits" if phase["fits"] else "DOES NOT FIT"
+        lines.append(f"{name} {fits}: {gib(total)} of {gib(found['free_bytes'])} free in {where}")
+        how = "recomputing activations" if phase["gradient_checkpointing"] else "keeping activations"
+        known = "" if phase["freeze_is_known"] else "; which layers are frozen is known only once they are measured"
+        lines.append(
+            f"  {phase['steps']} optimizer steps over {phase['rows']:,} rows, {phase['tokens']:,} tokens, "
+            f"at most {phase['pass_tokens']:,} at once, {how}{known}"
+        )
+        paced = "measured" if phase["measured"] else "from the arithmetic"
+        if phase["seconds"] is not None:
+            each = phase["seconds"] / phase["steps"]
+            lines.append(f"  about {minutes(phase['seconds'])} to train, {each:.2g} s a step ({paced})")
+        else:
+            lines.append("  how long it trains is not known for a GPU that is not here")
+        left_out = ", ".join(f"{n} {reason}" for reason, n in phase["left_out"].items()) or "none"
+        share = phase["truncated"] / max(1, phase["rows_read"])
+        lines.append(f"  of {phase['rows_read']:,} rows left out: {left_out}; cut: {phase['truncated']} ({share:.1%})")
+    room = "" if found["disk_bytes"] <= found["disk_free_bytes"] else ": DOES NOT FIT"
+    fetched = f"; the cache takes {gib(found['cache_bytes'])} more, as the weights are not here yet"
+    lines.append(
+        f"disk: {gib(found['disk_bytes'])} to write of {gib(found['disk_free_bytes'])} free{room}"
+        f"{fetched if found['cache_bytes'] else ''}"
+    )
+    lines += [_alike(one) for one in found["similarity"]]
+    if not found["similarity"] and len(found["phases"]) > 1:
+        lines.append("how alike the phases' instructions are (DES): no encoder is here; name one with --encoder")
+    return lines
+
+
+def _alike(found: Mapping[str, Any]) -> str:
+    des, rows = found["des"], " and ".join(f"{n:,}" for n in found["des"]["rows"])
+    return (
+        f"{found['a']['name']} and {found['b']['name']}: DES {des['value']:.3f} [{des['low']:.3f}, {des['high']:.3f}] "
+        f"by {found['encoder']['name']}, {rows} rows. {found['says'][0]} {found['remedy']}"
+    )
+
+
+def step_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each step: what, state, time, memory it needs at most, bytes it writes."""
+    return [
+        [
+            step["title"],
+            step["state"],
+            "" if step["seconds"] is None or step["state"] == "done" else minutes(step["seconds"]),
+            gib(step["memory"]["total"]) if step["memory"] else "",
+            gib(step["bytes"]),
+        ]
+        for step in found["steps"]
+    ]
+
+
+def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
+    """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
+    console = stdout()
+    print_rows(["step", "state", "training", "memory", "writes"], step_rows(found))
+    console.print()
+    print_rows(*memory_table(found))
+    console.print()
+    for line in lines:
+        console.print(Text(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)
+    for phase in found["phases"]:
+        for number, sample in enumerate(phase["samples"], start=1):
+            console.print(Text(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))
+            shown = Text()
+            for stretch in sample:
+                marked = stretch["trained"] and console.color_system is None
+                text = f"[[{stretch['text']}]]" if marked else stretch["text"]
+                shown.append(text, style="black on green" if stretch["trained"] else "")
+            console.print(shown, soft_wrap=True)
