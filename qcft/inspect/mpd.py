@@ -79,7 +79,9 @@ def _module_norms(
             "merge a live adapter first (qcft merge RUN --stage PHASE) and name the merge with --from or --to",
         )
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
-    squares = change_between(folders[0], folders[1], names, watch, f"difference from {since.name} to {to.name}")
+    squares = change_between(
+        folders[0], folders[1], prepared.meta_model, names, watch, f"difference from {since.name} to {to.name}"
+    )
     return {name: square**0.5 for name, square in squares.items()}
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.layers.modules import linear_modules
-from qcft.layers.snr import BLOCK_BYTES, matrix_of
+from qcft.layers.snr import BLOCK_BYTES, matrix_of, module_files
 from qcft.models.adapters import lora_factors
-from qcft.models.tensors import tensor_files
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 
 def change_by_adapter(folder: Path) -> dict[str, float]:
@@ -40,24 +39,28 @@ def squared_norm(factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) ->
 
 
 def change_between(
-    before: Path, after: Path, modules: Sequence[str], watch: Watch, label: str = "change in phase 1"
+    before: Path,
+    after: Path,
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    watch: Watch,
+    label: str = "change in phase 1",
 ) -> dict[str, float]:
-    """||W - W0||_F^2 of each module between two model folders, streamed in blocks of rows.
+    """||W - W0||_F^2 of each module between two folders of one model, streamed in blocks of rows.
 
     Raises InputError when the two are not of one shape.
     """
     import torch
 
-    old_files, new_files = tensor_files(before), tensor_files(after)
+    old_files, new_files = module_files(before, model), module_files(after, model)
     changes = {}
     for done, name in enumerate(modules):
         watch.progress(label, done, len(modules), "matrices")
-        weight = f"{name}.weight"
-        old, new = matrix_of(old_files, weight, before), matrix_of(new_files, weight, after)
+        old, new = matrix_of(old_files, name, before), matrix_of(new_files, name, after)
         rows, columns = new.get_shape()
         if old.get_shape() != [rows, columns]:
             raise InputError(
-                f"model.base: {str(before)!r} has {weight} of {' x '.join(map(str, old.get_shape()))}, "
+                f"model.base: {str(before)!r} has {name}.weight of {' x '.join(map(str, old.get_shape()))}, "
                 f"the model's is {rows} x {columns}",
                 "give the model it was tuned from",
             )
@@ -79,6 +82,6 @@ def summed_changes(adapters: Iterable[Path]) -> dict[str, float]:
     return total
 
 
-def change_since(base: Path, folder: Path, model: nn.Module, watch: Watch) -> dict[str, float]:
+def change_since(base: Path, folder: Path, model: PreTrainedModel, watch: Watch) -> dict[str, float]:
     """How much each linear module differs from that of the model's base."""
-    return change_between(base, folder, [module.name for module in linear_modules(model)], watch)
+    return change_between(base, folder, model, [module.name for module in linear_modules(model)], watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ from qcft.recipe import frozen_layers, frozen_modules, parse_freeze
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+ROUTER = re.compile(r"\b(router|gate|gating|shared_expert_gate)\b")
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class LinearModule:
 def decoder_layers(model: nn.Module) -> tuple[str, int]:
     """The path of a causal LM's list of decoder layers, and its length.
 
-    It is the one nn.ModuleList as long as the config's number of hidden layers. Raises InputError when
-    there is none.
+    It is the one nn.ModuleList as long as the config's number of hidden layers; of several, as a wrapper's image or
+    audio encoder may have another, that in the language model. Raises InputError when there is none.
     """
     from torch import nn
 
@@ -41,21 +45,33 @@ def decoder_layers(model: nn.Module) -> tuple[str, int]:
             f"model: no list of its {wanted} decoder layers was found in {type(model).__name__}",
             "freezing and adapters need a decoder-only model with one list of layers",
         )
-    return min(found, key=len), wanted
+    decoder: Any = getattr(model, "get_decoder", None)
+    path = _path_of(model, decoder()) if decoder else ""
+    inside = [name for name in found if not path or name.startswith(f"{path}.")]
+    return min(inside or found, key=len), wanted
+
+
+def _path_of(model: nn.Module, part: Any) -> str:
+    """The path of a module in a model; empty for the model itself, and for what is none of its modules."""
+    return next((name for name, module in model.named_modules() if module is part), "")
 
 
 def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") -> list[LinearModule]:
     """The linear modules of the decoder layers that `targets` names, layer by layer.
 
-    `targets` is `all-linear` or a list of last names (`q_proj`). The output head is never among them.
+    `targets` is `all-linear` or a list of last names (`q_proj`). The output head is never among them, nor are
+    routers of experts, nor what cannot carry an adapter (see `_passed_by`).
     Raises InputError for a target the model lacks, and for a model without linear modules.
     """
     from torch import nn
 
     prefix, _ = decoder_layers(model)
+    experts = _expert_counts(model)
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(prefix + "."):
+            if _is_router(name, module.out_features, experts) or _passed_by(model, name):
+                continue
             layer, _, kind = name[len(prefix) + 1 :].partition(".")
             found.append(LinearModule(name, int(layer), kind, (module.out_features, module.in_features)))
     if not found:
@@ -73,6 +89,26 @@ def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") ->
                 nearest(target, known) + f"it has {', '.join(known)}",
             )
     return [module for module in found if module.name.rsplit(".", 1)[-1] in targets]
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    """How many experts the model's config speaks of."""
+    config: Any = model.config
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    counts = [getattr(config.get_text_config(), key, None) for key in keys]
+    return {count for count in counts if isinstance(count, int)}
+
+
+def _is_router(name: str, outputs: int, experts: set[int]) -> bool:
+    """Whether a linear module chooses experts, or weighs one that all tokens share; training must not move those."""
+    return bool(experts) and outputs in experts | {1} and ROUTER.search(name) is not None
+
+
+def _passed_by(model: nn.Module, name: str) -> bool:
+    """Whether a module's weight is used without calling it: fused kernels of Mamba's mixers do that with their output
+    projection, so an adapter on it would do nothing."""
+    parent, _, last = name.rpartition(".")
+    return last == "out_proj" and hasattr(model.get_submodule(parent), "ssm_state_size")
 
 
 def adapted_modules(

@@ -13,11 +13,12 @@ from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
 from qcft.layers.modules import linear_modules
+from qcft.models.names import stored_names
 from qcft.models.tensors import tensor_files
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
 BLOCK_BYTES = 2**26  # of a matrix, in fp64, held at once
 SNR_FORMAT = 1  # raised when the way the ratio is computed changes
@@ -62,38 +63,45 @@ def singular_values(matrix: Any, rows: int, columns: int) -> torch.Tensor:
     return squares.clamp(min=0).sqrt()
 
 
-def measure_snr(folder: Path, modules: Sequence[str], watch: Watch) -> dict[str, float]:
+def measure_snr(folder: Path, model: PreTrainedModel, modules: Sequence[str], watch: Watch) -> dict[str, float]:
     """The ratio of each linear module of a model folder, read from its safetensors one matrix at a time.
 
-    Raises InputError for a module whose weight is not there under its name.
+    Raises InputError for a module whose weight is not there.
     """
-    files = tensor_files(folder)
+    files = module_files(folder, model)
     ratios = {}
     for done, name in enumerate(modules):
         watch.progress("signal to noise", done, len(modules), "matrices")
-        matrix = matrix_of(files, f"{name}.weight", folder)
+        matrix = matrix_of(files, name, folder)
         rows, columns = matrix.get_shape()
         ratios[name] = signal_to_noise(singular_values(matrix, rows, columns), rows, columns)
     watch.progress("signal to noise", len(modules), len(modules), "matrices")
     return ratios
 
 
-def matrix_of(files: dict[str, Any], name: str, folder: Path) -> Any:
-    """A weight that is still on disk, to be sliced. Raises InputError when it is not there."""
-    if name not in files:
+def module_files(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Any, str]]:
+    """For each weight of a model the open file it lies in and its name there, by its name in the model."""
+    files = tensor_files(folder)
+    return {live: (files[stored], stored) for live, stored in stored_names(model, folder).items()}
+
+
+def matrix_of(files: dict[str, tuple[Any, str]], module: str, folder: Path) -> Any:
+    """A module's weight that is still on disk, to be sliced. Raises InputError when it is not there."""
+    if f"{module}.weight" not in files:
         raise InputError(
-            f"model: {str(folder)!r} holds no weight {name}",
-            "its weights are stored under other names: load it with transformers and save it again",
+            f"model: {str(folder)!r} holds no weight of its own for {module}",
+            "measure other modules (lora.targets), or name the frozen layers, as in freeze: layers:0-11",
         )
-    return files[name].get_slice(name)
+    file, stored = files[f"{module}.weight"]
+    return file.get_slice(stored)
 
 
-def snr_of(folder: Path, digest: str, model: nn.Module, watch: Watch) -> dict[str, float]:
+def snr_of(folder: Path, digest: str, model: PreTrainedModel, watch: Watch) -> dict[str, float]:
     """The signal-to-noise ratio of each linear module, cached by the digest of the weights."""
     names = [module.name for module in linear_modules(model)]
 
     def make(work: Path) -> None:
-        write_json(work / "snr.json", measure_snr(folder, names, watch))
+        write_json(work / "snr.json", measure_snr(folder, model, names, watch))
 
     key = hashlib.sha256(f"{digest} {names}".encode()).hexdigest()[:20]
     return dict(read_json(cached_folder(f"snr/{key}-v{SNR_FORMAT}", make, watch) / "snr.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,29 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
     if found != set(modules):
         raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
     return adapted
+
+
+def check_adaptable(model: PreTrainedModel, modules: list[str], lora: Lora) -> None:
+    """Put adapters on a copy of a model without weights, to see that they go where they are meant to.
+
+    Raises InputError, by family, where they do not: PEFT refuses some modules, and in some families of experts it
+    takes the experts for linear modules of the same last name.
+    """
+    from peft import get_peft_model
+
+    family = model.config.get_text_config().model_type
+    hint = 'name other modules, such as --set "lora.targets=[q_proj, k_proj, v_proj, o_proj]", or use another model'
+    try:
+        adapted = get_peft_model(copy.deepcopy(model), _config(modules, lora))
+    except Exception as error:  # whatever a family's own code, or PEFT's checks of it, raise
+        raise InputError(f"model: {family} cannot be given adapters: {short(error)}", hint) from None
+    lost = sorted(set(modules) - {name for name, _ in _lora_layers(adapted)})
+    if lost:
+        raise InputError(
+            f"model: of the adapters for {len(modules)} linear modules of {family}, PEFT puts {len(lost)} elsewhere, "
+            f"such as that for {lost[0]}: onto experts, which qcft does not train",
+            hint,
+        )
 
 
 def _config(modules: list[str], lora: Lora) -> Any:

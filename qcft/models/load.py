@@ -63,7 +63,9 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
     are kept as 16-bit numbers, which FSDP can deal out to processes.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig
+
+    from qcft.models.meta import auto_class, read_config
 
     quantize = quantize or model.quantize
     options: dict[str, Any] = {
@@ -85,18 +87,21 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
     elif device() == "cuda" and _bytes_of(folder) > 0.85 * torch.cuda.mem_get_info()[0]:
         options["device_map"] = "auto"  # 16 bits do not fit on the card: the rest is held in main memory
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, **options)
+        config = read_config(folder, model)
+        loaded, info = auto_class(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
     except torch.cuda.OutOfMemoryError:
         raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise QcftError(f"model: {str(folder)!r} cannot be loaded: {short(error)}", "check the model folder") from None
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = loaded.config.get_text_config().eos_token_id
+    missing = sorted({name for name, _ in loaded.named_parameters()} & set(info["missing_keys"]))
+    if missing:
+        raise QcftError(
+            f"model: {str(folder)!r} lacks {len(missing)} weights, such as {missing[0]}, which would be random numbers",
+            "fetch the model again",
+        )
     # Fresh, so that greedy means greedy: checkpoints ship repetition penalties and the like.
     old = loaded.generation_config
-    loaded.generation_config = GenerationConfig(
-        bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id
-    )
+    loaded.generation_config = GenerationConfig(bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id)
     return loaded
 
 

@@ -20,6 +20,7 @@ from qcft.events import Watch
 from qcft.files import read_json, write_json
 from qcft.models.deltas import Adapter, Delta, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.meta import model_without_weights
+from qcft.models.names import stored_names
 from qcft.models.tensors import (
     DTYPES,
     FLOATS,
@@ -114,8 +115,16 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
     changed = {name for adapter in adapters for name in adapter.changes}
     outside = [name for name in changed if not re.search(r"\.\d+\.", name)]  # not of a layer: embeddings, head, norm
     tied: Mapping[str, str] = {}
-    if outside:
-        tied = getattr(_without_weights(base, target), "all_tied_weights_keys", {})
+    if outside or not changed <= stored.keys():
+        model = _without_weights(base, target)
+        names = stored_names(model, base)
+        for adapter in adapters:
+            adapter.changes = {names.get(name, name): change for name, change in adapter.changes.items()}
+        changed = {names.get(name, name) for name in changed}
+        tied = {
+            names.get(copy, copy): names.get(original, original)
+            for copy, original in getattr(model, "all_tied_weights_keys", {}).items()
+        }
     untied = False
     for copy, original in tied.items():
         if original in stored and changed & {copy, original}:
@@ -198,12 +207,13 @@ def _quantised(base: Path, target: Target) -> set[str]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     model = _without_weights(base, target)
-    left = get_keys_to_not_convert(model)
-    return {
+    left, names = get_keys_to_not_convert(model), stored_names(model, base)
+    quantised = [
         f"{name}.weight"
         for name, module in model.named_modules()
         if type(module) is nn.Linear and should_convert_module(name, left)
-    }
+    ]
+    return {names.get(name, name) for name in quantised}
 
 
 def _without_weights(base: Path, target: Target) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, short
 from qcft.recipe import Model
@@ -15,14 +15,46 @@ if TYPE_CHECKING:
 MOST = {"num_hidden_layers": 1000, "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000}
 
 
+def read_config(folder: Path, model: Model) -> PreTrainedConfig:
+    """A model folder's config, without a padding token that its embedding has no row for: some checkpoints say -1, or
+    a number beyond the vocabulary, and padding is the tokenizer's to say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    for part in (config, config.get_text_config()):
+        pad = getattr(part, "pad_token_id", None)
+        if pad is not None and not (isinstance(pad, int) and 0 <= pad < getattr(part, "vocab_size", pad + 1)):
+            part.pad_token_id = None
+    return config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that builds and loads a model: transformers' for causal language models, else, for wrappers that it
+    has none for, that of models that also take images, whose text part is a language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if not known and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def model_without_weights(folder: Path, model: Model) -> PreTrainedModel:
     """The model of a folder on the meta device. Raises InputError when it cannot be built, or is quantised already."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = model.trust_remote_code
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"model: {model.name!r} holds an adapter beside its weights (adapter_config.json), which loading would "
+            "attach to them in silence",
+            "move the adapter's two files to a folder of their own, and name that as the first phase's adapter if it "
+            "is wanted",
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        config = read_config(folder, model)
         if getattr(config, "quantization_config", None):
             raise InputError(
                 f"model: {model.name!r} is quantised already",
@@ -32,7 +64,7 @@ def model_without_weights(folder: Path, model: Model) -> PreTrainedModel:
         with torch.device("meta"):
             attention = model.attn_implementation
             options = {"attn_implementation": attention} if attention else {}
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **options)
+            built: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust, **options)
     except InputError:
         raise
     except Exception as error:  # a config with anything in it fails anywhere in the model's code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
@@ -18,6 +17,7 @@ from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sea
 from qcft.hub import OFFLINE, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.models.gguf_header import check_lengths
+from qcft.models.tensors import INDEX, weight_files
 from qcft.recipe import Model
 
 CONVERTED = 1  # raised when the conversion from GGUF changes
@@ -160,22 +160,7 @@ def _folder_digest(folder: Path) -> str:
         if (folder / "adapter_config.json").is_file():
             hint = "it is an adapter: give its base as the model, and it as the first phase's adapter"
         raise InputError(f"model: the folder {str(folder)!r} holds no model: no config.json", hint)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        raise InputError(
-            f"model: the folder {str(folder)!r} holds no safetensors" + (", only pickled weights" if pickled else ""),
-            "qcft reads safetensors or GGUF only, never pickle" if pickled else f"give {WHAT}",
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            raise InputError(f"model: {str(index)!r} is not readable", "fetch the model again") from None
-        missing = sorted(named - {w.name for w in weights})
-        if missing:
-            raise InputError(f"model: {str(folder)!r} lacks {missing[0]}", "fetch the model again")
+    weights = _weight_files(folder)
     for file in weights:
         if not is_whole_safetensors(file):
             raise InputError(f"model: {str(file)!r} is truncated or altered", "fetch the model again")
@@ -186,6 +171,30 @@ def _folder_digest(folder: Path) -> str:
     for file in [*weights, *others]:
         total.update(f"{file.name} {file_digest(file)}\n".encode())
     return f"folder:{total.hexdigest()}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that a model folder's weights are loaded from. Raises InputError where they are not all there."""
+    every = sorted(folder.glob("*.safetensors"))
+    if not every:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise InputError(
+            f"model: the folder {str(folder)!r} holds no safetensors" + (", only pickled weights" if pickled else ""),
+            "qcft reads safetensors or GGUF only, never pickle" if pickled else f"give {WHAT}",
+        )
+    try:
+        weights = weight_files(folder)
+    except (KeyError, AttributeError, TypeError):
+        raise InputError(f"model: {str(folder / INDEX)!r} is not readable", "fetch the model again") from None
+    if weights == every and not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"model: the folder {str(folder)!r} holds {every[0].name}, but neither model.safetensors nor an index",
+            f"fetch {INDEX} of the model as well, or rename the one file of weights to model.safetensors",
+        )
+    missing = [file.name for file in weights if not file.is_file()]
+    if missing:
+        raise InputError(f"model: {str(folder)!r} lacks {missing[0]}", "fetch the model again")
+    return weights
 
 
 def pin_hub(name: str, revision: str | None, what: str = "model", offline: str = OFFLINE) -> str:

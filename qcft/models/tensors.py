@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 1 << 23
+INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -111,12 +112,15 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files a model folder is loaded from: those of its index, else model.safetensors, else all."""
-    index = read_json(folder / "model.safetensors.index.json")
+    """The safetensors files that a model folder is loaded from, merged onto and named by: model.safetensors, else those
+    of its index, as transformers chooses; else, for what is no model, all there are."""
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = read_json(folder / INDEX)
     if isinstance(index, dict):
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def stored_weights(folder: Path) -> dict[str, Stored]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
 from qcft.files import read_json
 from qcft.measure.alpaca import alpaca_prompts
 from qcft.models.adapter_config import CONFIG
+from qcft.models.adapters import check_adaptable
 from qcft.models.deltas import check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
-from qcft.models.tensors import weight_names
+from qcft.models.names import missing_weights, stored_names
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import ALPACA_EVAL, Phase, parse_freeze
 from qcft.replay.rows import check_replay
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_ROWS = 10**8  # of all epochs: a consumer's card is at it for years
 
@@ -32,6 +37,12 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
             f"model: {prepared.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
             "in 4 bits again it loses what was learned",
             "merge it without --base dequantised, or --set model.quantize=none",
+        )
+    if weights and (missing := missing_weights(prepared.meta_model, folder)):
+        raise InputError(
+            f"model: {prepared.recipe.model.name!r} lacks {len(missing)} weights, such as {missing[0]}, which would be "
+            "random numbers",
+            "fetch the model again, or give one that is whole",
         )
     for group in prepared.groups:
         prepared.held_out(group)
@@ -67,14 +78,33 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
             f"recipe: lora.r: {prepared.recipe.lora.r} is more than the rank that any change of this model can have",
             f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
         )
+    check_adaptable(prepared.meta_model, _of_each_kind(prepared.meta_model, modules), prepared.recipe.lora)
     if not weights or phase.name == prepared.recipe.phases[-1].name:
         return
-    missing = {f"{name}.weight" for name in modules} - weight_names(prepared.folder)
-    if missing:
+    unmergeable = {f"{name}.weight" for name in modules} - stored_names(prepared.meta_model, prepared.folder).keys()
+    if unmergeable:
         raise InputError(
-            f"model: {prepared.recipe.model.name!r} stores its weights under other names than {min(missing)}",
-            f"{phase.name} could not be merged onto them: load it with transformers and save it again",
+            f"model: {prepared.recipe.model.name!r} holds no tensor of its own for {min(unmergeable)}, onto which "
+            f"{phase.name} could be merged",
+            "name other modules with lora.targets, or start the next phase stacked",
         )
+
+
+def _of_each_kind(model: PreTrainedModel, modules: list[str]) -> list[str]:
+    """The modules that are in the first layer of each kind: layers made of the same are treated the same."""
+    from qcft.layers import decoder_layers
+
+    prefix, count = decoder_layers(model)
+    adapted: list[list[str]] = [[] for _ in range(count)]
+    for name in modules:
+        adapted[int(name[len(prefix) + 1 :].partition(".")[0])].append(name)
+    kinds: dict[object, list[str]] = {}
+    layers: Any = model.get_submodule(prefix)
+    for number, layer in enumerate(layers):
+        made_of = tuple((name, type(module)) for name, module in layer.named_modules())
+        types = tuple(name[len(f"{prefix}.{number}.") :] for name in adapted[number])
+        kinds.setdefault((made_of, types), adapted[number])
+    return [name for names in kinds.values() for name in names]
 
 
 def _check_adapter(prepared: Prepared, folder: Path) -> None:

@@ -16,7 +16,7 @@ from qcft.models.adapter_config import WEIGHTS
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.load import free_memory
 from qcft.prepare.prepared import Prepared
-from qcft.recipe import Phase
+from qcft.recipe import Phase, Train
 from qcft.replay.rows import read_replay
 from qcft.steps.base import StepWork
 from qcft.steps.prefix import open_prefix
@@ -24,6 +24,9 @@ from qcft.steps.step import Step
 from qcft.training.distributed.ranks import world
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qcft.training.agreement import Agreement
     from qcft.training.batches import Batches
     from qcft.training.passes import Fit
 
@@ -40,6 +43,8 @@ class TrainWork(StepWork):
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self.phase(step)
+        model = self.load(step)
+        agreed, train = self._agreed(model, phase)
         replay = self._replay_sets(phase, step)
         shares = self._shares(phase, replay)
         rows = [
@@ -49,9 +54,7 @@ class TrainWork(StepWork):
         ]
         extra = sum(len(encoded.rows) for encoded in replay.values())
         seed = self.recipe.seed
-        batches = make_batches(
-            rows, lambda epoch: mixed_order(len(rows) - extra, extra, f"{seed}:{epoch}"), phase.train
-        )
+        batches = make_batches(rows, lambda epoch: mixed_order(len(rows) - extra, extra, f"{seed}:{epoch}"), train)
         targets = self.recipe.lora.targets
         modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self.measured(step))
         frozen = frozen_in_words(self.prepared.meta_model, targets, modules)
@@ -63,7 +66,6 @@ class TrainWork(StepWork):
             phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})",
         )
         self.watch.tell(mixed)
-        model = self.load(step)
         free_memory()  # what loading left behind
         _seed_everything(seed)
         under = [self.adapter(one) for one in step.under]
@@ -77,28 +79,28 @@ class TrainWork(StepWork):
             probing = lay_out(self.recipe.forgetting, english, batches, below / decoder_layers(model)[1])
             if probing is None:
                 self.watch.note("no live probe: even a small one would cost over 5% of so short a training")
-        by_rows = attend_by_rows(model, max(len(row.input_ids) for row in rows))
+        by_rows = agreed.packed and attend_by_rows(model, max(len(row.input_ids) for row in rows))
         weights: dict[str, Any] = {"weights": self.weights_digest(step), "quantize": self.recipe.model.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
         prefix = None
         if step.adapter is None:
             seen = [*rows, *(probing.rows if probing else ())]
-            prefix = open_prefix(model, below, seen, batches.rows, weights, phase.train, self.store, self.watch)
-        elif phase.train.prefix_cache is True:
+            prefix = open_prefix(model, below, seen, batches.rows, weights, train, self.store, self.watch)
+        elif train.prefix_cache is True:
             self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
             adapted,
             self.prepared.tokenizer,
             batches,
-            phase.train,
+            train,
             seed,
             folder,
             self.watch,
             f"training {phase.name}",
-            Shortcuts(below, by_rows, prefix),
+            Shortcuts(below, by_rows, prefix, agreed.fused),
             probing,
-            self._fit(phase, modules, batches, by_rows, prefix is not None),
+            self._fit(phase.name, train, modules, batches, by_rows, prefix is not None),
         )
         return {
             **asdict(trained),
@@ -109,20 +111,40 @@ class TrainWork(StepWork):
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
 
-    def _fit(self, phase: Phase, modules: list[str], batches: Batches, by_rows: bool, cut: bool) -> Fit | None:
+    def _agreed(self, model: PreTrainedModel, phase: Phase) -> tuple[Agreement, Train]:
+        """What of training agrees with the model's own forward pass, and the phase's settings without what does not."""
+        from qcft.training.agreement import agreement
+
+        agreed, train = agreement(model, self.prepared.tokenizer, self.watch), phase.train
+        instead = []
+        if not agreed.packed and train.packing:
+            train = train.model_copy(update={"packing": False})
+            instead.append("rows are padded, not packed")
+        if not agreed.padded:
+            train = train.model_copy(update={"micro_batch": 1})
+            instead.append("rows are run one at a time")
+        if not agreed.fused:
+            instead.append("the loss is taken from the model's own logits")
+        if instead:
+            family = model.config.get_text_config().model_type
+            self.watch.note(f"{phase.name}: {' and '.join(instead)}, as with {family} {agreed.why}")
+        return agreed, train
+
+    def _fit(
+        self, phase: str, train: Train, modules: list[str], batches: Batches, by_rows: bool, cut: bool
+    ) -> Fit | None:
         """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
         from qcft.models.load import device, free_bytes
         from qcft.training.footprint import Shape
         from qcft.training.memory import plan_training
 
-        train = phase.train
         if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
             return None
         shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
         meta = self.prepared.meta_model
         planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
         if planned.fit.limit:
-            self.watch.note(f"{phase.name}: passes of at most {planned.fit.limit} tokens, to fit into memory")
+            self.watch.note(f"{phase}: passes of at most {planned.fit.limit} tokens, to fit into memory")
         return planned.fit
 
     def _replay_sets(self, phase: Phase, step: Step) -> dict[str, EncodedSet]:

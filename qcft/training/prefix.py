@@ -89,13 +89,15 @@ class Prefix:
         model.set_input_embeddings(self.stored)  # a head tied to the embedding keeps the weights
         free_memory()
 
-    def show(self, rows: Iterable[EncodedRow]) -> None:
-        """Have the next pass begin from the stored states of these rows, one after the other."""
-        import numpy as np
+    def show(self, rows: Iterable[EncodedRow], padded: bool = False) -> None:
+        """Have the next pass begin from the stored states of these rows: one after the other, or `padded` on the right
+        with zeros, which the attention mask hides."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        joined = torch.from_numpy(np.concatenate([self.states.read(row_key(row)) for row in rows]))
-        self.stored.current = joined.view(compute_dtype())[None].to(self.device)
+        states = [torch.from_numpy(self.states.read(row_key(row))).view(compute_dtype()) for row in rows]
+        joined = pad_sequence(states, batch_first=True) if padded else torch.cat(states)[None]
+        self.stored.current = joined.to(self.device)
 
 
 def _run_prefix(model: PreTrainedModel, below: int, rows: list[EncodedRow], together: bool) -> list[torch.Tensor]:

@@ -94,5 +94,6 @@ def sft_config(
         report_to=train.report_to or "none",
         disable_tqdm=True,
         eval_strategy="no",
-        **train.sft,
+        # Routers are never adapted, so there is nothing to balance; and not every family's base model reports it.
+        **{"router_aux_loss_coef": 0.0, **train.sft},
     )

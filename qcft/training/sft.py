@@ -20,6 +20,7 @@ from qcft.recipe import Train
 from qcft.training.batches import Batches, Fed
 from qcft.training.distributed import shards
 from qcft.training.distributed.ranks import rank, sharded, shared_out, world
+from qcft.training.head import AnswerTokens, own_loss, summed_nll
 from qcft.training.passes import Fit, Passes
 from qcft.training.probe import EnglishProbe, Probing, probe_callback
 from qcft.training.reporter import reporter
@@ -61,11 +62,13 @@ class Trained:
 @dataclass(frozen=True)
 class Shortcuts:
     """What a training need not do: `below` layers are frozen under the lowest adapter, and the backward pass stops
-    there; `by_rows`, attention goes row by row and nothing is padded; `prefix`, the frozen layers need not run."""
+    there; `by_rows`, attention goes row by row and nothing is padded; `prefix`, the frozen layers need not run;
+    `fused`, TRL's head computes the loss, without all logits at once."""
 
     below: int = 0
     by_rows: bool = False
     prefix: Prefix | None = None
+    fused: bool = True
 
 
 def train_adapter(
@@ -203,8 +206,8 @@ def _make_trainer(
             if shortcuts.by_rows:
                 inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
             if shortcuts.prefix:
-                shortcuts.prefix.show(rows)
-            if self.label_smoother is None:
+                shortcuts.prefix.show(rows, padded=not (batches.packed or shortcuts.by_rows))
+            if self.label_smoother is None and self.compute_loss_func is None:
                 answers.choose(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -215,12 +218,15 @@ def _make_trainer(
             inputs: dict[str, Any] = {
                 "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]], device=device),
                 "labels": torch.tensor([[label for row in rows for label in row.labels]], device=device),
-                "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
             }
             if shortcuts.by_rows:
+                inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
                 inputs["row_lengths"] = lengths
             if shortcuts.prefix:
                 shortcuts.prefix.show(rows)
+            if not shortcuts.fused:
+                labels = inputs.pop("labels")
+                return float(summed_nll(self.model(**inputs, use_cache=False).logits, labels))
             answers.choose(inputs)
             outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
             answers.chosen = None  # where labels are smoothed, training itself does not choose
@@ -263,8 +269,14 @@ def _make_trainer(
             for old in _newest_first(checkpoints)[KEPT:]:
                 shutil.rmtree(old)
 
-    answers = _Answers(model.get_base_model())
-    trainer = PhaseTrainer(model=model, args=config, train_dataset=_dataset(batches), processing_class=tokenizer)
+    answers = AnswerTokens(model.get_base_model())
+    trainer = PhaseTrainer(
+        model=model,
+        args=config,
+        train_dataset=_dataset(batches),
+        processing_class=tokenizer,
+        compute_loss_func=None if shortcuts.fused else own_loss,
+    )
     collate = trainer.data_collator
 
     def with_items(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -273,24 +285,6 @@ def _make_trainer(
     trainer.data_collator = with_items
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-class _Answers:
-    """Has the head score the tokens that bear loss and no others; without Triton, TRL scores every token."""
-
-    def __init__(self, model: Any) -> None:
-        self.chosen: Any = None
-        model.base_model.register_forward_hook(self._keep_chosen)
-
-    def choose(self, inputs: dict[str, Any]) -> None:
-        """Replace a batch's labels by those that bear loss, each in the place of the token before it."""
-        labels = inputs.pop("labels")[:, 1:]
-        self.chosen = labels != IGNORED
-        inputs["shift_labels"] = labels[self.chosen][None]
-
-    def _keep_chosen(self, module: Any, arguments: Any, output: Any) -> None:
-        if self.chosen is not None:
-            output.last_hidden_state = output.last_hidden_state[:, :-1][self.chosen][None]
 
 
 def _example(row: EncodedRow) -> dict[str, Any]:

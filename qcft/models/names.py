@@ -1,0 +1,63 @@
+"""The names of a model's weights: in memory, and in the files it is loaded from.
+
+Multimodal wrappers and some older families are stored under other names than their modules have. The table is
+transformers' own, which loading goes by (`transformers.conversion_mapping`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.models.tensors import weight_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def stored_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """The stored name of every weight that is one tensor in the folder's files, by its name in the model.
+
+    Weights that loading puts together from several tensors, or out of one, have none.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    live: Any = model.state_dict()
+    renamings, converters = _conversions(model)
+    names: dict[str, str] = {}
+    for stored in sorted(weight_names(folder)):
+        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, live)
+        if converter is None:
+            names[name] = stored
+    return names
+
+
+def missing_weights(model: PreTrainedModel, folder: Path) -> list[str]:
+    """The parameters of a model that a folder holds no weights for, and that loading would fill with random numbers.
+
+    Of tied weights one is enough. Left to loading itself: what is put together from several tensors, and what the
+    model's class says may be missing.
+    """
+    found = set(stored_names(model, folder))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    found |= {name for pair in tied.items() if found & set(pair) for name in pair}
+    optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    converted = {target for converter in _conversions(model)[1] for target in converter.target_patterns}
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in found
+        and not any(one.search(name) for one in optional)
+        and not any(target in name for target in converted)
+    ]
+
+
+def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings of stored weights, and its conversions of several into others."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    table = get_model_conversion_mapping(model)
+    renamings = [one for one in table if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in table if isinstance(one, WeightConverter)]

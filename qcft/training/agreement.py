@@ -1,0 +1,168 @@
+"""Whether training a model comes to what the model itself says: its rows alone, side by side, and one after the other.
+
+A family that nobody looked at may let packed rows see each other, count positions on from one row to the next, or scale
+its logits in a way that a head computed apart does not. Two short rows show it, before the first training of a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcft.cache import cached_folder
+from qcft.data.encode import IGNORED, EncodedRow
+from qcft.errors import QcftError, short
+from qcft.events import Watch
+from qcft.files import read_json, write_json
+from qcft.models.load import compute_dtype, evaluating
+from qcft.store.steps import package_versions
+from qcft.training.attention import attend_by_rows
+from qcft.training.head import AnswerTokens
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1  # raised when what is compared changes
+TEXT = "Every morning the baker walks along the river to the old mill and asks the miller how much flour is left."
+OTHER = "A small ship with nine sails left the harbour at noon, although the wind had turned and rain was near."
+LONG, SHORT = 72, 41  # tokens of the two rows
+CLOSE = 0.02  # nats, the mean over a row's tokens: rounding in 16 bits comes to a thousandth
+APART = 0.002  # nats, of any token, when the row that is packed before it is another: nothing where rows are apart
+
+Run = Callable[[Sequence[EncodedRow], bool], "torch.Tensor"]  # rows, packed or padded -> log probabilities of answers
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What of training agrees with the model's own forward pass. `fused`: the loss from TRL's head; `padded`: rows
+    side by side; `packed`: rows one after the other, which also leave each other alone. `why` says what does not."""
+
+    fused: bool
+    padded: bool
+    packed: bool
+    why: str
+
+
+def agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, watch: Watch) -> Agreement:
+    """Compare the losses of two rows as training computes them with the model's own: once for each config, way of
+    loading and version of the libraries, then from the cache. The model stays as it is.
+
+    Raises QcftError for a family that training cannot run at all.
+    """
+
+    def make(folder: Path) -> None:
+        write_json(folder / "agreement.json", asdict(compare(model, tokenizer)))
+
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    seen = [FORMAT, config, type(model).__name__, str(model.device), str(compute_dtype()), package_versions()]
+    key = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    return Agreement(**read_json(cached_folder(f"agreement/{key}", make, watch) / "agreement.json"))
+
+
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agreement:
+    """The comparison itself."""
+    import torch
+
+    first, second, other = (_row(tokenizer, *of) for of in ((TEXT, LONG), (OTHER, SHORT), (OTHER, LONG)))
+    why: list[str] = []
+    with evaluating(model), torch.autocast(model.device.type, compute_dtype()):
+        own = [_own(model, row) for row in (first, second)]
+        with _trained(model) as run:
+            try:
+                alone = [run([row], False) for row in (first, second)]
+                together = run([first, second], False)
+            except Exception as error:  # whatever a family's own code raises
+                family = model.config.get_text_config().model_type
+                raise QcftError(
+                    f"model: {family} cannot be trained: {type(error).__name__}: {short(error)}", "use another model"
+                ) from None
+            fused = _close(torch.cat(alone), torch.cat(own), "TRL's head gives another loss than the model", why)
+            padded = _close(together, torch.cat(alone), "rows depend on what they are padded beside", why)
+            packed = _packed(model, run, (first, second, other), alone, why)
+    return Agreement(fused, padded, packed, "; ".join(why))
+
+
+def _packed(
+    model: PreTrainedModel, run: Run, rows: Sequence[EncodedRow], alone: list[torch.Tensor], why: list[str]
+) -> bool:
+    """Whether the second row comes to the same behind the first, behind another, and alone."""
+    import torch
+
+    first, second, other = rows
+    attention = model.config._attn_implementation
+    by_rows = attend_by_rows(model, LONG)
+    try:
+        behind_first, behind_other = (run([before, second], True) for before in (first, other))
+    except Exception as error:  # as above; padded, the family can be trained
+        why.append(f"rows cannot be packed ({short(error, 80)})")
+        return False
+    finally:
+        if by_rows:
+            model.set_attn_implementation(attention)
+    start = len(alone[0])
+    moved = float((behind_first[start:] - behind_other[start:]).abs().max())
+    if moved > APART:
+        why.append(f"packed rows see each other: a token moved by {moved:.2g} nats")
+        return False
+    return _close(behind_first, torch.cat(alone), "packed rows come to another loss than alone", why)
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor, what: str, why: list[str]) -> bool:
+    off = float((found - wanted).abs().mean())
+    if off <= CLOSE:
+        return True
+    why.append(f"{what}, by {off:.2g} nats a token")
+    return False
+
+
+@contextmanager
+def _trained(model: PreTrainedModel) -> Iterator[Run]:
+    """The model as TRL's trainer runs it: its collator's batches, its head."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from trl.trainer.utils import add_fused_lm_head
+
+    forward = model.__dict__.get("forward")
+    add_fused_lm_head(model, outputs=("log_probs",))
+    answers = AnswerTokens(model)
+
+    def run(rows: Sequence[EncodedRow], packed: bool) -> torch.Tensor:
+        collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)
+        batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+        inputs = {key: one.to(model.device) if hasattr(one, "to") else one for key, one in batch.items()}
+        if packed and model.config._attn_implementation == "qcft_rows":
+            inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
+        answers.choose(inputs)
+        log_probs: torch.Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+        return log_probs.flatten().float()
+
+    try:
+        yield run
+    finally:
+        answers.remove()
+        if forward is None:
+            del model.forward
+        else:
+            model.forward = forward
+
+
+def _own(model: PreTrainedModel, row: EncodedRow) -> torch.Tensor:
+    """Log probabilities of a row's answer tokens from the model's own forward pass."""
+    import torch
+
+    ids = torch.tensor([row.input_ids], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    found = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+    return found[torch.tensor(row.labels[1:], device=found.device) != IGNORED]
+
+
+def _row(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> EncodedRow:
+    """A row of so many tokens, all but the first few of which are the answer."""
+    words = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = (words * size)[:size]
+    return EncodedRow(ids, [IGNORED] * (size // 4) + ids[size // 4 :])

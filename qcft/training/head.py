@@ -1,0 +1,46 @@
+"""The head's work in training: it scores the tokens that bear loss and no others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AnswerTokens:
+    """Has TRL's head score the tokens that bear loss and no others; without Triton it would score every token."""
+
+    def __init__(self, model: Any) -> None:
+        self.chosen: Any = None
+        self._hook = model.base_model.register_forward_hook(self._keep_chosen)
+
+    def choose(self, inputs: dict[str, Any]) -> None:
+        """Replace a batch's labels by those that bear loss, each in the place of the token before it."""
+        labels = inputs.pop("labels")[:, 1:]
+        self.chosen = labels != IGNORED
+        inputs["shift_labels"] = labels[self.chosen][None]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+
+    def _keep_chosen(self, module: Any, arguments: Any, output: Any) -> None:
+        if self.chosen is not None:
+            output.last_hidden_state = output.last_hidden_state[:, :-1][self.chosen][None]
+
+
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The loss of a pass from the model's own logits, where TRL's head would give another."""
+    total = summed_nll(outputs.logits, labels)
+    return total / ((labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def summed_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-sum ln p over the tokens that bear loss, in nats; logits (rows, tokens, vocabulary), labels (rows, tokens)."""
+    from torch.nn.functional import cross_entropy
+
+    chosen = labels[:, 1:] != IGNORED
+    return cross_entropy(logits[:, :-1][chosen].float(), labels[:, 1:][chosen], reduction="sum")
