@@ -148,8 +148,9 @@ def _from_shapes(step: Step, prepared: PlannedRecipe) -> dict[str, Any]:
         return {"seconds": None, "bytes": None}
     planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
     tokens = batches.tokens_until(batches.steps)
+    known = planned.unknown is None
     return {
-        "seconds": _speed().seconds(planned.cost) * tokens / planned.largest.tokens,
+        "seconds": _speed().seconds(planned.cost) * tokens / planned.largest.tokens if known else None,
         "bytes": bytes_written(prepared, step, planned),
     }
 

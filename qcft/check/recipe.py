@@ -87,12 +87,15 @@ def _phase(
     encoder = prepared.encoder(phase)
     sets = prepared.encoded(phase)
     tokens = batches.tokens_until(batches.steps)
-    seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens if speed else None
+    seconds = None
+    if speed and planned.unknown is None:
+        seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens
     read = sum(len(s.rows) + sum(s.left_out.values()) for s in sets)
     return {
         "phase": phase.name,
         "memory": {**asdict(planned.memory), "total": planned.memory.total},
         "fits": planned.fits,
+        "unknown": planned.unknown,
         "pass_tokens": planned.largest.tokens,
         "pass_limit": planned.fit.limit,
         "gradient_checkpointing": planned.fit.recompute,

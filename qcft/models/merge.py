@@ -21,6 +21,7 @@ from qcft.files import read_json, write_json
 from qcft.models.deltas import Adapter, Delta, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.meta import model_without_weights
 from qcft.models.names import stored_names
+from qcft.models.size import quantised_modules
 from qcft.models.tensors import (
     DTYPES,
     FLOATS,
@@ -202,18 +203,9 @@ def _through_nf4(weight: Any) -> Any:
 
 def _quantised(base: Path, target: Target) -> set[str]:
     """The weights that are held in 4 bits when the model is: transformers' own choice."""
-    from torch import nn
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     model = _without_weights(base, target)
-    left, names = get_keys_to_not_convert(model), stored_names(model, base)
-    quantised = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, left)
-    ]
-    return {names.get(name, name) for name in quantised}
+    names = stored_names(model, base)
+    return {names.get(f"{name}.weight", f"{name}.weight") for name in quantised_modules(model)}
 
 
 def _without_weights(base: Path, target: Target) -> PreTrainedModel:

@@ -41,11 +41,27 @@ def nf4_bytes(weights: int) -> tuple[int, int]:
 
 
 def quantised_modules(model: PreTrainedModel) -> list[str]:
-    """Full names of the modules that loading in 4 bits quantises: every linear one but the output head."""
+    """Full names of the modules that loading in 4 bits quantises, by transformers' own choice: linear ones, and no
+    subclasses of them, but for the output head. The model has no weights, or holds them in 16 bits."""
     from torch import nn
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    left = get_keys_to_not_convert(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, left)
+    ]
+
+
+def quantised_share(model: PreTrainedModel) -> float:
+    """The share of a model's weights that loading in 4 bits quantises; embeddings and head not counted."""
+    ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
+    outside = {id(part) for module in model.modules() if id(module) in ends for part in module.parameters()}
+    total = sum(weight.numel() for weight in model.parameters() if id(weight) not in outside)
+    in_4_bits: int = sum(model.get_submodule(name).weight.numel() for name in quantised_modules(model))
+    return in_4_bits / max(1, total)
 
 
 def weight_bytes(model: PreTrainedModel, quantize: str, without: tuple[nn.Module, ...] = ()) -> WeightBytes:

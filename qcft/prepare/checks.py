@@ -78,6 +78,11 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
             f"recipe: lora.r: {prepared.recipe.lora.r} is more than the rank that any change of this model can have",
             f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
         )
+    if prepared.meta_model.base_model is prepared.meta_model:
+        family = prepared.meta_model.config.get_text_config().model_type
+        raise InputError(
+            f"model: {family} has no inner model apart from its head, which training goes by", "use another model"
+        )
     check_adaptable(prepared.meta_model, _of_each_kind(prepared.meta_model, modules), prepared.recipe.lora)
     if not weights or phase.name == prepared.recipe.phases[-1].name:
         return

@@ -103,6 +103,13 @@ def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Wat
                 "warning",
             )
         plans[step.id] = planned
+        if planned.unknown:
+            watch.note(
+                f"{phase.name}: how much memory activations take, and how long training does, cannot be estimated, as "
+                f"{planned.unknown}",
+                "warning",
+            )
+            continue
         seconds += speed.seconds(planned.cost) * batches.tokens_until(batches.steps) / planned.largest.tokens
     most = max((planned.memory for planned in plans.values()), key=lambda one: one.total)
     disk = sum(bytes_written(prepared, step, plans.get(step.id)) for step in steps)

@@ -143,7 +143,9 @@ class TrainWork(StepWork):
         shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
         meta = self.prepared.meta_model
         planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
-        if planned.fit.limit:
+        if planned.unknown:
+            self.watch.note(f"{phase}: passes are as small as can be, as {planned.unknown}", "warning")
+        elif planned.fit.limit:
             self.watch.note(f"{phase}: passes of at most {planned.fit.limit} tokens, to fit into memory")
         return planned.fit
 

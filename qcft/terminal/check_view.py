@@ -65,6 +65,8 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
         name, total = phase["phase"], phase["memory"]["total"]
         fits = "fits" if phase["fits"] else "DOES NOT FIT"
         lines.append(f"{name} {fits}: {gib(total)} of {gib(found['free_bytes'])} free in {where}")
+        if phase["unknown"]:
+            lines.append(f"  activations and logits come on top: how much cannot be estimated, as {phase['unknown']}")
         how = "recomputing activations" if phase["gradient_checkpointing"] else "keeping activations"
         known = "" if phase["freeze_is_known"] else "; which layers are frozen is known only once they are measured"
         lines.append(
@@ -75,7 +77,7 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
         if phase["seconds"] is not None:
             each = phase["seconds"] / phase["steps"]
             lines.append(f"  about {minutes(phase['seconds'])} to train, {each:.2g} s a step ({paced})")
-        else:
+        elif not found["here"]:
             lines.append("  how long it trains is not known for a GPU that is not here")
         left_out = ", ".join(f"{n} {reason}" for reason, n in phase["left_out"].items()) or "none"
         share = phase["truncated"] / max(1, phase["rows_read"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
+from qcft.errors import short
 from qcft.layers import decoder_layers, linear_modules, lowest_adapted
 from qcft.models.size import HALF, weight_bytes
 from qcft.recipe import Train
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FULL = 4  # bytes of a number in fp32
+NOTHING = Footprint(0, 0, 0, 0)
 ROOM = 0.9  # share of the free memory to fill
 # The tokenizer, the rows, and freed blocks of some hundred KB that glibc keeps between tensors that live on: half a GiB
 # within a few steps, whatever the passes, as measured (tests/benchmarks/memory.py). CUDA's allocator reuses blocks.
@@ -55,7 +57,8 @@ class Memory:
 @dataclass(frozen=True)
 class Planned:
     """A training as it would run: what it needs, how passes are fitted, what its largest pass costs; `stored`, bytes
-    of frozen layers' states that it keeps on disk."""
+    of frozen layers' states that it keeps on disk. `unknown` says why the cost, and so activations, logits and time,
+    cannot be estimated: they are 0 then."""
 
     memory: Memory
     fit: Fit
@@ -63,6 +66,7 @@ class Planned:
     cost: Footprint
     fits: bool
     stored: int = 0
+    unknown: str | None = None
 
 
 def plan_training(
@@ -76,24 +80,27 @@ def plan_training(
     under: int = 0,
 ) -> Planned:
     """Choose how passes are run: as laid out if that fits into `free` bytes, else with activations recomputed and,
-    where `train.micro_batch` is auto, in parts.
+    where `train.micro_batch` is auto, in parts. Where the cost cannot be estimated, in the smallest way there is.
 
     `model` has no weights. `loaded`: they are in memory already, and not part of what must fit. `under`: numbers in
     adapters that lie frozen under the one that is trained.
     """
     padded = not (batches.packed or by_rows)
-    tried: dict[Fit, Planned] = {}
-    for fit in _ways(batches, train, padded, shape.device):
+    ways, unknown = _ways(batches, train, padded, shape.device), None
+    for fit in ways:
         largest = _largest(batches, fit.limit, padded, by_rows)
-        with_fit = Shape(shape.modules, shape.lora, shape.quantize, fit.recompute, shape.cut, shape.device)
-        cost = footprint(model, with_fit, largest)
+        with_fit = replace(shape, checkpointing=fit.recompute)
+        try:
+            cost = footprint(model, with_fit, largest)
+        except Exception as error:  # a family's code may need numbers, such as those of a router, to be run at all
+            unknown = f"{model.config.get_text_config().model_type} cannot be run without weights ({short(error, 80)})"
+            cost, fit, largest = NOTHING, ways[-1], _largest(batches, ways[-1].limit, padded, by_rows)
         memory = _memory(model, with_fit, train, cost, under)
         held = memory.weights + memory.constants + memory.halves + memory.file + memory.adapters if loaded else 0
-        fits = memory.total - held <= ROOM * free
-        tried[fit] = Planned(memory, fit, largest, cost, fits)
-        if fits:
+        planned = Planned(memory, fit, largest, cost, memory.total - held <= ROOM * free, unknown=unknown)
+        if planned.fits or unknown:
             break
-    return tried[fit]
+    return planned
 
 
 def _ways(batches: Batches, train: Train, padded: bool, device: str) -> list[Fit]:
