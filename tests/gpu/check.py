@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def read_arguments() -> argparse.Namespace:
             refuse(f"there is no part {name!r}", f"parts are {', '.join(visible())}; or first, second, all")
     if not options.child and not options.dry and not any("selftest" in name for name in options.names):
         require_card()
+    options.out, options.work = options.out.absolute(), options.work.absolute()  # parts run in the repository's root
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         options.work.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,6 @@ def wait(
         if models is not None and models.poll():  # it died: whoever waits for a model should know
             for folder in (work / "models").iterdir():
                 if folder.is_dir() and not (folder / "ready").is_file():
-                    (folder / "failed").touch()
                     (folder / "failed").write_text(f"the process that makes models ended with {models.returncode}")
             models = None
         shown.show()
@@ -217,10 +218,14 @@ def start_models(options: argparse.Namespace, log: IO[str]) -> subprocess.Popen[
         sizes = ["tiny"]
     if not sizes:
         return None
+    models = options.work / "models"
+    models.mkdir(exist_ok=True)
+    for folder in models.iterdir():
+        if not (folder / "ready").is_file():  # what an earlier check left half made; parts wait for what is there
+            shutil.rmtree(folder)
     for size in sizes:
-        (options.work / "models" / size).mkdir(parents=True, exist_ok=True)
-        (options.work / "models" / size / "failed").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.gpu.models", str(options.work / "models"), ",".join(sizes)]
+        (models / size).mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.gpu.models", str(models), ",".join(sizes)]
     return start_process(options, log, command)
 
 

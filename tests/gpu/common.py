@@ -80,10 +80,6 @@ class Part:
             raise RuntimeError(f"no model {folder.name}: {(folder / 'failed').read_text(encoding='utf-8')}")
         return folder
 
-    def together(self, most: int = 16) -> int:
-        """Processes to run side by side where neither time nor the card's memory is measured."""
-        return min(most, os.cpu_count() or 1)
-
 
 def write_result(out: Path, found: Mapping[str, Any]) -> None:
     """Append a line to results.jsonl."""
@@ -124,6 +120,11 @@ def qcft(*arguments: object, before: str = "", **options: Any) -> Ended:
     """Run the command line in a process of its own; `before` is Python code to run first there."""
     start = ["-c", f"{before}\nfrom qcft.cli import main\nmain()"] if before else ["-m", "qcft"]
     return command([sys.executable, *start, *map(str, arguments)], **options)
+
+
+def share_of_cores(processes: int) -> dict[str, str]:
+    """The environment of each of several processes: more threads than cores wait for each other most of the time."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
 
 def command(
@@ -183,15 +184,16 @@ def write_recipe(
     `epochs` has no effect beside `steps`, but is part of a step's id: without it phases that differ only in what does
     not change the result (recomputing, stored states, passes) would be one step, and trained once.
     """
-    for number, phase in enumerate(phases, start=1):
-        phase["train"]["epochs"] = number
+    numbered = [
+        {**phase, "train": {**phase["train"], "epochs": number}} for number, phase in enumerate(phases, start=1)
+    ]
     recipe = {
         "name": name,
         "model": {"name": str(model), "quantize": quantize},
         "heldout": {"rows": 1},
         "answers": {"prompts": 0},
         "forgetting": None,
-        "phases": phases,
+        "phases": numbered,
         **more,
     }
     path = place / f"{name}.yaml"

@@ -22,6 +22,7 @@ from tests.gpu.common import (
     peak,
     qcft,
     run_recipe,
+    share_of_cores,
     step_seconds,
     write_recipe,
     write_rows,
@@ -58,10 +59,11 @@ def memory(part: Part) -> None:
         }
     # nvidia-smi counts the whole card: only where one recipe is measured and no model is being made.
     alone = len(recipes) == 1 and all((one / "ready").is_file() for one in (part.work / "models").iterdir())
+    cores = share_of_cores(2 * len(recipes))
     with CardUse(part.cuda and alone) as card, ThreadPoolExecutor(2 if part.dry else len(recipes)) as pool:
 
         def measure(recipe: Path) -> dict[str, Any]:
-            return _estimated_and_measured(part, recipe, card)
+            return _estimated_and_measured(part, recipe, card, cores)
 
         waiting = [pool.submit(part.attempt, name, partial(measure, recipe)) for name, recipe in recipes.items()]
         for one in waiting:
@@ -70,20 +72,21 @@ def memory(part: Part) -> None:
         part.report("nvidia-smi's figure, less what was in use before", gib=gib(card.most))
 
 
-def _estimated_and_measured(part: Part, recipe: Path, card: CardUse) -> dict[str, Any]:
+def _estimated_and_measured(part: Part, recipe: Path, card: CardUse, cores: dict[str, str]) -> dict[str, Any]:
     """Both for one recipe, the estimate made while the run starts; what is measured is also reported as it comes."""
     name = recipe.stem
     runs = Runs(recipe.parent / f"runs-{name}", name)
     last = json.loads(recipe.read_text(encoding="utf-8"))["phases"][-1]["name"]
 
-    def stage(done: str, record: Mapping[str, Any]) -> None:
+    def done(stage: str, record: Mapping[str, Any]) -> None:
         measured = gib(peak(record))
-        part.report("measured", recipe=name, stage=done, measured_gib=measured, seconds=round(record["seconds"], 1))
+        part.report("measured", recipe=name, stage=stage, measured_gib=measured, seconds=round(record["seconds"], 1))
 
     with ThreadPoolExecutor(1) as beside:
-        check = beside.submit(qcft, "check", recipe, "--runs", recipe.parent / "none", "--rows", 0, "--json")
+        line = ("check", recipe, "--runs", recipe.parent / "none", "--rows", 0, "--json")
+        check = beside.submit(qcft, *line, environment=cores)
         check.add_done_callback(lambda _: card.count())
-        ended = run_recipe(recipe, runs, stage, until=last)
+        ended = run_recipe(recipe, runs, done, until=last, environment=cores)
         ended.check()
         estimate = check.result().json()
     base = runs.done("eval/base")
@@ -107,20 +110,13 @@ def _estimated_and_measured(part: Part, recipe: Path, card: CardUse) -> dict[str
             tokens_per_second=log[-1]["tokens_per_second"],
             **{key: record["metrics"][key] for key in ("recomputed", "pass_limit", "prefix_cache")},
         )
-    probes = {step["title"]: step for step in estimate["steps"] if step["kind"] == "probe" and step["memory"]}
-    by_step = {step["id"]: step for step in probes.values()}
-    off = {}
-    for name, step in runs.stages().items():
-        record = runs.done(name)
-        if step in by_step and record is not None:
-            total = by_step[step]["memory"]["total"]
-            measured = peak(record)
-            off[name] = {
-                "estimated_gib": gib(total),
-                "measured_gib": gib(measured),
-                "off": round(total / measured - 1, 3),
-            }
-    return {"run_seconds": ended.seconds, "measuring": off, "warnings": ended.warnings()}
+    totals = {one["id"]: one["memory"]["total"] for one in estimate["steps"] if one["memory"]}
+    measuring = {
+        stage: {"estimated_gib": gib(totals[step]), "measured_gib": gib(peak(record))}
+        for stage, step in runs.stages().items()
+        if stage.startswith("eval/") and step in totals and (record := runs.done(stage))
+    }
+    return {"run_seconds": ended.seconds, "measuring": measuring, "warnings": ended.warnings()}
 
 
 class CardUse:

@@ -83,11 +83,13 @@ def _limited(part: Part, recipe: Path, free: Runs, label: str, room: float) -> d
         ended = run_recipe(recipe, runs, until="phase1")
     ended.check()
     found = _passes(runs)
+    ran_out = found["pass_limit"] is not None or found["recomputed"]
     whole = free.log("phase1")
     return {
+        **({"failed": f"memory did not run out with {there} GiB"} if part.cuda and not ran_out else {}),
         "room_gib": there,
         "measured_gib": gib(peak(runs.done("phase1") or {})),
-        "memory_ran_out": found["pass_limit"] is not None or found["recomputed"],
+        "memory_ran_out": ran_out,
         **found,
         "loss_differs_most": max(abs(a - b["loss"]) for a, b in zip(found["losses"], whole, strict=True)),
         "warnings": ended.warnings(),
@@ -122,7 +124,12 @@ def card8(part: Part) -> None:
     recipe, runs = write_recipe(place, "card8", model, phases, **measured), Runs(place / "runs", "card8")
     room = 7.4  # GiB, CUDA's own among them: what a card sold with 8 GB has free beside a desktop
 
+    seen: set[str] = set()
+
     def stage(name: str, record: Mapping[str, Any], **more: Any) -> None:
+        if name in seen:  # done by an earlier command, perhaps with the whole card
+            return
+        seen.add(name)
         metrics = record["metrics"]
         found = {key: metrics[key] for key in ("recomputed", "pass_limit", "loss", "answers") if key in metrics}
         if log := runs.log(name):

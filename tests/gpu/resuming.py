@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.common import Ended, Part, Runs, gib, peak, qcft, run_recipe, write_recipe, write_rows
+from tests.gpu.common import Ended, Part, Runs, gib, peak, qcft, run_recipe, share_of_cores, write_recipe, write_rows
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 # Code that runs before qcft, and environment: what makes kernels deterministic, one step further each time.
@@ -40,18 +41,19 @@ def resume(part: Part) -> None:
     # On a CPU nothing varies: that the resumed training is equal says that the one left alone would be.
     ways = {"as qcft trains": WAYS["as qcft trains"]} if part.dry else WAYS
     names = ("killed", "first") if part.dry else ("killed", "first", "second")
+    processes = min(len(ways) * len(names), os.cpu_count() or 1)
 
     def train(way: str, name: str, kill: bool) -> Runs:
         before, environment = ways[way]
         runs = Runs(place / way.replace(" ", "-") / name, "resume")
-        options = {"before": before, "environment": environment}
+        options = {"before": before, "environment": {**share_of_cores(processes), **environment}}
         if kill:
             killed = run_killed(recipe, runs, "phase1", STEPS * 7 // 12, **options)
             part.report("killed", way=way, **killed)
         run_recipe(recipe, runs, until="phase1", **options).check()
         return runs
 
-    with ThreadPoolExecutor(2 if part.dry else part.together(9)) as pool:
+    with ThreadPoolExecutor(processes) as pool:
         waiting: dict[tuple[str, str], Future[Runs]] = {
             (way, name): pool.submit(train, way, name, name == "killed") for way in ways for name in names
         }
