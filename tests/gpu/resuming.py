@@ -1,4 +1,4 @@
-"""Parts about trainings that are killed: whether they resume, and whether the result is equal to the last bit."""
+"""Parts about trainings that are killed: do they resume, and is the result equal to the last bit."""
 
 from __future__ import annotations
 
