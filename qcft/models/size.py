@@ -60,8 +60,8 @@ def quantised_share(model: PreTrainedModel) -> float:
     ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
     outside = {id(part) for module in model.modules() if id(module) in ends for part in module.parameters()}
     total = sum(weight.numel() for weight in model.parameters() if id(weight) not in outside)
-    in_4_bits: int = sum(model.get_submodule(name).weight.numel() for name in quantised_modules(model))
-    return in_4_bits / max(1, total)
+    in_4_bits = sum(model.get_submodule(name).weight.numel() for name in quantised_modules(model))
+    return in_4_bits / max(1, int(total))
 
 
 def weight_bytes(model: PreTrainedModel, quantize: str, without: tuple[nn.Module, ...] = ()) -> WeightBytes:

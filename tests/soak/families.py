@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,28 @@ def main(names: list[str]) -> None:
     """Every family in turn, and the table as one JSON object at the end."""
     from tests.helpers.families import FAMILIES, WRAPPERS
 
-    found = {}
+    chosen = names or [*FAMILIES, *WRAPPERS]
     print(f"{'family':26}" + "".join(f"{check:>12}" for check in CHECKS))
-    for name in names or [*FAMILIES, *WRAPPERS]:
-        with tempfile.TemporaryDirectory(prefix="qcft-") as place:
-            command = [sys.executable, __file__, "--one", name, place]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-                line = done.stdout.strip().splitlines()[-1:] or ["{}"]
-                one = json.loads(line[0]) if done.returncode == 0 else {"error": done.stderr.strip()[-300:]}
-            except subprocess.TimeoutExpired:
-                one = {"error": f"still at it after {SECONDS} s"}
-        found[name] = one
-        more = one.get("refused") or one.get("error") or one.get("note") or ""
-        print(f"{name:26}" + "".join(f"{one.get(check, '-'):>12}" for check in CHECKS) + f"  {more}", flush=True)
+    found = {}
+    with ThreadPoolExecutor(2) as pool:
+        for name, one in zip(chosen, pool.map(in_a_process, chosen), strict=True):
+            found[name] = one
+            more = one.get("refused") or one.get("error") or one.get("note") or ""
+            print(f"{name:26}" + "".join(f"{one.get(check, '-'):>12}" for check in CHECKS) + f"  {more}", flush=True)
     print(json.dumps({"soak": "families", "families": found}))
+
+
+def in_a_process(name: str) -> dict[str, Any]:
+    """`one_family` in a process that may crash or hang."""
+    with tempfile.TemporaryDirectory(prefix="qcft-") as place:
+        command = [sys.executable, __file__, "--one", name, place]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return {"error": f"still at it after {SECONDS} s"}
+    if done.returncode:
+        return {"error": done.stderr.strip()[-300:]}
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def one_family(name: str, place: Path) -> dict[str, Any]:
