@@ -60,7 +60,7 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
     """Refuse by name what an adapter may hold beyond what qcft merges rightly. Raises InputError."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapter: {where!r} is {config.get('peft_type')}, not LORA", "give a LoRA adapter")
-    if config.get("init_lora_weights", True) not in {True, False, "gaussian", "orthogonal", "eva"}:
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise InputError(
             f"adapter: {where!r} was begun with {config['init_lora_weights']}, which changes the base weights",
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first",

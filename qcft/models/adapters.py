@@ -27,7 +27,7 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
     from peft import get_peft_model
 
     adapted = get_peft_model(model, _config(modules, lora))
-    found = {name for name, _ in _lora_layers(adapted)}
+    found = {name for name, _ in lora_layers(adapted)}
     if found != set(modules):
         raise QcftError(f"adapters went onto {len(found)} modules instead of {len(modules)}", "please report this")
     return adapted
@@ -47,7 +47,7 @@ def check_adaptable(model: PreTrainedModel, modules: list[str], lora: Lora) -> N
         adapted = get_peft_model(copy.deepcopy(model), _config(modules, lora))
     except Exception as error:  # whatever a family's own code, or PEFT's checks of it, raise
         raise InputError(f"model: {family} cannot be given adapters: {short(error)}", hint) from None
-    lost = sorted(set(modules) - {name for name, _ in _lora_layers(adapted)})
+    lost = sorted(set(modules) - {name for name, _ in lora_layers(adapted)})
     if lost:
         raise InputError(
             f"model: of the adapters for {len(modules)} linear modules of {family}, PEFT puts {len(lost)} elsewhere, "
@@ -116,7 +116,7 @@ def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[s
 
 def set_scale(model: PeftModel, scale: float) -> None:
     """Take `scale` times the delta of the top adapter; those under it stay as they are."""
-    for _, layer in _lora_layers(model):
+    for _, layer in lora_layers(model):
         layer.set_scale(TOP, scale)
 
 
@@ -193,7 +193,7 @@ def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
     adapted.set_adapter(TOP)
     if len(names) > 1:
         adapted.base_model.set_adapter(list(names))
-        for _, layer in _lora_layers(adapted):
+        for _, layer in lora_layers(adapted):
             for name in names[:-1]:
                 if name in layer.lora_dropout:
                     layer.lora_dropout[name] = nn.Identity()
@@ -212,7 +212,8 @@ def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
         yield weight, change.a.read(), change.b.read(), change.scale
 
 
-def _lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
+def lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
+    """The modules that carry adapters, by their names in the model."""
     from peft.tuners.lora import LoraLayer
 
     return [

@@ -232,7 +232,7 @@ def _scaling(config: dict[str, object], module: str, rank: int) -> float:
 
     patterns = config.get("alpha_pattern") or {}
     assert isinstance(patterns, dict)
-    alpha = float(patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"]))
+    alpha = float(patterns.get(get_pattern_key(list(patterns), module), config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -60,7 +60,7 @@ def quantised_share(model: PreTrainedModel) -> float:
     ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
     outside = {id(part) for module in model.modules() if id(module) in ends for part in module.parameters()}
     total = sum(weight.numel() for weight in model.parameters() if id(weight) not in outside)
-    in_4_bits = sum(model.get_submodule(name).weight.numel() for name in quantised_modules(model))
+    in_4_bits = sum(int(model.get_submodule(name).weight.numel()) for name in quantised_modules(model))
     return in_4_bits / max(1, int(total))
 
 

@@ -11,6 +11,7 @@ from qcft.errors import InputError, QcftError
 from qcft.files import read_json
 from qcft.measure.alpaca import alpaca_prompts
 from qcft.models.adapter_config import CONFIG
+from qcft.models.adapter_fit import check_fit
 from qcft.models.adapters import check_adaptable
 from qcft.models.deltas import check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
@@ -116,6 +117,7 @@ def _check_adapter(prepared: Prepared, folder: Path) -> None:
     """Check that an adapter made elsewhere fits the model."""
     weights = {name: tuple(weight.shape) for name, weight in prepared.meta_model.state_dict().items()}
     hint = f"it was made for another model than {prepared.recipe.model.name!r}"
+    check_fit(folder, prepared.meta_model)
     adapter = read_adapter(folder)
     if any(phase.start == "stacked" for phase in prepared.recipe.phases[1:]):
         check_stack([adapter, adapter])

@@ -37,6 +37,7 @@ class TrainWork(StepWork):
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
         from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
+        from qcft.training.agreement import check_live
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
         from qcft.training.probe import lay_out
@@ -73,6 +74,7 @@ class TrainWork(StepWork):
             adapted = load_stack(model, [*under, self.adapter(step.adapter)], modules)
         else:
             adapted = add_lora_over(model, under, modules, self.recipe.lora)
+        check_live(adapted, modules, self.prepared.tokenizer, self.watch)
         below = lowest_adapted(model, modules)
         probing = None
         if self.recipe.forgetting is not None and (english := _english_rows(self.prepared, phase)):

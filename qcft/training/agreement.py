@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcft.cache import cached_folder
 from qcft.data.encode import IGNORED, EncodedRow
 from qcft.errors import QcftError, short
 from qcft.events import Watch
 from qcft.files import read_json, write_json
+from qcft.models.adapter_config import PREFIX
+from qcft.models.adapters import TOP, lora_layers
 from qcft.models.load import compute_dtype, evaluating
 from qcft.store.steps import package_versions
 from qcft.training.attention import attend_by_rows
@@ -26,6 +28,7 @@ from qcft.training.head import AnswerTokens
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1  # raised when what is compared changes
@@ -59,10 +62,56 @@ def agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, watch:
     def make(folder: Path) -> None:
         write_json(folder / "agreement.json", asdict(compare(model, tokenizer)))
 
+    return Agreement(**read_json(cached_folder(f"agreement/{_key(model)}", make, watch) / "agreement.json"))
+
+
+def _key(model: PreTrainedModel, *more: str) -> str:
+    """What an answer holds for: the model's config, how it is loaded, and the libraries."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-    seen = [FORMAT, config, type(model).__name__, str(model.device), str(compute_dtype()), package_versions()]
-    key = hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:20]
-    return Agreement(**read_json(cached_folder(f"agreement/{key}", make, watch) / "agreement.json"))
+    seen = [FORMAT, config, type(model).__name__, str(model.device), str(compute_dtype()), package_versions(), *more]
+    return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def check_live(adapted: PeftModel, modules: Sequence[str], tokenizer: PreTrainedTokenizerBase, watch: Watch) -> None:
+    """Run a row forward and backward, to see that every adapter on `modules` that was run learns from it, and nothing
+    else does: once for each model, modules and version of the libraries. Raises QcftError, by family."""
+
+    def make(folder: Path) -> None:
+        _check_live(adapted, modules, tokenizer)
+        write_json(folder / "live.json", {"modules": len(modules)})
+
+    cached_folder(f"live/{_key(adapted.get_base_model(), *modules)}", make, watch)
+
+
+def _check_live(adapted: PeftModel, modules: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    import torch
+
+    ran: set[str] = set()
+    layers = {name: layer for name, layer in lora_layers(adapted) if name in modules}
+    hooks = [layer.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers.items()]
+    device = adapted.get_base_model().device
+    adapted.train()  # as training has it: in evaluation some CPUs repack 4-bit weights, with no way back
+    ids = torch.tensor([_row(tokenizer, TEXT, SHORT).input_ids], device=device)
+    try:
+        with torch.random.fork_rng(), torch.autocast(device.type, compute_dtype()):
+            logits = adapted(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            loss: Any = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            loss.backward()
+        learning = {name for name, one in adapted.named_parameters() if one.grad is not None and one.grad.any()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+        adapted.zero_grad(set_to_none=True)
+    live = {name for name in ran if f"{PREFIX}{name}.lora_B.{TOP}.weight" in learning}
+    others = {name for name in learning if f".{TOP}." not in name}
+    family = adapted.get_base_model().config.get_text_config().model_type
+    if dead := sorted(ran - live):
+        raise QcftError(
+            f"model: {family}: {len(dead)} of {len(ran)} adapters get no gradient, such as that on {dead[0]}",
+            "name other modules with lora.targets, and please report this",
+        )
+    if others:
+        raise QcftError(f"model: {family}: {min(others)} would be trained, which is no adapter", "please report this")
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agreement:

@@ -1,0 +1,94 @@
+"""Whether an adapter made elsewhere is what its config says, and fits the model: every key of it is accounted for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError, short
+from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
+from qcft.models.tensors import FLOATS, stored_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SECONDS = 10  # that matching the patterns of a config against a model's names may take
+MATCH = "import json, re, sys; d = json.load(sys.stdin); [re.match(p, n) for p in d[0] for n in d[1]]"
+
+
+def check_fit(folder: Path, model: PreTrainedModel) -> None:
+    """Have PEFT put an adapter's config on a copy of the model without weights, and compare what that wants with what
+    the file holds. Raises InputError by the first key that is missing, left over, of another shape or not a number."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    _check_patterns(folder, [name for name, _ in model.named_modules()])
+    stored = stored_tensors(folder / WEIGHTS)
+    unnamed = next((name for name in stored if not name.startswith(PREFIX)), None)
+    if unnamed is not None:
+        raise InputError(
+            f"adapter: {str(folder)!r} holds {unnamed}, whose name does not begin with {PREFIX}",
+            "PEFT would load nothing of it: save it with PEFT's save_pretrained",
+        )
+    for name, one in stored.items():
+        if one.dtype not in FLOATS or not bool(torch.isfinite(one.read()).all()):
+            raise InputError(f"adapter: {str(folder)!r} holds {name}, which is not finite", "train it again")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except Exception as error:  # a config with anything in it
+        raise InputError(
+            f"adapter: {str(folder)!r} does not fit the model: {type(error).__name__}: {short(error, 200)}",
+            "its config contradicts itself, or it was made for another model",
+        ) from None
+    missing = sorted(wanted.keys() - stored.keys())
+    # Embeddings that PEFT saves whole go where the model's own are.
+    left = sorted(stored.keys() - wanted.keys() - adapted.state_dict().keys())
+    odd = sorted(name for name in wanted.keys() & stored.keys() if tuple(wanted[name].shape) != stored[name].shape)
+    for names, what in (
+        (missing, "lacks {}, of which its config speaks"),
+        (left, "holds {}, of which its config says nothing"),
+        (odd, "holds {} in another shape than its config says"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(
+                f"adapter: {str(folder)!r} {what.format(names[0] + more)}",
+                "copy it again, or save it again with PEFT's save_pretrained; it may be for another model",
+            )
+
+
+def _check_patterns(folder: Path, names: list[str]) -> None:
+    """Refuse patterns that cannot be compiled, or take for ever: matched in a process that can be ended."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    patterns = [*_patterns(config)]
+    try:
+        for pattern in patterns:
+            re.compile(pattern)
+        asked = json.dumps([patterns, names])
+        command = [sys.executable, "-I", "-c", MATCH]
+        if patterns:
+            subprocess.run(command, input=asked, text=True, timeout=SECONDS, check=True, capture_output=True)
+    except re.error as error:
+        raise InputError(f"adapter: {str(folder)!r} has a pattern that is none: {error}", "save it again") from None
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        raise InputError(
+            f"adapter: {str(folder)!r} has a pattern in its config that takes over {SECONDS} s to match",
+            "name its target modules one by one",
+        ) from None
+
+
+def _patterns(config: dict[str, Any]) -> Iterable[str]:
+    """The regular expressions in an adapter's config that are more than a name."""
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = config.get(key)
+        found = [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else []
+        yield from (str(one) for one in found if not re.fullmatch(r"[\w.-]+", str(one)))
