@@ -50,8 +50,8 @@ def check_adaptable(model: PreTrainedModel, modules: list[str], lora: Lora) -> N
     lost = sorted(set(modules) - {name for name, _ in lora_layers(adapted)})
     if lost:
         raise InputError(
-            f"model: of the adapters for {len(modules)} linear modules of {family}, PEFT puts {len(lost)} elsewhere, "
-            f"such as that for {lost[0]}: onto experts, which qcft does not train",
+            f"model: PEFT puts adapters that are meant for linear modules of {family}, such as {lost[0]}, onto its "
+            "experts, which qcft does not train",
             hint,
         )
 
