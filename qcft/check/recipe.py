@@ -45,6 +45,7 @@ def check_recipe(
     set_environment()
     quiet()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
+    recipe = prepared.recipe
     check_prepared(prepared, weights=False)
     alike = compare_phases(recipe, encoder, watch)
     where = "cuda" if vram else device()
