@@ -31,6 +31,7 @@ ROLES: dict[str, Role] = {
 TOOL_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"}
 # Columns that hold what a text model cannot see. A row that has it is dropped: its answer is about it.
 MEDIA = {"image": "an image", "audio": "audio", "video": "a video"}
+MEDIA_COLUMNS = {f"{medium}{plural}" for medium in MEDIA for plural in ("", "s")}
 WHOLE = re.compile(r"(-?\d+)\.0")  # what pandas makes of a whole number in a column with gaps
 
 
@@ -77,9 +78,9 @@ def to_prompt(record: Record, format: str) -> Row:
 
 def _english(record: Record, format: str) -> Row | None:
     """The row's English version, from columns that end in `_en`; None where they do not say all it asks."""
-    columns = {str(key)[: -len("_en")]: value for key, value in record.items() if str(key).endswith("_en")}
-    if PROMPT_COLUMNS[format] not in columns:
+    if f"{PROMPT_COLUMNS[format]}_en" not in record:
         return None
+    columns = {str(key)[: -len("_en")]: value for key, value in record.items() if str(key).endswith("_en")}
     try:
         if format == "alpaca" and _text(record.get("input")).strip() and "input" not in columns:
             return None
@@ -90,9 +91,10 @@ def _english(record: Record, format: str) -> Row | None:
 
 def _read(record: Record, format: str) -> list[Message]:
     """The record's turns. Raises Unusable."""
-    for column, medium in MEDIA.items():
-        if record.get(column) or record.get(f"{column}s"):
-            raise Unusable(f"with {medium}")
+    if not MEDIA_COLUMNS.isdisjoint(record):
+        for column in MEDIA_COLUMNS & record.keys():
+            if record[column]:
+                raise Unusable(f"with {MEDIA[column.removesuffix('s')]}")
     return _with_system(_text(record.get("system")), READERS[format](record))
 
 
