@@ -116,7 +116,7 @@ def test_check_looks_at_rows_before_anything_runs(qcft, recipe_file, tmp_path):
     how = ("check", recipe_file, "--rows", "0", "--set", f"phase1.data={data}")
     code, out, _ = qcft(*how, "--set", "phase1.train.max_length=600")
     assert code == 0
-    assert "max_length is 600, and the model has 512 positions; rows that are longer: 0" in out
+    assert "train.max_length is 600, more than the model's 512 positions; rows that are longer: 0" in out
     assert "1 empty answer" in out  # dropped while the file was read
     phase = json.loads(qcft(*how, "--json")[1])["phases"][0]
     assert phase["looks"]["positions"] is None

@@ -68,13 +68,13 @@ def test_quotes_and_lines_within_a_field(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (lines(",").replace("It is 3", "It is 3, of course"), "line 5: 4 fields, and the header has 3"),
-        (lines(",").replace("Say 3,,", "Say 3,"), "line 5: 2 fields, and the header has 3"),
+        (lines(",").replace("It is 3", "It is 3, of course"), "line 5: it has 4 fields where the header has 3"),
+        (lines(",").replace("Say 3,,", "Say 3,"), "line 5: it has 2 fields where the header has 3"),
         (lines(",").replace("It is 3", '"It is 3'), "line 5: a quote opens here and is not closed"),
         (lines(",").replace("It is 3", '"It is" 3'), "line 5: text follows a closing quote"),
         # The quote of line 5 is closed in line 8 and a record is lost: what follows that quote gives it away.
         (lines(",").replace("It is 3", '"It is 3').replace("It is 6", 'It is "6"'), "line 5: text follows"),
-        ("sep=;\n" + lines(";").replace("It is 3", "It is; 3"), "line 6: 4 fields"),
+        ("sep=;\n" + lines(";").replace("It is 3", "It is; 3"), "line 6: it has 4 fields"),
         (lines(",").replace("instruction,input", "output,input"), "two columns are named 'output'"),
     ],
 )
@@ -84,7 +84,7 @@ def test_damaged_csv_is_refused_with_its_line(tmp_path, text, says):
 
 def test_the_line_of_damage_counts_lines_within_fields(tmp_path):
     text = 'instruction,output\n"two\nlines","three\nmore\nlines"\nSay,it,is\n'
-    assert "line 6: 3 fields" in refusal(table(tmp_path / "a.csv", text))
+    assert "line 6: it has 3 fields" in refusal(table(tmp_path / "a.csv", text))
 
 
 def test_lines_that_are_no_json_are_named(tmp_path):

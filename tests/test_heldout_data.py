@@ -113,10 +113,12 @@ def test_what_cannot_be_measured_is_refused(raw_recipe, tmp_path):
 
 def test_the_flag(tmp_path):
     def recipe(*tests):
-        return phase1_recipe("r", "m", ["a.jsonl"], None, {"take": 3}, [*tests], None, [])
+        keys = {"take": 3, "columns": {"output": "antwort"}}
+        return phase1_recipe("r", "m", ["a.jsonl"], None, keys, [*tests], None, [])
 
     (found,) = recipe("es=test_es.jsonl").heldout.data
     assert (found.path, found.lang, found.take) == ("test_es.jsonl", "es", None)
+    assert found.columns == {"output": "antwort"}
     with pytest.raises(InputError, match=r"--test 'test_es.jsonl' is not LANG=PATH"):
         recipe("test_es.jsonl")
 

@@ -43,12 +43,12 @@ def sources_of(data: list[str], keys: dict[str, Any] | None = None, lang: str | 
     return sources
 
 
-def tests_of(given: list[str]) -> list[dict[str, Any]]:
-    """The raw sources of `--test LANG=PATH` flags. Raises InputError."""
+def tests_of(given: list[str], keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """The raw sources of `--test LANG=PATH` flags, all of whose rows are measured. Raises InputError."""
     for text in given:
         if not LANG_PATH.fullmatch(text):
             raise InputError(f"--test {text!r} is not LANG=PATH", f"for example --test es=test_es.jsonl; {CODES}")
-    return sources_of(given)
+    return sources_of(given, {key: value for key, value in keys.items() if key != "take"})
 
 
 def _place(path: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def phase1_recipe(
         phase["freeze"] = freeze
     raw: dict[str, Any] = {"name": run, "model": {"name": model}, "phases": [phase]}
     if tests:
-        raw["heldout"] = {"data": tests_of(tests)}
+        raw["heldout"] = {"data": tests_of(tests, keys)}
     return recipe_from(raw, parse_assignments(assignments))
 
 
@@ -80,7 +80,7 @@ def phase2_recipe(
     else:
         phase["data"] = [{**source, **keys} for source in phase["data"]]
     if tests:
-        raw["heldout"] = {**(raw.get("heldout") or {}), "data": tests_of(tests)}
+        raw["heldout"] = {**(raw.get("heldout") or {}), "data": tests_of(tests, keys)}
     if replay is not None:
         phase["replay"] = {**(phase.get("replay") or {}), "ratio": replay}
     if freeze is not None:

@@ -63,7 +63,11 @@ Test = Annotated[
 Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
 Columns = Annotated[
     str | None,
-    typer.Option("--columns", metavar="A=B,...", help="The data's own names: instruction=question,output=answer."),
+    typer.Option(
+        "--columns",
+        metavar="A=B,...",
+        help="Names of --data's and --test's columns: instruction=question,output=answer.",
+    ),
 ]
 Freeze = Annotated[
     str | None,

@@ -31,7 +31,8 @@ def read_csv(stream: IO[str], path: Path) -> Iterator[dict[str, Any]]:
         elif path.name.lower().removesuffix(".gz").endswith(".tsv"):
             named = "\t"
         delimiter = named or max(DELIMITERS, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
-        yield from _records(csv.reader(_lines(header, stream), delimiter=delimiter, strict=True), before, path)
+        reader = csv.reader(_lines(header, stream), delimiter=delimiter, strict=True)
+        yield from _records(reader, delimiter, before, path)
     except UnicodeDecodeError as error:
         raise InputError(
             f"data: {str(path)!r} is not readable as CSV: it is not in UTF-8 ({error.reason})", "save it as UTF-8 CSV"
@@ -43,7 +44,7 @@ def _lines(first: str, rest: IO[str]) -> Iterator[str]:
     yield from rest
 
 
-def _records(reader: Any, before: int, path: Path) -> Iterator[dict[str, Any]]:
+def _records(reader: Any, delimiter: str, before: int, path: Path) -> Iterator[dict[str, Any]]:
     """`before`: lines of the file ahead of the reader's first."""
     header: list[str] | None = None
     line = before + 1  # where the record begins that is read next
@@ -53,8 +54,8 @@ def _records(reader: Any, before: int, path: Path) -> Iterator[dict[str, Any]]:
                 header = _header(fields, path)
             elif fields and len(fields) != len(header):
                 raise InputError(
-                    f"data: {str(path)!r}, line {line}: {len(fields)} field{'s' * (len(fields) > 1)}, and the header "
-                    f"has {len(header)} (separated by {DELIMITERS.get(reader.dialect.delimiter, 'its delimiter')})",
+                    f"data: {str(path)!r}, line {line}: it has {len(fields)} field{'s' * (len(fields) > 1)} where the "
+                    f"header has {len(header)} (separated by {DELIMITERS.get(delimiter, repr(delimiter))})",
                     FIXES,
                 )
             elif fields:

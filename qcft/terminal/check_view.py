@@ -101,8 +101,8 @@ def _looks(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if found["positions"] is not None:
         lines.append(
-            f"look at: max_length is {found['max_length']:,}, and the model has {found['positions']:,} positions; rows "
-            f"that are longer: {found['rows_beyond']:,}. Lower train.max_length"
+            f"look at: train.max_length is {found['max_length']:,}, more than the model's {found['positions']:,} "
+            f"positions; rows that are longer: {found['rows_beyond']:,}"
         )
     for key, what, why in (
         (
