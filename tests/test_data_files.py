@@ -218,6 +218,9 @@ def test_subsets_are_configs_or_folders(tmp_path):
     assert "has no subset 'es'" in refusal(tmp_path / "set", subset="es")
     (tmp_path / "set/README.md").write_text(card.replace("es/train.jsonl", "es/tarin.jsonl"))
     assert "lacks 'es/tarin.jsonl'" in refusal(tmp_path / "set", subset="one")
+    for header in ("configs: [one]", "configs: {a: b}", "configs: [{data_files: x}]", "configs: [", "- a"):
+        (tmp_path / "set/README.md").write_text(f"---\n{header}\n---\n")
+        assert "the header of " in refusal(tmp_path / "set")
 
 
 def test_what_datasets_saved_has_its_splits(tmp_path):
@@ -232,5 +235,7 @@ def test_what_datasets_saved_has_its_splits(tmp_path):
     assert "has no split 'dev' | it has train, test" in refusal(tmp_path / "saved", split="dev")
     assert said(read(tmp_path / "alone")) == {"ALONE"}
     assert "has no split 'test'" in refusal(tmp_path / "alone", split="test")
-    assert "was saved whole and has no subset 'es' | leave subset: out" in refusal(tmp_path / "saved", subset="es")
+    assert "was written by save_to_disk and has no subset 'es' | leave subset: out" in refusal(
+        tmp_path / "saved", subset="es"
+    )
     assert read(tmp_path / "alone" / "data-00000-of-00001.arrow") == rows("ALONE")

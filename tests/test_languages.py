@@ -78,9 +78,9 @@ def test_languages_that_are_named_are_believed(raw_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("given", "says", "hint"),
     [
-        ("VI=vi.jsonl", "'VI' is no language code", "did you mean vi=vi.jsonl? a language code is two or three"),
-        ("Spanish=es.jsonl", "'Spanish' is no language code", "a language code is two or three lower-case letters"),
-        ("pt_BR=pt.jsonl", "'pt_BR' is no language code", "a language code is"),
+        ("VI=vi.jsonl", "'VI' is not a language code", "did you mean vi=vi.jsonl? a language code is two or three"),
+        ("Spanish=es.jsonl", "'Spanish' is not a language code", "a language code is two or three lower-case letters"),
+        ("pt_BR=pt.jsonl", "'pt_BR' is not a language code", "a language code is"),
         ("es=", "the path is missing", "a language code is"),
     ],
 )

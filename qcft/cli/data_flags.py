@@ -36,7 +36,7 @@ def sources_of(data: list[str], keys: dict[str, Any] | None = None, lang: str | 
         code, equals, rest = given.partition("=")
         if not match and equals and not Path(given).exists() and re.fullmatch(r"[\w-]*", code):
             meant = f"did you mean {code.lower()}={rest}? " if rest and LANG.fullmatch(code.lower()) else ""
-            what = f"{code!r} is no language code" if rest else "the path is missing"
+            what = f"{code!r} is not a language code" if rest else "the path is missing"
             raise InputError(f"data: {given!r}: {what}", f"{meant}{CODES}")
         own, path = (match[1], match[2]) if match else (lang, given)
         sources.append({**_place(path), "lang": own, **(keys or {})})

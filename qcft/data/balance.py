@@ -32,7 +32,7 @@ def draw_balanced(
 
     Every row of a language has the same chance, whichever set it is in. What is not drawn is counted as left out.
     """
-    rows = {lang: [] for lang in langs}  # type: dict[str, list[tuple[int, int]]]
+    rows: dict[str, list[tuple[int, int]]] = {lang: [] for lang in langs}
     for number, (one, lang) in enumerate(zip(sets, langs, strict=True)):
         rows[lang] += [(number, place) for place in range(len(one.rows))]
     wanted = balanced_rows({lang: len(places) for lang, places in rows.items()}, balance)

@@ -88,13 +88,14 @@ def _configs(folder: Path) -> Any:
     card = folder / "README.md"
     if not card.is_file() or not card.read_bytes().startswith(b"---"):
         return {}
+    import yaml
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
         return configs if any({"data_files", "data_dir"} & one.keys() for one in configs.values()) else {}
-    except Exception as error:  # YAML's, and whatever the two libraries say of a header they cannot use
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # no YAML, or not of the shape they expect
         raise InputError(f"data: the header of {str(card)!r} cannot be read: {short(error)}", "correct it") from None
 
 

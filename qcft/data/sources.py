@@ -57,7 +57,8 @@ def _shipped(name: str) -> Path:
 def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[dict[str, Any] | BadLine]:
     if is_saved(folder) and source.subset is not None:
         raise InputError(
-            f"data: {source.path!r} was saved whole and has no subset {source.subset!r}", "leave subset: out"
+            f"data: {source.path!r} was written by save_to_disk and has no subset {source.subset!r}",
+            "leave subset: out",
         )
     saved = folder / (source.subset or "")
     if is_saved(saved):

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/loading.py [--against CHECKOUT] [--rows 200000] [--rounds 3]
 
-Each load is a process of its own, in turn with those of CHECKOUT (its folder is put first on PYTHONPATH). Seconds are of
-CPU time, which other work on the machine does not change. `peak` is what the process holds at most while it loads; `kept` is what the rows take afterwards: that rows are never in memory
-twice shows in peak / kept. With `--against`, times and peaks are ratios to CHECKOUT's: over 1 is faster, less memory.
+Each load is a process of its own, in turn with those of CHECKOUT (its folder is put first on PYTHONPATH). Seconds are
+of CPU time, which other work on the machine changes little. `peak` is what the process holds at most while it loads,
+`kept` what the rows take afterwards: peak / kept would be 2 if all rows were in memory twice. With `--against`, times
+and peaks are ratios to CHECKOUT's: over 1 is faster, or less memory.
 """
 
 from __future__ import annotations
