@@ -210,11 +210,11 @@ def test_the_mixed_arm_has_the_steps_of_both_phases(done):
 
 
 def test_what_arms_share_is_read_once(raw, monkeypatch):
-    from qcft.prepare import prepared
+    from qcft.prepare import reading
 
     read = []
-    load = prepared.load_source
-    monkeypatch.setattr(prepared, "load_source", lambda source, *rest: read.append(source) or load(source, *rest))
+    load = reading.load_source
+    monkeypatch.setattr(reading, "load_source", lambda source, *rest: read.append(source) or load(source, *rest))
     prepare_arms(expand_ablation(raw)[1], Watch())
     assert len(read) == len({source.path for source in read}) == 3
     assert model_without_weights.__doc__

@@ -104,7 +104,30 @@ def test_check_counts_what_is_cut_and_left_out(qcft, recipe_file, color_data, tm
     cut = json.loads(qcft(*how, "--set", "phase1.train.long_rows=cut")[1])["phases"][0]
     assert dropped["left_out"]["longer than max_length"] == cut["truncated"] > 0
     assert dropped["truncated"] == 0
-    assert cut["left_out"] == {}
+    assert cut["left_out"] == {"held out beyond what is scored": dropped["left_out"]["held out beyond what is scored"]}
+    assert cut["rows_read"] == dropped["rows_read"] == 40 - 6
+
+
+def test_check_looks_at_rows_before_anything_runs(qcft, recipe_file, tmp_path):
+    rows = [{"instruction": f"Say  {i}", "output": ("-", "N/A", "a 7", "7")[i % 4]} for i in range(60)]
+    rows += [{"instruction": f"say {i} ", "output": "red"} for i in range(60)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"instruction": "say", "output": ""}]))
+    how = ("check", recipe_file, "--rows", "0", "--set", f"phase1.data={data}")
+    code, out, _ = qcft(*how, "--set", "phase1.train.max_length=600")
+    assert code == 0
+    assert "train.max_length is 600, more than the model's 512 positions; rows that are longer: 0" in out
+    assert "1 empty answer" in out  # dropped while the file was read
+    phase = json.loads(qcft(*how, "--json")[1])["phases"][0]
+    assert phase["looks"]["positions"] is None
+    near, like = phase["looks"]["near_empty"], phase["looks"]["like_held_out"]
+    assert 20 < near["rows"] < 30  # two of four, less those held out
+    assert near["example"].startswith("Say ")
+    assert like["rows"] >= 1
+    assert f"look at: {like['rows']} rows with the prompt of a held-out row, but for white space and case" in out
+    assert f"look at: {near['rows']} rows with next to no answer (no letter or digit, or N/A), such as 'Say " in out
+    assert json.loads(qcft("check", recipe_file, "--json")[1])["phases"][1]["given"] == {"es": 12, "pt": 12}
+    assert "rows that each language gives to an epoch: es 12, pt 12" in qcft("check", recipe_file)[1]
 
 
 def test_check_plans_for_a_card_that_is_not_here(qcft, recipe_file):

@@ -128,7 +128,7 @@ def test_bytes_that_are_no_utf8_are_bad_json_not_a_crash(tmp_path):
         ("a.jsonl", "", "is empty"),
         ("a.jsonl", '{"foo": 1}\n', "has the columns foo: no known format"),
         ("a.jsonl", '{"instruction": "a", "output": ""}\n', "none of the 1 rows"),
-        ("a.jsonl", "{bad\n{bad\n", "none of the 2 rows"),
+        ("a.jsonl", "{bad\n{bad\n", "2 of the 2 rows"),
         ("a.json", "[1, 2", "not readable as JSON"),
         ("a.txt", "hello", "no known file type"),
         ("a.parquet", "hello", "not readable as parquet"),

@@ -147,3 +147,42 @@ def test_a_data_set_is_read_from_the_hub_whole_or_not_at_all(fetch, tmp_path):
     assert fetch(READ.format(take=20)).startswith("rows: 20 ")  # streamed
     fetch.hub.close()
     assert fetch(READ.format(take=None), HF_HUB_OFFLINE="1") == whole
+
+
+PART = """
+from qcft import QcftError
+from qcft.data.sources import read_records
+from qcft.recipe import Source
+for keys in {keys}:
+    try:
+        rows = read_records(Source(path="someone/rows", **keys))
+        print("rows:", sorted({{row["instruction"].split()[0] for row in rows}}))
+    except QcftError as error:
+        print("error:", error.message, "|", error.hint)
+"""
+
+
+def test_a_split_and_a_subset_of_the_hub_are_obeyed_or_refused_with_what_there_is(fetch, tmp_path):
+    for file in ("es/train.jsonl", "es/test.jsonl", "pt/train.jsonl"):
+        lang, split = Path(file).parts[0], Path(file).stem
+        write_rows(tmp_path / "rows" / file, [{"instruction": f"{lang}-{split} {i}", "output": "a"} for i in range(9)])
+    fetch.hub.repos[("datasets", "someone/rows")] = tmp_path / "rows"
+    subsets = "".join(f"- config_name: {lang}\n  data_dir: {lang}\n" for lang in ("es", "pt"))
+    (tmp_path / "rows" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n")
+    asked = [
+        {"subset": "es"},
+        {"subset": "es", "split": "test"},
+        {"subset": "pt", "split": "test"},
+        {"subset": "fr"},
+        {},
+    ]
+    expected = [
+        "rows: ['es-train']",
+        "rows: ['es-test']",
+        "error: data: 'someone/rows' has no split 'test' | it has train: name one with split:",
+        "error: data: 'someone/rows' has no subset 'fr' | it has es, pt: name one with subset:",
+        "error: data: 'someone/rows' has several subsets | it has es, pt: name one with subset:",
+    ]
+    assert fetch(PART.format(keys=asked)).splitlines() == expected
+    streamed = [{**keys, "take": 3} for keys in asked]
+    assert fetch(PART.format(keys=streamed)).splitlines() == expected

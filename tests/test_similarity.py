@@ -156,14 +156,14 @@ def test_phases_of_a_recipe_and_a_run_by_name(qcft, encoder, raw_recipe, cache, 
 def test_instructions_need_no_answers_and_may_be_any_column(tmp_path, qcft, encoder, cache):
     plain = write_rows(tmp_path / "p.jsonl", [{"prompt": " one "}, {"prompt": ""}, {"prompt": "two"}])
     assert list(instructions(Source(path=str(plain)))) == ["one", "two"]
-    asked = write_rows(tmp_path / "q.jsonl", [{"question": f"what {i}"} for i in range(9)])
-    assert list(instructions(Source(path=str(asked), take=2), "question")) == ["what 0", "what 1"]
-    assert list(instructions(Source(path=str(plain)), "question")) == ["one", "two"]
+    asked = write_rows(tmp_path / "q.jsonl", [{"frage": f"what {i}"} for i in range(9)])
+    assert list(instructions(Source(path=str(asked), take=2), "frage")) == ["what 0", "what 1"]
+    assert list(instructions(Source(path=str(plain)), "frage")) == ["one", "two"]
     with pytest.raises(InputError, match="no known format"):
         list(instructions(Source(path=str(asked))))
-    with pytest.raises(InputError, match="no column 'questions'"):
-        list(instructions(Source(path=str(asked)), "questions"))
-    code, out, error = qcft("similarity", asked, asked, "--column", "question", "--encoder", encoder, "--json", "-q")
+    with pytest.raises(InputError, match="no column 'fragen'"):
+        list(instructions(Source(path=str(asked)), "fragen"))
+    code, out, error = qcft("similarity", asked, asked, "--column", "frage", "--encoder", encoder, "--json", "-q")
     assert code == 0, error
     assert json.loads(out)["des"]["value"] == pytest.approx(1)
 

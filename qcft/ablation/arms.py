@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qcft.data.mix import mixed_order
 from qcft.errors import InputError, Interrupted, QcftError, short
 from qcft.events import ArmChanged, Watch
 from qcft.prepare.checks import check_prepared
@@ -130,15 +129,10 @@ def _as_long(arm: ArmRun, watch: Watch, memo: dict[Any, Any]) -> Recipe:
     steps = 0
     for phase in apart.recipe.phases:
         rows = [row for encoded in apart.encoded(phase) for row in encoded.encoded]
-        order = partial(_order, len(rows), apart.recipe.seed)
-        steps += make_batches(rows, order, phase.train).steps
+        steps += make_batches(rows, apart.order(phase, 0), phase.train).steps
     (only,) = arm.recipe.phases
     train = only.train.model_copy(update={"steps": steps})
     return arm.recipe.model_copy(update={"phases": [only.model_copy(update={"train": train})]})
-
-
-def _order(rows: int, seed: int, epoch: int) -> list[int]:
-    return mixed_order(rows, 0, f"{seed}:{epoch}")
 
 
 def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcft.check.rows import look_at_rows
 from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
 from qcft.events import Watch
 from qcft.files import disk_free
@@ -45,6 +46,7 @@ def check_recipe(
     set_environment()
     quiet()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
+    recipe = prepared.recipe
     check_prepared(prepared, weights=False)
     alike = compare_phases(recipe, encoder, watch)
     where = "cuda" if vram else device()
@@ -90,7 +92,7 @@ def _phase(
     seconds = None
     if speed and planned.unknown is None:
         seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens
-    read = sum(len(s.rows) + sum(s.left_out.values()) for s in sets)
+    left_out = _summed([s.left_out for s in prepared.sources[phase.name]] + [s.left_out for s in sets])
     return {
         "phase": phase.name,
         "memory": {**asdict(planned.memory), "total": planned.memory.total},
@@ -105,11 +107,21 @@ def _phase(
         "tokens": tokens,
         "seconds": seconds,
         "measured": False,
-        "rows_read": read,
-        "left_out": _summed([s.left_out for s in sets]),
+        "rows_read": sum(len(s.rows) for s in sets) + sum(left_out.values()),
+        "left_out": left_out,
+        "given": _given(prepared, phase, sets),
+        "looks": look_at_rows(prepared, phase, sets),
         "truncated": sum(_is_cut(row, one, encoder) for s in sets for row, one in zip(s.rows, s.encoded, strict=True)),
         "samples": [_decoded(prepared, row) for row in _first(sets, rows)],
     }
+
+
+def _given(prepared: PlannedRecipe, phase: Phase, sets: list[EncodedSet]) -> dict[str, int]:
+    """The rows that each language gives to an epoch."""
+    given: dict[str, int] = {}
+    for source, one in zip(prepared.sources[phase.name], sets, strict=True):
+        given[source.lang] = given.get(source.lang, 0) + len(one.rows)
+    return given
 
 
 def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:

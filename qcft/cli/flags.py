@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qcft.cli.data_flags import LANG_PATH, sources_of, tests_of
 from qcft.errors import InputError
 from qcft.recipe import Recipe, parse_assignments, recipe_from
 from qcft.store import NamedRun, list_runs, read_run
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
-LANG_PATH = re.compile(r"([a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?)=(.+)")
 
 
 def phase1_recipe(
@@ -19,11 +19,12 @@ def phase1_recipe(
     model: str | None,
     data: list[str],
     adapter: str | None,
-    take: int | None,
+    keys: dict[str, Any],
+    tests: list[str],
     freeze: str | None,
     assignments: list[str],
 ) -> Recipe:
-    """The recipe of `qcft phase1`. Raises InputError."""
+    """The recipe of `qcft phase1`; `keys` are those of every source. Raises InputError."""
     if model is None:
         raise InputError(
             "phase1 needs a model", "add --model smollm2-135m-instruct, a hub id, a folder or a .gguf file"
@@ -32,12 +33,14 @@ def phase1_recipe(
         raise InputError("phase1 has no data", "add --data PATH, or --adapter PATH for an adapter you bring")
     phase: dict[str, Any] = {"name": "phase1"}
     if data:
-        phase["data"] = sources_of(data, take, default_lang="en")
+        phase["data"] = sources_of(data, keys, lang="en")
     if adapter is not None:
         phase["adapter"] = adapter
     if freeze is not None:
         phase["freeze"] = freeze
-    raw = {"name": run, "model": {"name": model}, "phases": [phase]}
+    raw: dict[str, Any] = {"name": run, "model": {"name": model}, "phases": [phase]}
+    if tests:
+        raw["heldout"] = {"data": tests_of(tests, keys)}
     return recipe_from(raw, parse_assignments(assignments))
 
 
@@ -48,13 +51,14 @@ def phase2_recipe(
     data: list[str],
     replay: float | None,
     freeze: str | None,
-    take: int | None,
+    keys: dict[str, Any],
+    tests: list[str],
     name: str | None,
     assignments: list[str],
 ) -> Recipe:
     """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's.
 
-    Raises InputError.
+    `keys` are those of every source. Raises InputError.
     """
     if model is not None:
         existing = next((found.recipe() for found in list_runs(runs) if found.name == run), None)
@@ -70,11 +74,13 @@ def phase2_recipe(
         raw["name"] = found.name
     phase = second_phase(raw, model is not None)
     if data:
-        phase["data"] = sources_of(data, take, default_lang=None)
+        phase["data"] = sources_of(data, keys)
     elif not phase["data"]:
         raise InputError("phase2 has no data", "add --data LANG=PATH, for example --data es=data/es.jsonl")
-    elif take is not None:
-        phase["data"] = [{**source, "take": take} for source in phase["data"]]
+    else:
+        phase["data"] = [{**source, **keys} for source in phase["data"]]
+    if tests:
+        raw["heldout"] = {**(raw.get("heldout") or {}), "data": tests_of(tests, keys)}
     if replay is not None:
         phase["replay"] = {**(phase.get("replay") or {}), "ratio": replay}
     if freeze is not None:
@@ -163,18 +169,6 @@ def parse_seeds(text: str | None) -> list[int]:
         if not word.isdigit():
             raise InputError(f"--seeds: {word!r} is not a whole number", "for example --seeds 0,1")
     return [int(word) for word in split(text)]
-
-
-def sources_of(data: list[str], take: int | None, default_lang: str | None) -> list[dict[str, Any]]:
-    """The raw sources of `[LANG=]PATH` flags."""
-    sources = []
-    for given in data:
-        match = LANG_PATH.fullmatch(given)
-        lang, path = (match[1], match[2]) if match else (default_lang, given)
-        # Absolute, so that the run can be gone on with from another folder.
-        path = str(Path(path).absolute()) if Path(path).exists() else path
-        sources.append({"path": path, "lang": lang, "take": take})
-    return sources
 
 
 def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qcft.cli.flags import second_phase, sources_of
+from qcft.cli.data_flags import sources_of
+from qcft.cli.flags import second_phase
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.files import read_json
@@ -78,7 +79,7 @@ def similarity_table(
     for text in (a, b):
         sources = _phase_sources(text, runs)
         if sources is None:
-            sources = [one for raw in sources_of(text.split(","), None, None) for one in Source(**raw).expanded()]
+            sources = [one for raw in sources_of(text.split(",")) for one in Source(**raw).expanded()]
         limited = (one.model_copy(update={"take": take}) if take else one for one in sources)
         sides.append(Side(text, tuple(limited), column))
     found = measure_similarity(sides[0], sides[1], LABSE if encoder is None else encoder, watch)

@@ -53,10 +53,22 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="[LANG=]PATH",
-        help="Data set: file, folder, hub id, or qcft:NAME. Repeatable, one per language.",
+        help="Data set: file, folder, hub id (also ID/SPLIT@REVISION), or qcft:NAME. Repeatable, one per language.",
     ),
 ]
+Test = Annotated[
+    list[str] | None,
+    typer.Option("--test", metavar="LANG=PATH", help="Your own test set: measured at every stage, never trained."),
+]
 Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="A=B,...",
+        help="Names of --data's and --test's columns: instruction=question,output=answer.",
+    ),
+]
 Freeze = Annotated[
     str | None,
     typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),

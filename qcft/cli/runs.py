@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcft.cli.options import As, Data, DryRun, Freeze, Json, Model, Quiet, Runs, Set, Take, app, watched
+from qcft.cli.options import As, Columns, Data, DryRun, Freeze, Json, Model, Quiet, Runs, Set, Take, Test, app, watched
 
 if TYPE_CHECKING:
     from qcft.recipe import Recipe
@@ -45,6 +45,8 @@ def phase1(
         str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")
     ] = None,
     take: Take = None,
+    columns: Columns = None,
+    test: Test = None,
     freeze: Freeze = None,
     set_: Set = None,
     runs: Runs = Path("runs"),
@@ -53,9 +55,10 @@ def phase1(
     quiet: Quiet = False,
 ) -> None:
     """Train the first phase (English, unless --data says LANG=PATH), or take in an adapter."""
+    from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase1_recipe
 
-    recipe = phase1_recipe(run, model, data or [], adapter, take, freeze, set_ or [])
+    recipe = phase1_recipe(run, model, data or [], adapter, source_keys(take, columns), test or [], freeze, set_ or [])
     run_and_show(recipe, runs, dry_run, json_, quiet)
 
 
@@ -69,6 +72,8 @@ def phase2(
     replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,
     freeze: Freeze = None,
     take: Take = None,
+    columns: Columns = None,
+    test: Test = None,
     set_: Set = None,
     name: As = None,
     runs: Runs = Path("runs"),
@@ -77,9 +82,12 @@ def phase2(
     quiet: Quiet = False,
 ) -> None:
     """Merge phase 1, mix in replay, train the second phase, and show what was gained and lost."""
+    from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase2_recipe
 
-    recipe = phase2_recipe(runs, run, model, data or [], replay, freeze, take, name, set_ or [])
+    recipe = phase2_recipe(
+        runs, run, model, data or [], replay, freeze, source_keys(take, columns), test or [], name, set_ or []
+    )
     run_and_show(recipe, runs, dry_run, json_, quiet)
 
 

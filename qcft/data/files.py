@@ -1,75 +1,73 @@
-"""Where records come from: files, folders, data that ships with qcft, and the hub."""
+"""Reading one data file of any kind: its records, one by one as they are asked for."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
-import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qcft.errors import InputError, nearest
-from qcft.files import exists
-from qcft.recipe import Source
-from qcft.recipe.load import recipes_folder
+from qcft.data.csv_file import read_csv
+from qcft.errors import InputError, short
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".gz", ".parquet", ".csv", ".csv.gz")
-SHIPPED = "qcft:"
-FORMS = "a .json, .jsonl, .csv or .parquet file (also .gz), a folder of them, or a hub id OWNER/NAME"
+KINDS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
+SUFFIXES = (*KINDS, ".gz")
+FORMS = "a .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of them, or a hub id OWNER/NAME"
+BATCH = 1000  # records turned into Python's own types at once
 # What reading JSON may raise: no JSON, no UTF-8, a number of thousands of digits; nesting thousands deep.
 UNREADABLE = (ValueError, RecursionError)
+# What lists in a JSON file are named that are not to be trained on.
+OTHER_SPLITS = {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 
+@dataclass(frozen=True)
 class BadLine:
-    """A line that is no JSON object; counted, not fatal."""
+    """What is no JSON object, `where` (`line 5`, or `entry 5` of a list), and why; counted, not fatal."""
+
+    where: str
+    why: str
 
 
-def read_records(source: Source) -> Iterator[dict[str, Any] | BadLine]:
-    """The source's records in order, read as they are asked for. Raises InputError."""
-    assert not isinstance(source.lang, list)
-    if source.path.startswith(SHIPPED):
-        yield from _read_file(_shipped(source.path.removeprefix(SHIPPED)))
-        return
-    path = Path(os.path.expanduser(source.path))
-    there = exists(path)
-    if there and path.is_file():
-        yield from _read_file(path)
-    elif there and path.is_dir():
-        yield from _read_folder(path, source)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and not source.path.lower().endswith(SUFFIXES):
-        yield from _read_hub(source)
-    else:
-        raise InputError(f"data: there is no file {source.path!r}", f"give {FORMS}")
+def kind_of(path: Path) -> str | None:
+    """`json`, `csv`, `parquet` or `arrow` by the file's name; gzipped files of no other name are JSON lines."""
+    names = [suffix.lower() for suffix in path.suffixes]
+    if names[-1:] == [".gz"]:
+        return KINDS.get(names[-2] if len(names) > 1 else "", "json")
+    return KINDS.get(names[-1]) if names else None
 
 
-def _shipped(name: str) -> Path:
-    folder = recipes_folder() / "data"
-    known = [str(p.relative_to(folder).with_suffix("").as_posix()) for p in sorted(folder.rglob("*.jsonl"))]
-    if name not in known:
-        raise InputError(
-            f"data: no data named {SHIPPED + name!r} ships with qcft",
-            nearest(name, known) + f"there is {', '.join(SHIPPED + k for k in known)}",
-        )
-    return folder / f"{name}.jsonl"
+def read_file(path: Path, split: str = "train") -> Iterator[dict[str, Any] | BadLine]:
+    """The file's records in order, read as they are asked for. Only a JSON file may hold more splits than `train`.
 
-
-def _read_file(path: Path) -> Iterator[dict[str, Any] | BadLine]:
-    names = [s.lower() for s in path.suffixes]
-    kind = names[-1] if names else ""
-    if kind == ".gz":
-        kind = names[-2] if len(names) > 1 and names[-2] in {".json", ".jsonl", ".csv"} else ".jsonl"
-    if kind == ".parquet":
+    Raises InputError.
+    """
+    kind = kind_of(path)
+    if split != "train" and kind != "json":
+        raise no_split(str(path), split, ["train"])
+    if kind == "parquet":
         yield from _read_parquet(path)
-    elif kind == ".csv":
-        yield from _read_csv(path)
-    elif kind in {".json", ".jsonl"}:
-        yield from _read_json(path)
+    elif kind == "arrow":
+        yield from _read_arrow(path)
+    elif kind == "csv":
+        with _open(path) as stream:
+            yield from read_csv(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), path)
+    elif kind == "json":
+        yield from _read_json(path, split)
     else:
         raise InputError(f"data: {str(path)!r} is of no known file type", f"give {FORMS}")
+
+
+def no_split(path: str, split: str, known: list[str]) -> InputError:
+    """The error for a split that is not there; it names those that are."""
+    return InputError(f"data: {path!r} has no split {split!r}", f"it has {', '.join(known)}: name one with split:")
 
 
 @contextmanager
@@ -85,62 +83,79 @@ def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
         raise InputError(f"data: {str(path)!r} cannot be read: {reason}", "check that the file is whole") from None
 
 
-def _read_json(path: Path) -> Iterator[dict[str, Any] | BadLine]:
-    """JSON lines, or one JSON array (or an object holding one array of records)."""
+def _read_json(path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
+    """JSON lines, or one JSON document: a list of records, or an object that holds one, or one for each split."""
     with _open(path) as stream:
-        start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        stream.seek(0)
-        if start[:1] == b"[" or (start[:1] == b"{" and path.name.lower().endswith((".json", ".json.gz"))):
+        if _is_document(stream, path):
             text = stream.read()
             try:
-                yield from _records_of(json.loads(text.decode("utf-8-sig")), path)
-                return
+                document = json.loads(text.decode("utf-8-sig"))
             except UNREADABLE as error:
-                if start[:1] == b"[":
+                if text.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                     raise InputError(f"data: {str(path)!r} is not readable as JSON: {error}", f"give {FORMS}") from None
-            lines: Any = iter(text.splitlines())  # JSON lines under the name .json
-        else:
-            lines = stream
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
-            except UNREADABLE:
-                yield BadLine()
-                continue
-            yield record if isinstance(record, dict) else BadLine()
+                stream.seek(0)  # JSON lines whose first is broken
+            else:
+                del text
+                yield from _records_of(document, path, split)
+                return
+        if split != "train":
+            raise no_split(str(path), split, ["train"])
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _record(line, number)
 
 
-def _records_of(document: Any, path: Path) -> Iterator[dict[str, Any] | BadLine]:
+def _is_document(stream: IO[bytes] | gzip.GzipFile, path: Path) -> bool:
+    """Whether the file is one JSON document; read from its start and left there."""
+    start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    stream.seek(0)
+    if start != b"{" or not path.name.lower().removesuffix(".gz").endswith(".json"):
+        return start == b"["
+    lines = (line for line in stream if line.strip())
+    first = next(lines, b"")
+    several = isinstance(_record(first, 1), dict) and next(lines, None) is not None
+    stream.seek(0)
+    return not several
+
+
+def _record(line: bytes, number: int) -> dict[str, Any] | BadLine:
+    try:
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except json.JSONDecodeError as error:
+        return BadLine(f"line {number}", f"{error.msg}, column {error.colno}")
+    except UNREADABLE as error:
+        return BadLine(f"line {number}", short(error))
+    return record if isinstance(record, dict) else BadLine(f"line {number}", "no JSON object")
+
+
+def _records_of(document: Any, path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
     if isinstance(document, dict):
-        lists = [v for v in document.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        named = [document[k] for k in ("data", "rows", "train") if isinstance(document.get(k), list)]
-        if {"messages", "conversations", "instruction", "prompt"} & document.keys():
-            document = [document]
-        elif named or len(lists) == 1:
-            document = (named or lists)[0]
-        else:
-            raise InputError(f"data: {str(path)!r} holds an object, not a list of records", f"give {FORMS}")
+        document = _list_in(document, path, split)
+    elif split != "train":
+        raise no_split(str(path), split, ["train"])
     if not isinstance(document, list):
         raise InputError(f"data: {str(path)!r} holds no list of records", f"give {FORMS}")
-    for record in document:
-        yield record if isinstance(record, dict) else BadLine()
+    for number, record in enumerate(document, start=1):
+        yield record if isinstance(record, dict) else BadLine(f"entry {number}", "no JSON object")
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    import csv
-    import io
-    import sys
-
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open(path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        try:
-            for record in csv.DictReader(text):
-                yield {k: v for k, v in record.items() if k is not None}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"data: {str(path)!r} is not readable as CSV: {error}", "save it as UTF-8 CSV") from None
+def _list_in(document: dict[str, Any], path: Path, split: str) -> list[Any]:
+    """The split's list in an object; an object that is one record stands for a list of it. Raises InputError."""
+    lists = {key: v for key, v in document.items() if isinstance(v, list) and (not v or isinstance(v[0], dict))}
+    if {"messages", "conversations", "instruction", "prompt"} & document.keys():
+        lists = {"train": [document]}
+    elif "train" not in lists:
+        unnamed = [key for key in lists if key.lower() not in OTHER_SPLITS]
+        named = [key for key in ("data", "rows") if key in lists]
+        if named or len(unnamed) == 1:
+            lists["train"] = lists[(named or unnamed)[0]]
+        elif not lists and any(isinstance(value, str) for value in document.values()):
+            lists["train"] = [document]
+    if split in lists:
+        return lists[split]
+    if not lists:
+        raise InputError(f"data: {str(path)!r} holds an object, not a list of records", f"give {FORMS}")
+    raise no_split(str(path), split, list(lists))
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -149,52 +164,25 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
+            for batch in file.iter_batches(batch_size=BATCH):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"data: {str(path)!r} is not readable as parquet: {error}", f"give {FORMS}") from None
 
 
-def _read_folder(folder: Path, source: Source) -> Iterator[dict[str, Any] | BadLine]:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        yield from _read_saved(folder, source)
-        return
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(SUFFIXES))
-    if not files:
-        raise InputError(f"data: the folder {str(folder)!r} holds no data files", f"give {FORMS}")
-    for file in files:
-        yield from _read_file(file)
-
-
-def _read_saved(folder: Path, source: Source) -> Iterator[dict[str, Any]]:
-    """A folder written by `datasets`' save_to_disk."""
-    from datasets import DatasetDict, load_from_disk
+def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+    """A file of Arrow's stream form, as `datasets` writes it, or of its file form."""
+    import pyarrow as pa
 
     try:
-        data = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"data: {str(folder)!r} cannot be read: {error}", f"give {FORMS}") from None
-    if isinstance(data, DatasetDict):
-        if source.split not in data:
-            raise InputError(f"data: {str(folder)!r} has no split {source.split!r}", f"it has {', '.join(data)}")
-        data = data[source.split]
-    yield from data
-
-
-def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
-    """A hub data set; streamed when only some rows are taken, so that the rest is not downloaded."""
-    import datasets
-    from huggingface_hub import HfApi, constants
-
-    from qcft.hub import unreachable
-
-    offline = "give a file or a folder, or qcft:instructions/en; if the set is cached, set HF_HUB_OFFLINE=1"
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            # Asked first: `datasets` retries an unreachable hub for half a minute.
-            HfApi().dataset_info(source.path, revision=source.revision, timeout=10)
-        yield from datasets.load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision, streaming=source.take is not None
-        )
-    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
-        raise unreachable("data", source.path, error, offline) from None
+        with pa.memory_map(str(path)) as source:
+            try:
+                batches: Any = pa.ipc.open_stream(source)
+            except pa.ArrowInvalid:
+                file = pa.ipc.open_file(source)
+                batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            for batch in batches:
+                for start in range(0, batch.num_rows, BATCH):
+                    yield from batch.slice(start, BATCH).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"data: {str(path)!r} is not readable as Arrow: {error}", f"give {FORMS}") from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +25,14 @@ ROLES: dict[str, Role] = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
 }
+# Turns that belong to the use of tools. A row that has one is dropped: its other turns make no sense without it.
+TOOL_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"}
+# Columns that hold what a text model cannot see. A row that has it is dropped: its answer is about it.
+MEDIA = {"image": "an image", "audio": "audio", "video": "a video"}
+MEDIA_COLUMNS = {f"{medium}{plural}" for medium in MEDIA for plural in ("", "s")}
+WHOLE = re.compile(r"(-?\d+)\.0")  # what pandas makes of a whole number in a column with gaps
 
 
 class Unusable(ValueError):
@@ -44,7 +54,7 @@ def detect_format(columns: set[str]) -> str | None:
 
 def to_row(record: Record, format: str) -> Row:
     """The record in the one conversational form. Raises Unusable with the reason."""
-    row = _row(READERS[format](record), record)
+    row = _row(_read(record, format), record)
     english = _english(record, format)
     return replace(row, english=english) if english else row
 
@@ -56,7 +66,7 @@ def detect_prompts(columns: set[str]) -> str | None:
 
 def to_prompt(record: Record, format: str) -> Row:
     """The record's first user turn as a row, with what was answered where that can train. Raises Unusable."""
-    messages = READERS[format](record)
+    messages = _read(record, format)
     try:
         return _row(messages, record)
     except Unusable:
@@ -68,9 +78,9 @@ def to_prompt(record: Record, format: str) -> Row:
 
 def _english(record: Record, format: str) -> Row | None:
     """The row's English version, from columns that end in `_en`; None where they do not say all it asks."""
-    columns = {str(key)[: -len("_en")]: value for key, value in record.items() if str(key).endswith("_en")}
-    if PROMPT_COLUMNS[format] not in columns:
+    if f"{PROMPT_COLUMNS[format]}_en" not in record:
         return None
+    columns = {str(key)[: -len("_en")]: value for key, value in record.items() if str(key).endswith("_en")}
     try:
         if format == "alpaca" and _text(record.get("input")).strip() and "input" not in columns:
             return None
@@ -79,31 +89,45 @@ def _english(record: Record, format: str) -> Row | None:
         return None
 
 
+def _read(record: Record, format: str) -> list[Message]:
+    """The record's turns. Raises Unusable."""
+    if not MEDIA_COLUMNS.isdisjoint(record):
+        for column in MEDIA_COLUMNS & record.keys():
+            if record[column]:
+                raise Unusable(f"with {MEDIA[column.removesuffix('s')]}")
+    return _with_system(_text(record.get("system")), READERS[format](record))
+
+
 def _alpaca(record: Record) -> list[Message]:
     instruction, extra = _text(record.get("instruction")), _text(record.get("input"))
     if not instruction.strip() and not extra.strip():
         raise Unusable("no user turn")
     user = "\n\n".join(part for part in (instruction, extra) if part.strip())
-    system = _text(record.get("system"))
-    return [
-        *([Message("system", system)] if system.strip() else []),
-        Message("user", user),
-        Message("assistant", _text(record.get("output"))),
-    ]
+    earlier = _history(record["history"]) if record.get("history") else []
+    return [*earlier, Message("user", user), Message("assistant", _text(record.get("output")))]
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns: pairs of question and answer, or turns with their roles."""
+    turns = _list(value, "history")
+    if all(isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in turns):
+        pairs = [(_text(question), _text(answer)) for question, answer in turns]
+        return [m for question, answer in pairs for m in (Message("user", question), Message("assistant", answer))]
+    return [_message(turn) for turn in turns]
 
 
 def _sharegpt(record: Record) -> list[Message]:
-    return _turns(record.get("conversations"), record)
+    return _turns(record.get("conversations"))
 
 
 def _messages(record: Record) -> list[Message]:
-    return _turns(record.get("messages"), record)
+    return _turns(record.get("messages"))
 
 
 def _prompt_completion(record: Record) -> list[Message]:
-    prompt, completion = record.get("prompt"), record.get("completion")
-    before = _turns(prompt, record) if isinstance(prompt, list) else [Message("user", _text(prompt))]
-    after = _turns(completion, {}) if isinstance(completion, list) else [Message("assistant", _text(completion))]
+    prompt, completion = _conversation(record.get("prompt")), _conversation(record.get("completion"))
+    before = _turns(prompt) if isinstance(prompt, list) else [Message("user", _text(prompt))]
+    after = _turns(completion) if isinstance(completion, list) else [Message("assistant", _text(completion))]
     return [*before, *after]
 
 
@@ -137,22 +161,42 @@ def column_names(record: Mapping[str, Any]) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "(none)"
 
 
-def _turns(value: Any, record: Record) -> list[Message]:
-    if not isinstance(value, list):
+def _turns(value: Any) -> list[Message]:
+    return [_message(turn) for turn in _list(value, "conversation")]
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    found = _parsed(value)
+    if not isinstance(found, list):
+        raise Unusable(f"no {what}")
+    return found
+
+
+def _message(given: Any) -> Message:
+    """One turn, from `role` or `from` and `content` or `value`, whichever are not null. Raises Unusable."""
+    turn = _parsed(given)
+    if isinstance(turn, list) and all(isinstance(item, tuple) and len(item) == 2 for item in turn):
+        turn = dict(turn)  # Arrow's maps
+    if not isinstance(turn, Mapping):
         raise Unusable("no conversation")
-    messages = []
-    system = _text(record.get("system"))
-    if system.strip():
-        messages.append(Message("system", system))
-    for turn in value:
-        if not isinstance(turn, Mapping):
-            raise Unusable("no conversation")
-        name = str(turn.get("role") or turn.get("from") or "").lower()
-        if name not in ROLES:
-            raise Unusable(f"unknown role {name[:20]!r}")
-        content = turn.get("content") if "content" in turn else turn.get("value")
-        messages.append(Message(ROLES[name], _text(content)))
-    return messages
+    name = str(turn.get("role") or turn.get("from") or "").lower()
+    if name in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        raise Unusable("with a tool call")
+    if name not in ROLES:
+        raise Unusable(f"unknown role {name[:20]!r}")
+    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    return Message(ROLES[name], _text(content))
+
+
+def _with_system(system: str, messages: list[Message]) -> list[Message]:
+    """The turns under the system prompt of a column of its own: one system turn, that holds both where they differ."""
+    if not system.strip():
+        return messages
+    if not messages or messages[0].role != "system":
+        return [Message("system", system), *messages]
+    if messages[0].content.strip() == system.strip():
+        return messages
+    return [replace(messages[0], content=f"{system}\n\n{messages[0].content}"), *messages[1:]]
 
 
 def _row(messages: list[Message], record: Record) -> Row:
@@ -171,8 +215,15 @@ def _row(messages: list[Message], record: Record) -> Row:
 
 
 def _id(record: Record) -> str | None:
+    """The id as text; a whole number is the same id as text, as an integer and as a float (`15.0`)."""
     identity = record.get("id")
-    return None if identity is None or identity == "" else _valid(str(identity))
+    if identity is None or identity == "" or identity != identity:  # pandas' gap is NaN
+        return None
+    if isinstance(identity, float) and identity.is_integer():
+        identity = int(identity)
+    text = _valid(str(identity))
+    whole = WHOLE.fullmatch(text)
+    return whole[1] if whole else text
 
 
 def _text(value: Any) -> str:
@@ -180,10 +231,47 @@ def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):  # CSV's empty cell is NaN
         return ""
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
-        return "".join(_text(part.get("text")) for part in value)  # content in typed parts
+        return "".join(map(_part, value))
     if isinstance(value, (str, int, float)):
         return _valid(str(value))
+    if isinstance(value, bytes):
+        return _decoded(value)
     raise Unusable("no text")
+
+
+def _part(part: Record) -> str:
+    """The text of a typed part of a message. Raises Unusable for a part that holds something else."""
+    kind = str(part.get("type") or "text")
+    medium = next((medium for word, medium in MEDIA.items() if word in kind), None)
+    if medium or (part.get("text") is None and kind != "text"):
+        raise Unusable(f"with {medium or f'a part of type {kind[:20]!r}'}")
+    return _text(part.get("text"))
+
+
+def _parsed(value: Any) -> Any:
+    """What a text holds that JSON, or Python's own printing, made of a list or a mapping; anything else as it is."""
+    text = _decoded(value) if isinstance(value, bytes) else value
+    if isinstance(text, str) and text.lstrip()[:1] in {"[", "{"}:
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value
+
+
+def _conversation(value: Any) -> Any:
+    """`_parsed`, but only where it gives turns with known roles: an answer may well be JSON itself."""
+    found = _parsed(value)
+    known = isinstance(found, list) and all(isinstance(t, dict) and str(t.get("role")).lower() in ROLES for t in found)
+    return found if known else value
+
+
+def _decoded(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise Unusable("no text") from None
 
 
 def _valid(text: str) -> str:

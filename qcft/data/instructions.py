@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qcft.data.files import BadLine, read_records
-from qcft.data.formats import PROMPT_COLUMNS, Unusable, detect_format, detect_prompts, to_prompt
+from qcft.data.columns import Columns
+from qcft.data.files import BadLine
+from qcft.data.formats import PROMPT_COLUMNS, Unusable, column_names, to_prompt
+from qcft.data.sources import read_records
 from qcft.errors import InputError
 from qcft.recipe import Source
 
@@ -16,27 +18,27 @@ def instructions(source: Source, column: str | None = None) -> Iterator[str]:
     `column` names the column of text to take where the records are of no known format. Raises InputError when the
     source cannot be read, or has no instruction at all.
     """
-    format: str | None = None if source.format == "auto" else source.format
+    columns = Columns(source, answers=False, aliases=column is None)
     found = 0
     for record in read_records(source):
         if isinstance(record, BadLine):
             continue
-        columns = {str(key) for key in record}
-        format = format or detect_format(columns) or detect_prompts(columns)
-        if format is not None:
+        known = columns.read(record)
+        if known is not None:
+            format, named = known
             try:
-                turns = to_prompt(record, format).prompt
+                turns = to_prompt(named, format).prompt
             except Unusable:
                 continue
             text = "\n".join(turn.content.strip() for turn in turns if turn.role == "user")
         elif column in record:
             text = record[column]
         else:
-            known = ", ".join(sorted(set(PROMPT_COLUMNS.values())))
+            usual = ", ".join(sorted(set(PROMPT_COLUMNS.values())))
             raise InputError(
-                f"data: {source.path!r} has the columns {', '.join(map(str, record)) or '(none)'}: "
+                f"data: {source.path!r} has the columns {column_names(record)}: "
                 + (f"no column {column!r}" if column else "no known format"),
-                "name a column of text with --column" + ("" if column else f"; known are {known}"),
+                "name a column of text with --column" + ("" if column else f"; known are {usual}"),
             )
         if isinstance(text, str) and text.strip():
             yield text.strip()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
-from qcft.data.files import SHIPPED, BadLine, read_records
-from qcft.data.formats import COLUMNS, Unusable, column_names, detect_format, to_row
+from qcft.data.columns import Columns
+from qcft.data.formats import COLUMNS, to_row
+from qcft.data.records import RowReader
 from qcft.data.rows import Row, digest_rows
+from qcft.data.sources import SHIPPED
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source
@@ -44,24 +45,9 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
     """
     train: list[Row] = []
     aside: list[Row] = []
-    left_out: Counter[str] = Counter()
-    format: str | None = None if source.format == "auto" else source.format
-    label = f"reading {source.path}"
-    seen = 0
-    for record in read_records(source):
-        seen += 1
-        if seen % 5000 == 0:
-            watch.progress(label, seen, 0, "rows")
-        if isinstance(record, BadLine):
-            left_out["bad JSON"] += 1
-            continue
-        if format is None:
-            format = _detected(source, record)
-        try:
-            row = to_row(record, format)
-        except Unusable as reason:
-            left_out[str(reason)] += 1
-            continue
+    reader = RowReader(source, to_row, Columns(source), watch)
+    left_out = reader.left_out
+    for row in reader:
         if row.is_held_out(held_out.share):
             if len(aside) < held_out.rows:
                 aside.append(row)
@@ -75,36 +61,30 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
     kept = [row for row in train if row.prompt_digest not in held_prompts]
     if len(kept) < len(train):
         left_out["same prompt as a held-out row"] += len(train) - len(kept)
-    _check(source, seen, kept, aside, left_out, held_out, format)
+    _check(reader, kept, aside, held_out)
+    reader.tell()
     return LoadedSource(source, tuple(kept), tuple(aside), dict(left_out), digest_rows(kept) + digest_rows(aside))
 
 
-def _detected(source: Source, record: dict[str, object]) -> str:
-    format = detect_format(set(record))
-    if format is None:
-        raise InputError(
-            f"data: {source.path!r} has the columns {column_names(record)}: no known format",
-            "known: " + "; ".join(f"{name} ({columns})" for name, columns in COLUMNS.items()),
-        )
-    return format
-
-
-def _check(
-    source: Source,
-    seen: int,
-    train: list[Row],
-    aside: list[Row],
-    left_out: Counter[str],
-    held_out: HeldOut,
-    format: str | None,
-) -> None:
-    if not seen:
+def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: HeldOut) -> None:
+    source, format = reader.source, reader.columns.format
+    if not reader.seen:
         raise InputError(f"data: {source.path!r} is empty", "give a data set with at least one row")
-    if not train and not aside:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
+    bad = reader.left_out["bad JSON"]
+    if reader.bad is not None and 2 * bad > reader.seen:
         raise InputError(
-            f"data: none of the {seen} rows of {source.path!r} can train ({reasons})",
-            f"it was read as {format or 'JSON lines'}: {COLUMNS.get(format or '', 'one object a line, in UTF-8')}",
+            f"data: {bad} of the {reader.seen} rows of {source.path!r} are not a JSON object; the first is "
+            f"{reader.bad.where} ({reader.bad.why})",
+            "write one JSON object a line, in UTF-8, with nothing after it",
+        )
+    if not train and not aside:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in reader.left_out.most_common(3))
+        unread = any(reason.startswith("with ") for reason in reader.left_out)
+        raise InputError(
+            f"data: none of the {reader.seen} rows of {source.path!r} can train ({reasons})",
+            "qcft trains on text alone: give rows without images and tool calls"
+            if unread
+            else f"it was read as {format}: {COLUMNS[format or 'alpaca']}",
         )
     if not train:
         raise InputError(

@@ -13,6 +13,7 @@ from qcft.data.encode import EncodedRow
 
 T = TypeVar("T")
 BLOCK = 5  # replay rows per interleaved block: keeps the share even along the training
+LANGUAGE_BLOCK = 50  # rows of the smallest language per interleaved block of languages
 
 
 def replay_amount(new: int, ratio: float) -> Fraction:
@@ -79,32 +80,41 @@ def stratified(items: Sequence[T], stratum: Callable[[T], Hashable], seed: str) 
     return [member for *_, member in sorted(placed, key=lambda entry: entry[:3])]
 
 
-def mixed_order(new_rows: int, replay_rows: int, seed: int | str) -> list[int]:
+def mixed_order(new_rows: int, replay_rows: int, seed: int | str, langs: Sequence[Hashable] | None = None) -> list[int]:
     """An order of `new_rows + replay_rows` rows, the replay rows numbered after the new ones.
 
     Both are shuffled, cut into blocks of at most five replay rows, and each block is interleaved by
     `datasets.interleave_datasets` without replacement: every row comes exactly once, and any stretch of
     the training that should hold 20 replay rows or more holds at least half and at most twice as many.
+    With `langs`, the language of each new row, the new rows are interleaved by language in the same way, in blocks of
+    at most fifty rows of the smallest.
     """
-    new = shuffled(range(new_rows), f"{seed}:new")
+    if langs is None:
+        new = shuffled(range(new_rows), f"{seed}:new")
+    else:
+        parts = [[i for i in range(new_rows) if langs[i] == lang] for lang in dict.fromkeys(langs)]
+        parts = [shuffled(part, f"{seed}:new:{number}") for number, part in enumerate(parts)]
+        new = _interleaved(parts, -(-min(map(len, parts), default=0) // LANGUAGE_BLOCK), f"{seed}:new")
     if not replay_rows:
         return new
     replay = shuffled(range(new_rows, new_rows + replay_rows), f"{seed}:replay")
-    if not new_rows:
-        return replay
+    return _interleaved([new, replay], -(-replay_rows // BLOCK), seed) if new_rows else replay
+
+
+def _interleaved(parts: Sequence[list[int]], blocks: int, seed: int | str) -> list[int]:
+    """The parts in one order, each even along it: every row once, each part's rows in their order."""
     from datasets import Dataset, interleave_datasets
 
-    blocks = -(-replay_rows // BLOCK)
     order: list[int] = []
     for block in range(blocks):
-        parts = [_slice(new, block, blocks), _slice(replay, block, blocks)]
-        total = len(parts[0]) + len(parts[1])
-        if not parts[0]:
-            order += parts[1]
+        slices = [one for part in parts if (one := _slice(part, block, blocks))]
+        if len(slices) == 1:
+            order += slices[0]
             continue
+        total = sum(map(len, slices))
         mixed = interleave_datasets(
-            [Dataset.from_dict({"row": part}) for part in parts],
-            probabilities=[len(part) / total for part in parts],
+            [Dataset.from_dict({"row": part}) for part in slices],
+            probabilities=[len(part) / total for part in slices],
             seed=stable_seed(f"{seed}:{block}"),
             stopping_strategy="all_exhausted_without_replacement",
         )

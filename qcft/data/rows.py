@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
+_AS_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,5 @@ def digest_rows(rows: Iterable[Row]) -> str:
     """A digest of rows and their order."""
     total = hashlib.sha256()
     for row in rows:
-        line = json.dumps(row.as_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-        total.update(line.encode() + b"\n")
+        total.update(_AS_JSON.encode(row.as_dict()).encode() + b"\n")
     return total.hexdigest()

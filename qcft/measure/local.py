@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qcft.data.files import BadLine, read_records
+from qcft.data.files import BadLine
+from qcft.data.sources import read_records
 from qcft.errors import InputError
 from qcft.files import file_digest
 from qcft.recipe import Source

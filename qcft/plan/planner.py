@@ -187,6 +187,7 @@ class _Planner:
             "beside": self.digests.phases[phase.name],
             "limits": _limits(phase),
             "replay_system": self.recipe.phases[0].system,
+            **self.balance(phase),
         }
         stage = self.numbered("replay", phase.name)
         title = f"{'generate' if generative else 'choose'} replay for {phase.name}"
@@ -247,6 +248,7 @@ class _Planner:
             "limits": _limits(phase),
             "replay_system": self.recipe.phases[0].system if replay else None,
             "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
+            **self.balance(phase),
         }
         watched = self.recipe.forgetting
         english = self.digests.english.get(phase.name)
@@ -255,6 +257,10 @@ class _Planner:
         parents = tuple(step.id for step in (replay, layers) if step)
         title, weights = f"train {phase.name}", start.weights
         return self.add("train", phase.name, title, phase.name, weights, start.goes_on, settings, parents, start.under)
+
+    def balance(self, phase: Phase) -> dict[str, Any]:
+        """What decides which rows of a phase are drawn, where not all are."""
+        return {"balance": self.digests.balance[phase.name]} if phase.name in self.digests.balance else {}
 
     def adapter(self, phase: Phase) -> Step:
         """An adapter made elsewhere, taken in as a phase."""

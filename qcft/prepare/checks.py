@@ -23,6 +23,7 @@ from qcft.replay.rows import check_replay
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOT_IN_4_BITS = {"mamba", "falcon_mamba"}  # families of transformers 5.24
 MOST_ROWS = 10**8  # of all epochs: a consumer's card is at it for years
 
 
@@ -80,9 +81,14 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
             f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
         )
     if prepared.meta_model.base_model is prepared.meta_model:
-        family = prepared.meta_model.config.get_text_config().model_type
         raise InputError(
-            f"model: {family} has no inner model apart from its head, which training goes by", "use another model"
+            f"model: {_config(prepared).model_type} has no inner model apart from its head, which training goes by",
+            "use another model",
+        )
+    if prepared.recipe.model.quantize == "nf4" and (family := _config(prepared).model_type) in NOT_IN_4_BITS:
+        raise InputError(
+            f"model: {family} multiplies with the weights of its projections itself, which cannot be in 4 bits",
+            "train it in 16 bits: --set model.quantize=none",
         )
     check_adaptable(prepared.meta_model, _of_each_kind(prepared.meta_model, modules), prepared.recipe.lora)
     if not weights or phase.name == prepared.recipe.phases[-1].name:
@@ -94,6 +100,10 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
             f"{phase.name} could be merged",
             "name other modules with lora.targets, or start the next phase stacked",
         )
+
+
+def _config(prepared: Prepared) -> Any:
+    return prepared.meta_model.config.get_text_config()
 
 
 def _of_each_kind(model: PreTrainedModel, modules: list[str]) -> list[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from qcft.data.balance import draw_balanced
 from qcft.data.encode import EncodedSet, Encoder
-from qcft.data.load import LoadedSource, load_source
+from qcft.data.mix import mixed_order
 from qcft.data.rows import Row, digest_rows
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -21,31 +21,15 @@ from qcft.models.adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
 from qcft.prepare.digests import Digests
-from qcft.recipe import FIDELITY, Dial, Goal, Measured, Model, Phase, Recipe, Source
-from qcft.replay.pools import ENGLISH, SHIPPED_ENGLISH, HeldOutRows, Pool, make_pools
+from qcft.prepare.groups import Group, held_out_groups
+from qcft.prepare.reading import SourceReader, with_languages
+from qcft.recipe import FIDELITY, TESTS, Dial, Goal, Model, Phase, Recipe
+from qcft.replay.pools import ENGLISH, HeldOutRows, Pool, make_pools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-PROBE_LENGTH = 1024  # tokens of a row that is only measured
-
-
-@dataclass(frozen=True)
-class Group:
-    """Held-out rows measured together: those of one phase in one language."""
-
-    phase: str
-    lang: str
-    rows: tuple[Row, ...]
-    system: str | None
-    max_length: int
-    long_rows: str
-
-    @property
-    def name(self) -> str:
-        """`phase2 es`."""
-        return f"{self.phase} {self.lang}"
 
 
 class Prepared:
@@ -63,8 +47,10 @@ class Prepared:
         self.model: ModelSource = self._once(("model", recipe.model.model_dump_json()), lambda: resolve(recipe.model))
         base = recipe.model.base
         self.base = resolve(Model(name=base)) if base and recipe.measures_change_since_base() else None
-        self.sources = {phase.name: [self._load(s) for s in phase.sources()] for phase in recipe.phases}
-        self.groups = self._groups()
+        reader = SourceReader(recipe, watch, self._once)
+        self.sources = {p.name: [reader.load(s, p.name) for s in p.sources()] for p in recipe.phases}
+        self.recipe = recipe = with_languages(recipe, self.sources)
+        self.groups = held_out_groups(recipe, self.sources, reader)
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
         self.pools = {p.name: self._pools(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
         asked = recipe.evaluate.asks_for_something and goal is None
@@ -112,20 +98,36 @@ class Prepared:
         """A group's rows as tokens. Raises InputError when none is left to measure."""
         encoded = Encoder(self.tokenizer, group.system, group.max_length, group.long_rows).encode_all(group.rows)
         if not encoded.rows:
+            of_phase = any(group.phase == phase.name for phase in self.recipe.phases)
             raise InputError(
                 f"data: none of the {len(group.rows)} held-out rows of {group.name} can be measured "
                 f"({_counts(encoded.left_out)})",
-                f"raise {group.phase}.train.max_length (it is {group.max_length}), or look at the rows",
+                f"raise {group.phase}.train.max_length (it is {group.max_length}), or look at the rows"
+                if of_phase
+                else f"give shorter rows: at most {group.max_length} tokens are measured",
             )
         return encoded
 
     def encoded(self, phase: Phase) -> list[EncodedSet]:
-        """The phase's training rows as tokens, source by source. Raises InputError when none is left."""
+        """The phase's training rows as tokens, source by source, those that are drawn where its languages are
+        balanced. Raises InputError when none is left."""
         limits = (phase.system, phase.train.max_length, phase.train.long_rows)
         sources = tuple(source.digest for source in self.sources[phase.name])
         rows = digest_rows(row for rows in self.rows[phase.name] for row in rows)
         key = ("tokens", self.recipe.model.model_dump_json(), limits, sources, rows)
-        return self._once(key, lambda: self._encode(phase))
+        sets = self._once(key, lambda: self._encode(phase))
+        if phase.balance == "none":
+            return sets
+        langs = [source.lang for source in self.sources[phase.name]]
+        return draw_balanced(sets, langs, phase.balance, self.recipe.seed)
+
+    def order(self, phase: Phase, replay_rows: int) -> Callable[[int], list[int]]:
+        """The order of the phase's rows, as `encoded` gives them, and of its replay in each epoch, from 0."""
+        sets = self.encoded(phase)
+        new = sum(len(one.rows) for one in sets)
+        by_lang = zip(self.sources[phase.name], sets, strict=True)
+        langs = None if phase.balance == "none" else [source.lang for source, one in by_lang for _ in one.rows]
+        return lambda epoch: mixed_order(new, replay_rows, f"{self.recipe.seed}:{epoch}", langs)
 
     def _encode(self, phase: Phase) -> list[EncodedSet]:
         encoder = self.encoder(phase)
@@ -171,65 +173,32 @@ class Prepared:
         if done % 500 == 0:
             self.watch.progress(f"tokenising {name}", done, total, "rows")
 
-    def _load(self, source: Source) -> LoadedSource:
-        held_out = self.recipe.heldout
-        return self._once(
-            ("source", source.model_dump_json(), held_out.share, held_out.rows),
-            lambda: load_source(source, held_out, self.watch),
-        )
-
     def _once(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._memo:
             self._memo[key] = make()
         return cast("T", self._memo[key])
 
-    def _groups(self) -> list[Group]:
-        """Held-out rows by phase and language; English that ships with qcft where no source is English."""
-        groups = []
-        trained: set[str] = set()
-        for one in self.recipe.heldout.of:
-            sources = [self._load(s) for source in one.data for s in source.expanded()]
-            groups += self._grouped(one, sources, trained)
-        for phase in () if self.recipe.heldout.of else self.recipe.phases:
-            train = phase.train
-            limits = Measured(
-                name=phase.name, data=[], system=phase.system, max_length=train.max_length, long_rows=train.long_rows
-            )
-            groups += self._grouped(limits, self.sources[phase.name], trained)
-            trained |= {row.prompt_digest for source in self.sources[phase.name] for row in source.rows}
-        probes = [one for source in self.recipe.probe for one in source.expanded()]
-        if not any(g.lang == ENGLISH for g in groups) and not any(s.lang == ENGLISH for s in probes):
-            probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
-        first = self.recipe.phases[0]
-        limits = Measured(
-            name="probe", data=[], system=first.system, max_length=PROBE_LENGTH, long_rows=first.train.long_rows
-        )
-        return groups + self._grouped(limits, [self._load(s) for s in probes], trained)
-
-    def _grouped(self, limits: Measured, sources: list[LoadedSource], trained: set[str]) -> list[Group]:
-        by_lang: dict[str, dict[str, Row]] = {}
-        for source in sources:
-            rows = by_lang.setdefault(source.lang, {})
-            for row in source.held_out:  # one row of each prompt, and none that an earlier phase trains on
-                if row.prompt_digest not in trained:
-                    rows.setdefault(row.prompt_digest, row)
-        most = None if self.recipe.heldout.of else self.recipe.heldout.rows
-        return [
-            Group(limits.name, lang, tuple(rows.values())[:most], limits.system, limits.max_length, limits.long_rows)
-            for lang, rows in by_lang.items()
-            if rows
-        ]
-
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
         """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe.
 
         Rows that a later phase holds out are none of these, or are not measured; where `heldout.of` says what is
-        measured, nothing of it is trained.
+        measured, nothing of it is trained. Of one's own test sets, translations (rows of the same id) are not either.
         """
         names = [p.name for p in self.recipe.phases]
         later = () if self.recipe.heldout.of else names[names.index(phase.name) + 1 :]
         held = {row.prompt_digest for group in self.groups if group.phase not in later for row in group.rows}
-        return [tuple(r for r in s.rows if r.prompt_digest not in held) for s in self.sources[phase.name]]
+        tests = [row for group in self.groups if group.phase == TESTS for row in group.rows]
+        prompts, keys = {row.prompt_digest for row in tests}, {row.key for row in tests}
+        kept = []
+        for source in self.sources[phase.name]:
+            free = [row for row in source.rows if row.prompt_digest not in prompts and row.key not in keys]
+            if len(free) < len(source.rows):
+                self.watch.note(
+                    f"{phase.name}: {len(source.rows) - len(free):,} of {len(source.rows):,} rows of {source.name} are "
+                    "not trained, as they have the prompt or the id of a row of heldout.data"
+                )
+            kept.append(tuple(row for row in free if row.prompt_digest not in held))
+        return kept
 
     def _pools(self, phase: Phase) -> list[Pool]:
         """What a phase's replay is drawn from, kind by kind; never a held-out row."""
@@ -249,7 +218,7 @@ class Prepared:
                 phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
         held = hashlib.sha256()
         for group in self.groups:
-            held.update(f"{_digest(group)}\n".encode())
+            held.update(f"{group.digest}\n".encode())
         tasks = self._tasks(held.hexdigest())
         return Digests(
             model=self.model.digest,
@@ -257,10 +226,20 @@ class Prepared:
             replay={name: tuple(digest_rows(pool.rows) for pool in pools) for name, pools in self.pools.items()},
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
-            english={p.name: _digest(g) for p in self.recipe.phases if (g := self.english_group(p))},
+            english={p.name: g.digest for p in self.recipe.phases if (g := self.english_group(p))},
             tasks=tasks,
             lm_eval=self.catalog.lm_eval if self.catalog else None,
+            balance={phase.name: self._balance(phase) for phase in self.recipe.phases if phase.balance != "none"},
         )
+
+    def _balance(self, phase: Phase) -> dict[str, Any]:
+        """What decides which rows of a phase are drawn to balance its languages."""
+        rows = zip(self.sources[phase.name], self.rows[phase.name], strict=True)
+        return {
+            "by": phase.model_dump(mode="json")["balance"],
+            "seed": self.recipe.seed,
+            "languages": [[source.lang, digest_rows(own)] for source, own in rows],
+        }
 
     def _tasks(self, held_out: str) -> dict[str, str]:
         """What stages are evaluated on: tasks with digests of their data."""
@@ -271,11 +250,6 @@ class Prepared:
         for lang, names in chosen.lacking.items():
             self.watch.note(f"there is no task {', '.join(names)}: {lang} goes without", "warning")
         return {task: held_out if task == FIDELITY else digest for task, digest in chosen.tasks.items()}
-
-
-def _digest(group: Group) -> str:
-    """A group's rows, and what decides how they become tokens."""
-    return f"{group.name} {group.system} {group.max_length} {group.long_rows} {digest_rows(group.rows)}"
 
 
 def _counts(left_out: dict[str, int]) -> str:

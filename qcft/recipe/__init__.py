@@ -8,12 +8,26 @@ from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, read_recipe, recipe_from
 from qcft.recipe.parts import Source
 from qcft.recipe.replay import Filters, Replay, ReplayPart
-from qcft.recipe.schema import Answers, Forgetting, HeldOut, Lora, Measured, Merge, Model, Phase, Recipe, Train
+from qcft.recipe.schema import (
+    TESTS,
+    Answers,
+    Forgetting,
+    HeldOut,
+    Lora,
+    Measured,
+    Merge,
+    Model,
+    Phase,
+    Recipe,
+    Temperature,
+    Train,
+)
 
 __all__ = [
     "ALPACA_EVAL",
     "FIDELITY",
     "SUITES",
+    "TESTS",
     "Ablation",
     "Answers",
     "Arm",
@@ -35,6 +49,7 @@ __all__ = [
     "Replay",
     "ReplayPart",
     "Source",
+    "Temperature",
     "Train",
     "built_in_recipes",
     "chosen_arms",

@@ -152,7 +152,7 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
             if body is not None
         ]
     phases = raw.get("phases")
-    holders = [raw, *(phases if isinstance(phases, list) else [])]
+    holders = [raw, raw.get("heldout"), *(phases if isinstance(phases, list) else [])]
     for holder in holders:
         if isinstance(holder, dict) and type(holder.get("replay")) in {int, float}:
             holder["replay"] = {"ratio": holder["replay"]}

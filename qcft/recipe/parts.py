@@ -40,17 +40,23 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict)) else value
 
 
+Column = Literal[
+    "id", "instruction", "input", "output", "system", "history", "messages", "conversations", "prompt", "completion"
+]
+
+
 class Source(Part):
     """One data set: a file, a folder, a hub id, or `qcft:NAME` for data that ships with qcft.
 
     `{lang}` in `path`, with a list as `lang`, stands for one source per language. `take` is the number
-    of rows to train on; held-out rows are read beside them.
+    of rows to train on; held-out rows are read beside them. `columns` says by which name the data has a column.
     """
 
     path: Name
     lang: str | list[str] | None = None
     take: Annotated[Count, Field(ge=1)] | None = None
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = "auto"
+    columns: dict[Column, Name] = {}
     revision: str | None = None
     subset: str | None = None
     split: str = "train"

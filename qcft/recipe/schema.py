@@ -14,6 +14,7 @@ from qcft.recipe.freeze import parse_freeze
 from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
 
+TESTS = "test"  # what the rows of heldout.data are measured as
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
 
 
@@ -84,13 +85,31 @@ class Train(Part):
         return {key: float(v) if isinstance(v, str) and EXPONENT.fullmatch(v) else v for key, v in value.items()}
 
 
+class Temperature(Part):
+    """Languages give rows in proportion to the `temperature`-th root of what they have: 1 is all, large is equal."""
+
+    temperature: Annotated[Number, Field(ge=1)]
+
+
+def _balance(value: Any) -> Any:
+    known = isinstance(value, Temperature) or value in ("none", "equal")
+    one = isinstance(value, dict) and [*value] == ["temperature"]
+    if known or (one and type(value["temperature"]) in {int, float} and value["temperature"] >= 1):
+        return value
+    raise ValueError(
+        f"{value!r} is not none, equal or {{temperature: T}} | T is a number of at least 1, as in {{temperature: 3}}"
+    )
+
+
 class Phase(Part):
-    """One phase: data to train on, or an adapter made elsewhere."""
+    """One phase: data to train on, or an adapter made elsewhere. `balance`: how many rows each language gives to an
+    epoch, drawn once without repeats: all, as many as the smallest has, or by a temperature."""
 
     name: str
     data: Sources = []
     adapter: Name | None = None
     start: Literal["merged", "stacked", "continue", "base"] = "merged"
+    balance: Annotated[Literal["none", "equal"] | Temperature, BeforeValidator(_balance)] = "none"
     freeze: str = "none"
     replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
     system: str | None = None
@@ -131,12 +150,14 @@ class Measured(Part):
 class HeldOut(Part):
     """Rows set aside for measuring: the share of all rows, and at most `rows` scored of each language.
 
+    `data`: one's own test sets, all of whose rows (or the first `take`) are measured besides, and never trained.
     `of`: whose rows are measured, at most `rows` of each source, where that is not the recipe's own phases:
     `qcft ablate` has every arm measure the rows of all.
     """
 
     share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     rows: Annotated[Count, Field(ge=1)] = 48
+    data: Sources = []
     of: list[Measured] = []
 
 
@@ -212,6 +233,12 @@ class Recipe(Part):
                 raise ValueError(
                     f"phases: {phase.name!r}: only the first phase can be an adapter made elsewhere | put it first"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tests_have_their_name(self) -> Self:
+        if self.heldout.data and any(phase.name == TESTS for phase in self.phases):
+            raise ValueError(f"phases: {TESTS!r} names what heldout.data measures | name the phase otherwise")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.mix import mixed_order, replay_rows_needed
+from qcft.data.mix import replay_rows_needed
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import disk_free
@@ -41,7 +41,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
     extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
     rows = [*new, *(new[i % len(new)] for i in range(extra))]
-    batches = make_batches(rows, lambda epoch: mixed_order(len(new), extra, f"{recipe.seed}:{epoch}"), phase.train)
+    batches = make_batches(rows, prepared.order(phase, extra), phase.train)
     modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
     below = lowest_adapted(model, modules)
     config: Any = model.config.get_text_config()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow, EncodedSet
-from qcft.data.mix import mixed_order
 from qcft.data.rows import Row
 from qcft.errors import QcftError
 from qcft.events import Mixed, SourceShare
@@ -55,7 +54,7 @@ class TrainWork(StepWork):
         ]
         extra = sum(len(encoded.rows) for encoded in replay.values())
         seed = self.recipe.seed
-        batches = make_batches(rows, lambda epoch: mixed_order(len(rows) - extra, extra, f"{seed}:{epoch}"), train)
+        batches = make_batches(rows, self.prepared.order(phase, extra), train)
         targets = self.recipe.lora.targets
         modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self.measured(step))
         frozen = frozen_in_words(self.prepared.meta_model, targets, modules)

@@ -82,6 +82,10 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
         left_out = ", ".join(f"{n} {reason}" for reason, n in phase["left_out"].items()) or "none"
         share = phase["truncated"] / max(1, phase["rows_read"])
         lines.append(f"  of {phase['rows_read']:,} rows left out: {left_out}; cut: {phase['truncated']} ({share:.1%})")
+        if len(phase["given"]) > 1:
+            given = ", ".join(f"{lang} {rows:,}" for lang, rows in phase["given"].items())
+            lines.append(f"  rows that each language gives to an epoch: {given}")
+        lines += [f"  {line}" for line in _looks(phase["looks"])]
     room = "" if found["disk_bytes"] <= found["disk_free_bytes"] else ": DOES NOT FIT"
     fetched = f"; the cache takes {gib(found['cache_bytes'])} more, as the weights are not here yet"
     lines.append(
@@ -91,6 +95,27 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
     lines += [_alike(one) for one in found["similarity"]]
     if not found["similarity"] and len(found["phases"]) > 1:
         lines.append("how alike the phases' instructions are (DES): no encoder is here; name one with --encoder")
+    return lines
+
+
+def _looks(found: Mapping[str, Any]) -> list[str]:
+    """What should be looked at among a phase's rows."""
+    lines = []
+    if found["positions"] is not None:
+        lines.append(
+            f"look at: train.max_length is {found['max_length']:,}, more than the model's {found['positions']:,} "
+            f"positions; rows that are longer: {found['rows_beyond']:,}"
+        )
+    for key, what, why in (
+        (
+            "like_held_out",
+            "rows with the prompt of a held-out row, but for white space and case",
+            "What is measured on those is too good: remove them, or give both rows the same id",
+        ),
+        ("near_empty", "rows with next to no answer (no letter or digit, or N/A)", "They teach the model to say that"),
+    ):
+        if found[key]["rows"]:
+            lines.append(f"look at: {found[key]['rows']:,} {what}, such as {found[key]['example']!r}. {why}")
     return lines
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 
@@ -97,9 +97,10 @@ class FakeHub:
                     for p in files
                 ]
                 if rest[:1] == ["tree"]:
-                    self.answer(entries)
+                    self.answer(listed(entries, "/".join(rest[2:]), "recursive=true" in self.path.lower()))
                 elif rest[:1] == ["paths-info"]:
-                    self.answer([e for e in entries if e["path"] in unquote(body.decode())])
+                    asked = parse_qs(body.decode()).get("paths", [])
+                    self.answer([e for e in listed(entries, "", True) if e["path"] in asked])
                 else:
                     siblings = [{"rfilename": e["path"]} for e in entries]
                     self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
@@ -127,6 +128,15 @@ class FakeHub:
                 self.send(data, headers, status, len(data) // 2 if fault == "cut" else None)
 
         return Handler
+
+
+def listed(entries, folder, recursive):
+    """What lies in a folder of a repository: its files and folders, with `recursive` those of its folders too."""
+    folders = {parent.as_posix() for e in entries for parent in Path(e["path"]).parents} - {"."}
+    every = entries + [{"type": "directory", "path": f, "size": 0, "oid": "0" * 40} for f in sorted(folders)]
+    inside = [e for e in every if not folder or e["path"].startswith(f"{folder}/")]
+    depth = len(Path(folder).parts)
+    return inside if recursive else [e for e in inside if len(Path(e["path"]).parts) == depth + 1]
 
 
 def digest(file):

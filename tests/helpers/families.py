@@ -159,7 +159,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", {}),
     "exaone4": ("exaone4", {"sliding_window": 24, "layer_types": THREE_TO_ONE}),
-    "minicpm3": ("minicpm3", {**{k: LATENT[k] for k in list(LATENT)[:5]}, "head_dim": 8, "dim_model_base": 16}),
+    "minicpm3": (
+        "minicpm3",
+        {**{k: LATENT[k] for k in list(LATENT)[:5]}, "head_dim": 8, "num_key_value_heads": 4, "dim_model_base": 16},
+    ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_ff_dim": 96}),
     "bamba": ("bamba", {"attn_layer_indices": [3], **{k: v for k, v in MAMBA.items() if k != "mamba_expand"}}),
     "jamba": (

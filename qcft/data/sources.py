@@ -1,0 +1,131 @@
+"""Where records come from: files, folders, data that ships with qcft, and the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qcft.data.files import FORMS, SUFFIXES, BadLine, no_split, read_file
+from qcft.data.folders import is_saved, split_of
+from qcft.errors import InputError, nearest
+from qcft.events import Watch
+from qcft.files import exists
+from qcft.recipe import Source
+from qcft.recipe.load import recipes_folder
+
+SHIPPED = "qcft:"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def read_records(source: Source, watch: Watch | None = None) -> Iterator[dict[str, Any] | BadLine]:
+    """The records of the source's split in order, read as they are asked for; `watch` is told of files of a folder
+    that belong to no split. Raises InputError."""
+    assert not isinstance(source.lang, list)
+    if source.path.startswith(SHIPPED):
+        path = _shipped(source.path.removeprefix(SHIPPED))
+    else:
+        path = Path(os.path.expanduser(source.path))
+    there = exists(path)
+    if there and path.is_file():
+        if source.subset is not None:
+            raise InputError(
+                f"data: {source.path!r} is a file and has no subset {source.subset!r}", "leave subset: out"
+            )
+        yield from read_file(path, source.split)
+    elif there and path.is_dir():
+        yield from _read_folder(path, source, watch)
+    elif HUB_ID.fullmatch(source.path) and not source.path.lower().endswith(SUFFIXES):
+        yield from _read_hub(source)
+    else:
+        raise InputError(f"data: there is no file {source.path!r}", f"give {FORMS}")
+
+
+def _shipped(name: str) -> Path:
+    folder = recipes_folder() / "data"
+    known = [str(p.relative_to(folder).with_suffix("").as_posix()) for p in sorted(folder.rglob("*.jsonl"))]
+    if name not in known:
+        raise InputError(
+            f"data: no data named {SHIPPED + name!r} ships with qcft",
+            nearest(name, known) + f"there is {', '.join(SHIPPED + k for k in known)}",
+        )
+    return folder / f"{name}.jsonl"
+
+
+def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[dict[str, Any] | BadLine]:
+    if is_saved(folder) and source.subset is not None:
+        raise InputError(
+            f"data: {source.path!r} was written by save_to_disk and has no subset {source.subset!r}",
+            "leave subset: out",
+        )
+    saved = folder / (source.subset or "")
+    if is_saved(saved):
+        yield from _read_saved(saved, source)
+        return
+    found = split_of(folder, source.subset, source.split)
+    if found.ignored and watch is not None:
+        names = ", ".join(str(file.relative_to(folder)) for file in found.ignored[:5])
+        more = f" and {len(found.ignored) - 5} more" * (len(found.ignored) > 5)
+        watch.note(
+            f"{source.path}: split {source.split} is {len(found.files)} file{'s' * (len(found.files) > 1)}; "
+            f"not read, as they belong to no split by their names: {names}{more}",
+            "warning",
+        )
+    for file in found.files:
+        yield from read_file(file)
+
+
+def _read_saved(folder: Path, source: Source) -> Iterator[dict[str, Any]]:
+    """A folder written by `datasets`' save_to_disk."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        data = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"data: {str(folder)!r} cannot be read: {error}", f"give {FORMS}") from None
+    splits = data if isinstance(data, DatasetDict) else {str(data.split or "train"): data}
+    if source.split not in splits:
+        raise no_split(str(folder), source.split, [str(name) for name in splits])
+    yield from splits[source.split]
+
+
+def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
+    """A hub data set; streamed when only some rows are taken, so that the rest is not downloaded."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    from qcft.hub import unreachable
+
+    offline = "give a file or a folder, or qcft:instructions/en; if the set is cached, set HF_HUB_OFFLINE=1"
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            # Asked first: `datasets` retries an unreachable hub for half a minute.
+            HfApi().dataset_info(source.path, revision=source.revision, timeout=10)
+        yield from datasets.load_dataset(
+            source.path, source.subset, split=source.split, revision=source.revision, streaming=source.take is not None
+        )
+    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
+        raise (isinstance(error, ValueError) and _misnamed(source)) or unreachable(
+            "data", source.path, error, offline
+        ) from None
+
+
+def _misnamed(source: Source) -> InputError | None:
+    """The error for a subset or split that a hub data set lacks; None where it has both."""
+    import datasets
+
+    try:
+        subsets = datasets.get_dataset_config_names(source.path, revision=source.revision)
+        chosen = source.subset or datasets.get_dataset_default_config_name(source.path, revision=source.revision)
+        if chosen not in subsets:
+            what = f"no subset {chosen!r}" if chosen else "several subsets"
+            return InputError(
+                f"data: {source.path!r} has {what}", f"it has {', '.join(subsets)}: name one with subset:"
+            )
+        splits = datasets.get_dataset_split_names(source.path, chosen, revision=source.revision)
+    except Exception:  # the hub again; the first error says more
+        return None
+    known = [str(name) for name in splits]
+    return None if source.split in known else no_split(source.path, source.split, known)

@@ -1,0 +1,103 @@
+"""Held-out rows in the groups that they are measured in: of each phase, of one's own test sets, of the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qcft.data.load import LoadedSource
+from qcft.data.rows import Row, digest_rows
+from qcft.prepare.reading import SourceReader
+from qcft.recipe import TESTS, Measured, Recipe, Source
+from qcft.replay.pools import ENGLISH, SHIPPED_ENGLISH
+
+PROBE_LENGTH = 1024  # tokens of a row that is only measured
+
+
+@dataclass(frozen=True)
+class Group:
+    """Held-out rows measured together: those of one phase in one language."""
+
+    phase: str
+    lang: str
+    rows: tuple[Row, ...]
+    system: str | None
+    max_length: int
+    long_rows: str
+
+    @property
+    def name(self) -> str:
+        """`phase2 es`."""
+        return f"{self.phase} {self.lang}"
+
+    @property
+    def digest(self) -> str:
+        """The group's rows, and what decides how they become tokens."""
+        return f"{self.name} {self.system} {self.max_length} {self.long_rows} {digest_rows(self.rows)}"
+
+
+def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]], reader: SourceReader) -> list[Group]:
+    """Held-out rows by phase and language, then one's own test sets by language, then the probe's; English that ships
+    with qcft where no source is English. Raises InputError for a source that cannot be read."""
+    own = recipe.heldout
+    first = recipe.phases[0]
+    groups: list[Group] = []
+    measured: list[tuple[Measured, Sequence[LoadedSource]]] = []
+    trained: set[str] = set()
+    for one in own.of:
+        loaded = [reader.load(s, one.name) for source in one.data for s in source.expanded()]
+        measured.append((one, loaded))
+        groups += _grouped(one, loaded, trained, None)
+    for phase in () if own.of else recipe.phases:
+        train = phase.train
+        limits = Measured(
+            name=phase.name, data=[], system=phase.system, max_length=train.max_length, long_rows=train.long_rows
+        )
+        measured.append((limits, sources[phase.name]))
+        groups += _grouped(limits, sources[phase.name], trained, own.rows)
+        trained |= {row.prompt_digest for source in sources[phase.name] for row in source.rows}
+    groups += _tests(recipe, measured, reader)
+    probes = [one for source in recipe.probe for one in source.expanded()]
+    if not any(g.lang == ENGLISH for g in groups) and not any(s.lang == ENGLISH for s in probes):
+        probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
+    limits = Measured(
+        name="probe", data=[], system=first.system, max_length=PROBE_LENGTH, long_rows=first.train.long_rows
+    )
+    loaded = [reader.load(s, first.name) for s in probes]
+    return groups + _grouped(limits, loaded, trained, None if own.of else own.rows)
+
+
+def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str], most: int | None) -> list[Group]:
+    """At most `most` rows of each language: one of each prompt, and none that an earlier phase trains on."""
+    by_lang: dict[str, dict[str, Row]] = {}
+    for source in sources:
+        rows = by_lang.setdefault(source.lang, {})
+        for row in source.held_out:
+            if row.prompt_digest not in trained:
+                rows.setdefault(row.prompt_digest, row)
+    return [
+        Group(limits.name, lang, tuple(rows.values())[:most], limits.system, limits.max_length, limits.long_rows)
+        for lang, rows in by_lang.items()
+        if rows
+    ]
+
+
+def _tests(
+    recipe: Recipe, measured: Sequence[tuple[Measured, Sequence[LoadedSource]]], reader: SourceReader
+) -> list[Group]:
+    """The rows of one's own test sets by language, each prompt once, under the limits of what is measured last in that
+    language, else first."""
+    by_lang: dict[str, dict[str, Row]] = {}
+    for source in recipe.heldout.data:
+        for one in source.expanded():
+            found = reader.test(one)
+            rows = by_lang.setdefault(found.lang, {})
+            for row in found.rows:
+                rows.setdefault(row.prompt_digest, row)
+    groups = []
+    for lang, rows in by_lang.items():
+        like = [limits for limits, sources in measured if any(source.lang == lang for source in sources)]
+        limits = (like or [limits for limits, _ in measured[:1]])[-1]
+        length = max(PROBE_LENGTH, limits.max_length)
+        groups.append(Group(TESTS, lang, tuple(rows.values()), limits.system, length, limits.long_rows))
+    return groups

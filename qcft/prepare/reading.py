@@ -1,0 +1,68 @@
+"""Reading a recipe's sources, each once, and guessing the language of those that name none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qcft.data.language import guess_language
+from qcft.data.load import LoadedSource, load_source
+from qcft.data.pool import PoolRows, read_pool
+from qcft.data.rows import Row
+from qcft.events import Watch
+from qcft.recipe import Recipe, Source
+
+
+class SourceReader:
+    """Reads the sources of one recipe; `once` keeps what was made under a key."""
+
+    def __init__(self, recipe: Recipe, watch: Watch, once: Callable[[Hashable, Callable[[], Any]], Any]) -> None:
+        self.recipe = recipe
+        self.watch = watch
+        self.once = once
+
+    def load(self, source: Source, phase: str) -> LoadedSource:
+        """A source's rows; where it names no language and is of a second phase, with the language of its rows."""
+        held_out = self.recipe.heldout
+        loaded: LoadedSource = self.once(
+            ("source", source.model_dump_json(), held_out.share, held_out.rows),
+            lambda: load_source(source, held_out, self.watch),
+        )
+        first = self.recipe.phases[0].name
+        if source.lang is not None or (phase == first and phase != "phase2"):
+            return loaded
+        return replace(loaded, source=self._guessed(source, loaded.rows))
+
+    def _guessed(self, source: Source, rows: tuple[Row, ...]) -> Source:
+        """The source with the language its rows are in; the watch is told of the guess."""
+        guess = self.once(("language", source.model_dump_json()), lambda: self._guess(source, rows))
+        return source.model_copy(update={"lang": guess})
+
+    def _guess(self, source: Source, rows: tuple[Row, ...]) -> str | None:
+        found = guess_language(rows)
+        what = f"taken as {found.lang}" if found.lang else "its language is not clear, so tables show it as ?"
+        self.watch.note(
+            f"data: {source.path} has no lang: {what} ({found.share:.0%} of {found.rows} rows that can be told); "
+            f"set it with lang: {found.lang or 'es'}, or --data {found.lang or 'es'}=PATH",
+            "warning",
+        )
+        return found.lang
+
+    def test(self, source: Source) -> PoolRows:
+        """One's own test set, every row of it; with the language of its rows where it names none."""
+        found: PoolRows = self.once(
+            ("test", source.model_dump_json()), lambda: read_pool(source, True, self.watch, "heldout.data")
+        )
+        if source.lang is not None:
+            return found
+        return replace(found, lang=str(self._guessed(source, found.rows).lang or "?"))
+
+
+def with_languages(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]]) -> Recipe:
+    """The recipe with the languages that were guessed, so that reports and later commands know them."""
+    phases = []
+    for phase in recipe.phases:
+        found = [loaded.source for loaded in sources[phase.name]]
+        phases.append(phase if found == phase.sources() else phase.model_copy(update={"data": found}))
+    return recipe.model_copy(update={"phases": phases})
