@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a chat template and a pad token. Raises InputError."""
     from transformers import AutoTokenizer
 
-    from qcft.data.encode import set_chat_template
+    from qcft.data.template import set_chat_template
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)

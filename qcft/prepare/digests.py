@@ -12,7 +12,7 @@ class Digests:
     of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
     the model that the model was tuned from, where a freeze spec goes by what that changed; for each phase that the
     live probe watches the English rows it goes by; the tasks that stages are evaluated on, each with a digest of its
-    data as far as it is local, and lm-eval's version."""
+    data as far as it is local, and lm-eval's version; what is done beyond the plain reading of the chat template."""
 
     model: str
     phases: Mapping[str, str]
@@ -22,3 +22,4 @@ class Digests:
     english: Mapping[str, str] = field(default_factory=dict)
     tasks: Mapping[str, str] = field(default_factory=dict)
     lm_eval: str | None = None
+    template: tuple[str, ...] = ()
