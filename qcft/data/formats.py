@@ -24,6 +24,8 @@ ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
 }
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what the thoughts before an answer are called
+
 
 class Unusable(ValueError):
     """A record that cannot train; its text is the reason it is counted under."""
@@ -104,7 +106,7 @@ def _prompt_completion(record: Record) -> list[Message]:
     prompt, completion = record.get("prompt"), record.get("completion")
     before = _turns(prompt, record) if isinstance(prompt, list) else [Message("user", _text(prompt))]
     after = _turns(completion, {}) if isinstance(completion, list) else [Message("assistant", _text(completion))]
-    return [*before, *after]
+    return [*(replace(m, train=False) if m.role == "assistant" else m for m in before), *after]
 
 
 READERS: dict[str, Callable[[Record], list[Message]]] = {
@@ -151,8 +153,24 @@ def _turns(value: Any, record: Record) -> list[Message]:
         if name not in ROLES:
             raise Unusable(f"unknown role {name[:20]!r}")
         content = turn.get("content") if "content" in turn else turn.get("value")
-        messages.append(Message(ROLES[name], _text(content)))
+        messages.append(_message(ROLES[name], _text(content), turn))
+    if [message.role for message in messages[:2]] == ["system", "system"]:  # a column and a turn say it
+        texts = dict.fromkeys(message.content.strip() for message in messages[:2])
+        messages[:2] = [Message("system", "\n\n".join(texts))]
     return messages
+
+
+def _message(role: Role, text: str, turn: Record) -> Message:
+    """A turn with what else it says: whether an answer is trained, and the reasoning before it. Raises Unusable."""
+    if role != "assistant":
+        return Message(role, text)
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight not in (None, 0, 1):
+        raise Unusable("a weight other than 0 and 1")
+    if train not in (None, False, True):
+        raise Unusable("train is neither true nor false")
+    reasoning = next((_text(turn[key]) for key in REASONING if turn.get(key)), "")
+    return Message(role, text, weight != 0 and train is not False, reasoning if reasoning.strip() else None)
 
 
 def _row(messages: list[Message], record: Record) -> Row:
@@ -167,6 +185,8 @@ def _row(messages: list[Message], record: Record) -> Row:
         raise Unusable("answer before the first user turn")
     if any(not m.content.strip() for m in messages[answer:] if m.role == "assistant"):
         raise Unusable("empty answer")
+    if not any(m.train for m in messages if m.role == "assistant"):
+        raise Unusable("no answer to train")
     return Row(prompt=tuple(messages[:answer]), completion=tuple(messages[answer:]), id=_id(record))
 
 

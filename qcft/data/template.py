@@ -58,15 +58,13 @@ class TemplateRefused(ValueError):
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> None:
     """Make sure the tokenizer has a chat template: its own, or the named built-in one; with a fixed date.
 
-    The built-in `chatml` begins with BOS where the tokenizer prepends one to text, and ends turns with `<|im_end|>`
+    The built-in `chatml`, for a tokenizer with an EOS, begins with BOS where the tokenizer prepends one to text, and ends turns with `<|im_end|>`
     where the vocabulary has it as one token, else with the tokenizer's EOS, so that the end of a turn is always one
     token. Raises InputError.
     """
     if named == "chatml":
-        end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
-        if end is None:
-            raise InputError("model: the tokenizer has no EOS token to end a turn with", "use another model")
-        tokenizer.chat_template = (BOS if _prepends_bos(tokenizer) else "") + CHATML.replace("END", str(end))
+        end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else str(tokenizer.eos_token)
+        tokenizer.chat_template = (BOS if _prepends_bos(tokenizer) else "") + CHATML.replace("END", end)
     if not tokenizer.chat_template:
         raise InputError(
             "model: its tokenizer has no chat template",
@@ -131,10 +129,16 @@ class Template:
             self._has_prompt = opening != self._render([user])
         except TemplateRefused as refused:
             raise InputError(f"model: {refused}", "check the chat template") from None
+        if USER not in whole or ANSWER not in whole:
+            raise InputError(
+                "model: its chat template does not write the text of turns",
+                "use a model for text; or name a built-in template with --set model.chat_template=chatml",
+            )
         between = whole[len(opening) : whole.rfind(ANSWER)].strip() if whole.startswith(opening) else None
         self.thinks = bool(self._switches or self._reasons or (between and self._has_prompt))
         self._plain = between == "" and not self.thinks
-        self._control = self._control_tokens(opening + whole)
+        self._written = opening + whole
+        self._control = self._control_tokens()
         self.takes_system = self._takes_system(user)
         turn = (user, Message("assistant", ANSWER))
         self._keeps_turns = len(self.sequences([*turn, *turn], "auto")) == 1
@@ -168,6 +172,17 @@ class Template:
                 if self._control and self._control.search(message.content):
                     return True
         return False
+
+    def beyond(self, rows: int) -> list[str]:
+        """The tokens that rows or answers can hold and that an embedding of so many rows lacks."""
+        tokenizer = self.tokenizer
+        used = {self.end_of_turn, tokenizer.eos_token, tokenizer.pad_token}
+        return [
+            token
+            for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+            if number >= rows
+            and (token in used or token in self._written or not (self._control and self._control.fullmatch(token)))
+        ]
 
     def prepare(self, messages: Sequence[Message], thinking: Thinking) -> tuple[list[Message], Counter[str]]:
         """The conversation as this template takes it, and what was changed about it: each reason once."""
@@ -315,12 +330,14 @@ class Template:
         except TemplateRefused:
             return False
 
-    def _control_tokens(self, written: str) -> re.Pattern[str] | None:
+    def _control_tokens(self) -> re.Pattern[str] | None:
         """What matches a special token, or an added one that the template writes around turns."""
         if self.special_tokens == "allow":
             return None
         added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {t.content for t in added if t.special or t.content in written} | {*self.tokenizer.all_special_tokens}
+        tokens = {t.content for t in added if t.special or t.content in self._written} | {
+            *self.tokenizer.all_special_tokens
+        }
         longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
