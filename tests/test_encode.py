@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from qcft import InputError
 from qcft.data.encode import IGNORED, Encoder
 from qcft.data.rows import Message, Row
-from qcft.data.template import CHATML, CONTROL_TOKENS, SYSTEM_MERGED, set_chat_template
+from qcft.data.template import CHATML, CONTROL_TOKENS, SYSTEM_MERGED, Template, set_chat_template
 
 
 def row(*turns, id=None):
@@ -168,7 +168,7 @@ def test_control_tokens_in_text_are_plain_text(tokenizer, text):
     prompts = [encoder.prompt_ids(asked) for asked in (one, row(("user", "a"), ("assistant", "b")))]
     assert [i for i in prompts[0] if i in control] == [i for i in prompts[1] if i in control]
     assert encoded.changed == {CONTROL_TOKENS: 1}
-    allowed = only(Encoder(tokenizer, special_tokens="allow").encode(one))
+    allowed = only(Encoder(tokenizer, template=Template(tokenizer, "allow")).encode(one))
     assert sum(i in control for i in allowed.input_ids) > len(written)
 
 

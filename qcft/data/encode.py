@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qcft.data.rows import Message, Row
-from qcft.data.template import END, NO_TEXT, REWRITES, START, SpecialTokens, Template, TemplateRefused, Thinking
+from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, TemplateRefused, Thinking
 from qcft.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class EncodedSet:
 
 
 class Encoder:
-    """Turns conversations into tokens with one tokenizer and its chat template.
+    """Turns conversations into tokens with one tokenizer and its chat template (by default as `Template` reads it).
 
     Loss falls on every assistant turn that is to be trained, up to and with its end-of-turn token, and on nothing else.
     Raises InputError when the template cannot be used at all.
@@ -73,12 +73,12 @@ class Encoder:
         max_length: int | None = None,
         long_rows: str = "drop",
         thinking: Thinking = "auto",
-        special_tokens: SpecialTokens = "plain",
+        template: Template | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise InputError("model: its tokenizer has no fast version", "use a model with a tokenizer.json")
         self.tokenizer = tokenizer
-        self.template = Template(tokenizer, special_tokens)
+        self.template = template or Template(tokenizer)
         self.system = system
         self.max_length = max_length
         self.long_rows = long_rows

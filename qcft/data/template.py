@@ -58,9 +58,9 @@ class TemplateRefused(ValueError):
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> None:
     """Make sure the tokenizer has a chat template: its own, or the named built-in one; with a fixed date.
 
-    The built-in `chatml`, for a tokenizer with an EOS, begins with BOS where the tokenizer prepends one to text, and ends turns with `<|im_end|>`
-    where the vocabulary has it as one token, else with the tokenizer's EOS, so that the end of a turn is always one
-    token. Raises InputError.
+    The built-in `chatml` begins with BOS where the tokenizer prepends one to text, and ends turns with `<|im_end|>`
+    where the vocabulary has it as one token, else with the tokenizer's EOS, which it must have: the end of a turn is
+    always one token. Raises InputError.
     """
     if named == "chatml":
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else str(tokenizer.eos_token)

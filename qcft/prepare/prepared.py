@@ -95,7 +95,9 @@ class Prepared:
     @cached_property
     def template(self) -> Template:
         """What the tokenizer's chat template makes of conversations."""
-        return Template(self.tokenizer, self.recipe.model.special_tokens_in_text)
+        model = self.recipe.model
+        key = ("template", model.model_dump_json())
+        return self._once(key, lambda: Template(self.tokenizer, model.special_tokens_in_text))
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
@@ -119,8 +121,7 @@ class Prepared:
         self, system: str | None, max_length: int | None, long_rows: str, thinking: Thinking = "auto"
     ) -> Encoder:
         """The way from rows to tokens with the model's chat template."""
-        special = self.recipe.model.special_tokens_in_text
-        return Encoder(self.tokenizer, system, max_length, long_rows, thinking, special)
+        return Encoder(self.tokenizer, system, max_length, long_rows, thinking, self.template)
 
     def group_encoder(self, group: Group) -> Encoder:
         """A held-out group's way from rows to tokens: its phase's."""
@@ -165,10 +166,12 @@ class Prepared:
         return sets
 
     def replay_encoder(self, phase: Phase) -> Encoder:
-        """Replay's way from rows to tokens: under the system prompt of the phase it keeps alive."""
+        """Replay's way from rows to tokens: under the system prompt of the phase it keeps alive, and with thoughts only
+        in rows that have some: answers are asked for without."""
         train = phase.train
         system = self.recipe.phases[0].system
-        return self.encoder_for(system, train.max_length, train.long_rows, phase.thinking)
+        thinking: Thinking = "off" if phase.thinking == "off" else "auto"
+        return self.encoder_for(system, train.max_length, train.long_rows, thinking)
 
     def english_prompts(self) -> list[tuple[Group, Row]]:
         """The held-out English rows whose prompts every stage answers."""
