@@ -191,7 +191,7 @@ def test_a_dated_template_is_fixed_when_loaded_and_exported_as_it_came(tmp_path,
     tokenizer.chat_template = (TRL / "llama3_2.jinja").read_text(encoding="utf-8")
     tokenizer.save_pretrained(tmp_path / "model")
     loaded = load_tokenizer(tmp_path / "model", Model(name="dated"))
-    assert Encoder(loaded).template.traits == ("fixed date",)
+    assert Encoder(loaded).template.traits == ("dated 2024-07-26",)
     write_chat(loaded, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
-    assert Encoder(loaded).template.traits == ("fixed date",)
+    assert Encoder(loaded).template.traits == ("dated 2024-07-26",)

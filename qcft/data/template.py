@@ -140,17 +140,16 @@ class Template:
         self._written = opening + whole
         self._control = self._control_tokens()
         self.takes_system = self._takes_system(user)
-        turn = (user, Message("assistant", ANSWER))
-        self._keeps_turns = len(self.sequences([*turn, *turn], "auto")) == 1
+        self._keeps_turns = self._find_keeps_turns((user, Message("assistant", ANSWER)))
 
     @property
     def traits(self) -> tuple[str, ...]:
         """What is done beyond the template's plain reading, whatever the rows: part of the ids of steps."""
-        text = str(self.tokenizer.chat_template)
+        text = str(self.tokenizer.get_chat_template())
         return tuple(
             name
             for name, is_so in (
-                ("fixed date", FIXED_DATE in text),
+                ("dated 2024-07-26", FIXED_DATE in text),
                 ("bos", is_built_in(self.tokenizer) and text.startswith(BOS)),
                 ("thinking", self.thinks),
                 ("no generation prompt", not self._plain and not self._has_prompt),
@@ -327,6 +326,12 @@ class Template:
     def _takes_system(self, user: Message) -> bool:
         try:
             return SYSTEM in self._render([Message("system", SYSTEM), user, Message("assistant", ANSWER)])
+        except TemplateRefused:
+            return False
+
+    def _find_keeps_turns(self, turn: tuple[Message, Message]) -> bool:
+        try:
+            return len(self.sequences([*turn, *turn], "auto")) == 1
         except TemplateRefused:
             return False
 
