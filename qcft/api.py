@@ -207,6 +207,7 @@ def merge(
         at = f" (of the last: {scale:g} of its delta)" if scale != 1 or method else ""
         what = f"{' and '.join(_phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
         deliver_model(
+            recipe,
             folder,
             to,
             lambda work: write_card(work, recipe, whole.table, f"eval/{done.goal}", what, adapter=False),

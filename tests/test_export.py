@@ -9,7 +9,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qcft.events import Watch
 from qcft.files import read_json
@@ -19,6 +19,7 @@ from qcft.models.merge import MARK
 from qcft.recipe import Model
 
 from .helpers.merge_kills import kill_merges
+from .helpers.tiny import make_llama, make_recipe
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -181,3 +182,63 @@ def test_a_stacked_phase_2_kept_all_of_phase_1(runs, tiny_model):
             module.set_scale("default", 0.0)
     assert torch.equal(logits(stack), logits(live))
     assert Watch().stop_code is None
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory, tokenizer_folder):
+    """A base model: its EOS ends documents, and its tokenizer has no chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, eos_token="<|endoftext|>")
+    tokenizer.chat_template = None
+    return make_llama(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def chatml_run(tmp_path_factory, base_model, color_data):
+    """The base model trained with the built-in chat template until its answers end."""
+    import qcft
+
+    recipe = make_recipe(base_model, color_data)
+    recipe["model"]["chat_template"] = "chatml"
+    recipe["phases"] = recipe["phases"][:1]
+    recipe["phases"][0]["train"] |= {"epochs": 12, "packing": False}
+    folder = tmp_path_factory.mktemp("chatml")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    qcft.run(folder / "tiny.yaml", runs=folder / "runs")
+    return folder / "runs"
+
+
+def answered(model, tokenizer):
+    """A greedy answer by transformers alone, as its own files say where to stop."""
+    turns = [{"role": "user", "content": "what color is the cat number 3"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    new = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    return tokenizer.decode(new)
+
+
+def test_an_exported_chatml_model_stops(chatml_run, qcft, tmp_path, base_model):
+    assert qcft("export", "tiny", "--runs", chatml_run, "--to", tmp_path / "model", "-q")[0] == 0
+    model, tokenizer = of(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
+    answer = answered(model, tokenizer)
+    assert answer.endswith("<|im_end|>")
+    assert answer.count("<|im_end|>") == 1
+    end, old = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    assert model.generation_config.eos_token_id == [old, end]
+    assert read_json(tmp_path / "model" / "config.json")["eos_token_id"] == tokenizer.eos_token_id == end
+    assert read_json(base_model / "generation_config.json")["eos_token_id"] == old
+
+
+def test_an_adapter_carries_what_it_was_trained_with(chatml_run, qcft, tmp_path, base_model):
+    assert qcft("export", "tiny", "--runs", chatml_run, "--to", tmp_path / "adapter", "--adapter-only", "-q")[0] == 0
+    for folder in (tmp_path / "adapter", (chatml_run / "tiny" / "phase1").resolve() / "adapter"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert "<|im_start|>" in tokenizer.chat_template
+        assert tokenizer.eos_token == "<|im_end|>"
+        model = PeftModel.from_pretrained(of(base_model), folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        assert answered(model, tokenizer).endswith("<|im_end|>")
+
+
+def test_a_model_whose_template_ends_turns_with_its_eos_is_exported_as_it_was(runs, tiny_model, qcft, tmp_path):
+    assert qcft("export", "tiny", "--runs", runs, "--to", tmp_path / "out", "-q")[0] == 0
+    for name in ("generation_config.json", "config.json"):
+        assert read_json(tmp_path / "out" / name) == read_json(tiny_model / name)

@@ -213,8 +213,8 @@ def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkey
     model = load_model(merged, recipe.model)
     encoder = Encoder(tokenizer)
     for row in rows:
-        text = encoder._render([type("M", (), m) for m in row["prompt"]], generate=True)
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([prompt])
         with evaluating(model):
             made = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=encoder.end_ids)
         assert (
@@ -260,10 +260,10 @@ def test_a_loaded_recipe_can_be_changed_too(raw_recipe, tmp_path):
 
 
 def test_a_prompt_the_template_refuses_is_left_out_of_answers_and_replay(raw_recipe, tiny_model, tmp_path):
-    """Rows with a system turn under a template that has none: counted, not a crash in the middle."""
-    model = shutil.copytree(tiny_model, tmp_path / "nosystem")
+    """Rows that a template raises on: counted, not a crash in the middle."""
+    model = shutil.copytree(tiny_model, tmp_path / "refuses")
     template = (model / "chat_template.jinja").read_text()
-    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    refuse = "{% if messages[0]['content'] == 's' %}{{ raise_exception('no s') }}{% endif %}"
     (model / "chat_template.jinja").write_text(refuse + template)
     rows = [
         {"id": f"r{i}", "instruction": f"what number {i}", "output": "red", **({"system": "s"} if i % 2 else {})}
@@ -278,7 +278,7 @@ def test_a_prompt_the_template_refuses_is_left_out_of_answers_and_replay(raw_rec
     }
     done = api.run(recipe_from(raw_recipe, changes), runs=tmp_path / "runs")
     left_out = done.stages["replay"].metrics["left_out"]
-    assert left_out["the chat template refuses it: no system"] > 0
+    assert left_out["the chat template refuses it: no s"] > 0
     assert "refuses" in str(done.stages["phase1"].metrics["mix"][0]["left_out"])
 
 

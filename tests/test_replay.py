@@ -77,7 +77,7 @@ def test_the_share_is_exact_in_rows_and_in_answer_tokens(encoder, tmp_path, new,
     ]
     base = fresh.answer_tokens if unit == "tokens" else len(fresh.rows)
     target = Fraction(percent, 100 - percent) * base
-    weigh = (lambda r: encoder.encode(r).answer_tokens) if unit == "tokens" else (lambda r: 1)
+    weigh = (lambda r: encoder.encode(r)[0].answer_tokens) if unit == "tokens" else (lambda r: 1)
     longest = max(weigh(r) for r in rows)
     try:
         metrics, drawn = chosen(encoder, pools, fresh, tmp_path, ratio=ratio, unit=unit, mix=mix)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.check.rows import look_at_rows
-from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
+from qcft.data.encode import IGNORED, EncodedRow, EncodedSet
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.measure.similarity import compare_phases
@@ -86,7 +86,6 @@ def check_recipe(
 def _phase(
     prepared: PlannedRecipe, phase: Phase, planned: Planned, batches: Batches, speed: Speed | None, rows: int
 ) -> dict[str, Any]:
-    encoder = prepared.encoder(phase)
     sets = prepared.encoded(phase)
     tokens = batches.tokens_until(batches.steps)
     seconds = None
@@ -111,7 +110,7 @@ def _phase(
         "left_out": left_out,
         "given": _given(prepared, phase, sets),
         "looks": look_at_rows(prepared, phase, sets),
-        "truncated": sum(_is_cut(row, one, encoder) for s in sets for row, one in zip(s.rows, s.encoded, strict=True)),
+        "truncated": sum(row.cut for s in sets for row in s.encoded),
         "samples": [_decoded(prepared, row) for row in _first(sets, rows)],
     }
 
@@ -139,15 +138,6 @@ def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[dict[str, Any]]:
             stretches.append((trained, []))
         stretches[-1][1].append(token)
     return [{"text": str(prepared.tokenizer.decode(ids)), "trained": trained} for trained, ids in stretches]
-
-
-def _is_cut(row: Any, encoded: EncodedRow, encoder: Encoder) -> bool:
-    """Whether a row lost its end to the limit on length: its answer's, or whole turns."""
-    turns = sum(message.role == "assistant" for message in row.messages)
-    begun = sum(
-        label != IGNORED and (i == 0 or encoded.labels[i - 1] == IGNORED) for i, label in enumerate(encoded.labels)
-    )
-    return begun < turns or encoded.input_ids[-1] not in encoder.end_ids
 
 
 def _steps(

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from qcft.data.rows import Message, Row
+from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, TemplateRefused, Thinking
 from qcft.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that bears no loss
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + 'END' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+MARKED = re.compile(f"{START}([^{START}{END}]*){END}")
+TOO_LONG, NO_ANSWER = "longer than max_length", "no answer to train"
+SPLIT = "made into one training row for each answer: the chat template changes earlier turns"
 
 
 @dataclass(frozen=True)
 class EncodedRow:
     """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from;
-    `name`: what a person finds it by."""
+    `name`: what a person finds it by; `cut`: whether it lost its end, or turns, to the limit on length."""
 
     input_ids: list[int]
     labels: list[int]
     source: str = ""
     name: str = ""
+    cut: bool = field(default=False, compare=False)
 
     @property
     def answer_tokens(self) -> int:
@@ -41,11 +40,13 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Encoded rows with the rows they came from; `left_out` counts the others by reason."""
+    """Encoded rows, each with the row it came from; `left_out` counts the rows that gave none by reason, `changed`
+    those that were encoded with something about them changed."""
 
     rows: tuple[Row, ...]
     encoded: tuple[EncodedRow, ...]
     left_out: dict[str, int]
+    changed: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -58,28 +59,10 @@ class EncodedSet:
         return sum(row.answer_tokens for row in self.encoded)
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> None:
-    """Make sure the tokenizer has a chat template: its own, or the named built-in one.
-
-    The built-in `chatml` ends turns with `<|im_end|>` where the vocabulary has it as one token, else
-    with the tokenizer's EOS, so that the end of a turn is always one token. Raises InputError.
-    """
-    if named == "chatml":
-        end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
-        if end is None:
-            raise InputError("model: the tokenizer has no EOS token to end a turn with", "use another model")
-        tokenizer.chat_template = CHATML.replace("END", str(end))
-    if not tokenizer.chat_template:
-        raise InputError(
-            "model: its tokenizer has no chat template",
-            "name a built-in one with --set model.chat_template=chatml, or use an instruct model",
-        )
-
-
 class Encoder:
-    """Turns conversations into tokens with one tokenizer and its chat template.
+    """Turns conversations into tokens with one tokenizer and its chat template (by default as `Template` reads it).
 
-    Loss falls on every assistant turn, up to and with its end-of-turn token, and on nothing else.
+    Loss falls on every assistant turn that is to be trained, up to and with its end-of-turn token, and on nothing else.
     Raises InputError when the template cannot be used at all.
     """
 
@@ -89,134 +72,167 @@ class Encoder:
         system: str | None = None,
         max_length: int | None = None,
         long_rows: str = "drop",
+        thinking: Thinking = "auto",
+        template: Template | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise InputError("model: its tokenizer has no fast version", "use a model with a tokenizer.json")
         self.tokenizer = tokenizer
+        self.template = template or Template(tokenizer)
         self.system = system
         self.max_length = max_length
         self.long_rows = long_rows
-        self.end_of_turn, self._template_ends_turns = self._find_end_of_turn()
+        self.thinking: Thinking = thinking
+
+    @property
+    def end_of_turn(self) -> str:
+        """The token that ends an answer."""
+        return self.template.end_of_turn
 
     @property
     def end_ids(self) -> list[int]:
         """Token ids that end an answer: the template's end of turn and the tokenizer's EOS."""
-        ids = [self._token_id(self.end_of_turn), self.tokenizer.eos_token_id]
-        return sorted({int(i) for i in ids if i is not None})
+        ids = [self.tokenizer.convert_tokens_to_ids(self.end_of_turn), self.tokenizer.eos_token_id]
+        return sorted({i for i in ids if isinstance(i, int)})
 
     def prompt_ids(self, row: Row) -> list[int]:
-        """The tokens a model is given to answer the row's first user turn."""
-        text = self._render(self._with_system(row.prompt), generate=True)
-        return list(self._tokenize(text)["input_ids"])
+        """The tokens a model is given to answer the row's first user turn, without thinking."""
+        messages, _ = self.template.prepare(self._with_system(row.prompt), "off")
+        return self._tokenize(self.template.prompt(messages))[0]
 
     def prompt(self, row: Row) -> list[int] | str:
         """The prompt's tokens, or the reason why it cannot be asked: the template refuses it, or it is too long."""
         try:
             ids = self.prompt_ids(row)
-        except _TemplateRefused as refused:
+        except TemplateRefused as refused:
             return str(refused)
-        return ids if self.max_length is None or len(ids) < self.max_length else "longer than max_length"
+        return ids if self.max_length is None or len(ids) < self.max_length else TOO_LONG
 
-    def encode(self, row: Row) -> EncodedRow | str:
+    def encode(self, row: Row) -> tuple[EncodedRow, ...] | str:
         """The row's tokens, or the reason why it cannot train.
 
-        A row longer than `max_length` loses its last turns; if its first exchange alone is too long it
-        is dropped, or with `long_rows="cut"` its answer is cut where the limit falls.
+        They are one training row, or one for each answer where the template writes earlier turns otherwise once there
+        are later ones. A training row longer than `max_length` loses its last turns; if its first exchange alone is
+        too long it is dropped, or with `long_rows="cut"` its answer is cut where the limit falls.
         """
-        messages = self._with_system(row.messages)
-        try:
-            text, spans = self._text_and_answers(messages)
-        except _TemplateRefused as refused:
-            return str(refused)
-        tokens = self._tokenize(text, offsets=True)
-        ids: list[int] = tokens["input_ids"]
-        labels = _labels(ids, tokens["offset_mapping"], spans)
-        limit = self.max_length
-        if limit is not None and len(ids) > limit:
-            fitting = [end for end in _answer_ends(labels) if end <= limit]
-            if fitting:
-                limit = fitting[-1]
-            elif self.long_rows == "drop":
-                return "longer than max_length"
-            ids, labels = ids[:limit], labels[:limit]
-        if all(label == IGNORED for label in labels):
-            return "longer than max_length" if limit is not None else "no answer token"
-        return EncodedRow(ids, labels)
+        return self._encode(row, Counter())
 
     def encode_all(self, rows: Iterable[Row], progress: Callable[[int], None] | None = None) -> EncodedSet:
         """Encode rows; those that cannot train are counted by reason. `progress` hears of each row done."""
         kept: list[tuple[Row, EncodedRow]] = []
         left_out: Counter[str] = Counter()
+        changed: Counter[str] = Counter()
         for done, row in enumerate(rows, start=1):
-            encoded = self.encode(row)
+            encoded = self._encode(row, changed)
             if progress is not None:
                 progress(done)
             if isinstance(encoded, str):
                 left_out[encoded] += 1
             else:
-                kept.append((row, encoded))
-        return EncodedSet(tuple(r for r, _ in kept), tuple(e for _, e in kept), dict(left_out))
+                kept += [(row, one) for one in encoded]
+        return EncodedSet(tuple(r for r, _ in kept), tuple(e for _, e in kept), dict(left_out), dict(changed))
+
+    def _encode(self, row: Row, changed: Counter[str]) -> tuple[EncodedRow, ...] | str:
+        try:
+            messages, what = self.template.prepare(self._with_system(row.messages), self.thinking)
+            rendered = self.template.sequences(messages, self.thinking)
+            encoded = [self._encode_text(one.text, one.spans) for one in rendered]
+        except TemplateRefused as refused:
+            return str(refused)
+        kept = [one for one in encoded if one is not None]
+        if not kept:
+            return TOO_LONG if encoded else NO_ANSWER
+        changed.update(what)
+        if len(encoded) > 1:
+            changed[SPLIT] += 1
+        if len(kept) < len(encoded):
+            kept[-1] = replace(kept[-1], cut=True)
+        return tuple(kept)
+
+    def _encode_text(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedRow | None:
+        """Tokens and labels of a rendered conversation, within `max_length`; None where no answer fits."""
+        ids, offsets = self._tokenize(text)
+        labels = _labels(ids, offsets, spans)
+        limit, cut = self.max_length, False
+        if limit is not None and len(ids) > limit:
+            cut = True
+            fitting = [end for end in _answer_ends(labels) if end <= limit]
+            if not fitting and self.long_rows == "drop":
+                return None
+            limit = fitting[-1] if fitting else limit
+            ids, labels = ids[:limit], labels[:limit]
+        return None if all(label == IGNORED for label in labels) else EncodedRow(ids, labels, cut=cut)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self.system and not any(m.role == "system" for m in messages):
             return [Message("system", self.system), *messages]
         return list(messages)
 
-    def _render(self, messages: Sequence[Message], generate: bool = False) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
-        except (
-            Exception
-        ) as error:  # a template may raise anything; Jinja's own errors share no base with its raise_exception
-            raise _TemplateRefused(f"the chat template refuses it: {str(error).splitlines()[0][:80]}") from None
-        return str(text)
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, its characters [start, end); marked control tokens become plain text."""
+        if START not in text:
+            return self._tokens(text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        end = 0
+        for marked in [*MARKED.finditer(text), None]:
+            piece = text[end : marked.start() if marked else len(text)]
+            if START in piece or END in piece:
+                raise TemplateRefused("the chat template splits a control token in the text of a turn")
+            new, places = self._tokens(piece) if end == 0 else self._tokens_after(piece)
+            ids += new
+            offsets += [(end + a, end + b) for a, b in places]
+            if marked:
+                end = marked.end()
+                new = self._plain_ids(marked[1])
+                ids += new
+                offsets += [marked.span()] * len(new)
+        return ids, offsets
 
-    def _text_and_answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the character span of each answer with its end of turn."""
-        text = ""
-        spans = []
-        for i, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self._render(messages[:i], generate=True)
-            after = self._render(messages[: i + 1])
-            if not before.startswith(text) or not after.startswith(before):
-                raise _TemplateRefused("the chat template changes earlier turns")
-            end = after.rfind(self.end_of_turn, len(before)) if self._template_ends_turns else -1
-            text = after[: end + len(self.end_of_turn)] if end >= 0 else after.rstrip("\n") + self.end_of_turn
-            spans.append((len(before), len(text)))
-        return text, spans
+    def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(tokens["input_ids"]), list(tokens["offset_mapping"])
 
-    def _find_end_of_turn(self) -> tuple[str, bool]:
-        """The token that ends an assistant turn, and whether the template writes it itself."""
-        probe = "qcftprobe"
-        try:
-            text = self._render([Message("user", probe), Message("assistant", probe)])
-        except _TemplateRefused as refused:
-            raise InputError(f"model: {refused}", "check the chat template") from None
-        after = text[text.rfind(probe) + len(probe) :]
-        special = self.tokenizer.all_special_tokens + [str(t) for t in self.tokenizer.get_added_vocab()]
-        found = [(after.find(token), -len(token), token) for token in special if token and token in after]
-        if found:
-            return min(found)[2], True
-        if self.tokenizer.eos_token is None:
-            raise InputError("model: neither template nor tokenizer has a token that ends a turn", "use another model")
-        return str(self.tokenizer.eos_token), False
+    def _tokens_after(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of text that other text stands before: a tokenizer may put a blank before what comes first."""
+        head = self._tokens("\n")[0]
+        ids, offsets = self._tokens("\n" + text)
+        if ids[: len(head)] != head:
+            return self._tokens(text)
+        return ids[len(head) :], [(max(0, a - 1), b - 1) for a, b in offsets[len(head) :]]
 
-    def _token_id(self, token: str) -> int | None:
-        found = self.tokenizer.convert_tokens_to_ids(token)
-        return found if isinstance(found, int) else None
+    def _plain_ids(self, token: str) -> list[int]:
+        """A control token's characters as the tokenizer's own steps encode them, its added tokens left aside."""
+        backend = self.tokenizer.backend_tokenizer
 
-    def _tokenize(self, text: str, offsets: bool = False) -> dict[str, Any]:
-        return dict(self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=offsets))
+        def encode(text: str) -> list[int]:
+            text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+            pieces = [p for p, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+            return [one.id for piece in pieces for one in backend.model.tokenize(piece)]
 
-
-class _TemplateRefused(ValueError):
-    """The chat template cannot render a conversation; the text is the reason."""
+        head = encode("\n")
+        ids = encode("\n" + token)
+        ids = ids[len(head) :] if ids[: len(head)] == head else encode(token)
+        if self.tokenizer.convert_tokens_to_ids(token) in ids:  # the vocabulary of the model has it whole
+            return [one for character in token for one in encode(character)]
+        return ids
 
 
-def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+def hint_for(left_out: Mapping[str, int], when_too_long: str) -> str:
+    """What to do where no row was left: about the most frequent reason."""
+    reason = max(left_out, key=lambda one: left_out[one]) if left_out else ""
+    if reason == TOO_LONG:
+        return when_too_long
+    if reason == NO_ANSWER:
+        return "give rows with an answer to train: not train: false, nor weight: 0, on every assistant turn"
+    if reason == NO_TEXT:
+        return "give an answer after the reasoning, or leave thinking at auto and the reasoning out"
+    if reason == REWRITES:
+        return "use the chat template that the model came with; this one does not write answers as they are"
+    return "look at the order of roles in the rows: most templates take user and assistant in turn"
+
+
+def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """Label the tokens that lie within an answer, one that begins just before it (a blank) among them."""
     labels = []
     span = 0

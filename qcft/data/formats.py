@@ -34,6 +34,8 @@ MEDIA = {"image": "an image", "audio": "audio", "video": "a video"}
 MEDIA_COLUMNS = {f"{medium}{plural}" for medium in MEDIA for plural in ("", "s")}
 WHOLE = re.compile(r"(-?\d+)\.0")  # what pandas makes of a whole number in a column with gaps
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what the thoughts before an answer are called
+
 
 class Unusable(ValueError):
     """A record that cannot train; its text is the reason it is counted under."""
@@ -128,7 +130,7 @@ def _prompt_completion(record: Record) -> list[Message]:
     prompt, completion = _conversation(record.get("prompt")), _conversation(record.get("completion"))
     before = _turns(prompt) if isinstance(prompt, list) else [Message("user", _text(prompt))]
     after = _turns(completion) if isinstance(completion, list) else [Message("assistant", _text(completion))]
-    return [*before, *after]
+    return [*(replace(m, train=False) if m.role == "assistant" else m for m in before), *after]
 
 
 READERS: dict[str, Callable[[Record], list[Message]]] = {
@@ -185,7 +187,7 @@ def _message(given: Any) -> Message:
     if name not in ROLES:
         raise Unusable(f"unknown role {name[:20]!r}")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    return Message(ROLES[name], _text(content))
+    return _marked(ROLES[name], _text(content), turn)
 
 
 def _with_system(system: str, messages: list[Message]) -> list[Message]:
@@ -197,6 +199,19 @@ def _with_system(system: str, messages: list[Message]) -> list[Message]:
     if messages[0].content.strip() == system.strip():
         return messages
     return [replace(messages[0], content=f"{system}\n\n{messages[0].content}"), *messages[1:]]
+
+
+def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
+    """A turn with what else it says: whether an answer is trained, and the reasoning before it. Raises Unusable."""
+    if role != "assistant":
+        return Message(role, text)
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight not in (None, 0, 1):
+        raise Unusable("a weight other than 0 and 1")
+    if train not in (None, False, True):
+        raise Unusable("train is neither true nor false")
+    reasoning = next((_text(turn[key]) for key in REASONING if turn.get(key)), "")
+    return Message(role, text, weight != 0 and train is not False, reasoning if reasoning.strip() else None)
 
 
 def _row(messages: list[Message], record: Record) -> Row:
@@ -211,6 +226,8 @@ def _row(messages: list[Message], record: Record) -> Row:
         raise Unusable("answer before the first user turn")
     if any(not m.content.strip() for m in messages[answer:] if m.role == "assistant"):
         raise Unusable("empty answer")
+    if not any(m.train for m in messages if m.role == "assistant"):
+        raise Unusable("no answer to train")
     return Row(prompt=tuple(messages[:answer]), completion=tuple(messages[answer:]), id=_id(record))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 _AS_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -15,16 +15,27 @@ _AS_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",",
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn. `train`: whether an assistant's turn bears loss; `reasoning`: the thoughts before its text."""
 
     role: Role
     content: str
+    train: bool = True
+    reasoning: str | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The turn as plain data; what is as usual is left out."""
+        return {
+            "role": self.role,
+            "content": self.content,
+            **({} if self.train else {"train": False}),
+            **({"reasoning_content": self.reasoning} if self.reasoning is not None else {}),
+        }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation. `prompt` ends with the first user turn; `completion` begins with the first
-    assistant turn and holds all that follows. Every assistant turn is trained, nothing else is.
+    """A conversation. `prompt` ends with the first user turn; `completion` begins with the first assistant turn and
+    holds all that follows. Every assistant turn is trained unless its `train` is false, and nothing else is.
 
     `id` is shared by the translations of one row, where the data has such ids. `english` is the row's English
     version, where the data has one in columns such as `instruction_en`; it may lack a completion.
@@ -67,9 +78,14 @@ class Row:
         """The row as plain data, in TRL's conversational prompt-completion form."""
         return {
             "id": self.id,
-            "prompt": [{"role": m.role, "content": m.content} for m in self.prompt],
-            "completion": [{"role": m.role, "content": m.content} for m in self.completion],
+            "prompt": [m.as_dict() for m in self.prompt],
+            "completion": [m.as_dict() for m in self.completion],
         }
+
+
+def message_from(turn: Mapping[str, Any]) -> Message:
+    """A turn from what `Message.as_dict` gave."""
+    return Message(turn["role"], turn["content"], turn.get("train", True), turn.get("reasoning_content"))
 
 
 def digest_rows(rows: Iterable[Row]) -> str:

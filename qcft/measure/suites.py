@@ -101,7 +101,7 @@ class _Watched(HFLM):
     """lm-eval's own model, whose every answer is told to the watch."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, watch: Watch) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, enable_thinking=False)
         self.watch = watch
         self.label = ""
         self._done = self._total = 0

@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a chat template and a pad token. Raises InputError."""
     from transformers import AutoTokenizer
 
-    from qcft.data.encode import set_chat_template
+    from qcft.data.template import set_chat_template
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -48,6 +48,11 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
             f"model: no tokenizer could be read from {str(folder)!r}: {short(error)}",
             "the folder needs tokenizer.json and a whole config.json",
         ) from None
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"model: the tokenizer of {model.name!r} has no EOS token",
+            "name the token that ends its texts as eos_token in tokenizer_config.json",
+        )
     set_chat_template(tokenizer, model.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

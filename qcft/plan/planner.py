@@ -44,6 +44,7 @@ class _Planner:
             "model": digests.model,
             "attn_implementation": model.attn_implementation,
             "chat_template": model.chat_template,
+            **({"template": list(digests.template)} if digests.template else {}),
         }
         self.quantize = model.quantize
         self.chain: str | None = None  # the merge step that holds every earlier delta, as far as merged
@@ -300,4 +301,9 @@ class _Planner:
 
 def _limits(phase: Phase) -> dict[str, Any]:
     """What decides how a phase's rows become tokens."""
-    return {"system": phase.system, "max_length": phase.train.max_length, "long_rows": phase.train.long_rows}
+    return {
+        "system": phase.system,
+        "max_length": phase.train.max_length,
+        "long_rows": phase.train.long_rows,
+        **({"thinking": phase.thinking} if phase.thinking != "auto" else {}),
+    }

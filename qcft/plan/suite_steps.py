@@ -51,6 +51,7 @@ def _usual(recipe: Recipe, live: Mapping[str, Live]) -> list[str]:
 
 def _step(probe: Step, task: str, digest: str, evaluate: Evaluate, digests: Digests) -> Step:
     shared = {key: probe.settings[key] for key in ("model", "attn_implementation", "chat_template", "quantize")}
+    shared |= {key: probe.settings[key] for key in ("template",) if key in probe.settings}
     settings: dict[str, Any] = {**shared, "task": task, "data": digest}
     if task == FIDELITY:
         most = min(evaluate.fidelity.max_new_tokens, evaluate.max_new_tokens or evaluate.fidelity.max_new_tokens)

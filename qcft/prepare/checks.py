@@ -46,6 +46,7 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
             "random numbers",
             "fetch the model again, or give one that is whole",
         )
+    _check_tokenizer(prepared)
     for group in prepared.groups:
         prepared.held_out(group)
     for phase in prepared.recipe.phases:
@@ -58,6 +59,25 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
         _check_length(phase, sum(len(one.rows) for one in new))
         if phase.replay and phase.replay.ratio > 0:
             check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
+
+
+def _check_tokenizer(prepared: Prepared) -> None:
+    """Check that the embedding has a row for every token, and that a template that is told to think can."""
+    rows = int(prepared.meta_model.get_input_embeddings().weight.shape[0])
+    beyond = prepared.template.beyond(rows)
+    if beyond:
+        number = prepared.tokenizer.convert_tokens_to_ids(beyond[0])
+        raise InputError(
+            f"model: the embedding of {prepared.recipe.model.name!r} has {rows:,} rows, but {len(beyond)} of its "
+            f"tokenizer's tokens have larger ids, such as {beyond[0]!r} ({number:,})",
+            "use the tokenizer that came with the weights, or save the model after resize_token_embeddings",
+        )
+    for phase in prepared.recipe.phases:
+        if phase.thinking == "on" and not prepared.template.thinks:
+            raise InputError(
+                f"{phase.name}.thinking: the chat template of {prepared.recipe.model.name!r} has no place for thoughts",
+                f"leave {phase.name}.thinking at auto",
+            )
 
 
 def check_tasks(prepared: Prepared, tasks: Iterable[str]) -> None:

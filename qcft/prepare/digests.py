@@ -14,7 +14,7 @@ class Digests:
     the model that the model was tuned from, where a freeze spec goes by what that changed; for each phase that the
     live probe watches the English rows it goes by; the tasks that stages are evaluated on, each with a digest of its
     data as far as it is local, and lm-eval's version; for each phase that balances its languages, what decides which
-    rows are drawn."""
+    rows are drawn; what is done beyond the plain reading of the chat template."""
 
     model: str
     phases: Mapping[str, str]
@@ -25,3 +25,4 @@ class Digests:
     tasks: Mapping[str, str] = field(default_factory=dict)
     lm_eval: str | None = None
     balance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    template: tuple[str, ...] = ()

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qcft.data.load import LoadedSource
-from qcft.data.rows import Row, digest_rows
+from qcft.data.rows import Row
+from qcft.data.template import Thinking
 from qcft.prepare.reading import SourceReader
 from qcft.recipe import TESTS, Measured, Recipe, Source
 from qcft.replay.pools import ENGLISH, SHIPPED_ENGLISH
@@ -24,16 +25,12 @@ class Group:
     system: str | None
     max_length: int
     long_rows: str
+    thinking: Thinking
 
     @property
     def name(self) -> str:
         """`phase2 es`."""
         return f"{self.phase} {self.lang}"
-
-    @property
-    def digest(self) -> str:
-        """The group's rows, and what decides how they become tokens."""
-        return f"{self.name} {self.system} {self.max_length} {self.long_rows} {digest_rows(self.rows)}"
 
 
 def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]], reader: SourceReader) -> list[Group]:
@@ -51,7 +48,12 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
     for phase in () if own.of else recipe.phases:
         train = phase.train
         limits = Measured(
-            name=phase.name, data=[], system=phase.system, max_length=train.max_length, long_rows=train.long_rows
+            name=phase.name,
+            data=[],
+            system=phase.system,
+            thinking=phase.thinking,
+            max_length=train.max_length,
+            long_rows=train.long_rows,
         )
         measured.append((limits, sources[phase.name]))
         groups += _grouped(limits, sources[phase.name], trained, own.rows)
@@ -76,7 +78,15 @@ def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str
             if row.prompt_digest not in trained:
                 rows.setdefault(row.prompt_digest, row)
     return [
-        Group(limits.name, lang, tuple(rows.values())[:most], limits.system, limits.max_length, limits.long_rows)
+        Group(
+            limits.name,
+            lang,
+            tuple(rows.values())[:most],
+            limits.system,
+            limits.max_length,
+            limits.long_rows,
+            limits.thinking,
+        )
         for lang, rows in by_lang.items()
         if rows
     ]
@@ -99,5 +109,6 @@ def _tests(
         like = [limits for limits, sources in measured if any(source.lang == lang for source in sources)]
         limits = (like or [limits for limits, _ in measured[:1]])[-1]
         length = max(PROBE_LENGTH, limits.max_length)
-        groups.append(Group(TESTS, lang, tuple(rows.values()), limits.system, length, limits.long_rows))
+        group = Group(TESTS, lang, tuple(rows.values()), limits.system, length, limits.long_rows, limits.thinking)
+        groups.append(group)
     return groups

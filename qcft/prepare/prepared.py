@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qcft.data.balance import draw_balanced
-from qcft.data.encode import EncodedSet, Encoder
+from qcft.data.encode import EncodedSet, Encoder, hint_for
 from qcft.data.mix import mixed_order
 from qcft.data.rows import Row, digest_rows
+from qcft.data.template import Template, Thinking
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import file_digest
@@ -77,6 +78,13 @@ class Prepared:
         )
 
     @cached_property
+    def template(self) -> Template:
+        """What the tokenizer's chat template makes of conversations."""
+        model = self.recipe.model
+        key = ("template", model.model_dump_json())
+        return self._once(key, lambda: Template(self.tokenizer, model.special_tokens_in_text))
+
+    @cached_property
     def meta_model(self) -> PreTrainedModel:
         """The model's modules without their weights."""
         return self._once(
@@ -92,26 +100,39 @@ class Prepared:
 
     def encoder(self, phase: Phase) -> Encoder:
         """The phase's way from rows to tokens."""
-        return Encoder(self.tokenizer, phase.system, phase.train.max_length, phase.train.long_rows)
+        return self.encoder_for(phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
+
+    def encoder_for(
+        self, system: str | None, max_length: int | None, long_rows: str, thinking: Thinking = "auto"
+    ) -> Encoder:
+        """The way from rows to tokens with the model's chat template."""
+        return Encoder(self.tokenizer, system, max_length, long_rows, thinking, self.template)
+
+    def group_encoder(self, group: Group) -> Encoder:
+        """A held-out group's way from rows to tokens: its phase's."""
+        return self.encoder_for(group.system, group.max_length, group.long_rows, group.thinking)
 
     def held_out(self, group: Group) -> EncodedSet:
         """A group's rows as tokens. Raises InputError when none is left to measure."""
-        encoded = Encoder(self.tokenizer, group.system, group.max_length, group.long_rows).encode_all(group.rows)
+        encoded = self.group_encoder(group).encode_all(group.rows)
         if not encoded.rows:
             of_phase = any(group.phase == phase.name for phase in self.recipe.phases)
             raise InputError(
                 f"data: none of the {len(group.rows)} held-out rows of {group.name} can be measured "
                 f"({_counts(encoded.left_out)})",
-                f"raise {group.phase}.train.max_length (it is {group.max_length}), or look at the rows"
-                if of_phase
-                else f"give shorter rows: at most {group.max_length} tokens are measured",
+                hint_for(
+                    encoded.left_out,
+                    f"raise {group.phase}.train.max_length (it is {group.max_length})"
+                    if of_phase
+                    else f"give shorter rows: at most {group.max_length} tokens are measured",
+                ),
             )
         return encoded
 
     def encoded(self, phase: Phase) -> list[EncodedSet]:
         """The phase's training rows as tokens, source by source, those that are drawn where its languages are
         balanced. Raises InputError when none is left."""
-        limits = (phase.system, phase.train.max_length, phase.train.long_rows)
+        limits = (phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
         sources = tuple(source.digest for source in self.sources[phase.name])
         rows = digest_rows(row for rows in self.rows[phase.name] for row in rows)
         key = ("tokens", self.recipe.model.model_dump_json(), limits, sources, rows)
@@ -138,21 +159,30 @@ class Prepared:
                 raise InputError(
                     f"data: none of the {len(rows)} rows of {source.source.path!r} can train "
                     f"({_counts(encoded.left_out)})",
-                    f"raise {phase.name}.train.max_length or set {phase.name}.train.long_rows to cut",
+                    hint_for(
+                        encoded.left_out,
+                        f"raise {phase.name}.train.max_length or set {phase.name}.train.long_rows to cut",
+                    ),
                 )
+            for what, n in encoded.changed.items():
+                self.watch.note(f"{phase.name}, {source.name}: {n} of {len(rows)} rows: {what}")
             sets.append(encoded)
         return sets
 
     def replay_encoder(self, phase: Phase) -> Encoder:
-        """Replay's way from rows to tokens: under the system prompt of the phase it keeps alive."""
+        """Replay's way from rows to tokens: under the system prompt of the phase it keeps alive, and with thoughts only
+        in rows that have some: answers are asked for without."""
         train = phase.train
-        return Encoder(self.tokenizer, self.recipe.phases[0].system, train.max_length, train.long_rows)
+        system = self.recipe.phases[0].system
+        thinking: Thinking = "off" if phase.thinking == "off" else "auto"
+        return self.encoder_for(system, train.max_length, train.long_rows, thinking)
 
     def english_prompts(self) -> list[tuple[Group, Row]]:
         """The held-out English rows whose prompts every stage answers."""
         for group in self.groups:
             if group.lang == ENGLISH:
-                ranked = sorted(self.held_out(group).rows, key=lambda row: row.key)
+                rows = {row.prompt_digest: row for row in self.held_out(group).rows}  # one may be several training rows
+                ranked = sorted(rows.values(), key=lambda row: row.key)
                 return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
         return []
 
@@ -215,22 +245,37 @@ class Prepared:
             if phase.adapter:
                 phases[phase.name] = _adapter_digest(Path(os.path.expanduser(phase.adapter)))
             else:
-                phases[phase.name] = digest_rows(r for rows in self.rows[phase.name] for r in rows)
+                rows = [row for rows in self.rows[phase.name] for row in rows]
+                phases[phase.name] = self._digest_rows(rows, phase.system)
         held = hashlib.sha256()
         for group in self.groups:
-            held.update(f"{group.digest}\n".encode())
+            held.update(f"{self._digest(group)}\n".encode())
         tasks = self._tasks(held.hexdigest())
         return Digests(
             model=self.model.digest,
             phases=phases,
-            replay={name: tuple(digest_rows(pool.rows) for pool in pools) for name, pools in self.pools.items()},
+            replay={
+                name: tuple(self._digest_rows(pool.rows, self.recipe.phases[0].system) for pool in pools)
+                for name, pools in self.pools.items()
+            },
             held_out=held.hexdigest(),
             base=self.base.digest if self.base else None,
-            english={p.name: g.digest for p in self.recipe.phases if (g := self.english_group(p))},
+            english={p.name: self._digest(g) for p in self.recipe.phases if (g := self.english_group(p))},
             tasks=tasks,
             lm_eval=self.catalog.lm_eval if self.catalog else None,
             balance={phase.name: self._balance(phase) for phase in self.recipe.phases if phase.balance != "none"},
+            template=self.template.traits,
         )
+
+    def _digest(self, group: Group) -> str:
+        """A group's rows, and what decides how they become tokens."""
+        thinking = "" if group.thinking == "auto" else f"thinking {group.thinking} "
+        rows = self._digest_rows(group.rows, group.system)
+        return f"{group.name} {group.system} {group.max_length} {group.long_rows} {thinking}{rows}"
+
+    def _digest_rows(self, rows: Sequence[Row], system: str | None) -> str:
+        """The digest of rows, and whether they take more than the chat template's plain reading."""
+        return digest_rows(rows) + (" read otherwise" if self.template.reads_otherwise(rows, system) else "")
 
     def _balance(self, phase: Phase) -> dict[str, Any]:
         """What decides which rows of a phase are drawn to balance its languages."""

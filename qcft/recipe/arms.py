@@ -121,7 +121,12 @@ def _measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
         if entry is None:
             train = phase.train
             entry = Measured(
-                name=phase.name, data=[], system=phase.system, max_length=train.max_length, long_rows=train.long_rows
+                name=phase.name,
+                data=[],
+                system=phase.system,
+                thinking=phase.thinking,
+                max_length=train.max_length,
+                long_rows=train.long_rows,
             )
         found[phase.name] = entry.model_copy(update={"data": [*entry.data, *new]})
     return list(found.values())

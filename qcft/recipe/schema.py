@@ -22,6 +22,7 @@ class Model(Part):
     """Which model, and how its weights are held while training and measuring.
 
     `base` is the model it was tuned from: what a first phase's most-changed and least-changed are measured against.
+    `special_tokens_in_text`: whether control tokens in the text of data are encoded as plain text, or as themselves.
     """
 
     name: Name
@@ -31,6 +32,7 @@ class Model(Part):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     chat_template: Literal["chatml"] | None = None
+    special_tokens_in_text: Literal["plain", "allow"] = "plain"
 
 
 class Lora(Part):
@@ -102,8 +104,12 @@ def _balance(value: Any) -> Any:
 
 
 class Phase(Part):
-    """One phase: data to train on, or an adapter made elsewhere. `balance`: how many rows each language gives to an
-    epoch, drawn once without repeats: all, as many as the smallest has, or by a temperature."""
+    """One phase: data to train on, or an adapter made elsewhere.
+
+    `balance`: how many rows each language gives to an epoch, drawn once without repeats: all, as many as the smallest
+    has, or by a temperature. `thinking`: whether a thinking model's answers are trained with thoughts before them;
+    `auto`: those that have some.
+    """
 
     name: str
     data: Sources = []
@@ -113,6 +119,7 @@ class Phase(Part):
     freeze: str = "none"
     replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
     system: str | None = None
+    thinking: Literal["auto", "on", "off"] = "auto"
     train: Train = Train()
 
     @field_validator("freeze")
@@ -143,6 +150,7 @@ class Measured(Part):
     name: str
     data: Sources
     system: str | None = None
+    thinking: Literal["auto", "on", "off"] = "auto"
     max_length: Annotated[Count, Field(ge=8)] = 1024
     long_rows: Literal["drop", "cut"] = "drop"
 

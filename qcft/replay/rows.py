@@ -11,10 +11,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from qcft.data.encode import EncodedSet, Encoder
+from qcft.data.encode import EncodedRow, EncodedSet, Encoder
 from qcft.data.filters import AnswerFilter, known_languages
 from qcft.data.mix import repeated, replay_amount, split_amount, take_amount
-from qcft.data.rows import Message, Row
+from qcft.data.rows import Message, Row, message_from
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
 from qcft.files import write_text
@@ -27,9 +27,10 @@ FILE, LEFT_OUT = "replay.jsonl", "left_out.jsonl"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row that can be replayed, the tokens of it that bear loss, and where it is from."""
+    """A row that can be replayed, how many training rows it makes, its tokens that bear loss, and where it is from."""
 
     row: Row
+    rows: int
     answer_tokens: int
     provenance: dict[str, Any]
 
@@ -55,7 +56,7 @@ class Drawing:
                 self.leave(row, "drawn as another kind")
             else:
                 self.seen.add(identity)
-                yield Candidate(row, encoded.answer_tokens, self.kind() | {"prompt": _short(row)})
+                yield Candidate(row, *_size(encoded), self.kind() | {"prompt": _short(row)})
 
     def answers(self, generated: Iterator[Generated], replay: Replay, model: str, pool_id: str) -> Iterator[Candidate]:
         """The answers that pass the filters."""
@@ -84,7 +85,7 @@ class Drawing:
                 "seed": answer.seed,
                 **settings,
             }
-            yield Candidate(row, encoded.answer_tokens, provenance)
+            yield Candidate(row, *_size(encoded), provenance)
 
     def leave(self, row: Row, reason: str) -> None:
         """Count a row that is left out, and keep it."""
@@ -99,7 +100,7 @@ class Drawing:
 
 def weigher(replay: Replay) -> Callable[[Candidate], int]:
     """What a row counts for in the replay's unit."""
-    return (lambda candidate: 1) if replay.unit == "rows" else (lambda candidate: candidate.answer_tokens)
+    return (lambda candidate: candidate.rows) if replay.unit == "rows" else (lambda candidate: candidate.answer_tokens)
 
 
 def wanted(replay: Replay, new: Sequence[EncodedSet]) -> list[Fraction]:
@@ -200,11 +201,11 @@ def make_replay(
     )
     _write(folder / LEFT_OUT, aside)
     tokens, fresh = sum(c.answer_tokens for c in chosen), sum(s.answer_tokens for s in new)
-    new_rows = sum(len(s.rows) for s in new)
+    rows_made, new_rows = sum(c.rows for c in chosen), sum(len(s.rows) for s in new)
     return {
-        "rows": len(chosen),
+        "rows": rows_made,
         "answer_tokens": tokens,
-        "share_of_rows": len(chosen) / max(1, len(chosen) + new_rows),
+        "share_of_rows": rows_made / max(1, rows_made + new_rows),
         "share_of_answer_tokens": tokens / max(1, tokens + fresh),
         "reason": "; ".join(part["reason"] for part in parts),
         "left_out": dict(sum((Counter(part["left_out"]) for part in parts), Counter[str]())),
@@ -217,9 +218,7 @@ def read_replay(file: Path) -> list[tuple[Row, str]]:
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        prompt, completion = (
-            tuple(Message(m["role"], m["content"]) for m in record[part]) for part in ("prompt", "completion")
-        )
+        prompt, completion = (tuple(map(message_from, record[part])) for part in ("prompt", "completion"))
         kind, phase = record["provenance"]["kind"], record["provenance"].get("phase")
         rows.append((Row(prompt, completion, record.get("id")), f"{kind}, {phase}" if phase else str(kind)))
     return rows
@@ -318,6 +317,10 @@ def _hint(phase: Phase) -> str:
 
 def _counts(left_out: Counter[str]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
+
+
+def _size(encoded: Sequence[EncodedRow]) -> tuple[int, int]:
+    return len(encoded), sum(one.answer_tokens for one in encoded)
 
 
 def _short(row: Row) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.files import read_json, telling_full_disk
+from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
-from qcft.models.sources import resolve, weights_folder
+from qcft.models.load import load_tokenizer
+from qcft.models.sources import described_folder, resolve, weights_folder
 from qcft.recipe import Dial, Goal, Recipe
 from qcft.store import Store
 
@@ -111,13 +113,14 @@ def whole_folder(to: Path) -> Iterator[Path]:
         raise InputError(f"{str(to)!r} cannot be written: {error.strerror}", "name another folder with --to") from None
 
 
-def deliver_model(model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:
+def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:
     """Copy a merged model's folder to `to`; `finish` adds to it before it is in its place."""
     with whole_folder(to) as work:
         files = sorted(model.iterdir())
         for done, file in enumerate(files):
             watch.progress(f"writing {to.name}", done, len(files), "files")
             shutil.copyfile(file, work / file.name)
+        write_chat(load_tokenizer(described_folder(resolve(recipe.model), watch), recipe.model), work)
         finish(work)
 
 
@@ -130,10 +133,8 @@ def deliver_adapter(
     base = source.location if source.kind == "hub" else str(weights_folder(source, watch))
     with whole_folder(to) as work:
         write_adapter(stack, work, base)
-        tokenizer = weights_folder(source, watch)
-        for file in tokenizer.iterdir():
-            if file.name.startswith(("tokenizer", "chat_template", "special_tokens", "vocab", "merges")):
-                shutil.copyfile(file, work / file.name)
+        described = described_folder(source, watch)
+        write_chat(load_tokenizer(described, recipe.model), work, described)
         finish(work)
 
 

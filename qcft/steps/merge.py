@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcft.models.adapters import combine_live, load_stack
+from qcft.models.chat import write_chat
 from qcft.models.load import load_model
 from qcft.models.merge import Target, merge_adapters
 from qcft.steps.base import StepWork
@@ -32,7 +33,7 @@ class MergeWork(StepWork):
         if settings.get("method"):
             stack = [self._combined(step, folder)]
         changed = merge_adapters(self.weights(step), stack, work, self.watch, target)
-        self.prepared.tokenizer.save_pretrained(work)  # with the chat template that was trained
+        write_chat(self.prepared.tokenizer, work)
         work.rename(done)
         return {"merged_weights": changed}
 

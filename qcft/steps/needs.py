@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.encode import Encoder
 from qcft.data.mix import replay_rows_needed
 from qcft.measure.score import BATCH_TOKENS
 from qcft.prepare.prepared import Prepared
@@ -45,7 +44,7 @@ def memory_held(prepared: Prepared, step: Step, free: int) -> dict[str, int] | N
     if not generates:
         config: Any = model.config.get_text_config()
         prompts = prepared.english_prompts() if step.kind != "kept" else []
-        longest = max((len(_encoder(prepared, group).prompt_ids(row)) for group, row in prompts), default=0)
+        longest = max((len(prepared.group_encoder(group).prompt_ids(row)) for group, row in prompts), default=0)
         answers = min(TOGETHER, len(prompts)) * (longest + recipe.answers.max_new_tokens)
         logits = BATCH_TOKENS * config.vocab_size * (2 + 4)  # in 16 bits, and in fp32 to be scored
         return {**parts, "logits": int(logits), "cache": _cache(model) * answers}
@@ -78,10 +77,6 @@ def bytes_written(prepared: Prepared, step: Step, planned: Planned | None) -> in
         rows = replay_rows_needed(sum(map(len, prepared.rows[phase.name])), phase.replay.ratio)
         return 2 * rows * (RECORD + TEXT * (phase.train.max_length // 2 + phase.replay.max_new_tokens))
     return SCORES * len(step.settings["scales"] if step.kind == "dial" else (1,))
-
-
-def _encoder(prepared: Prepared, group: Any) -> Encoder:
-    return Encoder(prepared.tokenizer, group.system, group.max_length, group.long_rows)
 
 
 def _cache(model: Any) -> int:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.encode import Encoder
 from qcft.files import write_json
 from qcft.measure.score import score_rows
 from qcft.measure.stats import accuracy, mean_nll
@@ -52,7 +51,7 @@ class ProbeWork(StepWork):
         if not prompts:
             return []
         group = prompts[0][0]
-        encoder = Encoder(self.prepared.tokenizer, group.system, group.max_length, group.long_rows)
+        encoder = self.prepared.group_encoder(group)
         answers = answer_prompts(
             model,
             self.prepared.tokenizer,

@@ -111,7 +111,7 @@ class SuiteWork(StepWork):
             if group.lang == "?":
                 continue
             rows = sorted(group.rows, key=lambda row: row.key)[: step.settings["prompts"]]
-            encoder = Encoder(self.prepared.tokenizer, group.system, group.max_length, group.long_rows)
+            encoder = self.prepared.group_encoder(group)
             answers = self._answers(encoder, rows, step.settings["max_new_tokens"], f"{step.title}: {group.lang}")
             judged.setdefault(group.lang, []).extend(
                 {"prompt": row.prompt[-1].content, **judge_answer(answer, group.lang)} for row, answer in answers
@@ -123,7 +123,7 @@ class SuiteWork(StepWork):
         records = alpaca_prompts(self.prepared.recipe.evaluate.local.get(ALPACA_EVAL))[: step.settings["limit"]]
         rows = [Row((Message("user", str(record["instruction"])),), ()) for record in records]
         most = step.settings["max_new_tokens"] or ALPACA_TOKENS
-        answers = self._answers(Encoder(self.prepared.tokenizer), rows, most, step.title)
+        answers = self._answers(self.prepared.encoder_for(None, None, "drop"), rows, most, step.title)
         name = step.stage.split("/")[1]
         outputs = [
             {

@@ -13,6 +13,7 @@ from qcft.events import Mixed, SourceShare
 from qcft.files import file_digest
 from qcft.models.adapter_config import WEIGHTS
 from qcft.models.adapters import add_lora_over, load_stack
+from qcft.models.chat import write_chat
 from qcft.models.load import free_memory
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase, Train
@@ -20,7 +21,7 @@ from qcft.replay.rows import read_replay
 from qcft.steps.base import StepWork
 from qcft.steps.prefix import open_prefix
 from qcft.steps.step import Step
-from qcft.training.distributed.ranks import world
+from qcft.training.distributed.ranks import rank, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +104,8 @@ class TrainWork(StepWork):
             probing,
             self._fit(phase.name, train, modules, batches, by_rows, prefix is not None),
         )
+        if rank() == 0:
+            write_chat(self.prepared.tokenizer, folder / "adapter", self.prepared.described)
         return {
             **asdict(trained),
             "mix": [asdict(share) for share in mixed.shares],

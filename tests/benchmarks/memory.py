@@ -93,7 +93,7 @@ def make_model(shape, folder, weights):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from qcft.data.encode import CHATML
+    from qcft.data.template import CHATML
 
     kind, hidden, inner, layers, heads, shared, words, tied = shape
     config = AutoConfig.for_model(

@@ -1,0 +1,355 @@
+"""A tokenizer's chat template: how it writes a conversation, and where the answers stand in what it writes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from qcft.data.rows import Message, Row
+from qcft.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Thinking = Literal["auto", "on", "off"]
+SpecialTokens = Literal["plain", "allow"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + 'END' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BOS = "{{ bos_token }}"
+
+# Put before a template that writes today's date, so that it writes this one, as Llama's do where there is no clock.
+# transformers passes no functions to templates, so the date is formatted by Jinja itself.
+FIXED_DATE = (
+    "{% macro strftime_now(form) %}{{ form"
+    "|replace('%-', '%')|replace('%Y', '2024')|replace('%y', '24')|replace('%m', '07')|replace('%B', 'July')"
+    "|replace('%b', 'Jul')|replace('%d', '26')|replace('%A', 'Friday')|replace('%a', 'Fri')"
+    "|replace('%H', '12')|replace('%I', '12')|replace('%M', '00')|replace('%S', '00')|replace('%p', 'PM')"
+    " }}{% endmacro %}{{ '' }}"
+)
+
+# Around a control token in the text of a turn, while it is rendered: characters that no text may hold.
+START, END = "\ufdd0", "\ufdd1"
+
+USER, ANSWER, REASON, SYSTEM = "qcftuser", "qcftanswer", "qcftreason", "qcftsystem"  # what templates are tried out with
+CLOSE = "\n</think>\n\n"  # after `<think>`: no thoughts
+OPENED = re.compile(r"<think>\s*$")
+INLINE = re.compile(r"(?:\s*<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
+
+REASONING_DROPPED = "reasoning dropped: the chat template has no place for it"
+REASONING_OFF = "reasoning dropped: thinking is off"
+SYSTEM_MERGED = "system prompt put into the first user turn: the chat template takes no system turn"
+NO_TEXT = "no answer after its reasoning"
+REWRITES = "the chat template rewrites the answer"
+CONTROL_TOKENS = "control tokens in the text encoded as plain text"
+
+
+class TemplateRefused(ValueError):
+    """The chat template cannot render a conversation; the text is the reason."""
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> None:
+    """Make sure the tokenizer has a chat template: its own, or the named built-in one; with a fixed date.
+
+    The built-in `chatml` begins with BOS where the tokenizer prepends one to text, and ends turns with `<|im_end|>`
+    where the vocabulary has it as one token, else with the tokenizer's EOS, which it must have: the end of a turn is
+    always one token. Raises InputError.
+    """
+    if named == "chatml":
+        end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else str(tokenizer.eos_token)
+        tokenizer.chat_template = (BOS if _prepends_bos(tokenizer) else "") + CHATML.replace("END", end)
+    if not tokenizer.chat_template:
+        raise InputError(
+            "model: its tokenizer has no chat template",
+            "name a built-in one with --set model.chat_template=chatml, or use an instruct model",
+        )
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {name: _dated(text) for name, text in tokenizer.chat_template.items()}
+    else:
+        tokenizer.chat_template = _dated(tokenizer.chat_template)
+
+
+def unset_date(template: Any) -> Any:
+    """A tokenizer's chat template, or templates by name, as they were before their date was fixed."""
+    if isinstance(template, dict):
+        return {name: unset_date(text) for name, text in template.items()}
+    return template.removeprefix(FIXED_DATE)
+
+
+def is_built_in(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's chat template is the built-in `chatml`."""
+    before, _, after = CHATML.partition("END")
+    text = str(tokenizer.chat_template).removeprefix(BOS)
+    return text.startswith(before) and text.endswith(after)
+
+
+def _dated(template: str) -> str:
+    writes_date = "strftime_now" in template and not template.startswith(FIXED_DATE)
+    return FIXED_DATE + template if writes_date else template
+
+
+def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text with the spans [start, end) of its characters that bear loss: answers and their ends."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class Template:
+    """What a tokenizer's chat template makes of conversations, found out by rendering with and without each turn.
+
+    With `special_tokens="plain"`, control tokens in the text of turns are marked with START and END.
+    Raises InputError where the template cannot be used at all.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain") -> None:
+        self.tokenizer = tokenizer
+        self.special_tokens = special_tokens
+        self._control: re.Pattern[str] | None = None
+        self._switches: bool | None = None  # until this and what follows are known, all is passed to the template
+        self._reasons: Literal["field", "opened", "inline"] | None = None
+        user = Message("user", USER)
+        try:
+            self.end_of_turn, self._ends_turns = self._find_end_of_turn()
+            self._switches = self._render([user], True, True) != self._render([user], True, False)
+            self._reasons = self._find_reasoning(user)
+            opening, whole = self._render([user], True), self._render([user, Message("assistant", ANSWER)])
+            self._has_prompt = opening != self._render([user])
+        except TemplateRefused as refused:
+            raise InputError(f"model: {refused}", "check the chat template") from None
+        if USER not in whole or ANSWER not in whole:
+            raise InputError(
+                "model: its chat template does not write the text of turns",
+                "use a model for text; or name a built-in template with --set model.chat_template=chatml",
+            )
+        between = whole[len(opening) : whole.rfind(ANSWER)].strip() if whole.startswith(opening) else None
+        self.thinks = bool(self._switches or self._reasons or (between and self._has_prompt))
+        self._plain = between == "" and not self.thinks
+        self._written = opening + whole
+        self._control = self._control_tokens()
+        self.takes_system = self._takes_system(user)
+        self._keeps_turns = self._find_keeps_turns((user, Message("assistant", ANSWER)))
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """What is done beyond the template's plain reading, whatever the rows: part of the ids of steps."""
+        text = str(self.tokenizer.get_chat_template())
+        return tuple(
+            name
+            for name, is_so in (
+                ("dated 2024-07-26", FIXED_DATE in text),
+                ("bos", is_built_in(self.tokenizer) and text.startswith(BOS)),
+                ("thinking", self.thinks),
+                ("no generation prompt", not self._plain and not self._has_prompt),
+            )
+            if is_so
+        )
+
+    def reads_otherwise(self, rows: Iterable[Row], system: str | None) -> bool:
+        """Whether any of the rows takes more than the template's plain reading: part of the digest of the rows."""
+        if system and not self.takes_system:
+            return True
+        for row in rows:
+            answers = sum(message.role == "assistant" for message in row.messages)
+            if answers > 1 and not self._keeps_turns:
+                return True
+            for message in row.messages:
+                if message.role == "system" and not self.takes_system:
+                    return True
+                if self._control and self._control.search(message.content):
+                    return True
+        return False
+
+    def beyond(self, rows: int) -> list[str]:
+        """The tokens that rows or answers can hold and that an embedding of so many rows lacks."""
+        tokenizer = self.tokenizer
+        used = {self.end_of_turn, tokenizer.eos_token, tokenizer.pad_token}
+        return [
+            token
+            for token, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+            if number >= rows
+            and (token in used or token in self._written or not (self._control and self._control.fullmatch(token)))
+        ]
+
+    def prepare(self, messages: Sequence[Message], thinking: Thinking) -> tuple[list[Message], Counter[str]]:
+        """The conversation as this template takes it, and what was changed about it: each reason once."""
+        changed: Counter[str] = Counter()
+        prepared = [self._with_reasoning(message, thinking, changed) for message in messages]
+        if not self.takes_system and prepared and prepared[0].role == "system":
+            prepared = _merged_system(prepared)
+            changed[SYSTEM_MERGED] = 1
+        if self._control and any(self._control.search(message.content) for message in prepared):
+            changed[CONTROL_TOKENS] = 1
+        return prepared, changed
+
+    def sequences(self, messages: Sequence[Message], thinking: Thinking) -> list[Rendered]:
+        """The conversation as texts to train on: one, or one for each answer where the template writes earlier turns
+        otherwise once there are later ones, so that each is trained under what the model will see before it.
+
+        Raises TemplateRefused.
+        """
+        done: list[Rendered] = []
+        text = ""
+        spans: list[tuple[int, int]] = []
+        for i, message in enumerate(messages):
+            if message.role != "assistant" or not message.train:
+                continue
+            prompt, answer = self._prompt_and_answer(messages[: i + 1], thinking)
+            if spans and not prompt.startswith(text):
+                done.append(Rendered(text, tuple(spans)))
+                spans = []
+            text = prompt + answer
+            spans.append((len(prompt), len(text)))
+        return [*done, Rendered(text, tuple(spans))] if spans else done
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What the model is given to answer, without thinking. Raises TemplateRefused."""
+        if self._plain:
+            return self._render(messages, True)
+        return self._prompt_and_answer([*messages, Message("assistant", ANSWER)], "off")[0]
+
+    def _prompt_and_answer(self, messages: Sequence[Message], thinking: Thinking) -> tuple[str, str]:
+        """What stands before the last turn's answer when the model gives it, and the answer to its end of turn.
+
+        What a template writes between its generation prompt and an answer without thoughts, such as an empty think
+        block, is no part of the answer, unless thinking is on: then the model has to write it.
+        """
+        answer = messages[-1]
+        think = thinking == "on" or (thinking == "auto" and answer.reasoning is not None)
+        opening, whole = self._render(messages[:-1], True, think), self._render(messages, False, think)
+        if whole.startswith(opening):
+            start = len(opening)
+            if not self._plain and not (think and self._has_prompt):
+                at = self._content_start(messages, whole, think)
+                start = at if whole[start:at].strip() else start
+            return whole[:start], self._ended(whole, start)
+        rest = self._ended(whole, self._content_start(messages, whole, think))
+        if not OPENED.search(opening):
+            return opening, rest
+        if not think:
+            return opening + CLOSE, rest
+        thoughts = (answer.reasoning or "").strip("\n")
+        return opening, (f"{thoughts}{CLOSE}" if thoughts else CLOSE) + rest
+
+    def _content_start(self, messages: Sequence[Message], whole: str, think: bool) -> int:
+        """Where the last turn's text begins in the conversation as rendered."""
+        tried = self._render([*messages[:-1], replace(messages[-1], content=ANSWER)], False, think)
+        at = tried.rfind(ANSWER)
+        if at < 0 or whole[:at] != tried[:at]:
+            raise TemplateRefused(REWRITES)
+        return at
+
+    def _ended(self, whole: str, start: int) -> str:
+        """The text from `start` to the end of its turn, which is added where the template writes none."""
+        end = whole.rfind(self.end_of_turn, start) if self._ends_turns else -1
+        return whole[start : end + len(self.end_of_turn)] if end >= 0 else whole[start:].rstrip("\n") + self.end_of_turn
+
+    def _with_reasoning(self, message: Message, thinking: Thinking, changed: Counter[str]) -> Message:
+        """A turn with its reasoning apart from its text, as far as the template renders it."""
+        inline = INLINE.fullmatch(message.content) if self._reasons and message.role == "assistant" else None
+        if inline and message.reasoning is None:
+            message = replace(message, content=inline[2], reasoning=inline[1].strip("\n") or None)
+        if message.reasoning is None:
+            return message
+        if not message.content.strip():
+            raise TemplateRefused(NO_TEXT)
+        if self._reasons and thinking != "off":
+            return message
+        changed[REASONING_OFF if self._reasons else REASONING_DROPPED] = 1
+        return replace(message, reasoning=None)
+
+    def _render(self, messages: Sequence[Message], generate: bool = False, think: bool = False) -> str:
+        thinking = {"enable_thinking": think, "thinking": think} if self._switches is not False else {}
+        turns = [self._turn(message) for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **thinking)
+        except (
+            Exception
+        ) as error:  # a template may raise anything; Jinja's own errors share no base with its raise_exception
+            raise TemplateRefused(f"the chat template refuses it: {str(error).splitlines()[0][:80]}") from None
+        return str(text)
+
+    def _turn(self, message: Message) -> dict[str, str]:
+        content, reasoning = self._marked(message.content), message.reasoning
+        if reasoning is None or self._reasons == "opened":
+            return {"role": message.role, "content": content}
+        reasoning = self._marked(reasoning)
+        if self._reasons == "inline":
+            return {"role": message.role, "content": f"<think>\n{reasoning}{CLOSE}{content}"}
+        return {"role": message.role, "content": content, "reasoning_content": reasoning, "thinking": reasoning}
+
+    def _marked(self, text: str) -> str:
+        if self._control is None:
+            return text
+        if START in text or END in text:
+            text = text.replace(START, "").replace(END, "")
+        return self._control.sub(f"{START}\\g<0>{END}", text)
+
+    def _find_end_of_turn(self) -> tuple[str, bool]:
+        """The token that ends an assistant turn, and whether the template writes it itself."""
+        text = self._render([Message("user", USER), Message("assistant", ANSWER)])
+        after = text[text.rfind(ANSWER) + len(ANSWER) :]
+        special = self.tokenizer.all_special_tokens + [str(t) for t in self.tokenizer.get_added_vocab()]
+        found = [(after.find(token), -len(token), token) for token in special if token and token in after]
+        if found:
+            return min(found)[2], True
+        if self.tokenizer.eos_token is None:
+            raise InputError("model: neither template nor tokenizer has a token that ends a turn", "use another model")
+        return str(self.tokenizer.eos_token), False
+
+    def _find_reasoning(self, user: Message) -> Literal["field", "opened", "inline"] | None:
+        """How a turn's thoughts are given to the template: as a field, after a block that its generation prompt opens,
+        in the text; or not at all."""
+        answer = Message("assistant", ANSWER, reasoning=REASON)
+        if REASON in self._render([user, answer], False, True):
+            return "field"
+        if OPENED.search(self._render([user], True, True)):
+            return "opened"
+        if "</think>" in str(self.tokenizer.get_chat_template()):
+            inline = Message("assistant", f"<think>\n{REASON}{CLOSE}{ANSWER}")
+            if REASON in self._render([user, inline], False, True):
+                return "inline"
+        return None
+
+    def _takes_system(self, user: Message) -> bool:
+        try:
+            return SYSTEM in self._render([Message("system", SYSTEM), user, Message("assistant", ANSWER)])
+        except TemplateRefused:
+            return False
+
+    def _find_keeps_turns(self, turn: tuple[Message, Message]) -> bool:
+        try:
+            return len(self.sequences([*turn, *turn], "auto")) == 1
+        except TemplateRefused:
+            return False
+
+    def _control_tokens(self) -> re.Pattern[str] | None:
+        """What matches a special token, or an added one that the template writes around turns."""
+        if self.special_tokens == "allow":
+            return None
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {t.content for t in added if t.special or t.content in self._written} | {
+            *self.tokenizer.all_special_tokens
+        }
+        longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _merged_system(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with its system turn at the head of the first user turn."""
+    system, *rest = messages
+    first = next(i for i, message in enumerate(rest) if message.role == "user")
+    text = f"{system.content.strip()}\n\n{rest[first].content}"
+    return [*rest[:first], replace(rest[first], content=text), *rest[first + 1 :]]

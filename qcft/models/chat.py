@@ -1,0 +1,44 @@
+"""What a reader of weights needs to chat as was trained: the tokenizer, its template, the tokens that end an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcft.data.encode import Encoder
+from qcft.data.template import is_built_in, unset_date
+from qcft.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERATION, CONFIG = "generation_config.json", "config.json"
+
+
+def write_chat(tokenizer: PreTrainedTokenizerBase, folder: Path, base: Path | None = None) -> None:
+    """Write into a model's or an adapter's folder the tokenizer that was trained with, and what ends an answer.
+
+    transformers and vLLM stop where generation_config.json says; llama.cpp, Ollama and pipelines at the tokenizer's
+    EOS, which becomes the end of a turn where a built-in template ends turns with another token. `base`: the folder
+    whose generation_config.json an adapter's is made from; by default the folder's own.
+    """
+    encoder, end = Encoder(tokenizer), tokenizer.eos_token
+    ends_turns = encoder.end_of_turn if is_built_in(tokenizer) else end
+    template = tokenizer.chat_template
+    try:
+        tokenizer.eos_token, tokenizer.chat_template = ends_turns, unset_date(template)
+        tokenizer.save_pretrained(folder)
+        config = read_json(folder / CONFIG)
+        if config is not None and ends_turns != end:
+            write_json(folder / CONFIG, {**config, "eos_token_id": tokenizer.eos_token_id})
+    finally:
+        tokenizer.eos_token, tokenizer.chat_template = end, template
+    of_base = read_json((base or folder) / CONFIG) or {}
+    said = read_json((base or folder) / GENERATION) or {
+        key: of_base[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in of_base
+    }
+    ends = said.get("eos_token_id")
+    ends = [one for one in (ends if isinstance(ends, list) else [ends]) if isinstance(one, int)]
+    missing = [token for token in encoder.end_ids if token not in ends]
+    if missing or not (folder / GENERATION).is_file():
+        write_json(folder / GENERATION, {**said, "eos_token_id": [*ends, *missing]})
