@@ -11,6 +11,7 @@ from qcft.data.encode import IGNORED, EncodedRow, EncodedSet
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.measure.similarity import compare_phases
+from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import has_weights
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import Phase, Recipe, parse_freeze
@@ -70,6 +71,7 @@ def check_recipe(
         "recipe": recipe.name,
         "model": recipe.model.name,
         "quantize": recipe.model.quantize,
+        "quantised_share": quantised_share(prepared.meta_model) if recipe.model.quantize == "nf4" else 0.0,
         "device": where,
         "here": vram is None,
         "free_bytes": free,
@@ -97,6 +99,7 @@ def _phase(
         "memory": {**asdict(planned.memory), "total": planned.memory.total},
         "fits": planned.fits,
         "unknown": planned.unknown,
+        "adapted_share": _adapted_share(prepared, phase),
         "pass_tokens": planned.largest.tokens,
         "pass_limit": planned.fit.limit,
         "gradient_checkpointing": planned.fit.recompute,
@@ -121,6 +124,14 @@ def _given(prepared: PlannedRecipe, phase: Phase, sets: list[EncodedSet]) -> dic
     for source, one in zip(prepared.sources[phase.name], sets, strict=True):
         given[source.lang] = given.get(source.lang, 0) + len(one.rows)
     return given
+
+
+def _adapted_share(prepared: PlannedRecipe, phase: Phase) -> float:
+    """The share of the model's weights with adapters; as many where a freeze spec goes by what is not known yet."""
+    from qcft.layers import adapted_modules
+
+    recipe, model = prepared.recipe, prepared.meta_model
+    return share_of_weights(model, adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed))
 
 
 def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:

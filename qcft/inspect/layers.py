@@ -14,6 +14,7 @@ from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
 from qcft.models.load import quiet_libraries
 from qcft.models.meta import model_without_weights
+from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import resolve, weights_folder
 from qcft.recipe import Model, Recipe, parse_freeze
 from qcft.store import NamedRun, Store
@@ -88,6 +89,8 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
         "linear_modules": len(modules),
         "trainable_parameters": sum(layer["trainable_parameters"] for layer in layers),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "adapted_share": share_of_weights(model, sorted(chosen)),
+        "quantised_share": quantised_share(model) if recipe.model.quantize == "nf4" else 0.0,
         "frozen_below": lowest_adapted(model, sorted(chosen)),
         "layers": layers,
     }

@@ -46,7 +46,10 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     except Exception as error:  # it reads config.json too, and anything may stand there
         raise InputError(
             f"model: no tokenizer could be read from {str(folder)!r}: {short(error)}",
-            "the folder needs tokenizer.json and a whole config.json",
+            "the folder needs tokenizer.json and a whole config.json"
+            if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file()
+            else "it has tokenizer.model alone, which transformers converts where it can: pip install sentencepiece "
+            "protobuf tiktoken",
         ) from None
     if tokenizer.eos_token is None:
         raise InputError(

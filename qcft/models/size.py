@@ -57,11 +57,16 @@ def quantised_modules(model: PreTrainedModel) -> list[str]:
 
 def quantised_share(model: PreTrainedModel) -> float:
     """The share of a model's weights that loading in 4 bits quantises; embeddings and head not counted."""
+    return share_of_weights(model, quantised_modules(model))
+
+
+def share_of_weights(model: PreTrainedModel, modules: list[str]) -> float:
+    """The share of a model's weights that are those of linear modules, by name; embeddings and head not counted."""
     ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
     outside = {id(part) for module in model.modules() if id(module) in ends for part in module.parameters()}
     total = sum(weight.numel() for weight in model.parameters() if id(weight) not in outside)
-    in_4_bits = sum(int(model.get_submodule(name).weight.numel()) for name in quantised_modules(model))
-    return in_4_bits / max(1, int(total))
+    own = sum(int(model.get_submodule(name).weight.numel()) for name in modules)
+    return own / max(1, int(total))
 
 
 def weight_bytes(model: PreTrainedModel, quantize: str, without: tuple[nn.Module, ...] = ()) -> WeightBytes:

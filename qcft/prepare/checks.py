@@ -16,6 +16,8 @@ from qcft.models.adapters import check_adaptable
 from qcft.models.deltas import check_biases, check_factors, check_shape, check_stack, read_adapter
 from qcft.models.merge import MARK
 from qcft.models.names import missing_weights, stored_names
+from qcft.models.size import quantised_share
+from qcft.models.tensors import stored_weights
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import ALPACA_EVAL, Phase, parse_freeze
 from qcft.replay.rows import check_replay
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NOT_IN_4_BITS = {"mamba", "falcon_mamba"}  # families of transformers 5.24
+FEW = 0.5  # share of a model's weights in 4 bits under which a run says so
 MOST_ROWS = 10**8  # of all epochs: a consumer's card is at it for years
 
 
@@ -40,6 +43,12 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
             "in 4 bits again it loses what was learned",
             "merge it without --base dequantised, or --set model.quantize=none",
         )
+    if weights and any(one.dtype.startswith("F8") for one in stored_weights(folder).values()):
+        raise InputError(
+            f"model: {prepared.recipe.model.name!r} holds weights in 8-bit floats, without a config that says how they "
+            "are scaled",
+            "give its 16-bit weights: phase 1 is merged onto them, and qcft quantises them itself",
+        )
     if weights and (missing := missing_weights(prepared.meta_model, folder)):
         raise InputError(
             f"model: {prepared.recipe.model.name!r} lacks {len(missing)} weights, such as {missing[0]}, which would be "
@@ -47,6 +56,12 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
             "fetch the model again, or give one that is whole",
         )
     _check_tokenizer(prepared)
+    if prepared.recipe.model.quantize == "nf4" and (share := quantised_share(prepared.meta_model)) < FEW:
+        prepared.watch.note(
+            f"only {share:.0%} of the weights of {_config(prepared).model_type} are in linear modules (embeddings and "
+            "head not counted): the rest, such as experts, stays in 16 bits and gets no adapter",
+            "warning",
+        )
     for group in prepared.groups:
         prepared.held_out(group)
     for phase in prepared.recipe.phases:

@@ -65,6 +65,10 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
         name, total = phase["phase"], phase["memory"]["total"]
         fits = "fits" if phase["fits"] else "DOES NOT FIT"
         lines.append(f"{name} {fits}: {gib(total)} of {gib(found['free_bytes'])} free in {where}")
+        packed = f", {found['quantised_share']:.0%} in 4 bits" if found["quantize"] == "nf4" else ""
+        lines.append(
+            f"  adapters on {phase['adapted_share']:.0%} of the weights{packed} (embeddings and head not counted)"
+        )
         if phase["unknown"]:
             lines.append(f"  activations and logits come on top: how much cannot be estimated, as {phase['unknown']}")
         how = "recomputing activations" if phase["gradient_checkpointing"] else "keeping activations"

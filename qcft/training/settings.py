@@ -36,6 +36,11 @@ def check_settings(train: Train) -> None:
                 f"train.sft: SFTConfig has no field {key!r}",
                 nearest(key, known) + "see TRL's documentation of SFTConfig",
             )
+    if train.sft.get("activation_offloading") and device() == "cpu":
+        raise InputError(
+            "train.sft: activation_offloading moves activations from a GPU to main memory, and no GPU is used here",
+            "leave it out",
+        )
     for value, choices, name in (
         (train.scheduler, [str(s.value) for s in SchedulerType], "scheduler"),
         (train.optimizer, ["auto", *(str(o.value) for o in OptimizerNames)], "optimizer"),
