@@ -183,7 +183,8 @@ def print_layers(table: Mapping[str, Any]) -> None:
             f"{table['adapted_modules']} of {table['linear_modules']} linear modules, "
             f"{table['trainable_parameters']:,} trainable parameters ({share:.2%} of {table['parameters']:,}); "
             f"the backward pass stops at layer {table['frozen_below']}. Of the weights without "
-            f"embeddings and head, {table['adapted_share']:.0%} carry adapters and {table['quantised_share']:.0%} are held in 4 bits"
+            f"embeddings and head, {table['adapted_share']:.0%} carry adapters and {table['quantised_share']:.0%} are "
+            "held in 4 bits"
         ),
         soft_wrap=True,
     )
