@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qcft.data.mix import mixed_order
-from qcft.errors import InputError, Interrupted, QcftError, short
+from qcft.errors import InputError, Interrupted, QcftError, is_out_of_memory, short
 from qcft.events import ArmChanged, Watch
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import ArmRun, Recipe
@@ -153,9 +153,9 @@ def told(error: Exception, step: Step | None) -> dict[str, Any]:
     where = {"step": step.id, "title": step.title} if step else {"step": None, "title": None}
     if isinstance(error, QcftError):
         return {"message": error.message, "hint": error.hint, **where}
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         hint = "try a smaller train.max_length or train.micro_batch, or more frozen layers"
-        return {"message": "the memory ran out", "hint": hint, **where}
+        return {"message": "memory ran out", "hint": hint, **where}
     return {
         "message": f"unexpected {type(error).__name__}: {short(error, 300)}",
         "hint": "the index holds the traceback; the same command tries it again",

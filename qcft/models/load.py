@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, QcftError, short
+from qcft.errors import InputError, QcftError, is_out_of_memory, short
 from qcft.recipe import Model
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
     try:
         config = read_config(folder, model)
         loaded, info = auto_class(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
-    except torch.cuda.OutOfMemoryError:
-        raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            where = "on the GPU" if device() == "cuda" else "into memory"
+            raise QcftError(f"the model does not fit {where}", "use a smaller model, or free memory") from None
         raise QcftError(f"model: {str(folder)!r} cannot be loaded: {short(error)}", "check the model folder") from None
     missing = sorted({name for name, _ in loaded.named_parameters()} & set(info["missing_keys"]))
     if missing:

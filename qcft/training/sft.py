@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow
-from qcft.errors import Interrupted, QcftError
+from qcft.errors import Interrupted, QcftError, is_out_of_memory
 from qcft.events import Watch
 from qcft.files import SEAL, is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, read_weights, save_trained
@@ -91,8 +91,6 @@ def train_adapter(
     raised. Raises QcftError when the loss is no longer finite, the gradients explode, or one row does not fit into
     memory.
     """
-    import torch
-
     checkpoints = folder / "checkpoints"
     last = _last_whole(checkpoints, watch)
     padded = not (batches.packed or shortcuts.by_rows)
@@ -119,10 +117,12 @@ def train_adapter(
             f"{last.name if last else 'a checkpoint'} holds more than tensors: qcft did not write it so",
             f"remove {str(last)!r}; the training goes on from the one before it",
         ) from None
-    except torch.cuda.OutOfMemoryError:  # not in a pass, which would have been made smaller
-        raise QcftError(
-            "the GPU's memory ran out between passes of the training",
-            "the same command goes on from the last checkpoint; free the GPU, or use a smaller lora.r",
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise QcftError(  # not in a pass, which would have been made smaller
+            "memory ran out between passes of the training",
+            "the same command resumes from the last checkpoint; free memory, or use a smaller lora.r",
         ) from None
     stopped = english is not None and english.stopped
     if watch.stop_code is not None and trainer.state.global_step < batches.steps and not stopped:
