@@ -11,9 +11,9 @@ import os
 import re
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY")  # environment variables
-# What the libraries report when memory runs out: PyTorch's CUDA allocator, in its own words and in CUDA's (without NVML,
-# writing that message fails); cuBLAS and cuDNN, which allocate by themselves; Triton; PyTorch's CPU allocator (on Windows
-# "not enough memory"); oneDNN, which does not say why; C++ and the operating system.
+# What the libraries report when memory runs out: PyTorch's CUDA allocator, in its own words and in CUDA's (without
+# NVML, writing that message fails); cuBLAS and cuDNN, which allocate by themselves; Triton; PyTorch's CPU allocator (on
+# Windows "not enough memory"); oneDNN, which does not say why; C++ and the operating system.
 OUT_OF_MEMORY = (
     "CUDA out of memory", "CUDA error: out of memory", "CUDA driver error: out of memory",
     "NVML_SUCCESS == r INTERNAL ASSERT FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",

@@ -21,7 +21,7 @@ from .helpers.training import rows_of
 # As they were seen, or as the libraries' sources have them.
 MESSAGES = [
     torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.2 GiB is free."
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1 GiB"
     ),
     torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)"),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
@@ -37,8 +37,8 @@ MESSAGES = [
     ),
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
-        "9663676416 bytes. Error code 12 (Cannot allocate memory)"
+        "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 9663676416 bytes. Error code 12 (Cannot allocate memory)"
     ),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to"),
     RuntimeError("could not create a primitive"),

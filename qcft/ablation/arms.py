@@ -13,6 +13,7 @@ from typing import Any
 from qcft.data.mix import mixed_order
 from qcft.errors import InputError, Interrupted, QcftError, is_out_of_memory, short
 from qcft.events import ArmChanged, Watch
+from qcft.models.cards import choose_card
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import ArmRun, Recipe
 from qcft.runner.libraries import quiet, set_environment
@@ -98,6 +99,8 @@ def begin_ablation(
     prepared = prepare_arms(arms, watch)
     store = Store(runs)
     quiet()
+    if any(store.state(step.id) != "done" for one in prepared for step in one.prepared.plan.steps):
+        choose_card()
     for one in prepared:
         if any(store.state(step.id) != "done" for step in one.prepared.plan.steps):
             with _naming(one.arm):

@@ -16,6 +16,7 @@ from typing import Any
 from qcft.ablation.arms import begin_ablation, told
 from qcft.errors import InputError, QcftError, short
 from qcft.events import ArmChanged, Watch
+from qcft.models.cards import asked_device
 from qcft.recipe import Ablation as Section
 from qcft.recipe import ArmRun, Recipe, recipe_from
 from qcft.runner.libraries import quiet, set_environment
@@ -39,6 +40,13 @@ def run_on_ray(
     """
     section = plain.ablation
     assert section is not None
+    if asked_device() == "cpu":
+        if section.gpus:
+            raise InputError(
+                f"--cpu with ablation.gpus={section.gpus:g}: the steps cannot both run on the CPU and have GPUs",
+                "leave --cpu (or QCFT_DEVICE) out, or --set ablation.gpus=0",
+            )
+        section = section.model_copy(update={"gpus": 0})
     runs = runs.absolute()
     with _cluster(address) as ray:
         ablation, named = begin_ablation(plain, arms, runs, watch)

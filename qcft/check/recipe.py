@@ -10,6 +10,7 @@ from qcft.data.encode import IGNORED, EncodedRow, EncodedSet, Encoder
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.measure.similarity import compare_phases
+from qcft.models.cards import choose_card
 from qcft.models.sources import has_weights
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import Phase, Recipe, parse_freeze
@@ -44,6 +45,8 @@ def check_recipe(
 
     set_environment()
     quiet()
+    if not vram:
+        choose_card()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
     check_prepared(prepared, weights=False)
     alike = compare_phases(recipe, encoder, watch)

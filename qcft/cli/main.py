@@ -15,7 +15,11 @@ from qcft.cli.options import STOPPED, app, stop_at_once
 def main() -> NoReturn:
     """The `qcft` command: errors as two lines, exit codes 0, 1, 2, 130 and 143."""
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if "--cpu" in sys.argv:
+        os.environ["QCFT_DEVICE"] = "cpu"
+    sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--cpu"}]
+    if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from qcft.errors import QcftError
 
     _prepare_streams()

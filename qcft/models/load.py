@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError, is_out_of_memory, short
+from qcft.models.cards import asked_device
 from qcft.recipe import Model
 
 if TYPE_CHECKING:
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
 
 def device() -> str:
-    """Where work runs: the first CUDA device, else the CPU."""
+    """Where work runs: `cuda`, which is the current card, or `cpu` where there is none or it is asked for.
+
+    Raises InputError for a QCFT_DEVICE that is no device.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if asked_device() != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype() -> torch.dtype:
@@ -144,7 +148,7 @@ def peak_memory() -> tuple[str, int]:
     """What the peak is of, and its bytes: GPU memory since the last reset, or the process's resident set."""
     import torch
 
-    if torch.cuda.is_available():
+    if device() == "cuda":
         return "GPU", torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         return "RAM", 0  # not told by Python's own library there
@@ -158,7 +162,7 @@ def free_bytes() -> int:
     """Memory that is free where work runs: on the GPU, else in the machine without swapping."""
     import torch
 
-    if torch.cuda.is_available():
+    if device() == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     import psutil
 

@@ -273,7 +273,7 @@ OWNED = {
     "pad_token": "model.chat_template",
     "bf16": "model.quantize (16-bit compute follows the device)",
     "fp16": "model.quantize (16-bit compute follows the device)",
-    "use_cpu": "CUDA_VISIBLE_DEVICES",
+    "use_cpu": "--cpu, or QCFT_DEVICE=cpu",
     "output_dir": "--runs",
     "completion_only_loss": "data (loss falls on answers only)",
     "assistant_only_loss": "data (loss falls on answers only)",

@@ -13,6 +13,7 @@ from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.ability_table import ABILITIES
 from qcft.measure.results import finished_run
+from qcft.models.cards import choose_card
 from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Dial, Goal, Recipe
@@ -90,6 +91,8 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
         quiet()
+        if world() == 1 and (card := choose_card()):
+            watch.note(f"on {card}; QCFT_DEVICE names another")
         missing = [step for step in steps if not records[step.id]]
         if any(step.kind != "suite" for step in missing):
             check_prepared(prepared)
@@ -171,7 +174,9 @@ def do_step(
 def _reset_peak() -> None:
     import torch
 
-    if torch.cuda.is_available():
+    from qcft.models.load import device
+
+    if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 

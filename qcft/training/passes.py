@@ -13,6 +13,7 @@ from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
 from qcft.models.halving import attempt
+from qcft.models.load import device
 from qcft.training.checkpointing import recompute_activations
 
 if TYPE_CHECKING:
@@ -126,11 +127,12 @@ def _tokens(rows: Sequence[EncodedRow], padded: bool) -> int:
 def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
     import torch
 
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if device() == "cuda" else []
 
 
 def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     import torch
 
     torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

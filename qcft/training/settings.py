@@ -63,12 +63,27 @@ def sft_config(
     import torch
     from trl import SFTConfig
 
+    class OneCard(SFTConfig):  # type: ignore[misc]
+        """TRL's settings for a process that uses the current card, whichever others it sees."""
+
+        @property
+        def n_gpu(self) -> int:  # the Trainer would copy the model to every card, which TRL refuses
+            return min(1, super().n_gpu)
+
+        @property
+        def device(self) -> torch.device:  # the Trainer makes the first card the current one
+            if device() == "cpu":
+                return super().device
+            with torch.cuda.device(torch.cuda.current_device()):
+                found = super().device
+            return torch.device("cuda", torch.cuda.current_device()) if world() == 1 else found
+
     optimizer = train.optimizer
     if optimizer == "auto":
         # bitsandbytes' optimizers know no tensors that are dealt out.
         optimizer = "paged_adamw_8bit" if device() == "cuda" and not sharded() else "adamw_torch"
     every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
-    return SFTConfig(
+    return OneCard(
         output_dir=str(checkpoints),
         learning_rate=train.lr,
         num_train_epochs=1,  # all epochs are laid out one after the other, each in an order of its own

@@ -43,7 +43,7 @@ def _per_second(work: Callable[[], object]) -> float:
     import torch
 
     def wait() -> None:
-        if torch.cuda.is_available():
+        if device() == "cuda":
             torch.cuda.synchronize()
 
     work()
