@@ -10,8 +10,12 @@ import torch
 import yaml
 
 from qcft import InputError
+from qcft.events import Watch
 from qcft.models import cards
 from qcft.models.load import device
+from qcft.recipe import Train, recipe_from
+from qcft.runner.planned import PlannedRecipe
+from qcft.training.settings import optimizer_for
 
 
 @pytest.fixture
@@ -232,3 +236,25 @@ from qcft.training.settings import sft_config
 made = sft_config(Train(), Path("."), Batches([[]], 1, 1, False), 0, False, False)
 print(made.n_gpu, made.device, made.parallel_mode.name, current[0])
 """
+
+
+def test_what_auto_comes_to_is_part_of_a_step_on_cuda_only(raw_recipe, monkeypatch):
+    """And stays so where the run is looked at later, on a machine without a card."""
+
+    def train_steps(recipe):
+        planned = PlannedRecipe(recipe, Watch())
+        return planned.pinned_recipe(), {s.stage: s.id for s in planned.plan.steps if s.kind == "train"}
+
+    recipe = recipe_from(raw_recipe)
+    kept, on_cpu = train_steps(recipe)
+    assert kept.phases[0].train.optimizer == "auto"
+    explicit = recipe_from(raw_recipe, {"phase1.train.optimizer": "adamw_8bit", "phase2.train.optimizer": "adamw_8bit"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kept, on_cuda = train_steps(recipe)
+    monkeypatch.undo()
+    assert [phase.train.optimizer for phase in kept.phases] == ["adamw_8bit", "adamw_8bit"]
+    assert not set(on_cuda.values()) & set(on_cpu.values())
+    assert train_steps(kept)[1] == train_steps(explicit)[1] == on_cuda
+    paged = recipe_from(raw_recipe, {"phase1.train.optimizer": "paged_adamw_8bit"})
+    assert train_steps(paged)[1]["phase1"] not in {on_cuda["phase1"], on_cpu["phase1"]}
+    assert optimizer_for(Train(optimizer="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"

@@ -15,6 +15,7 @@ from qcft.errors import InputError, short
 from qcft.files import disk_free
 from qcft.models.cards import asked_device, choose_card, unusable_card
 from qcft.models.installing import bounds, install
+from qcft.models.load import compute_dtype, device
 from qcft.store.steps import PACKAGES, package_versions, writable
 
 GIB = 2**30
@@ -37,8 +38,8 @@ class Finding:
 def examine(runs: Path) -> list[Finding]:
     """Everything `qcft doctor` looks at, in order. Nothing is written."""
     checks: dict[str, Callable[[], Finding]] = {
-        "Python": _python, "packages": _packages, "GPU": _cuda, "16 bits": _half_precision, "bitsandbytes": _four_bits,
-        "runs folder": lambda: _disk(runs), "cache": _cache, "model hub": _hub,
+        "Python": _python, "packages": _packages, "GPU": _cuda, "fused head": _fused, "16 bits": _half_precision,
+        "bitsandbytes": _four_bits, "runs folder": lambda: _disk(runs), "cache": _cache, "model hub": _hub,
     }  # fmt: skip
     findings = []
     for name, check in checks.items():
@@ -88,9 +89,20 @@ def _cuda() -> Finding:
     return Finding("GPU", True, f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free", needed=False)
 
 
-def _half_precision() -> Finding:
-    from qcft.models.load import compute_dtype, device
+def _fused() -> Finding:
+    """A step of training's head; on a card, Triton compiles it."""
+    from qcft.training.fused import fused_step, what_is_missing
 
+    why = fused_step()
+    if why is None:
+        return Finding(
+            "fused head", True, f"a step works on the {'GPU' if device() == 'cuda' else 'CPU'}", needed=False
+        )
+    mend = what_is_missing() or "run again with TRITON_CACHE_DIR set to a folder that can be written"
+    return Finding("fused head", False, f"training runs without Triton, more slowly: {why}", False, mend)
+
+
+def _half_precision() -> Finding:
     dtype = str(compute_dtype()).removeprefix("torch.")
     where = "GPU" if device() == "cuda" else "CPU"
     lacks = "" if dtype == "bfloat16" else ", which has no bfloat16: losses are scaled"
@@ -104,8 +116,6 @@ def _four_bits() -> Finding:
     try:
         import bitsandbytes as bnb
         import torch
-
-        from qcft.models.load import compute_dtype, device
 
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(128, 256, generator=generator).to(device(), compute_dtype())

@@ -17,4 +17,4 @@ class PlannedRecipe(Prepared):
         self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
     ) -> None:
         super().__init__(recipe, watch, goal, memo)
-        self.plan = make_plan(recipe, self.digests(), goal)
+        self.plan = make_plan(self.recipe, self.digests(), goal)

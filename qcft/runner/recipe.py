@@ -28,6 +28,7 @@ from qcft.store.results import Run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
+from qcft.training.fused import use_triton_where_it_works
 
 if TYPE_CHECKING:
     from qcft.steps.worker import Worker
@@ -98,6 +99,8 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
             check_prepared(prepared)
         check_tasks(prepared, dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
         forecast(prepared, missing, store, watch)
+        if any(step.kind == "train" for step in missing):
+            use_triton_where_it_works(watch)
     recipe = prepared.pinned_recipe()
     run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:

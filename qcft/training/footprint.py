@@ -18,13 +18,13 @@ from qcft.models.size import quantised_modules
 from qcft.recipe import Lora
 from qcft.training.attention import attend_by_rows
 from qcft.training.checkpointing import recompute_activations
+from qcft.training.head import HEAD_WORDS, first_word
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# TRL's fused head (trl.kernels): tokens and words of the vocabulary whose logits are held at once.
-HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+HEAD_TOKENS = 4096  # whose logits TRL's fused head (trl.kernels) holds at once
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,9 @@ def _inputs(one: Pass, by_rows: bool) -> dict[str, Any]:
 def _score(states: torch.Tensor, head: Any, device: str) -> None:
     """Score answer tokens (tokens, hidden size) as TRL's fused head does, and take the gradient of their states."""
     import torch
-    from trl.kernels import ChunkedLogProbFunction
 
     if device == "cpu":
-        targets = torch.zeros(len(states), dtype=torch.long)
-        outputs = ("entropy", "is_top1")
-        head_of = (head.weight, head.bias, targets, 1.0, HEAD_WORDS, None, 1.0, outputs)
-        ChunkedLogProbFunction.apply(states, *head_of)[0].sum().backward()
+        first_word(states, head.weight, head.bias).backward()
         return
     # On a GPU a kernel folds each block of logits where it lies: the block, and gradients that add up in fp32.
     words = len(head.weight)

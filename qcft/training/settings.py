@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qcft.errors import InputError, nearest, short
 from qcft.models.load import compute_dtype, device
-from qcft.recipe import Train
+from qcft.recipe import Recipe, Train
 from qcft.training.batches import Batches
 from qcft.training.distributed.ranks import sharded, world
 
@@ -56,6 +56,33 @@ def check_settings(train: Train) -> None:
         raise InputError(f"train.sft: {short(error)}", "see TRL's documentation of SFTConfig") from None
 
 
+def optimizer_for(train: Train, where: str) -> str:
+    """The optimizer of a training, `auto` resolved: AdamW, on CUDA in 8 bits.
+
+    Not paged: the states of adapters are small, and bitsandbytes keeps paged buffers until the process ends, which an
+    error in CUDA's paging does at once. Nor in 8 bits where the weights are sharded, which bitsandbytes cannot do.
+    """
+    if train.optimizer != "auto":
+        return train.optimizer
+    return "adamw_8bit" if where == "cuda" and not sharded() else "adamw_torch"
+
+
+def with_optimizers(recipe: Recipe, where: str) -> Recipe:
+    """A recipe whose phases name the optimizer that `auto` comes to where they run, so that steps are known by it.
+
+    Between CPUs nothing is named: there `auto` always came to the same.
+    """
+    if "cuda" not in {where, device()}:
+        return recipe
+    phases = [
+        phase.model_copy(
+            update={"train": phase.train.model_copy(update={"optimizer": optimizer_for(phase.train, where)})}
+        )
+        for phase in recipe.phases
+    ]
+    return recipe.model_copy(update={"phases": phases})
+
+
 def sft_config(
     train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool, by_rows: bool
 ) -> SFTConfig:
@@ -78,10 +105,6 @@ def sft_config(
                 found = super().device
             return torch.device("cuda", torch.cuda.current_device()) if world() == 1 else found
 
-    optimizer = train.optimizer
-    if optimizer == "auto":
-        # bitsandbytes' optimizers know no tensors that are dealt out.
-        optimizer = "paged_adamw_8bit" if device() == "cuda" and not sharded() else "adamw_torch"
     every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
     return OneCard(
         output_dir=str(checkpoints),
@@ -95,7 +118,7 @@ def sft_config(
         train_sampling_strategy="sequential",  # the order is the mix's
         lr_scheduler_type=train.scheduler,
         warmup_steps=train.warmup,
-        optim=optimizer,
+        optim=optimizer_for(train, device()),
         gradient_checkpointing=checkpointing,
         bf16=compute_dtype() == torch.bfloat16,
         fp16=compute_dtype() == torch.float16,

@@ -83,9 +83,11 @@ def train_adapter(
     shortcuts: Shortcuts = Shortcuts(),
     probing: Probing | None = None,
     fit: Fit | None = None,
+    carried: bool = False,
 ) -> Trained:
     """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
 
+    `carried`: the adapters come from an earlier phase, and start from its weights to the bit.
     `fit`: how passes are run to begin with (None: as laid out); smaller ones when memory runs out. Goes on from the
     last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint is written and Interrupted
     raised. Raises QcftError when the loss is no longer finite, the gradients explode, or one row does not fit into
@@ -99,11 +101,14 @@ def train_adapter(
     config = sft_config(train, checkpoints, dealt, seed, passes.recompute, shortcuts.by_rows)
     if sharded():
         shards.allow_on_cpu()
+    start = {name: p.data for name, p in model.named_parameters() if carried and p.requires_grad}
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
         trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts, passes)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
+    for name, weights_before in start.items():  # TRL rounded those of a quantised model to bf16
+        model.get_parameter(name).data = weights_before
     if sharded():
         shards.keep_precision(trainer)
     english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
