@@ -95,7 +95,7 @@ def unusable_card() -> tuple[str, str] | None:
     if card.major < needed:
         return f"torch {torch.__version__} (CUDA {cuda}) needs NVIDIA driver {needed} or later ({has})", remedy
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         why = "no reason is given"
     except (RuntimeError, AssertionError) as error:
         why = short(error)

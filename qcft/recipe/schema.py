@@ -172,12 +172,13 @@ class Forgetting(Part):
 
 
 class Recipe(Part):
-    """A whole experiment."""
+    """A whole experiment. `deterministic`: train by kernels that come to the same bits each time, on CUDA too."""
 
     version: Literal[1] = 1
     name: str
     model: Annotated[Model, BeforeValidator(named("name"))]
     seed: Seed = 0
+    deterministic: bool = False
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()

@@ -36,6 +36,12 @@ class TrainWork(StepWork):
 
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
+        from qcft.training.determinism import deterministic
+
+        with deterministic(self.recipe.deterministic):
+            return self._work(step, folder)
+
+    def _work(self, step: Step, folder: Path) -> dict[str, Any]:
         from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches

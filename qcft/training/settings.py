@@ -95,12 +95,14 @@ def sft_config(
 
         @property
         def n_gpu(self) -> int:  # the Trainer would copy the model to every card, which TRL refuses
-            return min(1, super().n_gpu)
+            return min(1, int(super().n_gpu))
 
         @property
         def device(self) -> torch.device:  # the Trainer makes the first card the current one
+            found: torch.device
             if device() == "cpu":
-                return super().device
+                found = super().device
+                return found
             with torch.cuda.device(torch.cuda.current_device()):
                 found = super().device
             return torch.device("cuda", torch.cuda.current_device()) if world() == 1 else found
