@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from qcft.models import cards
 from qcft.models.load import device
 from qcft.recipe import Train, recipe_from
 from qcft.runner.planned import PlannedRecipe
+from qcft.training import speed
 from qcft.training.settings import optimizer_for
 
 
@@ -258,3 +260,19 @@ def test_what_auto_comes_to_is_part_of_a_step_on_cuda_only(raw_recipe, monkeypat
     paged = recipe_from(raw_recipe, {"phase1.train.optimizer": "paged_adamw_8bit"})
     assert train_steps(paged)[1]["phase1"] not in {on_cuda["phase1"], on_cpu["phase1"]}
     assert optimizer_for(Train(optimizer="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
+
+
+def test_a_card_that_takes_long_to_wait_for_is_timed_by_sequences(monkeypatch):
+    """Five milliseconds for each synchronisation, which would hide what a product takes."""
+    waited = []
+
+    def synchronize():
+        waited.append(True)
+        time.sleep(0.005)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    done = []
+    rate = speed._per_second(lambda: done.append(True))
+    assert rate > 2000
+    assert len(waited) < len(done) / 4

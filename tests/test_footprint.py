@@ -112,6 +112,16 @@ def test_a_counter_that_knows_no_shared_heads_is_not_asked(monkeypatch):
     assert footprint(model, shape_of(model), ROWS).flops == before.flops > 0
 
 
+def test_peft_casts_what_goes_into_adapters_on_a_cpu_only():
+    """An 8B on a card, activations kept: each adapter's input is not held a second time, in fp32."""
+    model = on_meta(LLAMA_3_8B)
+    one = Pass((512,), 128)
+    shapes = [shape_of(model, device=device) for device in ("cpu", "cuda")]
+    on_cpu, on_cuda = (footprint(model, shape, one).activations for shape in shapes)
+    assert 1.08 < on_cpu / on_cuda < 2
+    assert not torch.is_autocast_enabled("cuda")
+
+
 def test_what_is_frozen_recomputed_or_cut_takes_less():
     model = tiny_meta()
     plain = footprint(model, shape_of(model), ROWS)

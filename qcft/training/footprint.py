@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,7 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
         _without_data(adapted)
         counted = _counting()
         inputs = _inputs(one, by_rows)
-        with counted, torch.autocast("cpu", torch.bfloat16):
+        with counted, torch.autocast("cpu", torch.bfloat16), _autocast_for(shape.device):
             states = reduced.base_model(**inputs, use_cache=False).last_hidden_state
             scored = states.reshape(-1, states.shape[-1])[torch.zeros(one.answers, dtype=torch.long)]
             leaf = scored.detach().requires_grad_()
@@ -150,6 +151,20 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
         with counted:
             scored.backward(leaf.grad)
     return Footprint(counted.peak, logits, counted.flops, counted.moved)
+
+
+@contextmanager
+def _autocast_for(device: str) -> Iterator[None]:
+    """Have PEFT see autocast where it would: it asks for CUDA's, without which it casts what goes into an adapter to
+    the adapter's fp32."""
+    import torch
+
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", device == "cuda")
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def _inputs(one: Pass, by_rows: bool) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def _score(states: torch.Tensor, head: Any, device: str) -> None:
     import torch
 
     if device == "cpu":
-        first_word(states, head.weight, head.bias).backward()
+        first_word(states, head.weight, head.bias).backward()  # type: ignore[no-untyped-call]
         return
     # On a GPU a kernel folds each block of logits where it lies: the block, and gradients that add up in fp32.
     words = len(head.weight)
@@ -281,7 +296,8 @@ def _counting() -> Any:
     class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
-            self.live = self.peak = self.flops = self.moved = 0
+            self.live = self.peak = self.moved = 0
+            self.flops = 0.0
             self.known: weakref.WeakSet[Any] = weakref.WeakSet()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
