@@ -15,6 +15,9 @@ from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.halving import in_halves
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Model
+from qcft.store.states import RowStates
+from qcft.training.attention import attend_by_rows
+from qcft.training.prefix import fill_states, row_key
 
 from .helpers.training import rows_of
 
@@ -90,14 +93,14 @@ def test_memory_that_really_runs_out():
 
 
 class Full:
-    """A model that fails as `error` says when more than `most` rows are run at once."""
+    """A model that fails as `error` says when more than `most` rows, or tokens, are run at once."""
 
-    def __init__(self, model, error, most):
-        self.seen, self.fell, self.error, self.most = [], 0, error, most
+    def __init__(self, model, error, most, size=len):
+        self.seen, self.fell, self.error, self.most, self.size = [], 0, error, most, size
         self.hook = model.get_input_embeddings().register_forward_pre_hook(self.forward)
 
     def forward(self, module, arguments):
-        rows = len(arguments[0])
+        rows = self.size(arguments[0])
         if rows > self.most:
             self.fell += 1
             raise self.error
@@ -125,6 +128,22 @@ def test_scoring_and_answering_are_halved_until_they_fit(tiny_model, error):
     full.most = 0
     with pytest.raises(QcftError, match=r"memory ran out while scoring a row of \d+ tokens"):
         score_rows(model, rows, Watch(), "scoring")
+
+
+def test_states_of_frozen_layers_are_computed_in_halves(tiny_model, tmp_path):
+    rows = rows_of(load_tokenizer(tiny_model, Model(name="tiny")), 6)
+    found = []
+    for most in (10**6, 2 * max(len(row.input_ids) for row in rows)):
+        model = load_model(tiny_model, Model(name="tiny"))
+        assert attend_by_rows(model, 96)
+        full = Full(model, MESSAGES[3], most, torch.Tensor.numel)
+        states = RowStates(tmp_path / str(most), model.config.hidden_size, 2)
+        states.folder.mkdir()
+        fill_states(model, 1, rows, states, Watch())
+        assert max(full.seen) <= most
+        found.append((full.fell, [states.read(row_key(row)).tobytes() for row in rows]))
+    assert found[0][0] == 0 < found[1][0]
+    assert found[0][1] == found[1][1]
 
 
 def test_halves_keep_their_order():

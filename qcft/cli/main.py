@@ -20,7 +20,7 @@ def main() -> NoReturn:
     sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--cpu"}]
     if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from qcft.errors import QcftError
+    from qcft.errors import QcftError, is_out_of_memory
 
     _prepare_streams()
     try:
@@ -44,6 +44,8 @@ def main() -> NoReturn:
 
         if is_disk_full(error, Path.cwd()):
             _fail("the disk that is written to is full", "free some space, then give the same command", 1)
+        if is_out_of_memory(error):
+            _fail("memory ran out", "free memory, or use a smaller model; what was done is kept", 1)
         text = f"{type(error).__name__}: {error}"
         _fail(f"unexpected {text[:300]}", "what was done is kept; run again with --debug to see where it comes from", 1)
     sys.exit(code if isinstance(code, int) else 0)
