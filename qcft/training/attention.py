@@ -88,12 +88,13 @@ def _by_one_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = _ends(lengths, query.device), max(lengths)
-    parts = [part[0].transpose(0, 1) for part in (query, key, value)]
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     # One split: else the sums of a row would depend on the longest row beside it.
-    out: torch.Tensor = varlen_attn(
-        *parts, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1
+    out: Any = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1
     )
-    return out[None]
+    rows: torch.Tensor = out[None]
+    return rows
 
 
 @lru_cache(maxsize=8)
