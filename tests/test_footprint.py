@@ -115,10 +115,10 @@ def test_a_counter_that_knows_no_shared_heads_is_not_asked(monkeypatch):
 def test_peft_casts_what_goes_into_adapters_on_a_cpu_only():
     """An 8B on a card, activations kept: each adapter's input is not held a second time, in fp32."""
     model = on_meta(LLAMA_3_8B)
-    one = Pass((512,), 128)
+    one = Pass((512,), 1)  # whose logits, computed in different ways, take little room
     shapes = [shape_of(model, device=device) for device in ("cpu", "cuda")]
     on_cpu, on_cuda = (footprint(model, shape, one).activations for shape in shapes)
-    assert 1.08 < on_cpu / on_cuda < 2
+    assert 1.2 < on_cpu / on_cuda < 1.35
     assert not torch.is_autocast_enabled("cuda")
 
 
