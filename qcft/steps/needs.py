@@ -64,7 +64,8 @@ def answered_at_once(prepared: Prepared, phase: Phase, free: int) -> tuple[int, 
     assert replay is not None
     encoder = prepared.replay_encoder(phase)
     rows = islice((row for pool in prepared.pools[phase.name] for row in pool.rows), LOOKED_AT)
-    each = _cache(model) * (max(len(encoder.prompt_ids(row)) for row in rows) + replay.max_new_tokens)
+    lengths = [len(prompt) for prompt in map(encoder.prompt, rows) if not isinstance(prompt, str)]  # else refused
+    each = _cache(model) * (max(lengths, default=0) + replay.max_new_tokens)
     together = min(LARGEST if replay.batch == "auto" else replay.batch, replay.chunk)
     weights = weight_bytes(model, prepared.recipe.model.quantize).total
     while replay.batch == "auto" and together > 1 and weights + together * each > ROOM * free:
