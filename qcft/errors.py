@@ -11,6 +11,17 @@ import os
 import re
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY")  # environment variables
+# What the libraries report when memory runs out: PyTorch's CUDA allocator, in its own words and in CUDA's (without
+# NVML, writing that message fails); cuBLAS and cuDNN, which allocate by themselves; Triton; PyTorch's CPU allocator (on
+# Windows "not enough memory"); oneDNN, which does not say why; C++ and the operating system.
+OUT_OF_MEMORY = (
+    "CUDA out of memory", "CUDA error: out of memory", "CUDA driver error: out of memory",
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+    "Triton Error [CUDA]: out of memory", "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory", "could not create a primitive", "could not create a memory",
+    "std::bad_alloc", "Cannot allocate memory",
+)  # fmt: skip
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}|wandb_v\d_[A-Za-z0-9_]{16,}|(?<=://)[^/@\s]+(?=@)")
 
 
@@ -42,6 +53,15 @@ class Interrupted(QcftError):
 def short(error: BaseException, most: int = 160) -> str:
     """What another library's error says, on one line and cut; its name where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of the GPU or of the machine ran out, in whichever library's words."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in OUT_OF_MEMORY))
+    )
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -51,3 +51,27 @@ def test_an_arm_whose_process_is_killed_leaves_the_others_going(recipe_file, tmp
     assert {state.state for state in done.states()} == {"done"}
     assert {path: then for path, then in done_steps(runs).items() if path in before} == before
     assert json.dumps(table(runs, "tiny"))
+
+
+def test_an_arm_whose_process_ends_itself_with_1_leaves_the_others_going(recipe_file, tmp_path):
+    """As bitsandbytes does when CUDA fails; here by a module that Python loads as it starts."""
+    runs, places = tmp_path / "runs", tmp_path / "places"
+    places.mkdir()
+    (places / "sitecustomize.py").write_text(
+        "import os, pathlib, sys, threading, time\n"
+        f"runs, once = pathlib.Path({str(runs)!r}), pathlib.Path({str(tmp_path / 'once')!r})\n"
+        "def end():\n"
+        "    while not list(runs.glob('.steps/*/done.json')):\n"
+        "        time.sleep(0.02)\n"
+        "    once.touch()\n"
+        "    os._exit(1)\n"
+        "if '--supervised' in sys.orig_argv and not once.exists():\n"
+        "    threading.Thread(target=end, daemon=True).start()\n"
+    )
+    process = start(recipe_file, runs, places)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "tiny-plain-s0: its process crashed (exit code 1); going on with the other arms" in err
+    states = {state.run: state for state in Ablation(runs, "tiny").states()}
+    assert states["tiny-er-s0"].state == "done"
+    assert states["tiny-plain-s0"].state == "failed"

@@ -100,6 +100,13 @@ def test_continue_goes_on_with_the_same_adapter_and_leaves_frozen_layers_as_they
     assert done.stages["phase2"].metrics["trainable_parameters"] == sum(before[n].numel() for n in moved)
 
 
+def test_a_continued_adapter_starts_from_the_same_numbers_not_rounded_to_bf16(chain, shared_runs):
+    """A step too small to see: what is left is how the adapter was carried over."""
+    done = api.run(chain("continue", **{"phase2.train.lr": 1e-12, "phase2.train.steps": 1}), runs=shared_runs)
+    before, after = weights(done, "phase1"), weights(done, "phase2")
+    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-9) for name in before)
+
+
 def interrupted(recipe, runs, label, step):
     watch = Watch()
 

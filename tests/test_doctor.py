@@ -10,7 +10,9 @@ def test_doctor_tries_everything(qcft):
     code, out, _ = qcft("doctor", "--json")
     found = {one["name"]: one for one in json.loads(out)}
     assert code == 0
-    assert set(found) == {"Python", "packages", "GPU", "16 bits", "bitsandbytes", "runs folder", "cache", "model hub"}
+    assert set(found) == {
+        "Python", "packages", "GPU", "fused head", "16 bits", "bitsandbytes", "runs folder", "cache", "model hub",
+    }  # fmt: skip
     assert found["bitsandbytes"]["ok"]
     assert "transformers" in found["packages"]["found"]
     hub = found["model hub"]  # offline in tests, which is no error
@@ -71,6 +73,12 @@ def test_what_cannot_be_imported_is_told_and_the_rest_is_tried(qcft, monkeypatch
     code, out, _ = qcft("doctor", "--json")
     found = {one["name"]: one for one in json.loads(out)}
     assert code == 1
-    assert {name for name, one in found.items() if not one["ok"]} == {"GPU", "16 bits", "bitsandbytes", "model hub"}
+    assert {name for name, one in found.items() if not one["ok"]} == {
+        "GPU",
+        "fused head",
+        "16 bits",
+        "bitsandbytes",
+        "model hub",
+    }
     assert "torch" in found["GPU"]["found"]
     assert "pip install" in found["GPU"]["mend"]

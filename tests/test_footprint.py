@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qcft.models.size import nf4_bytes, weight_bytes
@@ -82,6 +83,43 @@ def test_one_layer_of_each_kind_tells_what_all_take(freeze, checkpointing):
     assert found.activations == pytest.approx(whole.activations, rel=0.02)
     assert found.flops == whole.flops
     assert found.moved == pytest.approx(whole.moved, rel=0.02)
+
+
+@pytest.mark.parametrize("shared", [4, 2, 1])
+def test_attention_is_counted_by_its_query_heads(shared):
+    """As PyTorch counts it where it can, which from 2.12 on is with keys and values shared by heads, too."""
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    shapes = (2, 4, 10, 16), (2, shared, 20, 16), (2, shared, 20, 8)
+    assert room.attention_flops(*shapes) == 2 * 2 * 4 * 10 * 20 * (16 + 8)
+    if shared == 4 or Version(torch.__version__) >= Version("2.12"):
+        assert room.attention_flops(*shapes) == sdpa_flop_count(*shapes)
+
+
+def test_a_counter_that_knows_no_shared_heads_is_not_asked(monkeypatch):
+    """As torch 2.11's, which raises."""
+    from torch.utils import flop_counter
+
+    def refuses(*shapes, **options):
+        raise AssertionError("query/key/value shapes are incompatible")
+
+    model = tiny_meta()
+    before = footprint(model, shape_of(model), ROWS)
+    for packet in list(flop_counter.flop_registry):
+        if "scaled_dot_product" in str(packet):
+            monkeypatch.setitem(flop_counter.flop_registry, packet, refuses)
+    monkeypatch.setattr(flop_counter, "sdpa_flop_count", refuses)
+    assert footprint(model, shape_of(model), ROWS).flops == before.flops > 0
+
+
+def test_peft_casts_what_goes_into_adapters_on_a_cpu_only():
+    """An 8B on a card, activations kept: each adapter's input is not held a second time, in fp32."""
+    model = on_meta(LLAMA_3_8B)
+    one = Pass((512,), 1)  # whose logits, computed in different ways, take little room
+    shapes = [shape_of(model, device=device) for device in ("cpu", "cuda")]
+    on_cpu, on_cuda = (footprint(model, shape, one).activations for shape in shapes)
+    assert 1.2 < on_cpu / on_cuda < 1.35
+    assert not torch.is_autocast_enabled("cuda")
 
 
 def test_what_is_frozen_recomputed_or_cut_takes_less():

@@ -8,7 +8,9 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -276,6 +278,21 @@ def test_from_the_command_line(qcft, recipe_file, tmp_path):
     assert given["rows"] == 8
     assert all("which color" in s["prompt"][0]["content"] for s in given["samples"])
     assert {s["provenance"]["kind"] for s in given["samples"]} == {"file"}
+
+
+def test_generation_begins_at_what_fits(qcft, recipe_file, tmp_path, monkeypatch):
+    """With room for the answers to two prompts, as the estimate has it, instead of a whole chunk of four."""
+    runs = ["--runs", tmp_path / "runs"]
+    code, out, _ = qcft("check", recipe_file, "--json", "--rows", 0, *runs)
+    assert code == 0
+    memory = next(step["memory"] for step in json.loads(out)["steps"] if step["kind"] == "replay")
+    room = (memory["total"] - memory["cache"] / 2) / 0.9 + 1
+    assert qcft("run", recipe_file, *runs)[0] == 0
+    whole = read_json(tmp_path / "runs" / "tiny" / "replay" / "done.json")["metrics"]["parts"][0]["generation"]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
+    assert qcft("replay", "tiny", "--set", "phase2.replay.temperature=0.6", *runs)[0] == 0
+    small = read_json(tmp_path / "runs" / "tiny-2" / "replay" / "done.json")["metrics"]["parts"][0]["generation"]
+    assert (whole["batch"], small["batch"]) == (4, 2)
 
 
 def test_a_run_without_replay_says_so(qcft, recipe_file, tmp_path):

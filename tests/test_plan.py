@@ -147,6 +147,11 @@ def test_a_stack_lies_on_one_base_and_a_continued_adapter_takes_the_place_of_its
     assert made.live["p3"].phases == ("p0", "p1", "p2", "p3")
 
 
+def test_only_a_continued_adapter_on_a_quantised_model_says_how_it_is_carried():
+    made = chained("stacked", "continue", "stacked")
+    assert [s.stage for s in made.steps if "carried" in s.settings] == ["p2"]
+
+
 def test_a_merged_phase_after_a_stack_merges_it_in_one_step():
     steps = {s.stage: s for s in chained("stacked", "merged").steps}
     merged = steps["merged-p1"]

@@ -194,7 +194,7 @@ def test_every_field_qcft_sets_is_owned_and_exists():
     from qcft.recipe.schema import OWNED
 
     calls = [n for n in ast.walk(ast.parse(inspect.getsource(sft_config))) if isinstance(n, ast.Call)]
-    call = next(c for c in calls if getattr(c.func, "id", "") == "SFTConfig")
+    call = next(c for c in calls if getattr(c.func, "id", "") == "OneCard")  # an SFTConfig
     assert {k.arg for k in call.keywords if k.arg} <= OWNED.keys()
     assert OWNED.keys() <= {f.name for f in dataclasses.fields(SFTConfig)}
 

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import InputError, Interrupted, QcftError, short
+from qcft.errors import InputError, Interrupted, QcftError, is_out_of_memory, short
 from qcft.events import ArmChanged, Watch
+from qcft.models.cards import choose_card
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import ArmRun, Recipe
 from qcft.runner.libraries import quiet, set_environment
@@ -97,6 +98,8 @@ def begin_ablation(
     prepared = prepare_arms(arms, watch)
     store = Store(runs)
     quiet()
+    if any(store.state(step.id) != "done" for one in prepared for step in one.prepared.plan.steps):
+        choose_card()
     for one in prepared:
         if any(store.state(step.id) != "done" for step in one.prepared.plan.steps):
             with _naming(one.arm):
@@ -147,9 +150,9 @@ def told(error: Exception, step: Step | None) -> dict[str, Any]:
     where = {"step": step.id, "title": step.title} if step else {"step": None, "title": None}
     if isinstance(error, QcftError):
         return {"message": error.message, "hint": error.hint, **where}
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         hint = "try a smaller train.max_length or train.micro_batch, or more frozen layers"
-        return {"message": "the memory ran out", "hint": hint, **where}
+        return {"message": "memory ran out", "hint": hint, **where}
     return {
         "message": f"unexpected {type(error).__name__}: {short(error, 300)}",
         "hint": "the index holds the traceback; the same command tries it again",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from qcft.ablation.arms import begin_ablation, told
 from qcft.errors import InputError, QcftError, short
 from qcft.events import ArmChanged, Watch
-from qcft.recipe import Ablation as Section
+from qcft.models.cards import asked_device
 from qcft.recipe import ArmRun, Recipe, recipe_from
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
@@ -25,6 +26,7 @@ from qcft.steps.step import Step
 from qcft.store import Store
 from qcft.store.ablations import Ablation
 from qcft.store.results import Run
+from qcft.training.settings import with_optimizers
 
 RETRIES = 3  # of a step whose worker was lost
 WITHOUT_GPU = {"merge", "adapter", "layers"}  # they stream weights through the CPU
@@ -39,10 +41,20 @@ def run_on_ray(
     """
     section = plain.ablation
     assert section is not None
+    if asked_device() == "cpu":
+        if section.gpus:
+            raise InputError(
+                f"--cpu with ablation.gpus={section.gpus:g}: the steps cannot both run on the CPU and have GPUs",
+                "leave --cpu (or QCFT_DEVICE) out, or --set ablation.gpus=0",
+            )
+        section = section.model_copy(update={"gpus": 0})
     runs = runs.absolute()
     with _cluster(address) as ray:
+        gpus = section.gpus if section.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
+        where = "cuda" if gpus else "cpu"  # by which every worker plans the same steps, GPU or not
+        arms = [replace(arm, recipe=with_optimizers(arm.recipe, where)) for arm in arms]
         ablation, named = begin_ablation(plain, arms, runs, watch)
-        store, tasks = Store(runs), _Tasks(ray, section, runs)
+        store, tasks = Store(runs), _Tasks(ray, section.cpus, gpus, runs)
         parts = {name: tasks.submit(one.prepared, store) for name, one in named}
         changes = {
             name: partial(ArmChanged, name, one.arm.arm, one.arm.seed, number, len(named))
@@ -78,12 +90,11 @@ def run_on_ray(
 class _Tasks:
     """Every step that is not done, submitted once, after the steps it rests on."""
 
-    def __init__(self, ray: Any, section: Section, runs: Path) -> None:
+    def __init__(self, ray: Any, cpus: float, gpus: float, runs: Path) -> None:
         self.refs: dict[str, Any] = {}
         self.runs = runs
         self.work = ray.remote(_work)
-        gpus = section.gpus if section.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
-        self.options = {"num_cpus": section.cpus, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
+        self.options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
 
     def submit(self, prepared: PlannedRecipe, store: Store) -> list[Any]:
         """The tasks of an arm's steps that are to do."""

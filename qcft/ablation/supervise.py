@@ -20,7 +20,7 @@ from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.store.ablations import Ablation, list_ablations
 
-ENDED = {0, 1, 2, 130, 143}  # what a process of ours ends with when it ends by itself
+ENDED, STOPPED = {0, 1, 2}, {130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
 
 
 def supervise(arguments: Sequence[str], runs: Path) -> int:
@@ -33,8 +33,6 @@ def supervise(arguments: Sequence[str], runs: Path) -> int:
         command = [sys.executable, "-m", "qcft", *arguments, "--supervised", ",".join(crashed)]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
             code = process.wait()
-        if code in ENDED:
-            return 1 if crashed and code == 0 else code
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         found = [
             (ablation, run)
@@ -42,6 +40,9 @@ def supervise(arguments: Sequence[str], runs: Path) -> int:
             for run, worker in ablation.document["working"].items()
             if worker["pid"] == process.pid
         ]
+        # A library may end the process with an exit code of ours (bitsandbytes does with 1), an arm unfinished.
+        if code in STOPPED or (code in ENDED and not found):
+            return 1 if crashed and code == 0 else code
         if not found:
             raise QcftError(f"the process crashed ({how}) outside of any arm", "the system's log (dmesg) may say why")
         for ablation, run in found:

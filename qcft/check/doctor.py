@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from qcft.cache import cache_folder
 from qcft.errors import InputError, short
 from qcft.files import disk_free
+from qcft.models.cards import asked_device, choose_card, unusable_card
+from qcft.models.installing import bounds, install
+from qcft.models.load import compute_dtype, device
 from qcft.store.steps import PACKAGES, package_versions, writable
 
 GIB = 2**30
@@ -37,15 +38,15 @@ class Finding:
 def examine(runs: Path) -> list[Finding]:
     """Everything `qcft doctor` looks at, in order. Nothing is written."""
     checks: dict[str, Callable[[], Finding]] = {
-        "Python": _python, "packages": _packages, "GPU": _cuda, "16 bits": _half_precision, "bitsandbytes": _four_bits,
-        "runs folder": lambda: _disk(runs), "cache": _cache, "model hub": _hub,
+        "Python": _python, "packages": _packages, "GPU": _cuda, "fused head": _fused, "16 bits": _half_precision,
+        "bitsandbytes": _four_bits, "runs folder": lambda: _disk(runs), "cache": _cache, "model hub": _hub,
     }  # fmt: skip
     findings = []
     for name, check in checks.items():
         try:
             findings.append(check())
         except ImportError as error:  # a package that is missing or broken: the next thing can be tried all the same
-            findings.append(Finding(name, False, f"fails: {short(error)}", mend=_install(PACKAGES)))
+            findings.append(Finding(name, False, f"fails: {short(error)}", mend=install(PACKAGES)))
     return findings
 
 
@@ -57,22 +58,11 @@ def _python() -> Finding:
 def _packages() -> Finding:
     found = package_versions()
     missing = [name for name in PACKAGES if name not in found]
-    wrong = [name for name, wanted in _bounds().items() if not _within(found.get(name), wanted)]
+    wrong = [name for name, wanted in bounds().items() if not _within(found.get(name), wanted)]
     told = [f"missing: {', '.join(missing)}"] if missing else []
-    told += [f"{name} must be {_bounds()[name]}" for name in wrong]
+    told += [f"{name} must be {bounds()[name]}" for name in wrong]
     told.append(", ".join(f"{name} {version}" for name, version in found.items()))
-    return Finding("packages", not (missing or wrong), "; ".join(told), mend=_install([*missing, *wrong] or PACKAGES))
-
-
-def _bounds() -> dict[str, str]:
-    """The versions that qcft asks for of the packages that results rest on."""
-    from packaging.requirements import Requirement
-
-    try:
-        asked = [Requirement(text) for text in requires("qcft") or []]
-    except PackageNotFoundError:  # a folder of sources that was not installed
-        return {}
-    return {one.name: str(one.specifier) for one in asked if one.name in PACKAGES and one.marker is None}
+    return Finding("packages", not (missing or wrong), "; ".join(told), mend=install([*missing, *wrong] or PACKAGES))
 
 
 def _within(version: str | None, wanted: str) -> bool:
@@ -84,24 +74,35 @@ def _within(version: str | None, wanted: str) -> bool:
 def _cuda() -> Finding:
     import torch
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        name, more = torch.cuda.get_device_name(0), torch.cuda.device_count() - 1
-        others = f"; {more} more not used" if more else ""
-        return Finding("GPU", True, f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{others}", needed=False)
-    driver = shutil.which("nvidia-smi")
-    if driver is None:
+    try:
+        if asked_device() == "cpu":
+            return Finding("GPU", True, "not used, as the CPU is asked for", False)
+        if unusable := unusable_card():
+            return Finding("GPU", False, unusable[0], mend=unusable[1])
+        chosen = choose_card()
+    except InputError as error:
+        return Finding("GPU", False, error.message, mend=error.hint)
+    if not torch.cuda.is_available():
         return Finding("GPU", True, "none: work runs on the CPU, which is slow for more than small models", False)
-    built = torch.version.cuda or "without CUDA"
-    return Finding(
-        "GPU", False, f"there is an NVIDIA driver, but torch {torch.__version__} (built {built}) sees no GPU", True,
-        _install(["torch"], "--force-reinstall", "--index-url", "https://download.pytorch.org/whl/cu128"),
-    )  # fmt: skip
+    free, total = torch.cuda.mem_get_info()
+    name = chosen or torch.cuda.get_device_name()
+    return Finding("GPU", True, f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free", needed=False)
+
+
+def _fused() -> Finding:
+    """A step of training's head; on a card, Triton compiles it."""
+    from qcft.training.fused import fused_step, what_is_missing
+
+    why = fused_step()
+    if why is None:
+        return Finding(
+            "fused head", True, f"a step works on the {'GPU' if device() == 'cuda' else 'CPU'}", needed=False
+        )
+    mend = what_is_missing() or "run again with TRITON_CACHE_DIR set to a folder that can be written"
+    return Finding("fused head", False, f"training runs without Triton, more slowly: {why}", False, mend)
 
 
 def _half_precision() -> Finding:
-    from qcft.models.load import compute_dtype, device
-
     dtype = str(compute_dtype()).removeprefix("torch.")
     where = "GPU" if device() == "cuda" else "CPU"
     lacks = "" if dtype == "bfloat16" else ", which has no bfloat16: losses are scaled"
@@ -110,13 +111,11 @@ def _half_precision() -> Finding:
 
 def _four_bits() -> Finding:
     """A product with NF4 weights and its gradient, against the same with those weights dequantised."""
-    mend = _install(["bitsandbytes"], "--force-reinstall", "--no-deps")
+    mend = install(["bitsandbytes"], "--force-reinstall", "--no-deps")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it can do without
     try:
         import bitsandbytes as bnb
         import torch
-
-        from qcft.models.load import compute_dtype, device
 
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(128, 256, generator=generator).to(device(), compute_dtype())
@@ -177,12 +176,3 @@ def _hub() -> Finding:
             told, mend = f"{ENDPOINT} cannot be reached ({type(error).__name__})", f"curl -I {ENDPOINT}"
         return Finding("model hub", False, f"{told}; local folders and files work", needed=False, mend=mend)
     return Finding("model hub", True, f"{ENDPOINT} answers", needed=False)
-
-
-def _install(packages: Iterable[str], *options: str) -> str:
-    bounds = _bounds()
-    return " ".join([_pip(), "install", *options, *(shlex.quote(name + bounds.get(name, "")) for name in packages)])
-
-
-def _pip() -> str:
-    return f"{Path(sys.executable).name} -m pip"

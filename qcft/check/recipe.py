@@ -11,6 +11,7 @@ from qcft.data.encode import IGNORED, EncodedRow, EncodedSet
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.measure.similarity import compare_phases
+from qcft.models.cards import choose_card
 from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import has_weights
 from qcft.prepare.checks import check_prepared
@@ -46,6 +47,8 @@ def check_recipe(
 
     set_environment()
     quiet()
+    if not vram:
+        choose_card()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
     recipe = prepared.recipe
     check_prepared(prepared, weights=False)

@@ -15,8 +15,12 @@ from qcft.cli.options import STOPPED, app, stop_at_once
 def main() -> NoReturn:
     """The `qcft` command: errors as two lines, exit codes 0, 1, 2, 130 and 143."""
     debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    from qcft.errors import QcftError
+    if "--cpu" in sys.argv:
+        os.environ["QCFT_DEVICE"] = "cpu"
+    sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--cpu"}]
+    if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from qcft.errors import QcftError, is_out_of_memory
 
     _prepare_streams()
     try:
@@ -40,6 +44,8 @@ def main() -> NoReturn:
 
         if is_disk_full(error, Path.cwd()):
             _fail("the disk that is written to is full", "free some space, then give the same command", 1)
+        if is_out_of_memory(error):
+            _fail("memory ran out", "free memory, or use a smaller model; what was done is kept", 1)
         text = f"{type(error).__name__}: {error}"
         _fail(f"unexpected {text[:300]}", "what was done is kept; run again with --debug to see where it comes from", 1)
     sys.exit(code if isinstance(code, int) else 0)

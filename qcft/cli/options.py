@@ -91,8 +91,11 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Run on the CPU (anywhere on the line), as QCFT_DEVICE=cpu does.")
+    ] = False,
 ) -> None:
-    """Options before any command; --debug is taken out of the line in `main`."""
+    """Options before any command; --debug and --cpu are taken out of the line in `main`."""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qcft.data.encode import IGNORED, EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Watch
+from qcft.models.halving import in_halves
 from qcft.models.load import evaluating
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch,
     limited = keeps_logits(model)
     with evaluating(model):
         for chosen in _batches(rows):
-            for i, score in zip(chosen, _score(model, [rows[i] for i in chosen], limited), strict=True):
+            what = f"while scoring a row of {len(rows[chosen[0]].input_ids)} tokens"
+            scored = in_halves(lambda some: _score(model, some, limited), [rows[i] for i in chosen], what)
+            for i, score in zip(chosen, scored, strict=True):
                 scores[i] = score
                 if not math.isfinite(score.nll):
                     raise QcftError(f"{label}: the NLL is {score.nll}", "the model's weights or its adapter are broken")
@@ -50,7 +53,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch,
     return [scores[i] for i in range(len(rows))]
 
 
-def _score(model: PreTrainedModel, rows: list[EncodedRow], limited: bool) -> list[RowScore]:
+def _score(model: PreTrainedModel, rows: Sequence[EncodedRow], limited: bool) -> list[RowScore]:
     """Score one batch."""
     logits, targets = answer_logits(model, rows, limited)
     return [_row_score(logits[i], targets[i]) for i in range(len(rows))]

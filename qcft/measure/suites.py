@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.task
 import numpy as np
-import torch
 from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
@@ -21,7 +20,8 @@ from tqdm import tqdm
 
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.models.load import device, free_memory
+from qcft.models.halving import attempt
+from qcft.models.load import device
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -84,17 +84,12 @@ class Scorer:
         self.lm.label = label
         while True:
             self.lm.batch_size_per_gpu = self.batch
-            try:
-                return _scored(name, _evaluate(self.lm, loaded, asked), loaded)
-            except torch.OutOfMemoryError:
-                pass
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):  # what the CPU's allocator says
-                    raise
+            scored = attempt(lambda: _scored(name, _evaluate(self.lm, loaded, asked), loaded))
+            if scored is not None:
+                return scored
             if self.batch == 1:
                 raise QcftError("the memory ran out on a single item", "use a smaller model, or shorter items")
             self.batch //= 2
-            free_memory()
 
 
 class _Watched(HFLM):

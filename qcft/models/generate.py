@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.mix import stable_seed
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.models.load import evaluating, free_memory
+from qcft.models.halving import attempt
+from qcft.models.load import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +95,8 @@ def answer_batches(
             def heard(done: int, tokens: int, before: int = len(answers), so_far: int = made) -> None:
                 tell(before + done, so_far + tokens)
 
-            sequences = _attempt(model, tokenizer, [prompts[i] for i in chosen], chosen, end_ids, sampling, heard)
+            given = [prompts[i] for i in chosen]
+            sequences = attempt(partial(_generate, model, tokenizer, given, chosen, end_ids, sampling, heard))
             if sequences is None:
                 if len(chosen) == 1:
                     raise QcftError(
@@ -107,21 +110,6 @@ def answer_batches(
                 made += answers[i].tokens
             batches.append(chosen)
     return [answers[i] for i in range(len(prompts))], batches
-
-
-def _attempt(*arguments: Any) -> list[list[int]] | None:
-    """`_generate`, or None when the memory ran out."""
-    import torch
-
-    try:
-        return _generate(*arguments)
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what the CPU's allocator says
-            raise
-    free_memory()  # outside of the handler, whose traceback holds on to the tensors
-    return None
 
 
 def _generate(

@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, QcftError, short
+from qcft.errors import InputError, QcftError, is_out_of_memory, short
+from qcft.models.cards import asked_device
 from qcft.recipe import Model
 
 if TYPE_CHECKING:
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
 
 def device() -> str:
-    """Where work runs: the first CUDA device, else the CPU."""
+    """Where work runs: `cuda`, which is the current card, or `cpu` where there is none or it is asked for.
+
+    Raises InputError for a QCFT_DEVICE that is no device.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if asked_device() != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype() -> torch.dtype:
@@ -97,9 +101,10 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
     try:
         config = read_config(folder, model)
         loaded, info = auto_class(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
-    except torch.cuda.OutOfMemoryError:
-        raise QcftError("the model does not fit on the GPU", "use a smaller model, or free the GPU") from None
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            where = "on the GPU" if device() == "cuda" else "into memory"
+            raise QcftError(f"the model does not fit {where}", "use a smaller model, or free memory") from None
         raise QcftError(f"model: {str(folder)!r} cannot be loaded: {short(error)}", "check the model folder") from None
     missing = sorted({name for name, _ in loaded.named_parameters()} & set(info["missing_keys"]))
     if missing:
@@ -151,7 +156,7 @@ def peak_memory() -> tuple[str, int]:
     """What the peak is of, and its bytes: GPU memory since the last reset, or the process's resident set."""
     import torch
 
-    if torch.cuda.is_available():
+    if device() == "cuda":
         return "GPU", torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         return "RAM", 0  # not told by Python's own library there
@@ -165,7 +170,7 @@ def free_bytes() -> int:
     """Memory that is free where work runs: on the GPU, else in the machine without swapping."""
     import torch
 
-    if torch.cuda.is_available():
+    if device() == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     import psutil
 

@@ -255,6 +255,10 @@ class _Planner:
         english = self.digests.english.get(phase.name)
         if watched is not None and watched.stop is not None and english:  # the probe itself changes nothing
             settings["forgetting"] = {**watched.model_dump(exclude={"warn"}), "english": english}
+        if self.recipe.deterministic:
+            settings["deterministic"] = True
+        if start.goes_on and self.quantize != "none":
+            settings["carried"] = "float32"  # earlier versions rounded the adapter to bf16 as the phase began
         parents = tuple(step.id for step in (replay, layers) if step)
         title, weights = f"train {phase.name}", start.weights
         return self.add("train", phase.name, title, phase.name, weights, start.goes_on, settings, parents, start.under)

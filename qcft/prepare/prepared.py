@@ -19,6 +19,7 @@ from qcft.events import Watch
 from qcft.files import file_digest
 from qcft.measure.catalog import Catalog
 from qcft.models.adapter_config import CONFIG, WEIGHTS, read_adapter_config
+from qcft.models.load import device
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
 from qcft.prepare.digests import Digests
@@ -26,6 +27,7 @@ from qcft.prepare.groups import Group, held_out_groups
 from qcft.prepare.reading import SourceReader, with_languages
 from qcft.recipe import FIDELITY, TESTS, Dial, Goal, Model, Phase, Recipe
 from qcft.replay.pools import ENGLISH, HeldOutRows, Pool, make_pools
+from qcft.training.settings import with_optimizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ class Prepared:
     def __init__(
         self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
     ) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = with_optimizers(recipe, device())
         self.watch = watch
         self._memo: dict[Any, Any] = {} if memo is None else memo
         self.model: ModelSource = self._once(("model", recipe.model.model_dump_json()), lambda: resolve(recipe.model))

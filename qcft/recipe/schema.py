@@ -201,12 +201,13 @@ class Forgetting(Part):
 
 
 class Recipe(Part):
-    """A whole experiment."""
+    """A whole experiment. `deterministic`: train by kernels that come to the same bits each time, on CUDA too."""
 
     version: Literal[1] = 1
     name: str
     model: Annotated[Model, BeforeValidator(named("name"))]
     seed: Seed = 0
+    deterministic: bool = False
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()
@@ -308,7 +309,7 @@ OWNED = {
     "pad_token": "model.chat_template",
     "bf16": "model.quantize (16-bit compute follows the device)",
     "fp16": "model.quantize (16-bit compute follows the device)",
-    "use_cpu": "CUDA_VISIBLE_DEVICES",
+    "use_cpu": "--cpu, or QCFT_DEVICE=cpu",
     "output_dir": "--runs",
     "completion_only_loss": "data (loss falls on answers only)",
     "assistant_only_loss": "data (loss falls on answers only)",

@@ -42,7 +42,8 @@ class Generation:
     """The answers of one pool, in the pool's order.
 
     Each chunk of prompts has a seed of its own and is a file of its own, whole or not there, so a killed run goes
-    on at the next chunk and a larger ratio adds chunks. The model is loaded when the first answer is missing.
+    on at the next chunk and a larger ratio adds chunks. The model is loaded when the first answer is missing. `fits`:
+    prompts to answer at once to begin with, where replay's `batch` is auto.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Generation:
         encoder: Encoder,
         load: Callable[[], PreTrainedModel],
         watch: Watch,
+        fits: int = LARGEST,
     ) -> None:
         self.folder = folder / CHUNKS
         self.folder.mkdir(exist_ok=True)
@@ -67,7 +69,7 @@ class Generation:
         self.answers = self.tokens = 0
         self.seconds = 0.0
         self._model: PreTrainedModel | None = None
-        self._batch = min(LARGEST if replay.batch == "auto" else replay.batch, replay.chunk)
+        self._batch = min(fits if replay.batch == "auto" else replay.batch, replay.chunk)
 
     def draw(self, tell: Tell) -> Iterator[Generated]:
         """Answers one after the other; a chunk is made when its first answer is asked for."""

@@ -12,6 +12,9 @@ def set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.platform != "win32" and "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
+        # Passes differ in size: blocks that can grow leave no gaps between them that nothing fits into.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
     _loaded_by_others()

@@ -8,6 +8,7 @@ from qcft.events import Watch
 from qcft.plan import make_plan
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.training.determinism import prepare_cublas
 
 
 class PlannedRecipe(Prepared):
@@ -16,5 +17,7 @@ class PlannedRecipe(Prepared):
     def __init__(
         self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
     ) -> None:
+        if recipe.deterministic:
+            prepare_cublas()
         super().__init__(recipe, watch, goal, memo)
         self.plan = make_plan(self.recipe, self.digests(), goal)

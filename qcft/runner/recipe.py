@@ -13,6 +13,7 @@ from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.ability_table import ABILITIES
 from qcft.measure.results import finished_run
+from qcft.models.cards import choose_card
 from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Dial, Goal, Recipe
@@ -27,6 +28,7 @@ from qcft.store.results import Run
 from qcft.store.runs import link_stage
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
+from qcft.training.fused import use_triton_where_it_works
 
 if TYPE_CHECKING:
     from qcft.steps.worker import Worker
@@ -90,11 +92,15 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
         quiet()
+        if world() == 1 and (card := choose_card()):
+            watch.note(f"on {card}; QCFT_DEVICE names another")
         missing = [step for step in steps if not records[step.id]]
         if any(step.kind != "suite" for step in missing):
             check_prepared(prepared)
         check_tasks(prepared, dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
         forecast(prepared, missing, store, watch)
+        if any(step.kind == "train" for step in missing):
+            use_triton_where_it_works(watch)
     recipe = prepared.pinned_recipe()
     run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:
@@ -171,7 +177,9 @@ def do_step(
 def _reset_peak() -> None:
     import torch
 
-    if torch.cuda.is_available():
+    from qcft.models.load import device
+
+    if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.data.mix import replay_rows_needed
 from qcft.measure.score import BATCH_TOKENS
 from qcft.prepare.prepared import Prepared
+from qcft.recipe import Phase
 from qcft.replay.generation import LARGEST
 from qcft.steps.step import Step
 from qcft.store.upkeep import size_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 TOGETHER = 16  # prompts that a measured model answers at once
 LOOKED_AT = 64  # prompts of a pool whose lengths stand for all
 TEXT, RECORD = 6, 300  # bytes of a token as text and of a row's record around it, roughly
+ROOM = 0.9  # share of the free memory to fill
 SCORES = 1 << 20  # bytes of scores and answers: of the suites that ship, seldom more
 
 
@@ -48,15 +50,26 @@ def memory_held(prepared: Prepared, step: Step, free: int) -> dict[str, int] | N
         answers = min(TOGETHER, len(prompts)) * (longest + recipe.answers.max_new_tokens)
         logits = BATCH_TOKENS * config.vocab_size * (2 + 4)  # in 16 bits, and in fp32 to be scored
         return {**parts, "logits": int(logits), "cache": _cache(model) * answers}
-    phase = recipe.phase(step.phase or "")
-    assert phase.replay is not None
+    together, each = answered_at_once(prepared, recipe.phase(step.phase or ""), free)
+    return {**parts, "cache": together * each}
+
+
+def answered_at_once(prepared: Prepared, phase: Phase, free: int) -> tuple[int, int]:
+    """How many prompts of a phase's replay are answered at once, by what fits into `free` bytes beside the model where
+    `batch` is auto; and the bytes that one of them holds."""
+    from qcft.models.size import weight_bytes
+
+    replay, model = phase.replay, prepared.meta_model
+    assert replay is not None
     encoder = prepared.replay_encoder(phase)
     rows = islice((row for pool in prepared.pools[phase.name] for row in pool.rows), LOOKED_AT)
-    each = _cache(model) * (max(len(encoder.prompt_ids(row)) for row in rows) + phase.replay.max_new_tokens)
-    together = min(LARGEST if phase.replay.batch == "auto" else phase.replay.batch, phase.replay.chunk)
-    while phase.replay.batch == "auto" and together > 1 and weights.total + together * each > free:
+    lengths = [len(prompt) for prompt in map(encoder.prompt, rows) if not isinstance(prompt, str)]  # else refused
+    each = _cache(model) * (max(lengths, default=0) + replay.max_new_tokens)
+    together = min(LARGEST if replay.batch == "auto" else replay.batch, replay.chunk)
+    weights = weight_bytes(model, prepared.recipe.model.quantize).total
+    while replay.batch == "auto" and together > 1 and weights + together * each > ROOM * free:
         together //= 2  # as generation does when memory runs out
-    return {**parts, "cache": together * each}
+    return together, each
 
 
 def bytes_written(prepared: Prepared, step: Step, planned: Planned | None) -> int:

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qcft.models.load import free_bytes
 from qcft.replay.generation import Generation
 from qcft.replay.rows import make_replay
 from qcft.steps.base import StepWork
+from qcft.steps.needs import answered_at_once
 from qcft.steps.step import Step
 
 
@@ -31,7 +33,8 @@ class ReplayWork(StepWork):
                 source = self.steps[part["pool"]]
                 place = held.enter_context(self.store.claim(source.id, source.inputs(), self.watch))
                 load = partial(self.load, source)
-                made = Generation(place, pool.rows, phase.replay, self.recipe.seed, encoder, load, self.watch)
+                batch = answered_at_once(self.prepared, phase, free_bytes())[0]
+                made = Generation(place, pool.rows, phase.replay, self.recipe.seed, encoder, load, self.watch, batch)
                 answerer = " + ".join(filter(None, (source.weights, *source.under, source.adapter)))
                 generations.append((made, answerer or self.prepared.model.digest, source.id))
             new = self.prepared.encoded(phase)

@@ -36,14 +36,22 @@ class TrainWork(StepWork):
 
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
         """Train a phase's adapter on its rows and its replay."""
+        from qcft.training.determinism import deterministic
+
+        with deterministic(self.recipe.deterministic):
+            return self._work(step, folder)
+
+    def _work(self, step: Step, folder: Path) -> dict[str, Any]:
         from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.agreement import check_live
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
+        from qcft.training.fused import use_triton_where_it_works
         from qcft.training.probe import lay_out
         from qcft.training.sft import Shortcuts, train_adapter
 
         phase = self.phase(step)
+        use_triton_where_it_works(self.watch)
         model = self.load(step)
         agreed, train = self._agreed(model, phase)
         replay = self._replay_sets(phase, step)
@@ -103,6 +111,7 @@ class TrainWork(StepWork):
             Shortcuts(below, by_rows, prefix, agreed.fused),
             probing,
             self._fit(phase.name, train, modules, batches, by_rows, prefix is not None),
+            carried=step.adapter is not None,
         )
         if rank() == 0:
             write_chat(self.prepared.tokenizer, folder / "adapter", self.prepared.described)

@@ -222,7 +222,7 @@ def _device_name() -> str:
 
     torch = sys.modules.get("torch")  # named only where it is loaded already
     if torch is not None and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name(0))
+        return str(torch.cuda.get_device_name())
     return "cpu"
 
 

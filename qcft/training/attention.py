@@ -2,10 +2,16 @@
 
 The library's way is one dense mask over the whole pass, a square of its tokens. Row by row is less work, and
 what a row comes to no longer depends, to the bit in bf16 on a CPU, on the rows it is packed with.
+
+On a card each row is a kernel of its own in every layer. PyTorch has one kernel for all rows; it is used where
+QCFT_VARLEN=1 asks for it, until a card has shown that both come to the same (tests/gpu/RESULTS.md).
 """
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,7 +55,51 @@ def _attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     assert attention_mask is None, "rows attended one by one take no mask"
+    if len(row_lengths) > 1 and not options.get("dropout") and one_kernel(query.device):
+        return _by_one_kernel(query, key, value, tuple(row_lengths), options.get("scaling")), None
     lengths = list(row_lengths) or [query.shape[2]]
     split = (torch.split(part, lengths, dim=2) for part in (query, key, value))
     rows = [sdpa_attention_forward(module, *row, None, **options)[0] for row in zip(*split, strict=True)]
     return torch.cat(rows, dim=1), None
+
+
+def one_kernel(device: torch.device) -> bool:
+    """Whether all rows attend by one kernel: asked for, and the card (compute capability 8.0 or later) and torch have
+    it."""
+    import torch
+
+    if (
+        os.environ.get("QCFT_VARLEN") != "1"
+        or device.type != "cuda"
+        or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        return False
+    from inspect import signature
+
+    from torch.nn.attention import varlen
+
+    return {"enable_gqa", "num_splits"} <= signature(varlen.varlen_attn).parameters.keys()
+
+
+def _by_one_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float | None
+) -> torch.Tensor:
+    """Causal attention of each row to itself: (1, heads, tokens, head size) -> (1, tokens, heads, head size)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = _ends(lengths, query.device), max(lengths)
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    # One split: else the sums of a row would depend on the longest row beside it.
+    out: Any = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1
+    )
+    rows: torch.Tensor = out[None]
+    return rows
+
+
+@lru_cache(maxsize=8)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each row begins and the last ends, the same for all layers of a pass."""
+    import torch
+
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

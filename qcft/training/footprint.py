@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,13 @@ from qcft.models.size import quantised_modules
 from qcft.recipe import Lora
 from qcft.training.attention import attend_by_rows
 from qcft.training.checkpointing import recompute_activations
+from qcft.training.head import HEAD_WORDS, first_word
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# TRL's fused head (trl.kernels): tokens and words of the vocabulary whose logits are held at once.
-HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+HEAD_TOKENS = 4096  # whose logits TRL's fused head (trl.kernels) holds at once
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
         _without_data(adapted)
         counted = _counting()
         inputs = _inputs(one, by_rows)
-        with counted, torch.autocast("cpu", torch.bfloat16):
+        with counted, torch.autocast("cpu", torch.bfloat16), _autocast_for(shape.device):
             states = reduced.base_model(**inputs, use_cache=False).last_hidden_state
             scored = states.reshape(-1, states.shape[-1])[torch.zeros(one.answers, dtype=torch.long)]
             leaf = scored.detach().requires_grad_()
@@ -150,6 +151,20 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
         with counted:
             scored.backward(leaf.grad)
     return Footprint(counted.peak, logits, counted.flops, counted.moved)
+
+
+@contextmanager
+def _autocast_for(device: str) -> Iterator[None]:
+    """Have PEFT see autocast where it would: it asks for CUDA's, without which it casts what goes into an adapter to
+    the adapter's fp32."""
+    import torch
+
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", device == "cuda")
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def _inputs(one: Pass, by_rows: bool) -> dict[str, Any]:
@@ -166,13 +181,9 @@ def _inputs(one: Pass, by_rows: bool) -> dict[str, Any]:
 def _score(states: torch.Tensor, head: Any, device: str) -> None:
     """Score answer tokens (tokens, hidden size) as TRL's fused head does, and take the gradient of their states."""
     import torch
-    from trl.kernels import ChunkedLogProbFunction
 
     if device == "cpu":
-        targets = torch.zeros(len(states), dtype=torch.long)
-        outputs = ("entropy", "is_top1")
-        head_of = (head.weight, head.bias, targets, 1.0, HEAD_WORDS, None, 1.0, outputs)
-        ChunkedLogProbFunction.apply(states, *head_of)[0].sum().backward()
+        first_word(states, head.weight, head.bias).backward()  # type: ignore[no-untyped-call]
         return
     # On a GPU a kernel folds each block of logits where it lies: the block, and gradients that add up in fp32.
     words = len(head.weight)
@@ -263,6 +274,16 @@ def _without_data(model: Any) -> None:
                 held[name] = made[id(tensor)][0]
 
 
+def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
+    """Of attention without a mask, by the shapes (batch, heads, tokens, head size) of its three: scores and what they
+    weigh. Query heads count, as those that share keys and values (grouped-query attention) have products of their own.
+
+    PyTorch's own counter knows no shared heads before 2.12, and no kernels of a CPU before 2.15.
+    """
+    batch, heads, tokens, size = query
+    return 2 * batch * heads * tokens * key[2] * (size + value[3])
+
+
 def _counting() -> Any:
     """A mode that counts the bytes of every tensor that is made while it lives, and the work of every operation."""
     import torch
@@ -271,12 +292,12 @@ def _counting() -> Any:
     from torch.utils._pytree import tree_leaves
 
     registry: Any = flop_counter.flop_registry
-    attention_flops: Any = flop_counter.sdpa_flop_count
 
     class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
-            self.live = self.peak = self.flops = self.moved = 0
+            self.live = self.peak = self.moved = 0
+            self.flops = 0.0
             self.known: weakref.WeakSet[Any] = weakref.WeakSet()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -288,12 +309,12 @@ def _counting() -> Any:
                     self._count(tensor.untyped_storage(), given)
             self.peak = max(self.peak, self.live)
             packet = func._overloadpacket
-            if packet in registry:
+            if "scaled_dot_product" in str(packet):
+                backward = "backward" in str(packet)  # where the gradient comes first
+                q, k, v = [t.shape for t in args if isinstance(t, torch.Tensor)][backward:][:3]
+                self.flops += (2.5 if backward else 1) * attention_flops(q, k, v)
+            elif packet in registry:
                 self.flops += registry[packet](*args, **kwargs, out_val=out)
-            elif "scaled_dot_product" in str(packet):  # the CPU's kernel, which the registry lacks
-                backward = 2.5 if "backward" in str(packet) else 1
-                q, k, v = [t for t in args if isinstance(t, torch.Tensor)][backward > 1 :][:3]
-                self.flops += backward * attention_flops(q.shape, k.shape, v.shape)
             elif not func.is_view:
                 tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
                 self.moved += sum(t.numel() * t.element_size() for t in tensors)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import torch
 
 
+HEAD_WORDS = 32768  # of the vocabulary, whose logits TRL's fused head holds at once
+
+
 class AnswerTokens:
     """Has TRL's head score the tokens that bear loss and no others; without Triton it would score every token."""
 
@@ -30,6 +33,19 @@ class AnswerTokens:
     def _keep_chosen(self, module: Any, arguments: Any, output: Any) -> None:
         if self.chosen is not None:
             output.last_hidden_state = output.last_hidden_state[:, :-1][self.chosen][None]
+
+
+def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The summed log-probability of the first word after each of the states (tokens, hidden size), by TRL's fused head:
+    what costs as much as a loss does."""
+    import torch
+    from trl.kernels import ChunkedLogProbFunction
+
+    targets = torch.zeros(len(states), dtype=torch.long, device=states.device)
+    outputs = ("entropy", "is_top1")
+    made = ChunkedLogProbFunction.apply(states, weight, bias, targets, 1.0, HEAD_WORDS, None, 1.0, outputs)
+    total: torch.Tensor = made[0].sum()
+    return total
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

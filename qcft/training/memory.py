@@ -14,6 +14,7 @@ from qcft.recipe import Train
 from qcft.training.batches import Batches
 from qcft.training.footprint import Footprint, Pass, Shape, footprint
 from qcft.training.passes import Fit, divided
+from qcft.training.settings import optimizer_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,9 +145,6 @@ def _memory(model: PreTrainedModel, shape: Shape, train: Train, cost: Footprint,
     weights = weight_bytes(model, shape.quantize, gone)
     by_name = {module.name: module.shape for module in linear_modules(model)}
     trained = sum(shape.lora.r * sum(by_name[name]) for name in shape.modules)
-    optimizer = train.optimizer
-    if optimizer == "auto":
-        optimizer = "adamw_torch" if shape.device == "cpu" else "paged_adamw_8bit"
     mapped = HALF * 2 * weight_bytes(model, shape.quantize).packed if shape.device == "cpu" else 0
     return Memory(
         weights=weights.packed,
@@ -155,7 +153,7 @@ def _memory(model: PreTrainedModel, shape: Shape, train: Train, cost: Footprint,
         file=mapped,
         adapters=FULL * trained + HALF * under,
         gradients=FULL * trained,
-        optimizer=round(STATES.get(optimizer, ADAMW) * trained),
+        optimizer=round(STATES.get(optimizer_for(train, shape.device), ADAMW) * trained),
         activations=round(max(cost.activations - cost.logits, 0)),
         logits=round(min(cost.logits, cost.activations)),
         kept=KEPT if shape.device == "cpu" else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.models.load import free_memory
+from qcft.models.halving import attempt
+from qcft.models.load import device
 from qcft.training.checkpointing import recompute_activations
 
 if TYPE_CHECKING:
@@ -58,27 +60,26 @@ class Passes:
 
         Raises QcftError when not even one row fits.
         """
-        import torch
-        from accelerate.utils.memory import should_reduce_batch_size
-
         if step != self._step:
             self._step, self._rows, self._random = step, [], _random_state()
         self._rows.append(rows)
         passes = [rows]
         while True:
-            try:
-                for one in passes:
-                    losses = [part(some) for some in self.parts(one)]
-                return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-            # Outside of the handler, whose traceback holds on to the activations.
+            loss = attempt(partial(self._run, passes, part))
+            if loss is not None:
+                return loss
             model.zero_grad()
-            free_memory()
             self._make_room(model, below)
             _set_random_state(self._random)
             passes = self._rows
+
+    def _run(self, passes: Sequence[list[EncodedRow]], part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """The loss of the last of `passes`, all of them run."""
+        import torch
+
+        for one in passes:
+            losses = [part(some) for some in self.parts(one)]
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def parts(self, rows: Sequence[EncodedRow]) -> list[list[EncodedRow]]:
         """The rows of a pass in the parts that are run at once."""
@@ -126,11 +127,12 @@ def _tokens(rows: Sequence[EncodedRow], padded: bool) -> int:
 def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
     import torch
 
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if device() == "cuda" else []
 
 
 def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     import torch
 
     torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.layers import decoder_layers
+from qcft.models.halving import in_halves
 from qcft.models.load import compute_dtype, evaluating, free_memory
 from qcft.recipe import Train
 from qcft.store.states import RowStates
@@ -50,7 +52,8 @@ def fill_states(model: PreTrainedModel, below: int, rows: Sequence[EncodedRow], 
     done = 0
     for keys in _passes(missing, by_key, PASS_TOKENS if together else 1):
         watch.progress(f"caching the first {below} layers", done, len(missing), "rows")
-        computed = _run_prefix(model, below, [by_key[key] for key in keys], together)
+        run = partial(_run_prefix, model, below, together)
+        computed = in_halves(run, [by_key[key] for key in keys], f"while caching the first {below} layers of a row")
         states.add([(key, _as_integers(one)) for key, one in zip(keys, computed, strict=True)])
         done += len(keys)
     if missing:
@@ -100,7 +103,7 @@ class Prefix:
         self.stored.current = joined.to(self.device)
 
 
-def _run_prefix(model: PreTrainedModel, below: int, rows: list[EncodedRow], together: bool) -> list[torch.Tensor]:
+def _run_prefix(model: PreTrainedModel, below: int, together: bool, rows: Sequence[EncodedRow]) -> list[torch.Tensor]:
     """What goes into layer `below` for each row: tensors of shape (tokens, hidden size)."""
     import torch
 

@@ -21,6 +21,7 @@ from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import is_whole, seal, write_text
 from qcft.models.adapters import read_trained, save_trained
+from qcft.models.halving import in_halves
 from qcft.models.load import compute_dtype, evaluating
 from qcft.recipe import Forgetting
 from qcft.training.batches import Batches
@@ -208,7 +209,7 @@ def english_nll(model: PeftModel, rows: Sequence[EncodedRow], nll: SummedNll, to
     inner: Any = model
     with evaluating(inner), torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() != torch.float32):
         for group in _passes(rows, PASS_TOKENS if together else 1):
-            total += nll(group)
+            total += sum(in_halves(lambda some: [nll(some)], group, "in the live probe"))
             tokens += sum(label != IGNORED for row in group for label in row.labels[1:])
     return total / tokens
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qcft.errors import InputError, nearest, short
 from qcft.models.load import compute_dtype, device
-from qcft.recipe import Train
+from qcft.recipe import Recipe, Train
 from qcft.training.batches import Batches
 from qcft.training.distributed.ranks import sharded, world
 
@@ -61,6 +61,33 @@ def check_settings(train: Train) -> None:
         raise InputError(f"train.sft: {short(error)}", "see TRL's documentation of SFTConfig") from None
 
 
+def optimizer_for(train: Train, where: str) -> str:
+    """The optimizer of a training, `auto` resolved: AdamW, on CUDA in 8 bits.
+
+    Not paged: the states of adapters are small, and bitsandbytes keeps paged buffers until the process ends, which an
+    error in CUDA's paging does at once. Nor in 8 bits where the weights are sharded, which bitsandbytes cannot do.
+    """
+    if train.optimizer != "auto":
+        return train.optimizer
+    return "adamw_8bit" if where == "cuda" and not sharded() else "adamw_torch"
+
+
+def with_optimizers(recipe: Recipe, where: str) -> Recipe:
+    """A recipe whose phases name the optimizer that `auto` comes to where they run, so that steps are known by it.
+
+    Between CPUs nothing is named: there `auto` always came to the same.
+    """
+    if "cuda" not in {where, device()}:
+        return recipe
+    phases = [
+        phase.model_copy(
+            update={"train": phase.train.model_copy(update={"optimizer": optimizer_for(phase.train, where)})}
+        )
+        for phase in recipe.phases
+    ]
+    return recipe.model_copy(update={"phases": phases})
+
+
 def sft_config(
     train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool, by_rows: bool
 ) -> SFTConfig:
@@ -68,12 +95,25 @@ def sft_config(
     import torch
     from trl import SFTConfig
 
-    optimizer = train.optimizer
-    if optimizer == "auto":
-        # bitsandbytes' optimizers know no tensors that are dealt out.
-        optimizer = "paged_adamw_8bit" if device() == "cuda" and not sharded() else "adamw_torch"
+    class OneCard(SFTConfig):  # type: ignore[misc]
+        """TRL's settings for a process that uses the current card, whichever others it sees."""
+
+        @property
+        def n_gpu(self) -> int:  # the Trainer would copy the model to every card, which TRL refuses
+            return min(1, int(super().n_gpu))
+
+        @property
+        def device(self) -> torch.device:  # the Trainer makes the first card the current one
+            found: torch.device
+            if device() == "cpu":
+                found = super().device
+                return found
+            with torch.cuda.device(torch.cuda.current_device()):
+                found = super().device
+            return torch.device("cuda", torch.cuda.current_device()) if world() == 1 else found
+
     every = train.checkpoint_steps or max(1, min(50, math.ceil(batches.steps / 10)))
-    return SFTConfig(
+    return OneCard(
         output_dir=str(checkpoints),
         learning_rate=train.lr,
         num_train_epochs=1,  # all epochs are laid out one after the other, each in an order of its own
@@ -85,7 +125,7 @@ def sft_config(
         train_sampling_strategy="sequential",  # the order is the mix's
         lr_scheduler_type=train.scheduler,
         warmup_steps=train.warmup,
-        optim=optimizer,
+        optim=optimizer_for(train, device()),
         gradient_checkpointing=checkpointing,
         bf16=compute_dtype() == torch.bfloat16,
         fp16=compute_dtype() == torch.float16,

@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow
-from qcft.errors import Interrupted, QcftError
+from qcft.errors import Interrupted, QcftError, is_out_of_memory
 from qcft.events import Watch
 from qcft.files import SEAL, is_whole, seal
 from qcft.models.adapters import keep_adapters_in_fp32, read_trained, read_weights, save_trained
@@ -83,16 +83,16 @@ def train_adapter(
     shortcuts: Shortcuts = Shortcuts(),
     probing: Probing | None = None,
     fit: Fit | None = None,
+    carried: bool = False,
 ) -> Trained:
     """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
 
+    `carried`: the adapters come from an earlier phase, and start from its weights to the bit.
     `fit`: how passes are run to begin with (None: as laid out); smaller ones when memory runs out. Goes on from the
     last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint is written and Interrupted
     raised. Raises QcftError when the loss is no longer finite, the gradients explode, or one row does not fit into
     memory.
     """
-    import torch
-
     checkpoints = folder / "checkpoints"
     last = _last_whole(checkpoints, watch)
     padded = not (batches.packed or shortcuts.by_rows)
@@ -101,11 +101,14 @@ def train_adapter(
     config = sft_config(train, checkpoints, dealt, seed, passes.recompute, shortcuts.by_rows)
     if sharded():
         shards.allow_on_cpu()
+    start = {name: p.data for name, p in model.named_parameters() if carried and p.requires_grad}
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
         trainer = _make_trainer(model, tokenizer, dealt, config, shortcuts, passes)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
+    for name, weights_before in start.items():  # TRL rounded those of a quantised model to bf16
+        model.get_parameter(name).data = weights_before
     if sharded():
         shards.keep_precision(trainer)
     english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
@@ -119,10 +122,12 @@ def train_adapter(
             f"{last.name if last else 'a checkpoint'} holds more than tensors: qcft did not write it so",
             f"remove {str(last)!r}; the training goes on from the one before it",
         ) from None
-    except torch.cuda.OutOfMemoryError:  # not in a pass, which would have been made smaller
-        raise QcftError(
-            "the GPU's memory ran out between passes of the training",
-            "the same command goes on from the last checkpoint; free the GPU, or use a smaller lora.r",
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise QcftError(  # not in a pass, which would have been made smaller
+            "memory ran out between passes of the training",
+            "the same command resumes from the last checkpoint; free memory, or use a smaller lora.r",
         ) from None
     stopped = english is not None and english.stopped
     if watch.stop_code is not None and trainer.state.global_step < batches.steps and not stopped:

@@ -1,7 +1,8 @@
 """What freezing saves: a plain TRL + PEFT script against qcft, the first 20 of SmolLM2-135M's 30 layers frozen.
 
-    python tests/benchmarks/freezing.py [--rounds 3] [--steps 5] [--model FOLDER_OR_NAME] [--frozen 20]
+    python tests/benchmarks/freezing.py [--rounds 3] [--steps 5] [--model FOLDER_OR_NAME] [--frozen 20] [--shape 1B|8B]
 
+--shape: a model of that shape with random weights, made on the card, its lower half frozen.
 Same rows (256 tokens, 4 a step), same adapters on the same modules from the same start, NF4. Variants run in turn,
 each in a process of its own; a round's figure is the median step after the first. Peak memory is the process's
 resident set in training (CUDA: memory allocated). With them the time and peak memory of `snr` over the model.
@@ -19,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from shapes import model_of
+
 VARIANTS = {
     "plain": "plain TRL + PEFT",
     "checkpointing": "qcft, checkpointing on",
@@ -35,12 +38,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a round, the first not counted")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--frozen", type=int, default=20)
+    parser.add_argument("--shape", help="1B, 3B or 8B: random weights of that shape, the lower half frozen")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         work = {"snr": snr}.get(options.one, lambda o: train(options.one, o))
         print(json.dumps(work(options)))
         return
+    with model_of(options.shape, half_frozen=True):
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Run all variants in turn and report."""
     rounds: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
     for number in range(options.rounds):
         for variant in VARIANTS:
@@ -238,10 +248,11 @@ def snr(options: argparse.Namespace) -> dict:
 
     model = Model(name=options.model)
     folder = weights_folder(resolve(model), Watch())
-    names = [module.name for module in linear_modules(model_without_weights(folder, model))]
+    without_weights = model_without_weights(folder, model)
+    names = [module.name for module in linear_modules(without_weights)]
     clear_peak()
     begun = now()
-    ratios = measure_snr(folder, names, Watch())
+    ratios = measure_snr(folder, without_weights, names, Watch())
     return {"seconds": now() - begun, "peak": peak_bytes(), "matrices": len(ratios)}
 
 
@@ -276,13 +287,18 @@ def report(rounds, saved, ratios) -> None:
     step = {variant: statistics.median(r["step"] for r in found) for variant, found in rounds.items()}
     peak = {variant: max(r["peak"] for r in found) / 2**30 for variant, found in rounds.items()}
     losses = {variant: found[0]["losses"] for variant, found in rounds.items()}
-    print(f"{'':42}{'s a step':>10}{'faster':>9}{'peak GiB':>10}{'loss differs':>14}{'saved below':>13}")
+    print(
+        f"{'':42}{'s a step':>10}{'tokens/s':>10}{'faster':>9}{'peak GiB':>10}{'loss differs':>14}{'saved below':>13}"
+    )
     figures = {}
     for variant, title in VARIANTS.items():
         faster = statistics.median(a["step"] / b["step"] for a, b in zip(rounds["plain"], rounds[variant], strict=True))
         differs = max(abs(a - b) / a for a, b in zip(losses["plain"], losses[variant], strict=True))
         kept = "" if variant not in saved else f"{saved[variant] / 2**20:.0f} MiB"
-        print(f"{title:42}{step[variant]:10.2f}{faster:8.2f}x{peak[variant]:10.2f}{differs:13.2%}{kept:>13}")
+        rate = BATCH * LENGTH / step[variant]
+        print(
+            f"{title:42}{step[variant]:10.2f}{rate:10,.0f}{faster:8.2f}x{peak[variant]:10.2f}{differs:13.2%}{kept:>13}"
+        )
         goal = GOALS.get(variant)
         if goal:
             figures[f"{variant}_faster"] = {"value": round(faster, 2), "unit": "x", "goal": goal, "met": faster >= goal}

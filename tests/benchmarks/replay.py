@@ -1,8 +1,9 @@
 """Generating replay: qcft's batches beside one prompt at a time and a fixed batch of 16 in file order.
 
     python tests/benchmarks/replay.py [--model smollm2-135m-instruct] [--data FILE] [--prompts 64]
-                                      [--max-new-tokens 256] [--runs 3] [--continuous]
+                                      [--max-new-tokens 256] [--runs 3] [--continuous] [--shape 1B|8B]
 
+--shape: a model of that shape with random weights, made on the card; that of 8B ends its answers, the others do not.
 The 4-bit model answers the first prompts of a file like Alpaca's (else of the instructions that ship with qcft),
 sampling at temperature 0.7 and top-p 0.9. Each way runs in a process of its own, in turn, so that its peak memory
 is its own; the model's load and a warm-up are not timed. The plain ways call transformers' `generate`, --continuous
@@ -16,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+from shapes import model_of
 
 WAYS = {"one": "one at a time", "sixteen": "fixed batch of 16, file order", "qcft": "qcft, chunk of 64"}
 CONTINUOUS = {"continuous": "transformers generate_batch"}
@@ -108,11 +111,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--every", type=int, default=8, help="one at a time answers every N-th prompt")
     parser.add_argument("--continuous", action="store_true")
+    parser.add_argument("--shape", help="1B, 3B or 8B: random weights of that shape")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
         print(json.dumps(one_way(options.way, options)))
         return
+    with model_of(options.shape):
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Run all ways in turn and report."""
     ways = WAYS | (CONTINUOUS if options.continuous else {})
     found: dict[str, list[dict]] = {way: [] for way in ways}
     for _ in range(options.runs):

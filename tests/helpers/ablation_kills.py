@@ -15,10 +15,10 @@ from qcft.store.ablations import Ablation
 ROOT = Path(__file__).parents[2]
 
 
-def start(recipe: Path, runs: Path) -> subprocess.Popen:
+def start(recipe: Path, runs: Path, *places: Path) -> subprocess.Popen:
     """`qcft ablate` in a group of its own, so that all its processes can be killed at once."""
     command = [sys.executable, "-m", "qcft", "ablate", str(recipe), "--runs", str(runs), "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*places, ROOT)))}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

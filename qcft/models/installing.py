@@ -1,0 +1,29 @@
+"""The commands that install what is missing, within the versions that qcft asks for."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+from qcft.store.steps import PACKAGES
+
+
+def bounds() -> dict[str, str]:
+    """The versions that qcft asks for of the packages that results rest on."""
+    from packaging.requirements import Requirement
+
+    try:
+        asked = [Requirement(text) for text in requires("qcft") or []]
+    except PackageNotFoundError:  # a folder of sources that was not installed
+        return {}
+    return {one.name: str(one.specifier) for one in asked if one.name in PACKAGES and one.marker is None}
+
+
+def install(packages: Iterable[str], *options: str) -> str:
+    """The command that installs packages with this Python."""
+    wanted = bounds()
+    named = (shlex.quote(name + wanted.get(name, "")) for name in packages)
+    return " ".join([Path(sys.executable).name, "-m", "pip", "install", *options, *named])
