@@ -333,7 +333,7 @@ def _config(name: str) -> Any:
     kind, changes = FAMILIES[name]
     made = CONFIG_MAPPING[kind]
     default, renamed = made(), getattr(made, "attribute_map", {})
-    sizes = {key: size for key, size in SIZES.items() if hasattr(default, key) or key in renamed}
+    sizes = {key: size for key, size in SIZES.items() if key in default.to_dict() or key in renamed}
     both = {**sizes, **changes}
     return made(
         **{key: value for key, value in both.items() if value is not None or key not in sizes or key == "pad_token_id"}
