@@ -1,7 +1,10 @@
 """Models that people download most, with configs of their real shape made smaller, through the whole chain."""
 
+from pathlib import Path
+
 import pytest
 
+from .helpers.families import FAMILIES
 from .helpers.whole_chain import one_family
 
 RIGHT = {"loads": "yes", "scores": "yes", "generates": "yes", "pads": "yes", "two phases": "yes", "merge": "yes"}
@@ -35,3 +38,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(name, says, tmp_
     found = one_family(name, tmp_path)
     assert says in found["refused"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_list_of_families_names_all_that_were_tried():
+    text = (Path(__file__).parents[1] / "qcft" / "README.md").read_text()
+    assert [kind for kind, _ in FAMILIES.values() if f"`{kind}`" not in text] == []
