@@ -276,8 +276,10 @@ def models(tiny_model, folder):
     }.items():
         config = copy(name) / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (copy("shardless") / "model.safetensors.index.json").write_text(json.dumps(index))
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    shardless = copy("shardless")
+    (shardless / "model.safetensors").rename(shardless / "model-00001-of-00002.safetensors")
+    (shardless / "model.safetensors.index.json").write_text(json.dumps(index))
     adapter(folder / "adapter", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
     adapter(folder / "prefix-adapter", {"peft_type": "PREFIX_TUNING"})
     adapter(folder / "cut-adapter", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})

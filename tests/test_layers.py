@@ -158,12 +158,12 @@ def test_the_ratio_is_spectrums():
 def test_snr_is_read_from_the_folder(tiny_model):
     model = load_model(tiny_model, Model(name="tiny"), quantize="none")
     names = [m.name for m in linear_modules(model)]
-    ratios = measure_snr(tiny_model, names, Watch())
+    ratios = measure_snr(tiny_model, model, names, Watch())
     for name in names:
         weight = model.get_submodule(name).weight.detach().double()
         assert ratios[name] == pytest.approx(signal_to_noise(torch.linalg.svdvals(weight), *weight.shape), rel=1e-6)
-    with pytest.raises(InputError, match=r"no weight model.layers.9.x.weight"):
-        measure_snr(tiny_model, ["model.layers.9.x"], Watch())
+    with pytest.raises(InputError, match=r"no weight of its own for model.layers.9.x"):
+        measure_snr(tiny_model, model, ["model.layers.9.x"], Watch())
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -189,13 +189,13 @@ def test_change_between_two_models_is_streamed(tiny_model, tmp_path, tokenizer, 
     other = make_llama(tmp_path / "other", tokenizer, seed=1)
     a, b = (load_model(f, Model(name="tiny"), quantize="none") for f in (tiny_model, other))
     names = [m.name for m in linear_modules(a)]
-    changes = change_between(tiny_model, other, names, Watch())
+    changes = change_between(tiny_model, other, a, names, Watch())
     for name in names:
         difference = a.get_submodule(name).weight.double() - b.get_submodule(name).weight.double()
         assert changes[name] == pytest.approx(float(difference.square().sum()), rel=1e-9)
     wider = make_llama(tmp_path / "wider", tokenizer, hidden_size=128)
     with pytest.raises(InputError, match=r"model.base: .* is 64 x 64"):
-        change_between(wider, tiny_model, names, Watch())
+        change_between(wider, tiny_model, a, names, Watch())
 
 
 def run_small(qcft, raw_recipe, tmp_path, freeze, *more):

@@ -96,7 +96,8 @@ def _phase(
     seconds = None
     if speed and planned.unknown is None:
         seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens
-    left_out = _summed([s.left_out for s in prepared.sources[phase.name]] + [s.left_out for s in sets])
+    sources = prepared.sources[phase.name]
+    left_out = _summed([s.left_out for s in (*sources, *sets)])
     return {
         "phase": phase.name,
         "memory": {**asdict(planned.memory), "total": planned.memory.total},
@@ -112,7 +113,7 @@ def _phase(
         "tokens": tokens,
         "seconds": seconds,
         "measured": False,
-        "rows_read": sum(len(s.rows) for s in sets) + sum(left_out.values()),
+        "rows_read": sum(map(len, prepared.rows[phase.name])) + sum(sum(s.left_out.values()) for s in sources),
         "left_out": left_out,
         "given": _given(prepared, phase, sets),
         "looks": look_at_rows(prepared, phase, sets),

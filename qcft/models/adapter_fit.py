@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, short
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
+from qcft.models.deltas import FACTOR
 from qcft.models.tensors import FLOATS, stored_tensors
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ def check_fit(folder: Path, model: PreTrainedModel) -> None:
     for name, one in stored.items():
         if one.dtype not in FLOATS or not bool(torch.isfinite(one.read()).all()):
             raise InputError(f"adapter: {str(folder)!r} holds {name}, which is not finite", "train it again")
+    modules = {name for name, _ in model.named_modules()}
+    foreign = sorted(
+        found[1]
+        for name in stored
+        if (found := FACTOR.fullmatch(name.removeprefix(PREFIX))) is not None and found[1] not in modules
+    )
+    if foreign:
+        raise InputError(
+            f"adapter: {str(folder)!r} changes {foreign[0]}, which the model lacks", "it was made for another model"
+        )
     try:
         config = LoraConfig.from_pretrained(str(folder))
         adapted = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
@@ -53,17 +64,20 @@ def check_fit(folder: Path, model: PreTrainedModel) -> None:
     # Embeddings that PEFT saves whole go where the model's own are.
     left = sorted(stored.keys() - wanted.keys() - adapted.state_dict().keys())
     odd = sorted(name for name in wanted.keys() & stored.keys() if tuple(wanted[name].shape) != stored[name].shape)
-    for names, what in (
-        (missing, "lacks {}, of which its config speaks"),
-        (left, "holds {}, of which its config says nothing"),
-        (odd, "holds {} in another shape than its config says"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(
-                f"adapter: {str(folder)!r} {what.format(names[0] + more)}",
-                "copy it again, or save it again with PEFT's save_pretrained; it may be for another model",
-            )
+    if missing or left:
+        name, what = (missing[0], "lacks") if missing else (left[0], "holds")
+        more = f" and {len(missing or left) - 1} more" if len(missing or left) > 1 else ""
+        says = "of which its config speaks" if missing else "of which its config says nothing"
+        raise InputError(
+            f"adapter: {str(folder)!r} {what} {name}{more}, {says}",
+            "copy it again, or save it again with PEFT's save_pretrained",
+        )
+    if odd:
+        has, wants = (" x ".join(map(str, one[odd[0]].shape)) for one in (stored, wanted))
+        raise InputError(
+            f"adapter: {str(folder)!r} holds {odd[0]} of {has}, where its config and the model want {wants}",
+            "it was made for another model, or its config was altered",
+        )
 
 
 def _check_patterns(folder: Path, names: list[str]) -> None:

@@ -56,12 +56,6 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
             "fetch the model again, or give one that is whole",
         )
     _check_tokenizer(prepared)
-    if prepared.recipe.model.quantize == "nf4" and (share := quantised_share(prepared.meta_model)) < FEW:
-        prepared.watch.note(
-            f"only {share:.0%} of the weights of {_config(prepared).model_type} are in linear modules (embeddings and "
-            "head not counted): the rest, such as experts, stays in 16 bits and gets no adapter",
-            "warning",
-        )
     for group in prepared.groups:
         prepared.held_out(group)
     for phase in prepared.recipe.phases:
@@ -74,6 +68,12 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
         _check_length(phase, sum(len(one.rows) for one in new))
         if phase.replay and phase.replay.ratio > 0:
             check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
+    if prepared.recipe.model.quantize == "nf4" and (share := quantised_share(prepared.meta_model)) < FEW:
+        prepared.watch.note(
+            f"only {share:.0%} of the weights of {_config(prepared).model_type} are in linear modules (embeddings and "
+            "head not counted): the rest, such as experts, stays in 16 bits and gets no adapter",
+            "warning",
+        )
 
 
 def _check_tokenizer(prepared: Prepared) -> None:
