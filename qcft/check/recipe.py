@@ -97,7 +97,7 @@ def _phase(
     if speed and planned.unknown is None:
         seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens
     sources = prepared.sources[phase.name]
-    left_out = _summed([s.left_out for s in (*sources, *sets)])
+    left_out = _summed([s.left_out for s in sources] + [s.left_out for s in sets])
     return {
         "phase": phase.name,
         "memory": {**asdict(planned.memory), "total": planned.memory.total},
