@@ -148,10 +148,13 @@ def test_what_cannot_be_estimated_is_a_warning(tmp_path):
         assert (phase["unknown"] is None) == (phase["seconds"] is not None)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_padded_rows_train_from_stored_states_as_without(tiny_model, raw_recipe, tmp_path, attention):
-    """`packing: false` and frozen layers: the rows' states are padded as the rows are."""
+@pytest.mark.parametrize(("family", "attention"), [(None, "eager"), (None, "sdpa"), ("mistral_window", "sdpa")])
+def test_padded_rows_train_from_stored_states_as_without(raw_recipe, tmp_path, family, attention):
+    """`packing: false` and frozen layers, where attention goes by a mask, too, as for rows past a sliding window:
+    the rows' states are padded as the rows are."""
     raw_recipe["model"]["attn_implementation"] = attention
+    if family:
+        raw_recipe["model"]["name"] = str(make_family(family, tmp_path / "model"))
     losses = []
     for cached in (True, False):
         for phase in raw_recipe["phases"]:
