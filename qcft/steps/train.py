@@ -140,7 +140,7 @@ class TrainWork(StepWork):
             instead.append("the loss is taken from the model's own logits")
         if instead:
             family = model.config.get_text_config().model_type
-            self.watch.note(f"{phase.name}: {' and '.join(instead)}, as with {family} {agreed.why}")
+            self.watch.note(f"{phase.name}: {' and '.join(instead)} ({family}: {agreed.why})")
         return agreed, train
 
     def _fit(
