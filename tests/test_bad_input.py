@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from .helpers.bad_input import check_refused, listing
 from .helpers.tiny import write_rows
 
 GOOD = [{"instruction": f"what color is {i}", "output": "red"} for i in range(40)]
@@ -302,28 +303,9 @@ def adapter(folder, config):
     )
 
 
-def listing(folder):
-    found = ((p, p.lstat()) for p in folder.rglob("*"))
-    return sorted((str(p.relative_to(folder)), told.st_size, told.st_mtime_ns) for p, told in found)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-")[:60])
 def test_bad_input_is_told_in_two_lines_and_nothing_is_written(qcft, place, case):
-    arguments, says = CASES[case]
-    before = listing(place)
-    code, out, err = qcft(*arguments)
-    lines = [line for line in err.strip().splitlines() if not line.startswith("tiny: ")]  # what is about to be done
-    assert code == 2, err
-    assert len(lines) == 2, err
-    error, hint = lines
-    assert error.startswith("error: ")
-    assert says.lower() in error.lower()
-    assert len(error) < 500
-    assert hint.startswith("hint: ")
-    assert len(hint) > len("hint: ") + 8
-    assert "Traceback" not in err
-    assert out == ""
-    assert listing(place) == before
+    check_refused(qcft, place, *CASES[case])
 
 
 def test_there_are_sixty_of_them():
