@@ -2,7 +2,7 @@
 
 QcftError              1   something failed while working
 ├── InputError         2   what the user gave cannot be used; nothing was written
-└── Interrupted  130/143   Ctrl-C or SIGTERM; what was done stays usable
+└── Interrupted  130/143   Ctrl-C or SIGTERM (129: SIGHUP); what was done stays usable
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class InputError(QcftError):
 
 
 class Interrupted(QcftError):
-    """The user (130) or the system (143) asked to stop."""
+    """The user (130), the system (143) or a terminal that was closed (129) asked to stop."""
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 130) -> None:
         super().__init__(message, hint)

@@ -6,7 +6,8 @@ rooms: every report of progress is also the place where a wish to stop is heard.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,13 +97,23 @@ class Watch:
     """The listener and the wish to stop, handed down through the rooms."""
 
     def __init__(self, listener: Listener | None = None) -> None:
-        self._listener = listener
+        self._listeners = [listener] if listener else []
         self.stop_code: int | None = None
 
     def tell(self, event: Event) -> None:
-        """Pass an event on to the listener, if there is one."""
-        if self._listener is not None:
-            self._listener(event)
+        """Pass an event on to who listens."""
+        for listener in self._listeners:
+            listener(event)
+
+    @contextmanager
+    def heard_by(self, listener: Listener) -> Iterator[None]:
+        """Have another listener hear what is told meanwhile."""
+        before = self._listeners
+        self._listeners = [*before, listener]
+        try:
+            yield
+        finally:
+            self._listeners = before
 
     def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         """Tell a line of text."""

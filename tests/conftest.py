@@ -58,11 +58,12 @@ def qcft(monkeypatch, capsys, tmp_path):
     from qcft.cli import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # `main` sets it, for this test only
 
     def run(*arguments: str) -> tuple[int, str, str]:
         import signal
 
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         monkeypatch.setattr(sys, "argv", ["qcft", *map(str, arguments)])
         capsys.readouterr()
         try:

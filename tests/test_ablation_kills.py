@@ -18,6 +18,7 @@ from .helpers.ablation_kills import (
     wait_for,
     working,
 )
+from .helpers.planted import check_unused, plant
 
 
 @pytest.fixture
@@ -29,8 +30,11 @@ def recipe_file(raw_recipe, tmp_path):
 
 
 def test_a_killed_ablation_ends_as_one_left_alone(recipe_file, tmp_path):
+    """Its process is begun again in a folder with modules of the libraries' names."""
     qcft.ablate(recipe_file, runs=tmp_path / "alone")
+    plant(recipe_file.parent)
     kill_ablations(recipe_file, tmp_path / "killed", "tiny", times=2, span=8, seed=0)
+    check_unused(recipe_file.parent)
     assert table(tmp_path / "killed", "tiny") == table(tmp_path / "alone", "tiny")
 
 

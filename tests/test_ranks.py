@@ -21,6 +21,8 @@ from qcft.recipe import load_recipe
 from qcft.training.batches import FILLER, Batches, Fed
 from qcft.training.distributed.ranks import shared_out
 
+from .helpers.planted import check_unused, plant
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -64,11 +66,14 @@ WAYS = {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version", "2"]}
 
 
 def launch(recipe: Path, runs: Path, way: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *WAYS[way], "--num_processes", "2",
+    plant(recipe.parent)
+    command = [sys.executable, "-P", "-m", "accelerate.commands.launch", *WAYS[way], "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
                "-m", "qcft", "run", str(recipe), "--runs", str(runs)]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=recipe.parent, capture_output=True, text=True, timeout=300)
+    check_unused(recipe.parent)
+    return done
 
 
 @pytest.mark.parametrize(("way", "packing"), [("ddp", True), ("fsdp", False)])

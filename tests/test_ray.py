@@ -15,6 +15,7 @@ from qcft.files import read_json
 from qcft.recipe import load_ablation
 
 from .helpers.ablation_kills import table
+from .helpers.planted import check_unused, plant
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,7 +45,9 @@ def kill_a_training(runs, killed, ended):
         time.sleep(0.05)
 
 
-def test_on_ray_with_a_worker_killed(recipe_file, tmp_path):
+def test_on_ray_with_a_worker_killed(recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(plant(tmp_path / "working"))
     runs, killed, events = tmp_path / "ray", [], []
     ended = threading.Event()
     killer = threading.Thread(target=kill_a_training, args=(runs, killed, ended), daemon=True)
@@ -53,6 +56,7 @@ def test_on_ray_with_a_worker_killed(recipe_file, tmp_path):
     done = api.ablate_watched(plain, arms, runs, Watch(events.append), on="ray")
     ended.set()
     killer.join()
+    check_unused(tmp_path / "working")
     assert killed, "no worker was killed"
     assert (runs / ".steps" / killed[0] / "done.json").is_file(), "the step of the killed worker was run again"
     states = {state.arm: state for state in done.states()}

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in every part of a run: exit 130 or 143, a line that says how to go on, and then it does."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -97,3 +98,31 @@ def test_a_signal_before_any_work(recipe_file):
     assert process.returncode == 143
     assert "hint: the same command goes on" in err
     assert "Traceback" not in err
+
+
+def test_a_closed_terminal_writes_a_checkpoint(recipe_file):
+    """SIGHUP comes from the kernel and the shell both; writing to a closed terminal is an error, which ends nothing."""
+    main_end, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, "training phase1", str(int(signal.SIGHUP)), "twice", "run", str(recipe_file)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=recipe_file.parent, stdin=terminal, stdout=terminal,
+        stderr=terminal, start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while b"train phase1" not in shown:
+        shown += os.read(main_end, 4096)
+    os.close(main_end)
+    assert process.wait(timeout=200) == 129
+    (step,) = (recipe_file.parent / "runs" / ".steps").glob("train-*")
+    assert any((step / "checkpoints").glob("checkpoint-*"))
+    assert signalled(recipe_file, "no such label", signal.SIGHUP).returncode == 0
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(recipe_file):
+    command = [sys.executable, "-c", CODE, "training phase1", str(int(signal.SIGHUP)), "once", "run", str(recipe_file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["nohup", *command], env=environment, cwd=recipe_file.parent, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0

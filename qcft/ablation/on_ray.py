@@ -6,12 +6,14 @@ again, which goes on from what is in the step's folder.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qcft.ablation.arms import begin_ablation, told
@@ -107,7 +109,7 @@ class _Tasks:
                 parents = [self.refs[parent] for parent in _parents(step) if parent in self.refs]
                 options = self.options | ({"num_gpus": 0} if step.kind in WITHOUT_GPU else {})
                 task = self.work.options(**options, name=step.title)
-                self.refs[step.id] = task.remote(document, str(self.runs), step.id, *parents)
+                self.refs[step.id] = task.remote(document, str(self.runs), os.getcwd(), step.id, *parents)
             own.append(self.refs[step.id])
         return own
 
@@ -115,8 +117,10 @@ class _Tasks:
 _memo: dict[Any, Any] = {}  # what a worker has read, for all steps it does
 
 
-def _work(recipe: dict[str, Any], runs: str, step: str, *_: None) -> None:
+def _work(recipe: dict[str, Any], runs: str, working: str, step: str, *_: None) -> None:
     """A step, in a worker. What it rests on is given so that Ray does that first."""
+    with suppress(OSError):  # another machine may lack it; it matters to relative paths only
+        os.chdir(working)
     set_environment()
     quiet()
     watch, store = Watch(), Store(Path(runs))
@@ -136,7 +140,8 @@ def _cluster(address: str | None) -> Iterator[Any]:
         host, colon, port = (address or "").rpartition(":")
         if colon and port.isdigit():  # Ray itself waits for minutes, then ends the process
             socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        with TemporaryDirectory() as empty, chdir(empty):  # Ray has workers load modules from the working folder first
+            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     except (OSError, ValueError, RuntimeError) as error:
         text = short(error)
         raise InputError(f"--on ray: no cluster at {address!r}: {text}", "start one with `ray start --head`") from None

@@ -20,7 +20,10 @@ from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.store.ablations import Ablation, list_ablations
 
-ENDED, STOPPED = {0, 1, 2}, {130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
+# Not `python -m qcft`, which loads modules from the working folder; the package's own place comes last.
+START = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from qcft.cli import main; main()"
+
+ENDED, STOPPED = {0, 1, 2}, {129, 130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
 
 
 def supervise(arguments: Sequence[str], runs: Path) -> int:
@@ -30,7 +33,7 @@ def supervise(arguments: Sequence[str], runs: Path) -> int:
     """
     crashed: list[str] = []
     while True:
-        command = [sys.executable, "-m", "qcft", *arguments, "--supervised", ",".join(crashed)]
+        command = [sys.executable, "-P", "-c", START, *arguments, "--supervised", ",".join(crashed)]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
             code = process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -68,11 +71,14 @@ def stop_with_parent(watch: Watch, supervised: bool) -> Iterator[None]:
 
 @contextmanager
 def _passing_signals_on(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Ctrl-C reaches the process by itself, as it is of the same group; SIGTERM is passed on."""
+    """Ctrl-C and a closed terminal's SIGHUP reach the process by itself, of the same group; SIGTERM is passed on."""
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
     }
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
+        handlers[hang_up] = signal.signal(hang_up, lambda *_: process.send_signal(hang_up))
     try:
         yield
     finally:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qcft.cli.options import STOPPED, app, stop_at_once
+from qcft.cli.options import app, hear, stop_at_once
 
 
 def main() -> NoReturn:
@@ -20,6 +20,7 @@ def main() -> NoReturn:
     sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--cpu"}]
     if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that a library begins loads modules from the working folder
     from qcft.errors import QcftError, is_out_of_memory
 
     _prepare_streams()
@@ -27,8 +28,7 @@ def main() -> NoReturn:
         os.getcwd()
     except FileNotFoundError:
         _fail("the working folder is no more", "go to one that is there", 2)
-    for number in STOPPED:  # until work begins, which hears them itself
-        signal.signal(number, stop_at_once)
+    hear(stop_at_once)  # until work begins, which hears them itself
     try:
         code = app(standalone_mode=False)
     except QcftError as error:
@@ -51,13 +51,32 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class _Terminal(io.FileIO):
+    """A terminal that takes all and shows none once it was closed: the work goes to its next safe point."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
 def _prepare_streams() -> None:
     """What the terminal's encoding lacks is written as an escape; a stream that was closed takes all and keeps none."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            if stream.isatty():
+                raw = _Terminal(stream.fileno(), "w", closefd=False)
+                written = io.TextIOWrapper(
+                    io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True
+                )
+                setattr(sys, name, written)
 
 
 def _usage_error(error: Any) -> NoReturn:

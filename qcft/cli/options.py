@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from qcft.terminal.progress import Reporter
 
 STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
+SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+if SIGHUP is not None:
+    STOPPED[SIGHUP] = 129
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,20 +117,28 @@ def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Wat
 
 
 def hear_signals(watch: Watch) -> None:
-    """The first Ctrl-C or SIGTERM asks the work to stop at a safe point, the second ends it at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks the work to stop at a safe point, the second ends it at once."""
 
     def handle(number: int, frame: Any) -> None:
         if watch.stop_code is not None:
+            if number == SIGHUP:  # from the kernel and the shell both
+                return
             stop_at_once(number, frame)
         watch.ask_to_stop(STOPPED[number])
         sys.stderr.write("\nstopping at the next safe point (again to stop at once)\n")
 
+    hear(handle)
+
+
+def hear(handler: Callable[[int, Any], None]) -> None:
+    """Set a handler for the signals that stop; `nohup` has SIGHUP ignored, and so it stays."""
     for number in STOPPED:
-        signal.signal(number, handle)
+        if number != SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def stop_at_once(number: int, frame: Any) -> NoReturn:
-    """A signal's handler that says how to go on, and exits; what is in writing is left as it is, not marked done."""
+    """A signal's handler that says how to resume, and exits; what is in writing is left as it is, not marked done."""
     hint = "the same command goes on from the last whole step or checkpoint"
     sys.stderr.write(f"\nerror: stopped at once\nhint: {hint}\n")
     raise SystemExit(STOPPED[number])  # no Exception, which a library might take for its own

@@ -70,21 +70,22 @@ def _numbers_under(prepared: Prepared, phase: Phase) -> int:
     return total
 
 
-def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Watch) -> None:
-    """Tell what the trainings among `steps` need and take, and all `steps` of the disk.
+def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Watch) -> dict[str, float]:
+    """Tell what the trainings among `steps` need and take, and all `steps` of the disk; the seconds of each training.
 
-    Raises InputError where a GPU cannot hold them at all.
+    Those that cannot be estimated, or are over in no time, are left out. Raises InputError where a GPU cannot hold
+    them at all.
     """
     from qcft.models.load import device, free_bytes
     from qcft.training.speed import measure_speed
 
     trainings = [step for step in steps if step.kind == "train" and step.phase]
     if not trainings or sum(p.numel() for p in prepared.meta_model.parameters()) < SMALL:
-        return
+        return {}
     where, free, speed = device(), free_bytes(), measure_speed()
     name = "GPU" if where == "cuda" else "main"
     plans: dict[str, Planned] = {}
-    seconds = 0.0
+    seconds: dict[str, float] = {}
     for step in trainings:
         phase = prepared.recipe.phase(step.phase or "")
         planned, batches = plan_phase(prepared, phase, where, free)
@@ -110,16 +111,18 @@ def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Wat
                 "warning",
             )
             continue
-        seconds += speed.seconds(planned.cost) * batches.tokens_until(batches.steps) / planned.largest.tokens
+        tokens = batches.tokens_until(batches.steps)
+        seconds[step.id] = speed.seconds(planned.cost) * tokens / planned.largest.tokens
     most = max((planned.memory for planned in plans.values()), key=lambda one: one.total)
     disk = sum(bytes_written(prepared, step, plans.get(step.id)) for step in steps)
     room = disk_free(store.runs)
     watch.note(
         f"training needs about {most.total / GIB:.1f} GiB of {name} memory ({_parts(most)}; {free / GIB:.1f} GiB free) "
-        f"and {_about(seconds)}; the run writes about {disk / GIB:.1f} GiB ({room / GIB:.1f} GiB free)"
+        f"and {_about(sum(seconds.values()))}; the run writes about {disk / GIB:.1f} GiB ({room / GIB:.1f} GiB free)"
     )
     if disk > room:
         watch.note(f"the disk that holds {str(store.runs)!r} has less room than the run needs: `qcft gc`", "warning")
+    return seconds
 
 
 def _parts(memory: Memory) -> str:

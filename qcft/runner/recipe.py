@@ -17,6 +17,7 @@ from qcft.models.cards import choose_card
 from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.runner.busy import warn_if_busy, warning_if_slow
 from qcft.runner.forecast import forecast
 from qcft.runner.libraries import quiet, set_environment, spare_the_collector
 from qcft.runner.planned import PlannedRecipe
@@ -88,6 +89,7 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
     recipe, plan = prepared.recipe, prepared.plan
     steps = plan.up_to(up_to) if up_to else plan.steps
     records = {step.id: store.done(step.id, watch) for step in steps}
+    estimated: dict[str, float] = {}
     finished = sum(record is not None for record in records.values())
     watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
     if finished < len(steps):
@@ -98,9 +100,10 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
         if any(step.kind != "suite" for step in missing):
             check_prepared(prepared)
         check_tasks(prepared, dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
-        forecast(prepared, missing, store, watch)
+        estimated = forecast(prepared, missing, store, watch)
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)
+            warn_if_busy(watch)
     recipe = prepared.pinned_recipe()
     run = open_run(store.runs, recipe, plan.stages())
     if run.name != recipe.name:
@@ -110,7 +113,8 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
     worker, failed = worker_for(prepared, store, watch), dict[str, str]()
     for position, step in enumerate(steps, start=1):
         try:
-            record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
+            with warning_if_slow(watch, estimated.get(step.id)):
+                record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
         except QcftError as error:
             if step.kind != "suite" or isinstance(error, Interrupted):
                 raise

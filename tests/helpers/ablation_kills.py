@@ -20,8 +20,9 @@ def start(recipe: Path, runs: Path, *places: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "qcft", "ablate", str(recipe), "--runs", str(runs), "--quiet"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*places, ROOT)))}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, env=environment, cwd=recipe.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def wait_for(condition, process, seconds=120):

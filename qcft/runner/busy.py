@@ -1,0 +1,56 @@
+"""Other work on the machine, which makes training on its CPUs 10 to 80 times slower.
+
+OpenMP's threads wait by spinning, and one that is not scheduled holds up all others at every operation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from qcft.events import Event, Progress, Watch
+
+SLOWER = 4  # times what was estimated: more than an estimate is wrong by
+PATIENCE = 60  # seconds
+FEWER = "OMP_NUM_THREADS=1 before the command (or as many threads as cores are idle) avoids most of it"
+
+
+@cache  # once, not for each arm of an ablation
+def warn_if_busy(watch: Watch) -> None:
+    """Warn where more work wants the CPUs than there are."""
+    import psutil
+    import torch
+
+    from qcft.models.load import device
+
+    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if device() == "cpu" and torch.get_num_threads() > 1 and load > cores:
+        watch.note(
+            f"other programs keep this machine busy (load {load:.1f} on {cores} cores), which can make training many "
+            f"times slower; {FEWER}",
+            "warning",
+        )
+
+
+@contextmanager
+def warning_if_slow(watch: Watch, estimated: float | None) -> Iterator[None]:
+    """Warn, once, where a training takes several times the `estimated` seconds, as its progress shows."""
+    begun, told = time.monotonic(), False
+
+    def hear(event: Event) -> None:
+        nonlocal told
+        if told or not estimated or not isinstance(event, Progress) or not event.label.startswith("training "):
+            return
+        spent, due = time.monotonic() - begun, estimated * event.done / event.total
+        if spent > PATIENCE + SLOWER * due:
+            told = True
+            watch.note(
+                f"{event.label} takes {spent / due:.0f} times what was estimated; if other programs keep this machine "
+                f"busy, {FEWER}",
+                "warning",
+            )
+
+    with watch.heard_by(hear):
+        yield

@@ -1,0 +1,42 @@
+"""Other work on the machine is noticed before and while a training is slow."""
+
+import psutil
+import pytest
+import torch
+
+from qcft.events import Note, Progress, Watch
+from qcft.runner import busy
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def watch(told):
+    return Watch(lambda event: told.append(event.text) if isinstance(event, Note) else None)
+
+
+@pytest.mark.parametrize(("load", "threads", "warned"), [(7.5, 2, True), (1.5, 2, False), (7.5, 1, False)])
+def test_a_busy_machine(watch, told, monkeypatch, load, threads, warned):
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for _ in range(2):
+        busy.warn_if_busy(watch)
+    assert len(told) == warned, "once at most"
+    assert all("load 7.5 on 2 cores" in line and "OMP_NUM_THREADS=1" in line for line in told)
+
+
+@pytest.mark.parametrize(("estimated", "seconds", "warned"), [(100, 500, True), (100, 300, False), (None, 500, False)])
+def test_a_training_that_takes_several_times_what_was_estimated(watch, told, monkeypatch, estimated, seconds, warned):
+    clock = iter(range(0, 100 * seconds, seconds // 2))  # seconds / 2 for each half of the training
+    monkeypatch.setattr(busy.time, "monotonic", lambda: next(clock))
+    with busy.warning_if_slow(watch, estimated):
+        watch.tell(Progress("generating replay", 1, 1, "answers"))
+        for done in (1, 2):
+            watch.tell(Progress("training phase2", done, 2, "steps"))
+    assert told == ["training phase2 takes 5 times what was estimated; if other programs keep this machine busy, "
+                    + busy.FEWER] * warned  # fmt: skip
+    watch.tell(Progress("training phase2", 2, 2, "steps"))
