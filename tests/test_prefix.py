@@ -19,7 +19,8 @@ from qcft.store.states import INDEX, STATES, RowStates
 from qcft.training.attention import attend_by_rows
 from qcft.training.batches import make_batches
 from qcft.training.prefix import fill_states, row_key
-from qcft.training.sft import Shortcuts, train_adapter
+from qcft.training.sft import train_adapter
+from qcft.training.trainer import Shortcuts
 
 from .helpers.prefix import TRAIN, rows_of, set_to, train
 from .helpers.tiny import make_llama

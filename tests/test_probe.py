@@ -28,7 +28,8 @@ from qcft.store import Store
 from qcft.training.attention import attend_by_rows
 from qcft.training.batches import make_batches
 from qcft.training.probe import COST, FEWEST_PROBES, Probing, lay_out
-from qcft.training.sft import Shortcuts, train_adapter
+from qcft.training.sft import train_adapter
+from qcft.training.trainer import Shortcuts
 from tests.helpers.training import adapter_of, log_of, rows_of, same
 
 TRAIN = Train(lr=2e-2, batch=4, epochs=2, max_length=64, checkpoint_steps=2)

@@ -18,8 +18,8 @@ from qcft.models.adapters import add_lora
 from qcft.models.load import load_model
 from qcft.recipe import Lora, Model
 from qcft.training.batches import Fed, make_batches
+from qcft.training.checkpoints import last_whole
 from qcft.training.settings import check_settings, sft_config
-from qcft.training.sft import _last_whole
 
 from .helpers.training import TRAIN, adapter_of, log_of, rows_of, same, train
 
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path):
         if whole:
             seal(folder)
     (tmp_path / "checkpoint-4" / "optimizer.pt").write_bytes(b"x" * 99 + b"y")
-    assert _last_whole(tmp_path, Watch()) == tmp_path / "checkpoint-2"
+    assert last_whole(tmp_path, Watch()) == tmp_path / "checkpoint-2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
 
 

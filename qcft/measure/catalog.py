@@ -20,6 +20,7 @@ from qcft.events import Watch
 from qcft.hub import unreachable
 from qcft.measure.local import check_local, local_dataset, local_digest
 from qcft.measure.squad import stand_in
+from qcft.private import private
 from qcft.recipe import ALPACA_EVAL, FIDELITY, SUITES, Evaluate
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -101,8 +102,6 @@ class Catalog:
         return self._loaded[name]
 
     def _load(self, name: str) -> Any:
-        from lm_eval.tasks._factory import TaskFactory
-
         manager = self._manager_of(name)
         local = self.evaluate.local.get(name)
         changes: dict[str, Any] = {}
@@ -114,7 +113,9 @@ class Catalog:
         stand_in()
         try:
             # `TaskManager.load` changes no group, so what it calls is called.
-            built = TaskFactory().build(manager.task_index[name], overrides=changes, registry=manager.task_index)
+            built = private("lm_eval.tasks._factory:TaskFactory")().build(
+                manager.task_index[name], overrides=changes, registry=manager.task_index
+            )
             loaded = manager.load([built])
             if local is not None:
                 _try_scoring(loaded["tasks"].values())
@@ -254,7 +255,6 @@ def _unfit(name: str, path: str, error: Exception) -> InputError:
 
 def _dataset(manager: Any, name: str) -> str:
     """The dataset of a task on the hub; of a group, whose tasks have them, its name."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
+    load_yaml = private("lm_eval.tasks._yaml_loader:load_yaml")
     file = manager.task_index[name].yaml_path
     return str(load_yaml(file, resolve_func=False).get("dataset_path") or name) if file else name

@@ -12,6 +12,7 @@ from qcft.data.files import BadLine
 from qcft.data.sources import read_records
 from qcft.errors import InputError
 from qcft.files import file_digest
+from qcft.private import private
 from qcft.recipe import Source
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -55,8 +56,7 @@ def local_dataset(task: str, path: Path, shots: int | None) -> Callable[..., Map
     read = cache(read_local)
 
     def load(config_source: str = "", **_: Any) -> Mapping[str, Any]:
-        from lm_eval.tasks._yaml_loader import load_yaml
-
+        load_yaml = private("lm_eval.tasks._yaml_loader:load_yaml")
         config = load_yaml(config_source, resolve_func=False) if config_source else {}
         return _Splits(task, path, config, shots, read)
 

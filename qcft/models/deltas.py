@@ -16,6 +16,7 @@ from qcft.errors import InputError, QcftError
 from qcft.files import read_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS, check_mergeable
 from qcft.models.tensors import Stored, stored_tensors
+from qcft.private import private
 
 if TYPE_CHECKING:
     import torch
@@ -228,11 +229,10 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _scaling(config: dict[str, object], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns that set either for some modules."""
-    from peft.utils.other import get_pattern_key
-
+    pattern_key = private("peft.utils.other:get_pattern_key")
     patterns = config.get("alpha_pattern") or {}
     assert isinstance(patterns, dict)
-    alpha = float(patterns.get(get_pattern_key(list(patterns), module), config.get("lora_alpha", 8)))
+    alpha = float(patterns.get(pattern_key(list(patterns), module), config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

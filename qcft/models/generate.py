@@ -7,7 +7,7 @@ transformers' own continuous batching (`generate_batch`, 5.23) was slower on a C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +133,13 @@ def _generate(
     made: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     cache: Any = None
+    cache_name = _cache_name()
     left = sampling.max_new_tokens
     while live and left > 0:
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{cache_name: cache},
             max_new_tokens=min(left, SEGMENT) if cache is None or _can_shrink(cache) else left,
             do_sample=False,  # the nucleus leaves one token to choose
             logits_processor=[nucleus] if nucleus else [],
@@ -151,7 +152,7 @@ def _generate(
         for row, tokens in zip(live, new.tolist(), strict=True):
             made[row] += tokens
         going = torch.nonzero(~torch.isin(new, ends).any(dim=1)).flatten()
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, cache_name, None)
         keep = going if _can_shrink(cache) else torch.arange(len(live), device=model.device)
         if len(keep) < len(live):
             cache.batch_select_indices(keep)
@@ -164,6 +165,13 @@ def _generate(
         if not len(going):
             break
     return made
+
+
+def _cache_name() -> str:
+    """What transformers calls the keys and values of the tokens so far, given and returned: `cache`, from 5.24 on."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 def _can_shrink(cache: Any) -> bool:

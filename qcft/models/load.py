@@ -120,23 +120,31 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Inference: no gradients, no dropout, and the 4-bit kernels of training (see `load_model`)."""
+    """Inference: no gradients, no dropout, and the 4-bit kernels of training (see `load_model`).
+
+    Raises QcftError where bitsandbytes moved the 4-bit weights all the same: training after that is another one.
+    """
     import bitsandbytes as bnb
     import torch
 
+    quantised = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    places = [module.weight.data_ptr() for module in quantised]
     was_training = model.training
     model.eval()
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.training = True
+    for module in quantised:
+        module.training = True
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(was_training)
-        for module in model.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.training = True
+        for module in quantised:
+            module.training = True
+    if places != [module.weight.data_ptr() for module in quantised]:
+        raise QcftError(
+            f"bitsandbytes {bnb.__version__} repacks the weights of a model that is evaluated, though told not to",
+            "install a version that qcft was run with: pip install 'bitsandbytes<0.51'",
+        )
 
 
 def free_memory() -> None:
@@ -192,8 +200,6 @@ def quiet_libraries() -> None:
     for name in ("bitsandbytes", "trl", "accelerate", "peft", "gguf", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|bitsandbytes|accelerate|datasets)\b")
-    # Named `cache` from transformers 5.24 on, which takes either name; it blames the caller, whatever the module.
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
 
 
 def _bytes_of(folder: Path) -> int:

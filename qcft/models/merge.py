@@ -20,7 +20,7 @@ from qcft.events import Watch
 from qcft.files import read_json, write_json
 from qcft.models.deltas import Adapter, Delta, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.meta import model_without_weights
-from qcft.models.names import stored_names
+from qcft.models.names import TIED, stored_names
 from qcft.models.size import quantised_modules
 from qcft.models.tensors import (
     DTYPES,
@@ -33,6 +33,7 @@ from qcft.models.tensors import (
     write_bytes,
     write_tensors,
 )
+from qcft.private import of
 from qcft.recipe import Model
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
             adapter.changes = {names.get(name, name): change for name, change in adapter.changes.items()}
         changed = {names.get(name, name) for name in changed}
         tied = {
-            names.get(copy, copy): names.get(original, original)
-            for copy, original in getattr(model, "all_tied_weights_keys", {}).items()
+            names.get(copy, copy): names.get(original, original) for copy, original in (of(model, TIED) or {}).items()
         }
     untied = False
     for copy, original in tied.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, short
+from qcft.private import private
 from qcft.recipe import Model
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
     has none for, that of models that also take images, whose text part is a language model."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+    known = type(config) in private("transformers:AutoModelForCausalLM._model_mapping") or "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     )
-    if not known and type(config) in AutoModelForImageTextToText._model_mapping:
+    if not known and type(config) in private("transformers:AutoModelForImageTextToText._model_mapping"):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

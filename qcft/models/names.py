@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.models.tensors import weight_names
+from qcft.private import of, private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TIED = "transformers:PreTrainedModel.all_tied_weights_keys"
 
 
 def stored_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
@@ -21,8 +24,7 @@ def stored_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
     Weights that loading puts together from several tensors, or out of one, have none.
     """
-    from transformers.core_model_loading import rename_source_key
-
+    rename_source_key = private("transformers.core_model_loading:rename_source_key")
     live: Any = model.state_dict()
     renamings, converters = _conversions(model)
     names: dict[str, str] = {}
@@ -40,7 +42,7 @@ def missing_weights(model: PreTrainedModel, folder: Path) -> list[str]:
     model's class says may be missing.
     """
     found = set(stored_names(model, folder))
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = of(model, TIED) or {}
     found |= {name for pair in tied.items() if found & set(pair) for name in pair}
     optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     converted = {target for converter in _conversions(model)[1] for target in converter.target_patterns}
@@ -55,9 +57,8 @@ def missing_weights(model: PreTrainedModel, folder: Path) -> list[str]:
 
 def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     """transformers' renamings of stored weights, and its conversions of several into others."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    table = get_model_conversion_mapping(model)
-    renamings = [one for one in table if isinstance(one, WeightRenaming)]
-    return renamings, [one for one in table if isinstance(one, WeightConverter)]
+    renaming, converter = (
+        private(f"transformers.core_model_loading:Weight{kind}") for kind in ("Renaming", "Converter")
+    )
+    table = private("transformers.conversion_mapping:get_model_conversion_mapping")(model)
+    return [one for one in table if isinstance(one, renaming)], [one for one in table if isinstance(one, converter)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qcft.private import private
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -44,15 +46,10 @@ def quantised_modules(model: PreTrainedModel) -> list[str]:
     """Full names of the modules that loading in 4 bits quantises, by transformers' own choice: linear ones, and no
     subclasses of them, but for the output head. The model has no weights, or holds them in 16 bits."""
     from torch import nn
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    left = get_keys_to_not_convert(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, left)
-    ]
+    left = private("transformers.quantizers.base:get_keys_to_not_convert")(model)
+    converts = private("transformers.quantizers.quantizers_utils:should_convert_module")
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear and converts(name, left)]
 
 
 def quantised_share(model: PreTrainedModel) -> float:

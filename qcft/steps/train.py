@@ -48,7 +48,8 @@ class TrainWork(StepWork):
         from qcft.training.batches import make_batches
         from qcft.training.fused import use_triton_where_it_works
         from qcft.training.probe import lay_out
-        from qcft.training.sft import Shortcuts, train_adapter
+        from qcft.training.sft import train_adapter
+        from qcft.training.trainer import Shortcuts
 
         phase = self.phase(step)
         use_triton_where_it_works(self.watch)

@@ -22,8 +22,9 @@ from qcft.files import read_json, write_json
 from qcft.models.adapter_config import PREFIX
 from qcft.models.adapters import TOP, lora_layers
 from qcft.models.load import compute_dtype, evaluating
+from qcft.private import private
 from qcft.store.steps import package_versions
-from qcft.training.attention import attend_by_rows
+from qcft.training.attention import NAME, attend_by_rows
 from qcft.training.head import AnswerTokens
 
 if TYPE_CHECKING:
@@ -173,18 +174,15 @@ def _close(found: torch.Tensor, wanted: torch.Tensor, what: str, why: list[str])
 @contextmanager
 def _trained(model: PreTrainedModel) -> Iterator[Run]:
     """The model as TRL's trainer runs it: its collator's batches, its head."""
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    from trl.trainer.utils import add_fused_lm_head
-
     forward = model.__dict__.get("forward")
-    add_fused_lm_head(model, outputs=("log_probs",))
+    private("trl.trainer.utils:add_fused_lm_head")(model, outputs=("log_probs",))
     answers = AnswerTokens(model)
 
     def run(rows: Sequence[EncodedRow], packed: bool) -> torch.Tensor:
-        collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)
+        collate = private("trl.trainer.sft_trainer:DataCollatorForLanguageModeling")(0, padding_free=packed)
         batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
         inputs = {key: one.to(model.device) if hasattr(one, "to") else one for key, one in batch.items()}
-        if packed and model.config._attn_implementation == "qcft_rows":
+        if packed and model.config._attn_implementation == NAME:
             inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
         answers.choose(inputs)
         log_probs: torch.Tensor = model(**inputs, use_cache=False, fused_lm_head=True).log_probs

@@ -14,6 +14,9 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from qcft.errors import QcftError
+from qcft.private import private
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -47,19 +50,25 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    row_lengths: tuple[int, ...] = (),
+    row_lengths: tuple[int, ...] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row to itself: (1, heads, tokens, head size) -> (1, tokens, heads, head size)."""
     import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     assert attention_mask is None, "rows attended one by one take no mask"
+    if row_lengths is None:  # packed rows would see each other
+        import transformers
+
+        raise QcftError(
+            f"transformers {transformers.__version__} does not hand row lengths on to attention",
+            "install a version that qcft was run with, or --set model.attn_implementation=eager",
+        )
     if len(row_lengths) > 1 and not options.get("dropout") and one_kernel(query.device):
         return _by_one_kernel(query, key, value, tuple(row_lengths), options.get("scaling")), None
-    lengths = list(row_lengths) or [query.shape[2]]
-    split = (torch.split(part, lengths, dim=2) for part in (query, key, value))
-    rows = [sdpa_attention_forward(module, *row, None, **options)[0] for row in zip(*split, strict=True)]
+    attend = private("transformers.integrations.sdpa_attention:sdpa_attention_forward")
+    split = (torch.split(part, list(row_lengths), dim=2) for part in (query, key, value))
+    rows = [attend(module, *row, None, **options)[0] for row in zip(*split, strict=True)]
     return torch.cat(rows, dim=1), None
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.layers import decoder_layers, linear_modules, lowest_adapted
 from qcft.models.adapters import add_lora, keep_adapters_in_fp32
 from qcft.models.size import quantised_modules
+from qcft.private import of
 from qcft.recipe import Lora
 from qcft.training.attention import attend_by_rows
 from qcft.training.checkpointing import recompute_activations
@@ -141,7 +142,7 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
         counted = _counting()
         inputs = _inputs(one, by_rows)
         with counted, torch.autocast("cpu", torch.bfloat16), _autocast_for(shape.device):
-            states = reduced.base_model(**inputs, use_cache=False).last_hidden_state
+            states = of(reduced.base_model(**inputs, use_cache=False), "transformers:BaseModelOutput.last_hidden_state")
             scored = states.reshape(-1, states.shape[-1])[torch.zeros(one.answers, dtype=torch.long)]
             leaf = scored.detach().requires_grad_()
             before, counted.peak, top = counted.live, counted.live, counted.peak

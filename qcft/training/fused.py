@@ -12,6 +12,7 @@ from pathlib import Path
 from qcft.errors import QcftError, short
 from qcft.events import Watch
 from qcft.models.load import compute_dtype, device
+from qcft.private import private
 from qcft.training.head import first_word
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -24,7 +25,7 @@ PACKAGES = {  # by the program that installs them: a C compiler, and Python.h
 
 
 def fused_step() -> str | None:
-    """Make a step of the fused head where work runs; why that fails, or None."""
+    """Make a step of the fused head where work runs; why that fails, or None. Raises QcftError where TRL changed."""
     import torch
 
     try:
@@ -32,6 +33,8 @@ def fused_step() -> str | None:
         first_word(states, torch.ones(512, 64, device=device(), dtype=compute_dtype())).backward()  # type: ignore[no-untyped-call]
         if device() == "cuda":
             torch.cuda.synchronize()
+    except QcftError:
+        raise
     except Exception as error:  # whatever Triton, the compiler it calls or CUDA raise
         return short(error)
     return None
@@ -52,7 +55,11 @@ def use_triton_where_it_works(watch: Watch) -> None:
     """On a card, have the head run in PyTorch's own operations where a step with Triton fails; told once."""
     if device() != "cuda":
         return
-    why = fused_step()
+    try:
+        why = fused_step()
+    except QcftError as error:  # TRL has changed: what the step would show is not known
+        watch.note(error.message, "warning")
+        return
     if why is None:
         return
     without_triton()
@@ -64,11 +71,7 @@ def use_triton_where_it_works(watch: Watch) -> None:
 
 def without_triton() -> None:
     """Have TRL's head take its path for machines without Triton. Raises QcftError where TRL has changed."""
+    private("trl.kernels.chunked_logprob:_TRITON_AVAILABLE")
     from trl.kernels import chunked_logprob
 
-    name = "_TRITON_AVAILABLE"  # TRL asks it at every call; there is no public way
-    if not hasattr(chunked_logprob, name):
-        import trl
-
-        raise QcftError(f"trl {trl.__version__} cannot be told to do without Triton", "install trl 1.16")
-    setattr(chunked_logprob, name, False)
+    chunked_logprob._TRITON_AVAILABLE = False  # asked at every call

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED
+from qcft.private import in_order, of, private
 
 if TYPE_CHECKING:
     import torch
 
 
+KERNEL = "trl.kernels:ChunkedLogProbFunction"
 HEAD_WORDS = 32768  # of the vocabulary, whose logits TRL's fused head holds at once
 
 
@@ -32,19 +34,23 @@ class AnswerTokens:
 
     def _keep_chosen(self, module: Any, arguments: Any, output: Any) -> None:
         if self.chosen is not None:
-            output.last_hidden_state = output.last_hidden_state[:, :-1][self.chosen][None]
+            states = of(output, "transformers:BaseModelOutput.last_hidden_state")
+            output.last_hidden_state = states[:, :-1][self.chosen][None]
 
 
 def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The summed log-probability of the first word after each of the states (tokens, hidden size), by TRL's fused head:
     what costs as much as a loss does."""
     import torch
-    from trl.kernels import ChunkedLogProbFunction
 
-    targets = torch.zeros(len(states), dtype=torch.long, device=states.device)
-    outputs = ("entropy", "is_top1")
-    made = ChunkedLogProbFunction.apply(states, weight, bias, targets, 1.0, HEAD_WORDS, None, 1.0, outputs)
-    total: torch.Tensor = made[0].sum()
+    head = private(KERNEL)
+    given = {
+        "hidden": states, "weight": weight, "bias": bias,
+        "targets": torch.zeros(len(states), dtype=torch.long, device=states.device), "temperature": 1.0,
+        "chunk_size": HEAD_WORDS, "final_logit_softcapping": None, "logit_scale": 1.0,
+        "outputs": ("entropy", "is_top1"),
+    }  # fmt: skip
+    total: torch.Tensor = head.apply(*in_order(KERNEL, head.forward, given))[0].sum()
     return total
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
-from qcft.errors import short
+from qcft.errors import QcftError, short
 from qcft.layers import decoder_layers, linear_modules, lowest_adapted
 from qcft.models.size import HALF, weight_bytes
 from qcft.recipe import Train
@@ -94,7 +94,10 @@ def plan_training(
         try:
             cost = footprint(model, with_fit, largest)
         except Exception as error:  # a family's code may need numbers, such as those of a router, to be run at all
-            unknown = f"{model.config.get_text_config().model_type} cannot be run without weights ({short(error, 80)})"
+            family = model.config.get_text_config().model_type
+            unknown = f"{family} cannot be run without weights ({short(error, 80)})"
+            if isinstance(error, QcftError):  # a library has changed
+                unknown = error.message
             cost, fit, largest = NOTHING, ways[-1], _largest(batches, ways[-1].limit, padded, by_rows)
         memory = _memory(model, with_fit, train, cost, under)
         held = memory.weights + memory.constants + memory.halves + memory.file + memory.adapters if loaded else 0

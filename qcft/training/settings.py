@@ -122,6 +122,7 @@ def sft_config(
         max_length=None,  # rows come cut to length
         padding_free=batches.packed or by_rows,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,  # the numbers of items, which PhaseTrainer knows the rows of
         train_sampling_strategy="sequential",  # the order is the mix's
         lr_scheduler_type=train.scheduler,
         warmup_steps=train.warmup,

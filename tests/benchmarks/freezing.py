@@ -158,7 +158,8 @@ def ours(variant, folder, tokenizer, rows, options, place, saved) -> dict:
     from qcft.store import Store
     from qcft.training.attention import attend_by_rows
     from qcft.training.batches import make_batches
-    from qcft.training.sft import Shortcuts, train_adapter
+    from qcft.training.sft import train_adapter
+    from qcft.training.trainer import Shortcuts
 
     settings = Train(
         lr=LR,

@@ -64,7 +64,8 @@ def train(options: argparse.Namespace, freeze: str, probed: bool) -> tuple[float
     from qcft.training.attention import attend_by_rows
     from qcft.training.batches import make_batches
     from qcft.training.probe import lay_out
-    from qcft.training.sft import Shortcuts, train_adapter
+    from qcft.training.sft import train_adapter
+    from qcft.training.trainer import Shortcuts
 
     watch = Watch()
     folder = weights_folder(resolve(Model(name=options.model)), watch)

@@ -16,7 +16,8 @@ from qcft.recipe import Lora, Model, Train
 from qcft.steps.prefix import open_prefix
 from qcft.training.attention import attend_by_rows
 from qcft.training.batches import make_batches
-from qcft.training.sft import Shortcuts, train_adapter
+from qcft.training.sft import train_adapter
+from qcft.training.trainer import Shortcuts
 
 TRAIN = Train(lr=1e-2, batch=4, epochs=3, max_length=96)
 

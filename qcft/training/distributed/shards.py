@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcft.private import private
 from qcft.training.distributed.ranks import rank
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def allow_on_cpu() -> None:
     from accelerate import DistributedType, PartialState
 
     if PartialState().distributed_type == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        private("accelerate:PartialState._shared_state")["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def keep_precision(trainer: Any) -> None:

@@ -1,0 +1,52 @@
+"""Checkpoints that are whole: sealed when they are written, looked through when a training resumes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qcft.events import Watch
+from qcft.files import SEAL, is_whole, seal
+from qcft.training.distributed.ranks import rank, world
+
+KEPT = 2  # the last, and one before it should the last be altered
+
+
+def sealing() -> Any:
+    """The callback that seals each checkpoint once it is written, and removes old ones."""
+    from transformers import TrainerCallback
+
+    class Sealing(TrainerCallback):
+        """Writes the list of a checkpoint's files and their digests, last of all."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if world() > 1:
+                from accelerate import PartialState
+
+                PartialState().wait_for_everyone()  # each process writes the state of its generators
+            if rank():
+                return
+            checkpoints = Path(args.output_dir)
+            seal(checkpoints / f"checkpoint-{state.global_step}")
+            for old in _newest_first(checkpoints)[KEPT:]:
+                shutil.rmtree(old)
+
+    return Sealing()
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """The checkpoints by their steps."""
+    return sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def last_whole(checkpoints: Path, watch: Watch) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are removed, and named unless a kill cut them short."""
+    for checkpoint in _newest_first(checkpoints):
+        if is_whole(checkpoint):
+            return checkpoint
+        if (checkpoint / SEAL).exists():
+            watch.note(f"{checkpoint.name} is altered; the training goes on from the one before it", "warning")
+        if rank() == 0:
+            shutil.rmtree(checkpoint)
+    return None

@@ -1,0 +1,158 @@
+"""TRL's SFTTrainer as a phase is trained by it: fed by the numbers of items, each pass divided as memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.data.encode import IGNORED, EncodedRow
+from qcft.models.adapters import read_trained, read_weights, save_trained
+from qcft.private import check_training
+from qcft.training.batches import Batches, Fed
+from qcft.training.checkpoints import sealing
+from qcft.training.distributed import shards
+from qcft.training.distributed.ranks import rank, sharded, world
+from qcft.training.head import AnswerTokens, own_loss, summed_nll
+from qcft.training.passes import Passes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from qcft.training.prefix import Prefix
+
+ITEM = "item"  # the column that says which of the batches' items an example is
+ROWS = "rows"  # the rows of what is run at once
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What a training need not do: `below` layers are frozen under the lowest adapter, and the backward pass stops
+    there; `by_rows`, attention goes row by row and nothing is padded; `prefix`, the frozen layers need not run;
+    `fused`, TRL's head computes the loss, without all logits at once."""
+
+    below: int = 0
+    by_rows: bool = False
+    prefix: Prefix | None = None
+    fused: bool = True
+
+
+NO_SHORTCUTS = Shortcuts()
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Batches,
+    config: SFTConfig,
+    shortcuts: Shortcuts,
+    passes: Passes,
+) -> Any:
+    """The trainer of a phase. Raises QcftError where a library lacks what it overrides."""
+    import torch
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    check_training()
+
+    class PhaseTrainer(SFTTrainer):
+        """SFTTrainer that is fed the numbers of items, and counts them; its checkpoints hold the adapter and no pickled
+        arguments."""
+
+        fed = Fed(batches, rank(), world())
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.fed.take(self.state.global_step, int((inputs["labels"] != IGNORED).sum()))
+            step = super().training_step
+
+            def run(rows: list[EncodedRow]) -> Any:
+                examples = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+                return step(model, {**collate(examples), ROWS: tuple(rows)}, *args, **kwargs)
+
+            rows = [row for item in inputs[ITEM] for row in batches.items[item]]
+            if world() > 1:  # a process that divides its passes would wait for the others, and they for it
+                return run(rows)
+            return passes.run(self.model, self.state.global_step, rows, shortcuts.below, run)
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            rows = inputs.pop(ROWS)
+            if shortcuts.by_rows:
+                inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
+            if shortcuts.prefix:
+                shortcuts.prefix.show(rows, padded=not (batches.packed or shortcuts.by_rows))
+            if self.label_smoother is None and self.compute_loss_func is None:
+                answers.choose(inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+        def nll(self, rows: Sequence[EncodedRow]) -> float:
+            """The summed NLL of rows' answer tokens; several rows only where attention goes row by row."""
+            lengths = tuple(len(row.input_ids) for row in rows)
+            device = self.model.device
+            inputs: dict[str, Any] = {
+                "input_ids": torch.tensor([[token for row in rows for token in row.input_ids]], device=device),
+                "labels": torch.tensor([[label for row in rows for label in row.labels]], device=device),
+            }
+            if shortcuts.by_rows:
+                inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+                inputs["row_lengths"] = lengths
+            if shortcuts.prefix:
+                shortcuts.prefix.show(rows)
+            if not shortcuts.fused:
+                labels = inputs.pop("labels")
+                return float(summed_nll(self.model(**inputs, use_cache=False).logits, labels))
+            answers.choose(inputs)
+            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            answers.chosen = None  # where labels are smoothed, training itself does not choose
+            return -float(outputs.log_probs.sum())
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            weights = shards.whole(self.model) if sharded() else None
+            if rank() == 0:
+                save_trained(self.model, Path(output_dir or self.args.output_dir), weights)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # The Trainer's own loads one adapter only, under whichever name comes first.
+            if sharded():
+                shards.deal_out(self.model, read_weights(Path(resume_from_checkpoint)))
+            else:
+                read_trained(self.model, Path(resume_from_checkpoint))
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if not sharded():
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
+            shards.save_optimizer(self, Path(output_dir))
+            if rank() == 0:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is None or not sharded():
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            shards.load_optimizer(self, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """None: TRL would write one beside each checkpoint."""
+
+    def items_of(examples: list[dict[str, int]]) -> dict[str, Any]:
+        items = tuple(example[ITEM] for example in examples)
+        labels = [label for item in items for row in batches.items[item] for label in row.labels]
+        return {ITEM: items, "labels": torch.tensor(labels)}  # by which the Trainer counts a step's answer tokens
+
+    answers = AnswerTokens(model.get_base_model())
+    trainer = PhaseTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_dict({ITEM: range(len(batches.items))}),
+        processing_class=tokenizer,
+        compute_loss_func=None if shortcuts.fused else own_loss,
+    )
+    collate, trainer.data_collator = trainer.data_collator, items_of
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(sealing())
+    return trainer
