@@ -32,7 +32,7 @@ def _block(block: Block) -> str:
         case Figure():
             return f"![{line(block.alt)}](plots/{block.name}.svg)\n\n{line(block.caption)}"
         case Sample():
-            answers = (f"- {a.stage}: {line(a.text)}{'' if a.finished else ' ...'}" for a in block.answers)
+            answers = (f"- {line(a.stage)}: {line(a.text)}{'' if a.finished else ' ...'}" for a in block.answers)
             return "\n".join((f"**{line(block.prompt)}**\n", *answers))
         case Listing():
             return f"{line(block.caption)}:\n\n{fenced(block.text, block.language)}"

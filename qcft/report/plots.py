@@ -93,6 +93,7 @@ def draw(
 
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in the PNG; the SVG's reader has other fonts
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # a label longer than the plot is wide
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
