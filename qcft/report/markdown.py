@@ -63,13 +63,12 @@ def _longest_marks(text: str) -> int:
 
 
 def _cell(text: str) -> str:
-    return "<br>".join(_escaped(part) for part in text.split("\n"))
+    """Text in a table, where brackets alone are no link: those of intervals stay readable in the file."""
+    return "<br>".join(_escaped(part, "[]" if "](" in part else "") for part in text.split("\n"))
 
 
-def _escaped(text: str) -> str:
-    """Text that no link, image, HTML or emphasis comes of; an interval's brackets stay readable in the file."""
-    special = "\\`*_<>#|~$" + ("[]" if re.search(r"\[.*[^\d\s.,+-].*\]", text) else "")
+def _escaped(text: str, brackets: str = "[]") -> str:
+    """Text that no link, image, HTML or emphasis comes of."""
+    special = "\\`*_<>#|~$" + brackets
     text = "".join("\\" + c if c in special else c for c in text.replace("&", "&amp;"))
-    return re.sub(
-        r"(?<=:)//|(?<=\bwww)\.", lambda found: "\\" + found[0], text, flags=re.IGNORECASE
-    )  # linked as they are
+    return re.sub(r"(?<=:)(?=//)|(?<=\bwww)(?=\.)", r"\\", text, flags=re.IGNORECASE)  # bare addresses become links

@@ -30,7 +30,7 @@ class CleanStream:
 
     def write(self, text: str) -> int:
         """Write a text as it may be shown."""
-        moves = BAR.match(text)
+        moves = BAR.match(text) if self.isatty() else None
         end = moves.end() if moves and (moves[0] == "\r" or moves.end() == len(text)) else 0
         self.rich_proxied_file.write(text[:end] + shown(text[end:]))
         return len(text)
