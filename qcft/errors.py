@@ -7,10 +7,10 @@ QcftError              1   something failed while working
 
 from __future__ import annotations
 
-import os
 import re
 
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY")  # environment variables
+from qcft.safe import shown, without_tokens
+
 # What the libraries report when memory runs out: PyTorch's CUDA allocator, in its own words and in CUDA's (without
 # NVML, writing that message fails); cuBLAS and cuDNN, which allocate by themselves; Triton; PyTorch's CPU allocator (on
 # Windows "not enough memory"); oneDNN, which does not say why; C++ and the operating system.
@@ -22,7 +22,6 @@ OUT_OF_MEMORY = (
     "DefaultCPUAllocator: not enough memory", "could not create a primitive", "could not create a memory",
     "std::bad_alloc", "Cannot allocate memory",
 )  # fmt: skip
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}|wandb_v\d_[A-Za-z0-9_]{16,}|(?<=://)[^/@\s]+(?=@)")
 
 
 class QcftError(Exception):
@@ -51,8 +50,8 @@ class Interrupted(QcftError):
 
 
 def short(error: BaseException, most: int = 160) -> str:
-    """What another library's error says, on one line and cut; its name where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    """What another library's error says, without secrets, on one line and cut; its name where it says nothing."""
+    return " ".join(without_tokens(str(error)).split())[:most] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,14 +72,5 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _told(text: str) -> str:
-    """A text without access tokens, and without the rest of a word that is longer than any path."""
-    return re.sub(r"(\S{80})\S{220,}", r"\1...", without_tokens(text))
-
-
-def without_tokens(text: str) -> str:
-    """A text with `***` where an access token stands: the hub's, W&B's, a URL's user and password."""
-    for name in TOKENS:
-        value = os.environ.get(name, "")
-        if len(value) >= 8:  # a shorter one is no token, and would blot out words
-            text = text.replace(value, "***")
-    return TOKEN.sub("***", text)
+    """A text as it may be shown, without the rest of a word that is longer than any path."""
+    return re.sub(r"(\S{80})\S{220,}", r"\1...", shown(text))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qcft.errors import Interrupted
+from qcft.safe import without_tokens
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Watch:
             self._listeners = before
 
     def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
-        """Tell a line of text."""
-        self.tell(Note(text, level))
+        """Tell a line of text, without secrets that it may hold."""
+        self.tell(Note(without_tokens(text), level))
 
     def progress(self, label: str, done: float, total: float, unit: str, **stats: str) -> None:
         """Tell how far a piece of work is; raises Interrupted if a stop was asked for."""

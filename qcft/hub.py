@@ -1,9 +1,11 @@
-"""What a failed call to the model hub means, in one line."""
+"""What a failed call to the model hub means, in one line, and how much may be fetched from it."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from qcft.errors import InputError, QcftError, short
@@ -13,6 +15,9 @@ from qcft.files import FULL
 OFFLINE = "offline, use a local folder, a .gguf file or the embedded smollm2-135m-instruct"
 TRIES = 4
 WAIT = 2.0  # seconds before the second try, and twice as long before each that follows
+LIMIT = "QCFT_MAX_DOWNLOAD"  # in GB, of one model or data set
+USUAL = 200.0
+MUCH = 1e8  # bytes; what is less is fetched without a word
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 
 Answer = TypeVar("Answer")
@@ -38,6 +43,22 @@ def retried(call: Callable[[], Answer], what: str, name: str, watch: Watch, offl
                 watch.check_stop()
                 time.sleep(0.1)
     raise AssertionError("unreachable")
+
+
+def check_download(what: str, name: str, sizes: Iterable[int | None], watch: Watch | None = None) -> None:
+    """Note how much a download is where it is much. Raises InputError where it is more than the limit."""
+    text = os.environ.get(LIMIT, "").strip()
+    match = re.fullmatch(r"(\d+(?:\.\d*)?) ?(?:GB)?", text, re.IGNORECASE)
+    if text and not match:
+        raise InputError(f"{LIMIT}={text!r} is no size", f"give gigabytes, such as {LIMIT}=500")
+    most, total = float(match[1]) if match else USUAL, sum(size or 0 for size in sizes)
+    if total > most * 1e9:
+        raise InputError(
+            f"{what}: {name!r} is a download of {total / 1e9:,.1f} GB, more than the limit of {most:,g} GB",
+            f"use a smaller one, or set {LIMIT} to what may be fetched, in GB",
+        )
+    if total > MUCH and watch is not None:
+        watch.note(f"fetching {name} ({total / 1e9:,.1f} GB; the limit is {most:,g} GB)")
 
 
 def _may_pass(error: Exception) -> bool:

@@ -45,7 +45,7 @@ def test_an_arm_whose_process_is_killed_leaves_the_others_going(recipe_file, tmp
     os.kill(working(runs, "tiny")["tiny-plain-s0"]["pid"], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "tiny-plain-s0: its process crashed (SIGKILL); going on with the other arms" in err
+    assert "tiny-plain-s0: its process crashed (SIGKILL); continuing with the other arms" in err
     states = {state.run: state for state in Ablation(runs, "tiny").states()}
     assert states["tiny-er-s0"].state == "done"
     assert states["tiny-plain-s0"].state == "failed"
@@ -75,7 +75,7 @@ def test_an_arm_whose_process_ends_itself_with_1_leaves_the_others_going(recipe_
     process = start(recipe_file, runs, places)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "tiny-plain-s0: its process crashed (exit code 1); going on with the other arms" in err
+    assert "tiny-plain-s0: its process crashed (exit code 1); continuing with the other arms" in err
     states = {state.run: state for state in Ablation(runs, "tiny").states()}
     assert states["tiny-er-s0"].state == "done"
     assert states["tiny-plain-s0"].state == "failed"

@@ -6,22 +6,18 @@
 import copy
 import gzip
 import json
-import os
-import signal
-from contextlib import contextmanager
-from datetime import timedelta
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from qcft import InputError
 from qcft.data.encode import Encoder
 from qcft.data.load import load_source
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source, load_recipe, parse_assignments, recipe_from
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+from .helpers.fuzz import many, told
+
 RAW = {
     "version": 1,
     "name": "r",
@@ -80,30 +76,6 @@ keys = st.text(max_size=5) | st.integers() | st.none() | st.sampled_from(WORDS)
 values = st.recursive(
     scalars, lambda below: st.lists(below, max_size=3) | st.dictionaries(keys, below, max_size=3), max_leaves=6
 )
-many = settings(max_examples=EXAMPLES, deadline=timedelta(seconds=20), suppress_health_check=list(HealthCheck))
-
-
-@contextmanager
-def told():
-    """Nothing but an InputError of one line with a hint may come out, and in time."""
-    refused = None
-
-    def late(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    try:
-        yield
-    except InputError as error:
-        refused = error
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    if refused is not None:
-        assert "\n" not in refused.message
-        assert len(refused.message) < 2000
-        assert refused.hint
 
 
 @many

@@ -149,6 +149,25 @@ def test_a_data_set_is_read_from_the_hub_whole_or_not_at_all(fetch, tmp_path):
     assert fetch(READ.format(take=None), HF_HUB_OFFLINE="1") == whole
 
 
+def test_a_download_beyond_the_limit_is_refused_before_a_byte_of_it_is_fetched(fetch, tmp_path):
+    """The limit is said, with the variable that sets it; of a model, a description alone, a data set."""
+    write_rows(tmp_path / "rows" / "train.jsonl", [{"instruction": f"q {i}", "output": "a"} for i in range(200)])
+    fetch.hub.repos[("datasets", "someone/rows")] = tmp_path / "rows"
+    limit = {"QCFT_MAX_DOWNLOAD": "0.000001"}
+    said = fetch(**limit)
+    assert said.startswith("error: model: 'someone/tiny' is a download of 0.0 GB, more than the limit of 1e-06 GB"), (
+        said
+    )
+    assert "| hint: use a smaller one, or set QCFT_MAX_DOWNLOAD" in said
+    assert "more than the limit" in fetch(FETCH.replace("weights_folder", "described_folder"), **limit)
+    assert "error: data: 'someone/rows' is a download of" in fetch(READ.format(take=None), **limit)
+    assert not [one for one in fetch.hub.asked if one.startswith("GET") and "resolve" in one and "README" not in one]
+    assert "QCFT_MAX_DOWNLOAD='much' is no size" in fetch(QCFT_MAX_DOWNLOAD="much")
+    assert "folder: " in fetch(QCFT_MAX_DOWNLOAD="1 GB")
+    assert "folder: " in fetch(**limit)  # nothing is fetched any more
+    assert fetch(READ.format(take=None)).startswith("rows: ")
+
+
 PART = """
 from qcft import QcftError
 from qcft.data.sources import read_records

@@ -17,7 +17,6 @@ import yaml
 
 from qcft import InputError, QcftError, api
 from qcft.cache import cache_folder
-from qcft.errors import without_tokens
 from qcft.events import Progress, Watch
 from qcft.files import file_digest, read_json, seal, write_json
 from qcft.measure.catalog import Catalog
@@ -25,6 +24,7 @@ from qcft.models import embedded
 from qcft.models.embedded import Embedded, fetch_embedded
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Evaluate, Model, recipe_from
+from qcft.safe import without_tokens
 
 from .helpers.tiny import write_rows
 from .helpers.training import train

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ START = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from 
 ENDED, STOPPED = {0, 1, 2}, {129, 130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
 
 
-def supervise(arguments: Sequence[str], runs: Path) -> int:
+def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None]) -> int:
     """Run `qcft ARGUMENTS --supervised ...` until no arm is left that did not crash it; its exit code.
+
+    `tell` is called with a line for each arm whose process crashed.
 
     Raises QcftError when it crashes outside of any arm.
     """
@@ -51,7 +53,7 @@ def supervise(arguments: Sequence[str], runs: Path) -> int:
         for ablation, run in found:
             hint = "out of memory? the system's log (dmesg) may say; the same command tries it again"
             ablation.end(run, {"message": f"its process crashed ({how})", "hint": hint, "step": None, "title": None})
-            sys.stderr.write(f"\033[?25h{run}: its process crashed ({how}); going on with the other arms\n")
+            tell(f"{run}: its process crashed ({how}); continuing with the other arms")
             crashed.append(run)
 
 

@@ -50,7 +50,7 @@ def ablate(
         tables.print_json(plan) if json_ else ablation_view.print_plan(plan)
         return
     if not in_process and supervised is None and on is None:
-        raise typer.Exit(supervise(sys.argv[1:], runs))
+        raise typer.Exit(supervise(sys.argv[1:], runs, ablation_view.tell_crash))
     with watched(quiet, ablation_view.ArmsReporter) as watch, stop_with_parent(watch, supervised is not None):
         done = api.ablate_watched(plain, chosen, runs, watch, split(supervised), on)
     outcome = api.ablation_outcome(done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -116,7 +115,7 @@ def dial(
     """Score English and the other languages at each scale of a phase's delta, without training."""
     from qcft import api
     from qcft.report.curve import curve_rows
-    from qcft.terminal import format, tables
+    from qcft.terminal import tables
 
     how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
     with watched(quiet) as watch:
@@ -125,9 +124,9 @@ def dial(
         tables.print_json(done)
     else:
         tables.print_rows(*curve_rows(done["points"]))
-        format.stderr().print(f"curve: {done['drawing']}", style="dim", soft_wrap=True)
+        tables.say(f"curve: {done['drawing']}", "dim")
         if "merged" in done:
-            sys.stdout.write(f"{done['merged']['folder']}\n")
+            tables.print_lines([str(done["merged"]["folder"])])
 
 
 @app.command()
@@ -162,4 +161,4 @@ def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) 
     if json_:
         tables.print_json(done)
     else:
-        sys.stdout.write(f"{done['folder']}\n")
+        tables.print_lines([str(done["folder"])])

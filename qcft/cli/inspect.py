@@ -63,7 +63,7 @@ def drift(
     from qcft import api
     from qcft.cli.flags import text_files
     from qcft.report.drift_section import NOTE, drift_rows, drift_says
-    from qcft.terminal import format, tables
+    from qcft.terminal import tables
 
     files = text_files(text or [])
     with watched(quiet) as watch:
@@ -73,4 +73,4 @@ def drift(
     else:
         tables.print_rows(*drift_rows(found))
         tables.print_lines([*drift_says(found), NOTE])
-        format.stderr().print(f"drawing: {found['drawing']}", style="dim", soft_wrap=True)
+        tables.say(f"drawing: {found['drawing']}", "dim")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import sys
 from pathlib import Path
@@ -21,9 +19,10 @@ def main() -> NoReturn:
     if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that a library begins loads modules from the working folder
-    from qcft.errors import QcftError, is_out_of_memory
+    from qcft.errors import QcftError, is_out_of_memory, short
+    from qcft.terminal.streams import clean_streams
 
-    _prepare_streams()
+    clean_streams()
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -46,37 +45,9 @@ def main() -> NoReturn:
             _fail("the disk that is written to is full", "free some space, then give the same command", 1)
         if is_out_of_memory(error):
             _fail("memory ran out", "free memory, or use a smaller model; what was done is kept", 1)
-        text = f"{type(error).__name__}: {error}"
-        _fail(f"unexpected {text[:300]}", "what was done is kept; run again with --debug to see where it comes from", 1)
+        text = f"unexpected {type(error).__name__}: {short(error, 300)}"
+        _fail(text, "what was done is kept; run again with --debug to see where it comes from", 1)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-class _Terminal(io.FileIO):
-    """A terminal that takes all and shows none once it was closed: the work goes to its next safe point."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return len(data)
-
-
-def _prepare_streams() -> None:
-    """What the terminal's encoding lacks is written as an escape; a stream that was closed takes all and keeps none."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-            if stream.isatty():
-                raw = _Terminal(stream.fileno(), "w", closefd=False)
-                written = io.TextIOWrapper(
-                    io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True
-                )
-                setattr(sys, name, written)
 
 
 def _usage_error(error: Any) -> NoReturn:
@@ -90,8 +61,7 @@ def _usage_error(error: Any) -> NoReturn:
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:
-    from qcft.errors import without_tokens
     from qcft.terminal.tables import print_error
 
-    print_error(without_tokens(message), hint)
+    print_error(message, hint)
     sys.exit(code)

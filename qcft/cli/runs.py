@@ -27,12 +27,12 @@ def run(
 ) -> None:
     """Run a whole recipe: its phases, what is measured between them, the report."""
     from qcft.recipe import load_recipe, parse_assignments
-    from qcft.terminal import format
+    from qcft.terminal import tables
 
     changes = parse_assignments(set_ or [])
     loaded = load_recipe(recipe, changes | ({} if name is None else {"name": name}))
     if loaded.ablation and not quiet:
-        format.stderr().print("this is the plain recipe; its arms are run by `qcft ablate`", style="dim")
+        tables.say("this is the plain recipe; its arms are run by `qcft ablate`", "dim")
     run_and_show(loaded, runs, dry_run, json_, quiet)
 
 
@@ -176,7 +176,7 @@ def report(
         tables.print_json(written)
     else:
         tables.print_answer(written["question"], written["answer"])
-        sys.stdout.write(f"{written['page']}\n")
+        tables.print_lines([str(written["page"])])
 
 
 def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
@@ -185,7 +185,7 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
     from qcft.cli.listings import plan_listed
     from qcft.events import Watch
     from qcft.runner.recipe import help_train, raise_failed
-    from qcft.terminal import format, tables
+    from qcft.terminal import tables
     from qcft.training.distributed.ranks import leave, rank, world
 
     if dry_run:
@@ -208,5 +208,5 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
         tables.print_json({"run": done.name, "folder": str(done.folder), **done.table})
     else:
         tables.print_table(done.table)
-        format.stderr().print(f"report: {done.folder / 'report' / 'report.html'}", style="dim", soft_wrap=True)
+        tables.say(f"report: {done.folder / 'report' / 'report.html'}", "dim")
     raise_failed(done)

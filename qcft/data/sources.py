@@ -10,7 +10,7 @@ from typing import Any
 
 from qcft.data.files import FORMS, SUFFIXES, BadLine, no_split, read_file
 from qcft.data.folders import is_saved, split_of
-from qcft.errors import InputError, nearest
+from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
 from qcft.files import exists
 from qcft.recipe import Source
@@ -38,7 +38,7 @@ def read_records(source: Source, watch: Watch | None = None) -> Iterator[dict[st
     elif there and path.is_dir():
         yield from _read_folder(path, source, watch)
     elif HUB_ID.fullmatch(source.path) and not source.path.lower().endswith(SUFFIXES):
-        yield from _read_hub(source)
+        yield from _read_hub(source, watch)
     else:
         raise InputError(f"data: there is no file {source.path!r}", f"give {FORMS}")
 
@@ -91,25 +91,39 @@ def _read_saved(folder: Path, source: Source) -> Iterator[dict[str, Any]]:
     yield from splits[source.split]
 
 
-def _read_hub(source: Source) -> Iterator[dict[str, Any]]:
+def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:
     """A hub data set; streamed when only some rows are taken, so that the rest is not downloaded."""
     import datasets
     from huggingface_hub import HfApi, constants
 
-    from qcft.hub import unreachable
+    from qcft.hub import check_download, unreachable
 
     offline = "give a file or a folder, or qcft:instructions/en; if the set is cached, set HF_HUB_OFFLINE=1"
     try:
         if not constants.HF_HUB_OFFLINE:
             # Asked first: `datasets` retries an unreachable hub for half a minute.
-            HfApi().dataset_info(source.path, revision=source.revision, timeout=10)
+            info = HfApi().dataset_info(source.path, revision=source.revision, timeout=10, files_metadata=True)
+            if source.take is None:
+                sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+                check_download("data", source.path, map(sizes.get, _files_of(source)), watch)
         yield from datasets.load_dataset(
             source.path, source.subset, split=source.split, revision=source.revision, streaming=source.take is not None
         )
+    except QcftError:
+        raise
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
         raise (isinstance(error, ValueError) and _misnamed(source)) or unreachable(
             "data", source.path, error, offline
         ) from None
+
+
+def _files_of(source: Source) -> set[str]:
+    """The files of a hub data set that its subset is read from; none where `datasets` has read them before."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
+    listed = [] if Path(builder.cache_dir).is_dir() else (builder.config.data_files or {}).values()
+    return {str(file).rpartition("@")[2].partition("/")[2] for files in listed for file in files}
 
 
 def _misnamed(source: Source) -> InputError | None:

@@ -14,7 +14,7 @@ from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, QcftError, nearest, short
 from qcft.events import Watch
 from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
-from qcft.hub import OFFLINE, retried, unreachable
+from qcft.hub import OFFLINE, check_download, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.models.gguf_header import check_lengths
 from qcft.models.tensors import INDEX, weight_files
@@ -254,8 +254,10 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
         _forget(folder, altered)
 
     def fetch() -> list[str]:
-        siblings = HfApi().model_info(name, revision=commit, timeout=10).siblings or []
-        files = sorted(s.rfilename for s in siblings if _is_fetched(s.rfilename))
+        siblings = HfApi().model_info(name, revision=commit, timeout=10, files_metadata=True).siblings or []
+        sizes = {s.rfilename: s.size for s in siblings if _is_fetched(s.rfilename)}
+        files = sorted(sizes)
+        check_download("model", name, (size for file, size in sizes.items() if not (folder / file).is_file()), watch)
         snapshot_download(name, revision=commit, allow_patterns=FETCHED, ignore_patterns=IGNORED)
         if broken := [f for f in files if not (folder / f).is_file() or _is_cut(folder / f)]:
             _forget(folder, broken)
@@ -279,12 +281,16 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
 
 def _fetch_description(source: ModelSource, watch: Watch) -> Path:
     """The folder of a hub model in the hub's own cache, with its weights or without."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     name, commit = source.location, source.digest.rsplit("@", 1)[1]
     small = [pattern for pattern in FETCHED if pattern != "*.safetensors"]
 
     def fetch() -> str:
+        if not (_snapshot(name, commit) / "config.json").is_file():
+            siblings = HfApi().model_info(name, revision=commit, timeout=10, files_metadata=True).siblings or []
+            wanted = (s for s in siblings if _is_fetched(s.rfilename) and not s.rfilename.endswith(".safetensors"))
+            check_download("model", name, (s.size for s in wanted), watch)
         return str(snapshot_download(name, revision=commit, allow_patterns=small, ignore_patterns=IGNORED))
 
     return Path(retried(fetch, "model", name, watch))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcft.errors import InputError, without_tokens
+from qcft.errors import InputError
+from qcft.safe import without_tokens
 
 MOST = 100_000  # values; far more than any recipe has, and what YAML's aliases can blow up to
 

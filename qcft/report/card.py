@@ -11,8 +11,9 @@ import yaml
 from qcft.files import write_text
 from qcft.recipe import Recipe
 from qcft.report.cells import header, stage_rows
-from qcft.report.markdown import markdown_table
+from qcft.report.markdown import code, fenced, line, markdown_table
 from qcft.report.standing import mean_of
+from qcft.safe import plain
 
 
 def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: str, what: str, adapter: bool) -> None:
@@ -29,8 +30,8 @@ def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: st
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
-        f"# {recipe.name}\n",
-        f"{what} Base model: `{_name(recipe.model.name)}`. Made with qcft: continual fine-tuning in phases, "
+        f"# {line(recipe.name)}\n",
+        f"{line(what)} Base model: {code(_name(recipe.model.name))}. Made with qcft: continual fine-tuning in phases, "
         "measured on rows that were held out of training.\n",
         "## Data\n",
         *_data(recipe),
@@ -40,9 +41,9 @@ def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: st
         "only.\n\n## All stages and languages\n",
         markdown_table(header(table), stage_rows(table)),
         "\nNLL and the share of answer tokens predicted right.\n\n## Recipe\n",
-        f"```yaml\n{yaml.safe_dump(recipe.model_dump(mode='json'), sort_keys=False, allow_unicode=True)}```\n",
+        fenced(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "yaml") + "\n",
     ]
-    write_text(folder / "README.md", "\n".join(parts))
+    write_text(folder / "README.md", plain("\n".join(parts)))
 
 
 def _abilities(table: Mapping[str, Any], last: str) -> str:
@@ -63,10 +64,12 @@ def _data(recipe: Recipe) -> list[str]:
     lines = []
     for phase in recipe.phases:
         if phase.adapter:
-            lines.append(f"- {phase.name}: an adapter made elsewhere, `{_name(phase.adapter)}`")
+            lines.append(f"- {phase.name}: an adapter made elsewhere, {code(_name(phase.adapter))}")
         for source in phase.sources():
             take = f", first {source.take:,} rows" if source.take else ""
-            lines.append(f"- {phase.name}: `{_name(source.path)}` ({source.lang or 'language not given'}{take})")
+            lines.append(
+                f"- {phase.name}: {code(_name(source.path))} ({line(source.lang or 'language not given')}{take})"
+            )
     return lines
 
 

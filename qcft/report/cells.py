@@ -7,15 +7,6 @@ from typing import Any
 
 Table = Mapping[str, Any]
 
-STEERING = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"} | {
-    c: f"\\u{c:04x}" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
-
-
-def plain(text: str) -> str:
-    """Text from data or a model without what steers a terminal or a page: control characters, turns of direction."""
-    return text.translate(STEERING)
-
 
 def header(table: Table) -> list[str]:
     """Column titles: the stage, each group (English marked), the English answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from qcft.report.document import Block, Document, Figure, Listing, Prose, Sample, Table
@@ -9,9 +10,9 @@ from qcft.report.document import Block, Document, Figure, Listing, Prose, Sample
 
 def to_markdown(document: Document) -> str:
     """The report as one Markdown file; plots are links to their files in `plots/`."""
-    parts = [f"# {document.title}", f"**{_line(document.question)}**\n{_line(document.answer)}"]
+    parts = [f"# {line(document.title)}", f"**{line(document.question)}**\n{line(document.answer)}"]
     for section in document.sections:
-        parts.append(f"## {section.title}")
+        parts.append(f"## {line(section.title)}")
         parts += [_block(block) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
 
@@ -27,23 +28,47 @@ def _block(block: Block) -> str:
     match block:
         case Table():
             table = markdown_table(block.head, block.rows)
-            return "\n\n".join(filter(None, (f"**{block.caption}**", table, _line(block.note))))
+            return "\n\n".join(filter(None, (f"**{line(block.caption)}**", table, line(block.note))))
         case Figure():
-            return f"![{_line(block.alt)}](plots/{block.name}.svg)\n\n{_line(block.caption)}"
+            return f"![{line(block.alt)}](plots/{block.name}.svg)\n\n{line(block.caption)}"
         case Sample():
-            answers = (f"- {a.stage}: {_line(a.text)}{'' if a.finished else ' ...'}" for a in block.answers)
-            return "\n".join((f"**{_line(block.prompt)}**\n", *answers))
+            answers = (f"- {line(a.stage)}: {line(a.text)}{'' if a.finished else ' ...'}" for a in block.answers)
+            return "\n".join((f"**{line(block.prompt)}**\n", *answers))
         case Listing():
-            return f"{block.caption}:\n\n```{block.language}\n{block.text}```"
+            return f"{line(block.caption)}:\n\n{fenced(block.text, block.language)}"
         case Prose():
-            return "\n".join(f"- {_line(sentence)}" for sentence in block.sentences)
+            return "\n".join(f"- {line(sentence)}" for sentence in block.sentences)
+
+
+def line(text: str) -> str:
+    """Text, a model's perhaps, as one line of Markdown that can't break the page."""
+    return _escaped(" ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Text as a code span."""
+    marks = "`" * (_longest_marks(text) + 1)
+    space = " " if "`" in text else ""
+    return f"{marks}{space}{' '.join(text.split())}{space}{marks}"
+
+
+def fenced(text: str, language: str) -> str:
+    """Text that ends in a newline, as a block of code."""
+    marks = "`" * max(3, _longest_marks(text) + 1)
+    return f"{marks}{language}\n{text}{marks}"
+
+
+def _longest_marks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _cell(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", "<br>")
+    """Text in a table, where brackets alone are no link: those of intervals stay readable in the file."""
+    return "<br>".join(_escaped(part, "[]" if "](" in part else "") for part in text.split("\n"))
 
 
-def _line(text: str) -> str:
-    """Text, a model's perhaps, as one line of Markdown that can't break the page."""
-    flat = " ".join(text.split())
-    return "".join("\\" + c if c in "\\`*_[]<>#|" else c for c in flat)
+def _escaped(text: str, brackets: str = "[]") -> str:
+    """Text that no link, image, HTML or emphasis comes of."""
+    special = "\\`*_<>#|~$" + brackets
+    text = "".join("\\" + c if c in special else c for c in text.replace("&", "&amp;"))
+    return re.sub(r"(?<=:)(?=//)|(?<=\bwww)(?=\.)", r"\\", text, flags=re.IGNORECASE)  # bare addresses become links

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcft.report.document import Figure
+from qcft.safe import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +91,9 @@ def draw(
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in the PNG; the SVG's reader has other fonts
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # a label longer than the plot is wide
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
         canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
@@ -99,7 +103,7 @@ def draw(
         canvas.savefig(svg, format="svg", metadata=unsigned)
         canvas.set_layout_engine("none")  # laid out already
         canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return Figure(name, caption, alt, svg.getvalue().decode(), png.getvalue())
+    return Figure(name, caption, alt, plain(svg.getvalue().decode()), png.getvalue())
 
 
 def inline_svg(figure: Figure) -> str:
@@ -113,6 +117,8 @@ def inline_svg(figure: Figure) -> str:
 def legend_below(axes: Axes, columns: int = 2) -> None:
     """A legend under the axes, where it hides nothing and takes nothing from them: the figure grows by it."""
     handles, labels = axes.get_legend_handles_labels()
+    if not labels:  # matplotlib leaves out what begins with an underscore
+        return
     figure: Any = axes.figure
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(labels) / columns))
     figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 from qcft.files import write_bytes, write_text
-from qcft.report.cells import plain
 from qcft.report.document import Document, Table
 from qcft.report.markdown import to_markdown
 from qcft.report.page import to_page
+from qcft.safe import plain
 
 PAGE = "report.html"
+NUMBER = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?%?", re.IGNORECASE)
 
 
 def write_report(folder: Path, document: Document) -> Path:
@@ -33,7 +36,14 @@ def to_csv(table: Table) -> str:
     """A table's numbers, unrounded."""
     names = list(dict.fromkeys(name for record in table.records for name in record))
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table.records)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_cell, names))
+    writer.writerows([_cell(record.get(name)) for name in names] for record in table.records)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A cell that a spreadsheet takes for text or a number, never for a formula."""
+    if not isinstance(value, str) or NUMBER.fullmatch(value):
+        return value
+    return ("'" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else "") + plain(value)

@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
 from qcft.report.ablation import in_words
-from qcft.terminal.format import duration, stderr, stdout
+from qcft.terminal.format import duration
 from qcft.terminal.progress import Reporter
+from qcft.terminal.streams import said, stderr, stdout
 from qcft.terminal.tables import print_rows
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
@@ -78,7 +78,7 @@ class ArmsReporter(Reporter):
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
-        self.console.print(Text(text, style=STYLES[event.state]), soft_wrap=True)
+        self.console.print(said(text, style=STYLES[event.state]), soft_wrap=True)
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
         if isinstance(event, StepBegun):
@@ -99,7 +99,7 @@ class ArmsReporter(Reporter):
         for run, line in self._window():
             seconds = time.monotonic() - line.begun if line.state == "running" else line.seconds
             cells = (run, line.state, "" if seconds is None else duration(seconds), line.what)
-            table.add_row(*(Text(cell, style=STYLES[line.state]) for cell in cells))
+            table.add_row(*(said(cell, style=STYLES[line.state]) for cell in cells))
         return table
 
     def _window(self) -> list[tuple[str, _Line]]:
@@ -108,6 +108,13 @@ class ArmsReporter(Reporter):
         at = list(self.lines).index(self.running) if self.running else 0
         first = max(0, min(at - room // 2, len(lines) - room))
         return lines[first : first + room]
+
+
+def tell_crash(text: str) -> None:
+    """A line on an arm whose process crashed, which may have left the terminal without its cursor."""
+    console = stderr()
+    console.show_cursor()
+    console.print(said(text), soft_wrap=True)
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
@@ -140,11 +147,11 @@ def print_outcome(outcome: Mapping[str, Any]) -> None:
         "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
         "[least, most]"
     )
-    stdout().print(Text(note, style="dim"), soft_wrap=True)  # a text: brackets are markup elsewhere
+    stdout().print(said(note, style="dim"), soft_wrap=True)
     for run in outcome["runs"]:
         if run["state"] == "failed":
             text = f"{run['run']} failed: {in_words(run['error'])}"
-            stderr().print(Text(text, style="yellow"), soft_wrap=True)
+            stderr().print(said(text, style="yellow"), soft_wrap=True)
 
 
 def _cost(part: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from qcft.terminal.format import stdout
+from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_rows
 
 GIB = 2**30
@@ -153,13 +153,13 @@ def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
     print_rows(*memory_table(found))
     console.print()
     for line in lines:
-        console.print(Text(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)
+        console.print(said(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)
     for phase in found["phases"]:
         for number, sample in enumerate(phase["samples"], start=1):
-            console.print(Text(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))
+            console.print(said(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))
             shown = Text()
             for stretch in sample:
                 marked = stretch["trained"] and console.color_system is None
                 text = f"[[{stretch['text']}]]" if marked else stretch["text"]
-                shown.append(text, style="black on green" if stretch["trained"] else "")
+                shown.append(said(text, "black on green" if stretch["trained"] else ""))
             console.print(shown, soft_wrap=True)

@@ -1,22 +1,6 @@
-"""The consoles, and times and sizes in words."""
+"""Times and sizes in words."""
 
 from __future__ import annotations
-
-import sys
-
-from rich.console import Console
-
-WIDE = 130  # columns of a table that goes to a file or a pipe
-
-
-def stdout() -> Console:
-    """The console for data."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-
-
-def stderr() -> Console:
-    """The console for everything else."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDE)
 
 
 def duration(seconds: float) -> str:

@@ -6,11 +6,11 @@ import time
 
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
-from rich.text import Text
 
 from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
-from qcft.report.cells import plain
-from qcft.terminal.format import duration, stderr
+from qcft.safe import shown
+from qcft.terminal.format import duration
+from qcft.terminal.streams import said, stderr
 from qcft.terminal.tables import mix_table
 
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
@@ -39,7 +39,7 @@ class Reporter:
             style = "yellow" if event.level == "warning" else "dim"
             prefix = "warning: " if event.level == "warning" else ""
             if not self.quiet or event.level == "warning":
-                self.console.print(Text(f"{prefix}{plain(event.text)}", style=style), soft_wrap=True)
+                self.console.print(said(f"{prefix}{event.text}", style=style), soft_wrap=True)
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
@@ -47,10 +47,10 @@ class Reporter:
                 event.state
             ]
             style = "dim" if event.state == "reused" else "bold"
-            self.console.print(Text(f"[{event.position}/{event.total}] {event.title}{how}", style=style))
+            self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style=style))
         elif isinstance(event, StepEnded):
             more = f": {event.summary}" if event.summary else ""
-            self.console.print(Text(f"      {duration(event.seconds)}{more}", style="dim"), soft_wrap=True)
+            self.console.print(said(f"      {duration(event.seconds)}{more}", style="dim"), soft_wrap=True)
         elif isinstance(event, Mixed):
             self.console.print(mix_table(event))
 
@@ -66,22 +66,23 @@ class Reporter:
             self._clear()
             self._label, self._begun, self._first = event.label.split(" (")[0], now, event.done
             self._said = now
-        stats = "  ".join(f"{k} {v}" if k in {"loss", "peak"} else v for k, v in event.stats.items())
-        text = f"{self._pace(event, now)}  {stats}".rstrip()
+        figures = "  ".join(f"{k} {v}" if k in {"loss", "peak"} else v for k, v in event.stats.items())
+        text = f"{self._pace(event, now)}  {figures}".rstrip()
         if not self.console.is_terminal:
             if now - self._said > QUIET_SECONDS:
                 self._said = now
-                self.console.print(Text(f"      {event.label}: {_of(event)}  {text}", style="dim"), soft_wrap=True)
+                self.console.print(said(f"      {event.label}: {_of(event)}  {text}", style="dim"), soft_wrap=True)
             return
         if self._bars is None:
-            columns = (TextColumn("      {task.description}"), BarColumn(24), TextColumn("{task.fields[text]}"))
-            self._bars = Bars(*columns, console=self.console, transient=True)
+            label = TextColumn("      {task.description}", markup=False)
+            stats = TextColumn("{task.fields[text]}", markup=False)
+            self._bars = Bars(label, BarColumn(24), stats, console=self.console, transient=True)
             self._bars.start()
-            self._task = self._bars.add_task(event.label, total=event.total or None, text="")
+            self._task = self._bars.add_task(shown(event.label), total=event.total or None, text="")
         assert self._task is not None
         self._bars.update(
             self._task,
-            description=event.label,
+            description=shown(event.label),
             completed=event.done,
             total=event.total or None,
             text=f"{_of(event)}  {text}",

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qcft.events import Mixed
-from qcft.report.cells import change_rows, conclusion, continual_in_words, header, plain, stage_rows
+from qcft.report.cells import change_rows, conclusion, continual_in_words, header, stage_rows
+from qcft.safe import json_shown, shown
 from qcft.terminal.ability_tables import (
     FIDELITY_NOTE,
     NOTE,
@@ -22,7 +23,8 @@ from qcft.terminal.ability_tables import (
     task_header,
     task_rows,
 )
-from qcft.terminal.format import duration, stderr, stdout
+from qcft.terminal.format import duration
+from qcft.terminal.streams import said, stderr, stdout
 
 
 def mix_table(mixed: Mixed) -> Table:
@@ -30,19 +32,19 @@ def mix_table(mixed: Mixed) -> Table:
     rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
     title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(title=said(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("source", "rows", "share", "tokens", "share", "answer tokens", "left out"):
         table.add_column(name, justify="left" if name in {"source", "left out"} else "right")
     for share in mixed.shares:
         left_out = ", ".join(f"{n} {reason}" for reason, n in share.left_out.items()) or "-"
         table.add_row(
-            Text(share.source),
+            said(share.source),
             f"{share.rows:,}",
             f"{share.rows / rows:.1%}",
             f"{share.tokens:,}",
             f"{share.tokens / tokens:.1%}",
             f"{share.answer_tokens:,}",
-            Text(left_out),
+            said(left_out),
         )
     return table
 
@@ -60,9 +62,9 @@ def print_table(table: Mapping[str, Any]) -> None:
         style="dim",
     )
     for sentence in conclusion(table):
-        console.print(Text(sentence), soft_wrap=True)
+        console.print(said(sentence), soft_wrap=True)
     for sentence in continual_in_words(table["continual"], "nats over the phases' own held-out rows"):
-        console.print(Text(sentence), soft_wrap=True)
+        console.print(said(sentence), soft_wrap=True)
     print_abilities(table["abilities"])
 
 
@@ -71,9 +73,9 @@ def print_abilities(abilities: Mapping[str, Any]) -> None:
     console = stdout()
     for table in abilities["tables"]:
         _print_blocks(console, task_header(table), task_rows(table), len(table["stages"]))
-        console.print(Text(f"{settings_in_words(table)}. {NOTE}", style="dim"), soft_wrap=True)
+        console.print(said(f"{settings_in_words(table)}. {NOTE}", style="dim"), soft_wrap=True)
         for sentence in continual_in_words(table["continual"], "points", 100):
-            console.print(Text(sentence), soft_wrap=True)
+            console.print(said(sentence), soft_wrap=True)
     answers = asked_alike(abilities["fidelity"])
     for cells in answers:
         titles, rows = fidelity_table(cells)
@@ -83,7 +85,7 @@ def print_abilities(abilities: Mapping[str, Any]) -> None:
     if max(len(abilities["tables"]), len(answers)) > 1:
         console.print("What stands in different tables was measured with other settings: do not compare it.")
     for cell in abilities["alpaca_eval"]:
-        console.print(Text(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}"), soft_wrap=True)
+        console.print(said(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}"), soft_wrap=True)
 
 
 def _print_blocks(console: Console, titles: list[str], rows: list[list[str]], plain: int) -> None:
@@ -92,9 +94,9 @@ def _print_blocks(console: Console, titles: list[str], rows: list[list[str]], pl
     for columns in _blocks(titles, rows, console.width):
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for i in columns:
-            shown.add_column(Text(titles[i]), justify="right" if i else "left", no_wrap=True)
+            shown.add_column(said(titles[i]), justify="right" if i else "left", no_wrap=True)
         for number, row in enumerate(rows):
-            shown.add_row(*(Text(row[i], style="bold" if number >= plain else "") for i in columns))
+            shown.add_row(*(said(row[i], style="bold" if number >= plain else "") for i in columns))
         console.print(shown)
         console.print()
 
@@ -106,14 +108,14 @@ def print_cost(cost: Mapping[str, float]) -> None:
         f"{cost['steps']} steps done in {duration(cost['seconds'])}{tokens}; "
         f"peak memory {cost['peak_bytes'] / 2**30:.2f} GiB; {cost['disk_bytes'] / 1e6:,.0f} MB on disk."
     )
-    stdout().print(Text(text), soft_wrap=True)
+    stdout().print(said(text), soft_wrap=True)
 
 
 def print_answer(question: str, answer: str) -> None:
     """A report's question and answer, beside its path."""
     console = stderr()
-    console.print(Text(question, style="dim"), soft_wrap=True)
-    console.print(Text(answer), soft_wrap=True)
+    console.print(said(question, style="dim"), soft_wrap=True)
+    console.print(said(answer), soft_wrap=True)
 
 
 def print_replay(shown: Mapping[str, Any]) -> None:
@@ -124,8 +126,8 @@ def print_replay(shown: Mapping[str, Any]) -> None:
     for part in shown["parts"]:
         left_out = ", ".join(f"{n} {reason}" for reason, n in part["left_out"].items()) or "-"
         rows = f"{part['rows']:,}" + (f" ({part['repeated']:,} again)" if part["repeated"] else "")
-        drawn = Text(f"{part['pool']:,}: {part['reason']}")
-        table.add_row(part["kind"], rows, f"{part['answer_tokens']:,}", drawn, Text(left_out))
+        drawn = said(f"{part['pool']:,}: {part['reason']}")
+        table.add_row(said(part["kind"]), rows, f"{part['answer_tokens']:,}", drawn, said(left_out))
     console = stdout()
     console.print(table)
     console.print(
@@ -140,10 +142,10 @@ def print_replay(shown: Mapping[str, Any]) -> None:
             )
     for sample in shown["samples"]:
         reason = f", left out: {sample['reason']}" if "reason" in sample else ""
-        console.print(Text(f"\n{sample['provenance']['kind']}{reason}", style="bold"))
+        console.print(said(f"\n{sample['provenance']['kind']}{reason}", style="bold"))
         for turn in (*sample["prompt"], *sample["completion"]):
-            console.print(Text(f"{turn['role']}: {plain(turn['content'])}"), soft_wrap=True)
-    console.print(Text(f"\n{shown['file']}", style="dim"), soft_wrap=True)
+            console.print(said(f"{turn['role']}: {turn['content']}"), soft_wrap=True)
+    console.print(said(f"\n{shown['file']}", style="dim"), soft_wrap=True)
 
 
 def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
@@ -173,12 +175,12 @@ def print_layers(table: Mapping[str, Any]) -> None:
             f"{layer['trainable_parameters']:,}",
             *("-" if layer[key] is None else f"{layer[key]:.3g}" for key in ("change", "snr")),
         ]
-        shown.add_row(*(Text(cell, style="" if adapted else "dim") for cell in cells))
+        shown.add_row(*(said(cell, style="" if adapted else "dim") for cell in cells))
     console = stdout()
     console.print(shown)
     share = table["trainable_parameters"] / table["parameters"]
     console.print(
-        Text(
+        said(
             f"{table['phase']} with freeze {table['freeze']}: adapters of rank {table['rank']} on "
             f"{table['adapted_modules']} of {table['linear_modules']} linear modules, "
             f"{table['trainable_parameters']:,} trainable parameters ({share:.2%} of {table['parameters']:,}); "
@@ -206,26 +208,27 @@ def print_rows(titles: list[str], rows: list[list[str]]) -> None:
     """A plain table on stdout."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in titles:
-        table.add_column(title)
+        table.add_column(said(title))
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(said(cell) for cell in row))
     stdout().print(table)
 
 
-def say(text: str) -> None:
+def say(text: str, style: str = "") -> None:
     """A line beside the data, on stderr."""
-    stderr().print(Text(text), soft_wrap=True)
+    stderr().print(said(text, style), soft_wrap=True)
 
 
 def print_lines(lines: Sequence[str]) -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
-        stdout().print(Text(line), soft_wrap=True)
+        stdout().print(said(line), soft_wrap=True)
 
 
 def print_json(document: Any) -> None:
     """A document for scripts, on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
+    sys.stdout.write(f"{json_shown(text)}\n")
 
 
 def print_error(message: str, hint: str) -> None:
@@ -237,4 +240,4 @@ def print_error(message: str, hint: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    return plain(" ".join(text.split()))
+    return shown(" ".join(text.split()))

@@ -102,7 +102,7 @@ class FakeHub:
                     asked = parse_qs(body.decode()).get("paths", [])
                     self.answer([e for e in listed(entries, "", True) if e["path"] in asked])
                 else:
-                    siblings = [{"rfilename": e["path"]} for e in entries]
+                    siblings = [{"rfilename": e["path"], "size": e["size"]} for e in entries]
                     self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
 
             def give(self, file):
