@@ -17,7 +17,7 @@ from qcft.data.template import CHATML
 
 PLAIN = CHATML.replace("END", "<|im_end|>")
 LONG = "{% if messages[0].content|length > 40 %}PART{% endif %}"
-ENDLESS = "{{ 9**(9**(messages[0].content|length // 5)) % 7 }}"  # one operation, which no signal handler of Python's could interrupt
+ENDLESS = "{{ 9**(9**(messages[0].content|length // 5)) % 7 }}"  # which no signal handler interrupts
 
 
 @pytest.fixture
