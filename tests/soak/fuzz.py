@@ -15,6 +15,6 @@ if __name__ == "__main__":
     parser.add_argument("--examples", type=int, default=2000)
     options = parser.parse_args()
     os.environ["FUZZ_EXAMPLES"] = str(options.examples)
-    code = pytest.main([str(Path(__file__).parents[1] / "test_fuzz.py"), "-v"])
+    code = pytest.main([*map(str, sorted(Path(__file__).parents[1].glob("test_fuzz*.py"))), "-v"])
     print(f"{options.examples} examples each: {'no traceback, no hang' if code == 0 else 'FAILED'}")
     sys.exit(code)
