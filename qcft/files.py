@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-import struct
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from qcft.errors import QcftError
 
 SEAL = "files.sha256"
 FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
+ODD = {"a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR, "a disk": stat.S_ISBLK}
 LEAST = 1 << 20  # bytes; a disk with less is full
 
 
@@ -100,7 +101,7 @@ def read_json(path: Path) -> Any:
     """The JSON in a file, or None where there is no file or no JSON in it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -145,13 +146,23 @@ def exists(path: Path) -> bool:
         return False
 
 
-def is_whole_safetensors(path: Path) -> bool:
-    """Whether a safetensors file is exactly as long as its header says."""
+def oddity(path: Path) -> str | None:
+    """What lies at a path in plain words, where it is neither a file, a folder nor nothing: it may have no end."""
     try:
-        with path.open("rb") as stream:
-            size = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(min(size, 1 << 28)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return bool(8 + size + max(ends, default=0) == path.stat().st_size)
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads in a circle"
+        return "a link that leads nowhere" if os.path.islink(path) else None
+    return next((words for words, is_so in ODD.items() if is_so(mode)), None)
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a safetensors file has a header that fits, and is exactly as long as that says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except (SafetensorError, OSError, ValueError):
         return False

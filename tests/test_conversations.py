@@ -6,6 +6,7 @@ import pytest
 
 from qcft.data.formats import Unusable, to_row
 from qcft.data.load import load_source
+from qcft.data.pool import read_pool
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source
 
@@ -151,3 +152,21 @@ def test_cells_of_bytes(tmp_path):
     assert said({"instruction": b"q", "output": "señor".encode()}, "alpaca") == [("user", "q"), ("assistant", "señor")]
     with pytest.raises(Unusable, match="no text"):
         to_row({"instruction": "q", "output": b"\xff\xfe"}, "alpaca")
+
+
+def test_pairs_of_half_characters_are_one(tmp_path):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "PAIR"}]
+    pair = "\\ud83d\\ude00"
+    twice = pair.replace("\\", "\\\\")
+    lines = [
+        json.dumps({"messages": said}),
+        json.dumps({"messages": json.dumps(said)}),
+        json.dumps({"messages": str(said)}),
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "\n".join([lines[0].replace("PAIR", pair), *(line.replace("PAIR", twice) for line in lines[1:])] * 9)
+    )
+    found = read_pool(Source(path=str(path)), True, Watch())
+    assert not found.left_out
+    assert {row.messages[1].content for row in found.rows} == {"😀"}

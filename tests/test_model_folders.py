@@ -1,6 +1,7 @@
 """What a model folder holds: which files are the model, what beside them is refused, what its config may say."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ import qcft as package
 from qcft.check.recipe import check_recipe
 from qcft.events import Note, Watch
 from qcft.layers import decoder_layers, linear_modules
-from qcft.models.load import evaluating, load_model
+from qcft.models.load import evaluating, load_model, load_tokenizer
 from qcft.models.meta import model_without_weights
 from qcft.models.names import stored_names
 from qcft.models.size import quantised_share
@@ -182,3 +183,28 @@ def test_the_merged_folder_of_a_wrapper_loads_elsewhere(tmp_path):
     _, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_files_that_nothing_loads_neither_hang_nor_change_the_digest(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    before = resolve(Model(name=str(folder))).digest
+    os.mkfifo(folder / "notes.txt")
+    (folder / "more.json").symlink_to("/dev/zero")
+    (folder / "README.txt").symlink_to("README.txt")
+    (folder / "todo.txt").write_text("buy milk")
+    assert resolve(Model(name=str(folder))).digest == before
+    assert load_tokenizer(folder, Model(name=str(folder))).eos_token
+    (folder / "vocab.txt").write_text("a")
+    assert resolve(Model(name=str(folder))).digest != before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+)
+def test_pipes_in_the_place_of_a_models_files(tiny_model, tmp_path, name):
+    folder = shutil.copytree(tiny_model, tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(package.InputError, match=r"no config\.json" if name == "config.json" else "is a named pipe"):
+        resolve(Model(name=str(folder)))

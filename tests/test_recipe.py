@@ -160,3 +160,74 @@ def test_no_recipe(tmp_path):
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(InputError, match="mapping"):
         load_recipe(tmp_path / "list.yaml")
+
+
+def written(folder, more, **changed):
+    """A recipe file of three phases, with some lines of its own."""
+    lines = {
+        "name": "a",
+        "model": "m",
+        "phases": "\n  one: {data: {path: x.jsonl, lang: en}, train: &t {lr: 1.0e-5, batch: 3}}",
+        **changed,
+    }
+    file = folder / "r.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()) + more, encoding="utf-8")
+    return file
+
+
+def test_merge_keys(tmp_path):
+    file = written(
+        tmp_path,
+        "  two: &u {data: {path: y.jsonl, lang: es}, train: {<<: *t, lr: 1.0e-6}}\n"
+        "  three: {<<: *u, train: {<<: [*t], batch: 2}}\n",
+    )
+    one, two, three = load_recipe(file).phases
+    assert [(p.train.lr, p.train.batch) for p in (one, two, three)] == [(1e-5, 3), (1e-6, 3), (1e-5, 2)]
+    assert three.data == two.data
+    with pytest.raises(InputError, match="'lr' is given twice"):
+        load_recipe(written(tmp_path, "  two: {data: y.jsonl, train: {<<: *t, lr: 1, lr: 2}}\n"))
+
+
+def test_merges_of_merges_are_limited(tmp_path):
+    levels = "".join(
+        f"x{i + 1}: &x{i + 1} {{<<: *x{i}, {', '.join(f'k{i}y{j}: 1' for j in range(999))}}}\n" for i in range(12)
+    )
+    with pytest.raises(InputError, match="more than 10,000 keys"):
+        load_recipe(written(tmp_path, "x0: &x0 {a: 1}\n" + levels))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("name", "123", '"123"'),
+        ("name", "no", '"no"'),
+        ("name", "2024-01-01", '"2024-01-01"'),
+        ("model", "123", '"123"'),
+        ("phase2.data.0.lang", "no", '"no"'),
+        ("phase2.data.0.lang", "[es, no]", '"no"'),
+        ("phase2.data.0.split", "1", '"1"'),
+        ("phase2.thinking", "on", '"no"'),
+        ("model.revision", "1234567", '"1234567"'),
+    ],
+)
+def test_texts_without_their_quotes(key, value, hint):
+    with pytest.raises(InputError) as error:
+        recipe_from(RAW, parse_assignments([f"{key}={value}"]))
+    assert "put it in quotes" in error.value.hint
+    assert hint in error.value.hint
+
+
+def test_settings_are_read_as_files_are():
+    with pytest.raises(InputError, match="'lr' is given twice"):
+        parse_assignments(["phase1.train={lr: 1, lr: 2}"])
+    for place in ("²", "\u0660", "9" * 5000, "-1"):
+        with pytest.raises(InputError, match="is not an entry of a list of 1"):
+            recipe_from(RAW, {f"phase1.data.{place}": 1})
+    assert parse_assignments([r'a="\ud83d\ude00 \U0001F600"'])["a"] == "😀 😀"
+    with pytest.raises(InputError, match="half a character"):
+        recipe_from(RAW, parse_assignments([r'phase1.system="\ude00\ud83d"']))
+
+
+def test_escaped_pairs_in_files(tmp_path):
+    text = r"""  two: {data: y.jsonl, system: "\ud83d\ude00"}""" + "\n"
+    assert load_recipe(written(tmp_path, text)).phases[1].system == "😀"

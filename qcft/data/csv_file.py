@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from qcft.data.streams import lines_of
 from qcft.errors import InputError
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -23,25 +25,21 @@ def read_csv(stream: IO[str], path: Path) -> Iterator[dict[str, Any]]:
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
-        header = stream.readline()
+        lines = lines_of(stream, path)
+        header = next(lines, "")
         named = header.strip()[4:] if header.lower().startswith("sep=") else None
         before = 1 if named is not None else 0
         if named is not None:
-            header = stream.readline()
+            header = next(lines, "")
         elif path.name.lower().removesuffix(".gz").endswith(".tsv"):
             named = "\t"
         delimiter = named or max(DELIMITERS, key=lambda one: len(next(csv.reader([header], delimiter=one), [])))
-        reader = csv.reader(_lines(header, stream), delimiter=delimiter, strict=True)
+        reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
         yield from _records(reader, delimiter, before, path)
     except UnicodeDecodeError as error:
         raise InputError(
             f"data: {str(path)!r} is not readable as CSV: it is not in UTF-8 ({error.reason})", "save it as UTF-8 CSV"
         ) from None
-
-
-def _lines(first: str, rest: IO[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _records(reader: Any, delimiter: str, before: int, path: Path) -> Iterator[dict[str, Any]]:

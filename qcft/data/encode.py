@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from qcft.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AT_ONCE, MUCH = 100, 1_000_000  # rows, characters
 IGNORED = -100  # the label of a token that bears no loss
 MARKED = re.compile(f"{START}([^{START}{END}]*){END}")
 TOO_LONG, NO_ANSWER = "longer than max_length", "no answer to train"
@@ -115,26 +116,39 @@ class Encoder:
         are later ones. A training row longer than `max_length` loses its last turns; if its first exchange alone is
         too long it is dropped, or with `long_rows="cut"` its answer is cut where the limit falls.
         """
-        return self._encode(row, Counter())
+        prepared = self._prepare(row)
+        return prepared if isinstance(prepared, str) else self._encode(*prepared, Counter())
 
     def encode_all(self, rows: Iterable[Row], progress: Callable[[int], None] | None = None) -> EncodedSet:
         """Encode rows; those that cannot train are counted by reason. `progress` hears of each row done."""
         kept: list[tuple[Row, EncodedRow]] = []
         left_out: Counter[str] = Counter()
         changed: Counter[str] = Counter()
-        for done, row in enumerate(rows, start=1):
-            encoded = self._encode(row, changed)
-            if progress is not None:
-                progress(done)
-            if isinstance(encoded, str):
-                left_out[encoded] += 1
-            else:
-                kept += [(row, one) for one in encoded]
+        done = 0
+        for chunk in _chunks(rows):
+            prepared = [self._prepare(row) for row in chunk]
+            self.template.render_ahead([one[0] for one in prepared if not isinstance(one, str)], self.thinking)
+            for row, one in zip(chunk, prepared, strict=True):
+                encoded = one if isinstance(one, str) else self._encode(*one, changed)
+                done += 1
+                if progress is not None:
+                    progress(done)
+                if isinstance(encoded, str):
+                    left_out[encoded] += 1
+                else:
+                    kept += [(row, training_row) for training_row in encoded]
         return EncodedSet(tuple(r for r, _ in kept), tuple(e for _, e in kept), dict(left_out), dict(changed))
 
-    def _encode(self, row: Row, changed: Counter[str]) -> tuple[EncodedRow, ...] | str:
+    def _prepare(self, row: Row) -> tuple[list[Message], Counter[str]] | str:
         try:
-            messages, what = self.template.prepare(self._with_system(row.messages), self.thinking)
+            return self.template.prepare(self._with_system(row.messages), self.thinking)
+        except TemplateRefused as refused:
+            return str(refused)
+
+    def _encode(
+        self, messages: list[Message], what: Counter[str], changed: Counter[str]
+    ) -> tuple[EncodedRow, ...] | str:
+        try:
             rendered = self.template.sequences(messages, self.thinking)
             encoded = [self._encode_text(one.text, one.spans) for one in rendered]
         except TemplateRefused as refused:
@@ -216,6 +230,20 @@ class Encoder:
         if self.tokenizer.convert_tokens_to_ids(token) in ids:  # the vocabulary of the model has it whole
             return [one for character in token for one in encode(character)]
         return ids
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows that are rendered at once: some, or one whose turns, each rendered with those before, come to a lot."""
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row.messages) * sum(len(message.content) for message in row.messages)
+        if len(chunk) == AT_ONCE or size > MUCH:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def hint_for(left_out: Mapping[str, int], when_too_long: str) -> str:

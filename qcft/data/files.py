@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from qcft.data.csv_file import read_csv
+from qcft.data.streams import lines_of, open_file
+from qcft.data.tables import read_arrow, read_parquet
 from qcft.errors import InputError, short
 
 KINDS = {
@@ -21,7 +20,6 @@ KINDS = {
 }  # fmt: skip
 SUFFIXES = (*KINDS, ".gz")
 FORMS = "a .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of them, or a hub id OWNER/NAME"
-BATCH = 1000  # records turned into Python's own types at once
 # What reading JSON may raise: no JSON, no UTF-8, a number of thousands of digits; nesting thousands deep.
 UNREADABLE = (ValueError, RecursionError)
 # What lists in a JSON file are named that are not to be trained on.
@@ -53,11 +51,11 @@ def read_file(path: Path, split: str = "train") -> Iterator[dict[str, Any] | Bad
     if split != "train" and kind != "json":
         raise no_split(str(path), split, ["train"])
     if kind == "parquet":
-        yield from _read_parquet(path)
+        yield from read_parquet(path)
     elif kind == "arrow":
-        yield from _read_arrow(path)
+        yield from read_arrow(path)
     elif kind == "csv":
-        with _open(path) as stream:
+        with open_file(path) as stream:
             yield from read_csv(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), path)
     elif kind == "json":
         yield from _read_json(path, split)
@@ -70,22 +68,9 @@ def no_split(path: str, split: str, known: list[str]) -> InputError:
     return InputError(f"data: {path!r} has no split {split!r}", f"it has {', '.join(known)}: name one with split:")
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The file's bytes, unpacked where they are gzipped (by content, not by name)."""
-    try:
-        with path.open("rb") as plain:
-            packed = plain.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as stream:
-            yield stream
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"data: {str(path)!r} cannot be read: {reason}", "check that the file is whole") from None
-
-
 def _read_json(path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
     """JSON lines, or one JSON document: a list of records, or an object that holds one, or one for each split."""
-    with _open(path) as stream:
+    with open_file(path) as stream:
         if _is_document(stream, path):
             text = stream.read()
             try:
@@ -100,18 +85,18 @@ def _read_json(path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
                 return
         if split != "train":
             raise no_split(str(path), split, ["train"])
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(lines_of(stream, path), start=1):
             if line.strip():
                 yield _record(line, number)
 
 
-def _is_document(stream: IO[bytes] | gzip.GzipFile, path: Path) -> bool:
+def _is_document(stream: IO[bytes], path: Path) -> bool:
     """Whether the file is one JSON document; read from its start and left there."""
     start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     stream.seek(0)
     if start != b"{" or not path.name.lower().removesuffix(".gz").endswith(".json"):
         return start == b"["
-    lines = (line for line in stream if line.strip())
+    lines = (line for line in lines_of(stream, path) if line.strip())
     first = next(lines, b"")
     several = isinstance(_record(first, 1), dict) and next(lines, None) is not None
     stream.seek(0)
@@ -156,33 +141,3 @@ def _list_in(document: dict[str, Any], path: Path, split: str) -> list[Any]:
     if not lists:
         raise InputError(f"data: {str(path)!r} holds an object, not a list of records", f"give {FORMS}")
     raise no_split(str(path), split, list(lists))
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"data: {str(path)!r} is not readable as parquet: {error}", f"give {FORMS}") from None
-
-
-def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
-    """A file of Arrow's stream form, as `datasets` writes it, or of its file form."""
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as source:
-            try:
-                batches: Any = pa.ipc.open_stream(source)
-            except pa.ArrowInvalid:
-                file = pa.ipc.open_file(source)
-                batches = (file.get_batch(number) for number in range(file.num_record_batches))
-            for batch in batches:
-                for start in range(0, batch.num_rows, BATCH):
-                    yield from batch.slice(start, BATCH).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"data: {str(path)!r} is not readable as Arrow: {error}", f"give {FORMS}") from None

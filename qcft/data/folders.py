@@ -27,11 +27,6 @@ class SplitFiles:
     ignored: tuple[Path, ...]
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `datasets`' save_to_disk wrote the folder."""
-    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-
-
 def split_of(folder: Path, subset: str | None, split: str) -> SplitFiles:
     """The files of a split. `subset` names a config of the folder's README.md, else a folder in it.
 

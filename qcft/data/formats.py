@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from qcft.data.rows import Message, Role, Row
+from qcft.recipe.yaml_file import joined
 
 Record = Mapping[str, Any]
 
@@ -296,5 +297,8 @@ def _valid(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Unusable("broken Unicode") from None
+        whole = joined(text)  # escaped pairs in a list that is a text
+        if whole == text:
+            raise Unusable("broken Unicode") from None
+        return _valid(whole)
     return text

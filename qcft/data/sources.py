@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qcft.data.files import FORMS, SUFFIXES, BadLine, no_split, read_file
-from qcft.data.folders import is_saved, split_of
+from qcft.data.folders import split_of
+from qcft.data.saved import is_saved, read_saved
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
-from qcft.files import exists
+from qcft.files import exists, oddity
 from qcft.recipe import Source
 from qcft.recipe.load import recipes_folder
 
@@ -37,6 +38,8 @@ def read_records(source: Source, watch: Watch | None = None) -> Iterator[dict[st
         yield from read_file(path, source.split)
     elif there and path.is_dir():
         yield from _read_folder(path, source, watch)
+    elif (odd := oddity(path)) is not None:
+        raise InputError(f"data: {source.path!r} is {odd}", f"give {FORMS}")
     elif HUB_ID.fullmatch(source.path) and not source.path.lower().endswith(SUFFIXES):
         yield from _read_hub(source, watch)
     else:
@@ -62,7 +65,7 @@ def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[
         )
     saved = folder / (source.subset or "")
     if is_saved(saved):
-        yield from _read_saved(saved, source)
+        yield from read_saved(saved, source.split)
         return
     found = split_of(folder, source.subset, source.split)
     if found.ignored and watch is not None:
@@ -75,20 +78,6 @@ def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[
         )
     for file in found.files:
         yield from read_file(file)
-
-
-def _read_saved(folder: Path, source: Source) -> Iterator[dict[str, Any]]:
-    """A folder written by `datasets`' save_to_disk."""
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        data = load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"data: {str(folder)!r} cannot be read: {error}", f"give {FORMS}") from None
-    splits = data if isinstance(data, DatasetDict) else {str(data.split or "train"): data}
-    if source.split not in splits:
-        raise no_split(str(folder), source.split, [str(name) for name in splits])
-    yield from splits[source.split]
 
 
 def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from qcft.data.render import Conversation, TemplateRefused, render_all
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError
 
@@ -51,10 +52,6 @@ REWRITES = "the chat template rewrites the answer"
 CONTROL_TOKENS = "control tokens in the text encoded as plain text"
 
 
-class TemplateRefused(ValueError):
-    """The chat template cannot render a conversation; the text is the reason."""
-
-
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> None:
     """Make sure the tokenizer has a chat template: its own, or the named built-in one; with a fixed date.
 
@@ -70,8 +67,15 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> 
             "model: its tokenizer has no chat template",
             "name a built-in one with --set model.chat_template=chatml, or use an instruct model",
         )
-    if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = {name: _dated(text) for name, text in tokenizer.chat_template.items()}
+    named_templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
+    texts = [tokenizer.chat_template] if named_templates is None else named_templates.values()
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            "model: its chat template is no text",
+            "correct chat_template in tokenizer_config.json, or --set model.chat_template=chatml",
+        )
+    if named_templates is not None:
+        tokenizer.chat_template = {name: _dated(text) for name, text in named_templates.items()}
     else:
         tokenizer.chat_template = _dated(tokenizer.chat_template)
 
@@ -117,6 +121,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain") -> None:
         self.tokenizer = tokenizer
         self.special_tokens = special_tokens
+        self._ahead: dict[tuple[tuple[Message, ...], bool, bool], str | TemplateRefused] = {}
         self._control: re.Pattern[str] | None = None
         self._switches: bool | None = None  # until this and what follows are known, all is passed to the template
         self._reasons: Literal["field", "opened", "inline"] | None = None
@@ -214,6 +219,20 @@ class Template:
             spans.append((len(prompt), len(text)))
         return [*done, Rendered(text, tuple(spans))] if spans else done
 
+    def render_ahead(self, conversations: Iterable[Sequence[Message]], thinking: Thinking) -> None:
+        """Render at once what `sequences` is going to ask for, which takes less time than one by one."""
+        asked: dict[tuple[tuple[Message, ...], bool, bool], None] = {}
+        for messages in conversations:
+            for i, answer in enumerate(messages):
+                if answer.role == "assistant" and answer.train:
+                    before, think = tuple(messages[:i]), _thinks(answer, thinking)
+                    asked |= {(before, True, think): None, ((*before, answer), False, think): None}
+                    if self._takes_start(think):
+                        asked[(*before, replace(answer, content=ANSWER)), False, think] = None
+        known = [one for one in asked if one[0]]
+        found = render_all(self.tokenizer, [self._conversation(*one) for one in known]) if known else []
+        self._ahead = dict(zip(known, found, strict=True))
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """What the model is given to answer, without thinking. Raises TemplateRefused."""
         if self._plain:
@@ -227,11 +246,11 @@ class Template:
         block, is no part of the answer, unless thinking is on: then the model has to write it.
         """
         answer = messages[-1]
-        think = thinking == "on" or (thinking == "auto" and answer.reasoning is not None)
+        think = _thinks(answer, thinking)
         opening, whole = self._render(messages[:-1], True, think), self._render(messages, False, think)
         if whole.startswith(opening):
             start = len(opening)
-            if not self._plain and not (think and self._has_prompt):
+            if self._takes_start(think):
                 at = self._content_start(messages, whole, think)
                 start = at if whole[start:at].strip() else start
             return whole[:start], self._ended(whole, start)
@@ -242,6 +261,10 @@ class Template:
             return opening + CLOSE, rest
         thoughts = (answer.reasoning or "").strip("\n")
         return opening, (f"{thoughts}{CLOSE}" if thoughts else CLOSE) + rest
+
+    def _takes_start(self, think: bool) -> bool:
+        """Whether it takes another rendering to see where an answer begins."""
+        return not self._plain and not (think and self._has_prompt)
 
     def _content_start(self, messages: Sequence[Message], whole: str, think: bool) -> int:
         """Where the last turn's text begins in the conversation as rendered."""
@@ -271,15 +294,17 @@ class Template:
         return replace(message, reasoning=None)
 
     def _render(self, messages: Sequence[Message], generate: bool = False, think: bool = False) -> str:
+        if not messages:
+            raise TemplateRefused("the chat template is given no turns")
+        asked = (tuple(messages), generate, think)
+        found = self._ahead.get(asked) or render_all(self.tokenizer, [self._conversation(*asked)])[0]
+        if isinstance(found, TemplateRefused):
+            raise found
+        return found
+
+    def _conversation(self, messages: Sequence[Message], generate: bool, think: bool) -> Conversation:
         thinking = {"enable_thinking": think, "thinking": think} if self._switches is not False else {}
-        turns = [self._turn(message) for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **thinking)
-        except (
-            Exception
-        ) as error:  # a template may raise anything; Jinja's own errors share no base with its raise_exception
-            raise TemplateRefused(f"the chat template refuses it: {str(error).splitlines()[0][:80]}") from None
-        return str(text)
+        return [self._turn(message) for message in messages], {"add_generation_prompt": generate, **thinking}
 
     def _turn(self, message: Message) -> dict[str, str]:
         content, reasoning = self._marked(message.content), message.reasoning
@@ -345,6 +370,10 @@ class Template:
         }
         longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _thinks(answer: Message, thinking: Thinking) -> bool:
+    return thinking == "on" or (thinking == "auto" and answer.reasoning is not None)
 
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
 from qcft.events import StepBegun, StepEnded, Watch
-from qcft.files import read_json, write_json
+from qcft.files import oddity, read_json, write_json
 from qcft.inspect.mpd import parameter_difference
 from qcft.inspect.versions import (
     Version,
@@ -96,6 +96,8 @@ def _file_texts(files: Mapping[str, Path], prepared: Prepared) -> dict[str, list
     """The lines of text files, without a chat template. Raises InputError."""
     texts = {}
     for lang, path in files.items():
+        if (odd := oddity(path)) is not None:
+            raise InputError(f"drift: {str(path)!r} is {odd}", "give a UTF-8 file")
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:

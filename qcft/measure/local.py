@@ -11,7 +11,7 @@ from typing import Any
 from qcft.data.files import BadLine
 from qcft.data.sources import read_records
 from qcft.errors import InputError
-from qcft.files import file_digest
+from qcft.files import file_digest, oddity
 from qcft.private import private
 from qcft.recipe import Source
 
@@ -21,6 +21,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 def check_local(task: str, path: str) -> Path:
     """The file or folder that stands for a task's data. Raises InputError."""
     place = Path(path).expanduser()
+    if (odd := oddity(place)) is not None:
+        raise InputError(f"evaluate.local: {task}: {path!r} is {odd}", "give a file, or a folder of splits")
     if not place.exists():
         raise InputError(f"evaluate.local: {task}: there is no file {path!r}", "give a file, or a folder of splits")
     if place.is_dir() and not _files(place):

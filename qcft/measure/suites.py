@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import set_torch_seed
 from tqdm import tqdm
 
+from qcft.data.render import TemplateRefused, render
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.models.halving import attempt
@@ -119,6 +120,15 @@ class _Watched(HFLM):
         self._begin(requests)
         found: list[str] = super().generate_until(requests, disable_tqdm=True)
         return found
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As lm-eval does it, within the limits on rendering."""
+        options = {"continue_final_message": not add_generation_prompt, **self.chat_template_args}
+        try:
+            return render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt, **options)
+        except TemplateRefused:
+            others = [turn for turn in chat_history if turn["role"] != "system"]
+            return render(self.tokenizer, others, add_generation_prompt=add_generation_prompt, **options)
 
     def _begin(self, requests: list[Instance]) -> None:
         self._done, self._total = 0, len(requests)

@@ -40,7 +40,7 @@ MERGED = {
 WITHOUT_EFFECT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "init_lora_weights",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
     "runtime_config", "qalora_group_size",
 }  # fmt: skip
 
@@ -52,6 +52,7 @@ REFUSED = {
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
+    "megatron_config": "layers of Megatron",  # PEFT imports the module that megatron_core names
     "ensure_weight_tying": "adapters tied to one another",
 }
 

@@ -32,10 +32,10 @@ def check_fit(folder: Path, model: PreTrainedModel) -> None:
 
     _check_patterns(folder, [name for name, _ in model.named_modules()])
     stored = stored_tensors(folder / WEIGHTS)
-    unnamed = next((name for name in stored if not name.startswith(PREFIX)), None)
+    unnamed = next((name for name in stored if not (name.startswith(PREFIX) and name.isprintable())), None)
     if unnamed is not None:
         raise InputError(
-            f"adapter: {str(folder)!r} holds {unnamed}, whose name does not begin with {PREFIX}",
+            f"adapter: {str(folder)!r} holds {unnamed!r}, whose name does not begin with {PREFIX}",
             "PEFT would load nothing of it: save it with PEFT's save_pretrained",
         )
     for name, one in stored.items():

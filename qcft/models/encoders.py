@@ -77,7 +77,9 @@ def load_encoder(source: EncoderSource) -> Encode:
 
 def _in_folder(path: Path) -> EncoderSource:
     files = sorted(
-        p for p in path.rglob("*") if p.is_file() and p.suffix in {".json", ".safetensors", ".txt", ".model"}
+        p
+        for p in path.rglob("*")
+        if p.is_file() and (p.suffix in {".json", ".safetensors", ".model"} or p.name in {"vocab.txt", "merges.txt"})
     )
     package: Literal["sentence_transformers", "model2vec"]
     if (path / "modules.json").is_file():

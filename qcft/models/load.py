@@ -41,9 +41,11 @@ def compute_dtype() -> torch.dtype:
 
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, with a chat template and a pad token. Raises InputError."""
-    from transformers import AutoTokenizer
-
+    from qcft.data.render import start_rendering
     from qcft.data.template import set_chat_template
+
+    start_rendering()  # beside the imports
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)

@@ -6,14 +6,23 @@ import os
 import re
 import struct
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError, QcftError, nearest, short
 from qcft.events import Watch
-from qcft.files import SEAL, exists, file_digest, is_whole_safetensors, read_sealed, write_sealed, write_text
+from qcft.files import (
+    SEAL,
+    exists,
+    file_digest,
+    is_whole_safetensors,
+    oddity,
+    read_sealed,
+    write_sealed,
+    write_text,
+)
 from qcft.hub import OFFLINE, check_download, retried, unreachable
 from qcft.models.embedded import EMBEDDED, fetch_embedded
 from qcft.models.gguf_header import check_lengths
@@ -23,6 +32,14 @@ from qcft.recipe import Model
 CONVERTED = 1  # raised when the conversion from GGUF changes
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights, as some repositories carry them
+# The files of a model folder beside its weights that decide what is loaded; the last row is not read, but was always
+# part of the digest, and whole repositories have it.
+LOADED = (
+    "config.json", "generation_config.json", "*.index.json", "adapter_config.json", "qcft_merge.json",
+    "*token*.json", "vocab*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "chat_template*.json",
+    "*processor_config.json", "configuration.json", "params.json", "*_results.json", "trainer_state.json",
+    "LICENSE.txt",
+)  # fmt: skip
 WHAT = "a folder, a .gguf file, a hub id OWNER/NAME, or an embedded name"
 
 
@@ -50,6 +67,8 @@ def resolve(model: Model) -> ModelSource:
         return ModelSource(name, "gguf", str(path.resolve()), f"gguf:{file_digest(path)}:{CONVERTED}")
     if there and path.is_dir():
         return ModelSource(name, "folder", str(path.resolve()), _folder_digest(path))
+    if (odd := oddity(path)) is not None:
+        raise InputError(f"model: {name!r} is {odd}", f"give {WHAT}")
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model: there is no file or folder {name!r}", f"give {WHAT}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -164,7 +183,12 @@ def _folder_digest(folder: Path) -> str:
     for file in weights:
         if not is_whole_safetensors(file):
             raise InputError(f"model: {str(file)!r} is truncated or altered", "fetch the model again")
-    others = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".jinja", ".model", ".txt"})
+    others = sorted(p for p in folder.iterdir() if any(fnmatchcase(p.name, one) for one in LOADED))
+    for file in [*others, *folder.glob("additional_chat_templates/*.jinja")]:  # the tokenizer reads those too
+        if not file.is_file():
+            raise InputError(
+                f"model: {str(file)!r} is {oddity(file) or 'no file'}", "copy the model again, each file as it is"
+            )
     import hashlib
 
     total = hashlib.sha256()

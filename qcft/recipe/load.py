@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from qcft.errors import InputError, nearest
-from qcft.files import exists
+from qcft.files import exists, oddity
 from qcft.recipe.schema import Recipe
 from qcft.recipe.texts import check_texts
+from qcft.recipe.yaml_file import UNREADABLE, one_line, read_yaml, read_yaml_file
 
-# What reading YAML may raise: no YAML, no UTF-8 or no such date, nesting thousands deep.
-UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 SHOWN = 120  # characters of a wrong value in a message
 
 
@@ -46,7 +46,7 @@ def load_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
 def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], Path]:
     """A recipe file, or a built-in one by its name, as plain data, and the folder it lies in. Raises InputError."""
     path = _find(str(recipe))
-    raw = _read_yaml(path)
+    raw = read_yaml_file(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}", "see `qcft recipes`")
     check_texts(raw)
@@ -87,10 +87,10 @@ def parse_assignments(texts: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise InputError(f"--set {_shown(text)} is not KEY=VALUE", "for example --set phase2.train.lr=1e-4")
         try:
-            changes[key.strip()] = yaml.safe_load(value)
+            changes[key.strip()] = read_yaml(value)
         except UNREADABLE as error:
             raise InputError(
-                f"--set {_shown(text)}: the value cannot be read: {_one_line(error)}",
+                f"--set {_shown(text)}: the value cannot be read: {one_line(error)}",
                 "close what is open, and quote it for the shell: --set 'KEY=[a, b]'",
             ) from None
     return changes
@@ -105,39 +105,12 @@ def _find(name: str) -> Path:
         return built_in[name]
     if exists(path):
         raise InputError(f"{name!r} is a folder, not a recipe", "give the recipe.yaml inside it")
+    if (odd := oddity(path)) is not None:
+        raise InputError(f"{name!r} is {odd}, not a recipe", "give the path of a file")
     raise InputError(
         f"there is no recipe {name!r}: neither a file nor a built-in name",
         nearest(name, list(built_in)) + f"built in: {', '.join(built_in)}",
     )
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key written twice, where PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
-    except UNREADABLE as error:
-        raise InputError(
-            f"{path}: not readable as YAML: {_one_line(error)}", "see `qcft recipes` for examples"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}", "check the path and its permissions") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +203,7 @@ def _set_below(node: Any, path: list[str], value: Any, key: str) -> None:
     for i, part in enumerate(path):
         last = i == len(path) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(node):
                 raise InputError(
                     f"--set {key}: {part!r} is not an entry of a list of {len(node)}",
                     f"use 0 to {len(node) - 1}" if node else "the list is empty: set it as a whole",
@@ -275,15 +248,28 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
             f"recipe: {where}: {_shown(given)} is outside [0, 0.9]",
             "the ratio is replay's share of the final mix, e.g. 0.2",
         )
+    wants_text = kind in {"string_type", "model_type"} or "'" in str(first.get("ctx", {}).get("expected"))
+    if wants_text and (quoted := _unquoted(given)) is not None:
+        return InputError(f"recipe: {where}: {_shown(given)} {text}", quoted)
     expected = next((word for start, word in EXPECTED.items() if kind.startswith(start)), None)
     default = _default_at(location)
     hint = f"give {expected}" if expected else f"leave it out for the default, {default!r}" if default else f"it {text}"
     return InputError(f"recipe: {where}: {_shown(given)} {text}", hint)
 
 
+def _unquoted(value: Any) -> str | None:
+    """The hint where a text, or one in a list, was read as something else for want of quotes."""
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool):
+            return 'put it in quotes, such as "no": without them YAML reads no, off, yes and on as true or false'
+        if isinstance(one, (int, float, date)):
+            return f'put it in quotes: "{one}"; without them YAML reads a number or a date'
+    return None
+
+
 def _shown(value: Any) -> str:
     """A value as it was given, or its beginning."""
-    text = repr(value)
+    text = str(value) if isinstance(value, date) else repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -68,7 +68,7 @@ def _data(recipe: Recipe) -> list[str]:
         for source in phase.sources():
             take = f", first {source.take:,} rows" if source.take else ""
             lines.append(
-                f"- {phase.name}: {code(_name(source.path))} ({line(source.lang or 'language not given')}{take})"
+                f"- {phase.name}: {code(_name(source.path))} ({line(str(source.lang or 'language not given'))}{take})"
             )
     return lines
 

@@ -1,0 +1,125 @@
+"""Rendering conversations with a model's chat template, which is a program that anyone may have written.
+
+It runs in a process of its own with limits on time, memory and size (see `render_worker`). One such process serves all
+templates, one conversation after the other, in some 50 microseconds beyond the rendering itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcft.errors import InputError, QcftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LIMITS = "5 s, 2 GB of memory, a million characters more than 20 times the conversation"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread would take memory, and none has work
+
+Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]  # turns, options
+
+
+class TemplateRefused(ValueError):
+    """The chat template cannot render a conversation; the text is the reason."""
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """What `tokenizer.apply_chat_template` makes of a conversation as text, with its options.
+
+    Raises TemplateRefused where the template does, InputError where it exceeds the limits.
+    """
+    found = render_all(tokenizer, [(turns, options)])[0]
+    if isinstance(found, TemplateRefused):
+        raise found
+    return found
+
+
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> list[str | TemplateRefused]:
+    """The same of several conversations at once, which is faster: what each becomes, or why the template refuses it."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise TemplateRefused(f"the chat template cannot be chosen: {str(error).splitlines()[0][:80]}") from None
+    tokens = tokenizer.special_tokens_map
+    answers = _WORKER.ask(template, [(turns, {**tokens, **options}) for turns, options in conversations])
+    if len(answers) < len(conversations) or "limit" in answers[-1]:
+        raise InputError(
+            f"model: its chat template exceeds the limits for one conversation ({LIMITS})",
+            "name a built-in template with --set model.chat_template=chatml, or use another model",
+        )
+    return [
+        answer["text"] if "text" in answer else TemplateRefused(f"the chat template refuses it: {answer['refused']}")
+        for answer in answers
+    ]
+
+
+def start_rendering() -> None:
+    """Start the process that renders, which takes a second or two, ahead of its first use."""
+    _WORKER.start()
+
+
+class _Worker:
+    """The process that renders; started again after it was ended, and in a forked process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._ready = False
+        self._template: str | None = None
+
+    def start(self) -> None:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return
+        # -P: not what lies beside the program. Its errors are told by what it answers.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("render_worker.py"))]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self._owner, self._ready, self._template = os.getpid(), False, None
+
+    def ask(self, template: str, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
+        """The answers, in order; fewer where a limit was met, and none where the process was ended over it."""
+        with self._lock:
+            self.start()
+            process = self._process
+            assert process is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
+            if not self._ready and process.stdout.readline() != b"ready\n":
+                raise QcftError(
+                    f"the process that renders chat templates ends at once, with code {process.wait()}",
+                    "see whether `python -c 'import transformers'` works",
+                )
+            self._ready = True
+            asked = {"template": None if template == self._template else template, "conversations": conversations}
+            self._template = template
+            try:
+                process.stdin.write(json.dumps(asked).encode() + b"\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = b""
+            if not line.endswith(b"\n"):
+                process.kill()
+                process.wait()
+                self._process = None
+                return []
+            found: list[dict[str, str]] = json.loads(line)
+            return found
+
+
+_WORKER = _Worker()

@@ -1,0 +1,96 @@
+"""The program of the process that renders conversations for `render`, JSON lines in and out.
+
+Limits are the operating system's, which hold in C code too: at the end of a conversation's CPU time it ends this
+process (`'9' * 9**9` cannot be interrupted otherwise), beyond the memory it refuses more. It is run as a file, so that
+it imports nothing of qcft.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+SECONDS = 5.0  # of CPU time for one conversation
+REFILL = 0.05  # seconds that each conversation adds to what is left for the next, up to SECONDS
+MEMORY = 2 << 30  # bytes
+LONGEST, TIMES = 1_000_000, 20  # characters that may be written, and more for each one of the conversation
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    _limit_memory()
+    start, stop = _watchdog()
+    left = SECONDS
+    template = ""
+    out = sys.stdout.buffer
+    out.write(b"ready\n")
+    out.flush()
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        template = asked["template"] or template
+        answers = []
+        for turns, options in asked["conversations"]:
+            start(left)
+            began = time.process_time()
+            answers.append(_render(template, turns, options))
+            stop()
+            left = min(SECONDS, max(REFILL, left + began - time.process_time() + REFILL))
+            if "limit" in answers[-1]:
+                break
+        out.write(json.dumps(answers).encode() + b"\n")
+        out.flush()
+
+
+def _render(template: str, turns: list[Any], options: dict[str, Any]) -> dict[str, str]:
+    """The text, the reason why there is none, or the limit that was met."""
+    most = LONGEST + TIMES * sum(len(text) for turn in turns for text in turn.values() if isinstance(text, str))
+    try:
+        found = render_jinja_template(conversations=[turns], chat_template=template, **options)
+        text = found[0][0]
+        if len(text) > most:
+            return {"limit": "size"}
+        text.encode()  # half characters
+    except MemoryError:
+        return {"limit": "memory"}
+    except Exception as error:  # a template may raise anything
+        return {"refused": _reason(error)}
+    return {"text": text}
+
+
+def _reason(error: Exception) -> str:
+    """The first line that an error says, or its name."""
+    with suppress(Exception):
+        return (str(error)[:1000].strip().splitlines() or [type(error).__name__])[0][:80]
+    return type(error).__name__
+
+
+def _watchdog() -> Any:
+    """What ends this process after so many seconds, and what calls that off."""
+    if hasattr(signal, "setitimer"):
+        clock = signal.ITIMER_PROF  # CPU time, so that a busy machine does not count
+        return partial(signal.setitimer, clock), partial(signal.setitimer, clock, 0)
+    null = open(os.devnull, "w")  # noqa: SIM115 (held to the end)
+    return partial(faulthandler.dump_traceback_later, exit=True, file=null), faulthandler.cancel_dump_traceback_later
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, OSError, ValueError):  # where the system knows no such limit, that of time is left
+        import resource
+
+        with open("/proc/self/statm") as told:
+            used = int(told.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+if __name__ == "__main__":
+    main()
