@@ -16,6 +16,7 @@ from qcft.models.combine import write_adapter
 from qcft.models.load import load_tokenizer
 from qcft.models.sources import described_folder, resolve, weights_folder
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe.goal import METHODS
 from qcft.store import Store
 
 
@@ -37,12 +38,6 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
                 "leave --base dequantised out; it is for use in 16 bits",
             )
     return Goal(name, dequantised, dtype)
-
-
-METHODS = (
-    "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
-    "magnitude_prune_svd", "linear", "svd", "cat",
-)  # fmt: skip
 
 
 def scales_of(text: str) -> tuple[float, ...]:

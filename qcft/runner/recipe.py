@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
-from qcft.measure.ability_table import ABILITIES
 from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
 from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe.stages import ABILITIES
 from qcft.runner.forecast import forecast
 from qcft.runner.libraries import quiet, set_environment, spare_the_collector
 from qcft.runner.planned import PlannedRecipe
@@ -135,7 +135,7 @@ def raise_failed(done: Run) -> None:
     if done.failed:
         raise QcftError(
             f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
-            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
+            + ", ".join(stage.removeprefix(ABILITIES) for stage in done.failed),
             "the others are kept; the same command tries these again",
         )
 

@@ -13,6 +13,7 @@ import yaml
 from qcft.errors import InputError, nearest
 from qcft.files import is_disk_full, read_json, telling_full_disk, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
+from qcft.recipe.stages import ABILITIES, DRIFT, is_measurement
 from qcft.store.steps import FREE, check_layout
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 RUN = "run.json"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
 REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
-ABILITIES = "abilities/"
-DRIFT = "drift/"  # stages that compare what the run holds; no plan has them
-MEASURED = ("eval/", ABILITIES, DRIFT, "kept", "dial-")  # may be measured again without making a new run
 
 
 @dataclass(frozen=True)
@@ -171,4 +169,4 @@ def _is_step(value: Any) -> bool:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith(MEASURED)}
+    return {stage: step for stage, step in stages.items() if not is_measurement(stage)}
