@@ -82,10 +82,10 @@ def ablate_watched(
 
     `on`: `ray` for a Ray cluster on this machine, `ray:ADDRESS` for another. Raises InputError.
     """
-    engine, _, address = (on or "").partition(":")
-    if engine == "ray":
+    engine, colon, address = (on or "").partition(":")
+    if engine == "ray" and bool(address.strip()) == bool(colon):
         return run_on_ray(plain, arms, runs, watch, lambda done: _report(done, runs), address or None)
-    if on:
+    if on is not None:
         raise InputError(f"--on {on!r}: qcft knows no such engine", "use ray, or ray:ADDRESS")
     return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
 
@@ -263,7 +263,7 @@ def dial(
 
     named = read_run(runs, name)
     recipe = named.recipe()
-    wanted = dial_for(recipe, phase, scales, method, density)
+    wanted = dial_for(recipe, phase, scales, method, density, merge_at)
     if to is not None:
         check_place(to)
     done = run_recipe(recipe, runs, watch, wanted)

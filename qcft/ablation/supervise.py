@@ -30,7 +30,8 @@ def supervise(arguments: Sequence[str], runs: Path) -> int:
     """
     crashed: list[str] = []
     while True:
-        command = [sys.executable, "-m", "qcft", *arguments, "--supervised", ",".join(crashed)]
+        none = ","  # an empty value would be refused
+        command = [sys.executable, "-m", "qcft", *arguments, "--supervised", ",".join(crashed) or none]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
             code = process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -30,6 +30,7 @@ def main() -> NoReturn:
     for number in STOPPED:  # until work begins, which hears them itself
         signal.signal(number, stop_at_once)
     try:
+        _refuse_empty(sys.argv[1:])
         code = app(standalone_mode=False)
     except QcftError as error:
         if debug:
@@ -58,6 +59,21 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
         elif isinstance(getattr(sys, name), io.TextIOWrapper):
             getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse what names nothing, of every command: what a shell makes of a variable that is not set would mean the
+    working folder to one flag, and all there is to another. Raises InputError."""
+    from qcft.errors import InputError
+
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, value = argument.partition("=")
+        if equals and flag.startswith("--") and not value.strip():
+            before = flag
+        elif argument.strip():
+            continue
+        what = f"{before}: the value given" if before.startswith("--") else "an argument"
+        raise InputError(f"{what} is empty", "give one, or leave it out; a shell variable that is not set is empty")
 
 
 def _usage_error(error: Any) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,25 +39,45 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
     return Goal(name, dequantised, dtype)
 
 
+LARGEST_SCALE = 1000
+MOST_SCALES = 201
+
+
 def scales_of(text: str) -> tuple[float, ...]:
     """`0:1:0.1` (both ends, step) or `0,0.5,1`. Raises InputError."""
-    hint = "give --scales FROM:TO:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1"
+    hint = f"give --scales FROM:TO:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1; at most {MOST_SCALES} points"
     try:
+        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
         if ":" in text:
-            low, high, step = (float(part) for part in text.split(":"))
-            count = round((high - low) / step) if step > 0 and math.isfinite(high - low) else -1
-            scales = [round(low + i * step, 9) for i in range(count + 1)]
-        else:
-            scales = [float(part) for part in text.split(",")]
+            low, high, step = numbers
     except ValueError:
-        raise InputError(f"--scales {text!r} cannot be read", hint) from None
-    if not scales or not all(math.isfinite(scale) for scale in scales) or len(scales) > 201:
-        raise InputError(f"--scales {text!r} makes {len(scales)} points", f"{hint}; at most 201 points")
-    return tuple(dict.fromkeys(scales))
+        raise InputError(f"--scales {text[:80]!r} cannot be read", hint) from None
+    for number in numbers:
+        check_scale("--scales", number)
+    if ":" in text:
+        steps = round(min((high - low) / step, 1e9)) if step > 0 else -1
+        if not 0 <= steps < MOST_SCALES:
+            raise InputError(f"--scales {text[:80]!r} makes {max(steps + 1, 0)} points", hint)
+        numbers = [round(low + i * step, 9) for i in range(steps + 1)]
+    if len(numbers) > MOST_SCALES:
+        raise InputError(f"--scales makes {len(numbers)} points", hint)
+    return tuple(dict.fromkeys(numbers))
 
 
-def dial_for(recipe: Recipe, phase: str | None, scales: str, method: str | None, density: float) -> Dial:
-    """The dial of a phase (None: the last). Raises InputError."""
+def check_scale(flag: str, scale: float) -> None:
+    """Refuse what no delta can be multiplied by in 16 bits. Raises InputError."""
+    if not abs(scale) <= LARGEST_SCALE:  # nor is it a number
+        raise InputError(
+            f"{flag}: {scale:g} is no scale of a delta", f"give numbers from {-LARGEST_SCALE} to {LARGEST_SCALE}"
+        )
+
+
+def dial_for(
+    recipe: Recipe, phase: str | None, scales: str, method: str | None, density: float, merge_at: float | None = None
+) -> Dial:
+    """The dial of a phase (None: the last), `merge_at` a scale that may be merged. Raises InputError."""
+    if merge_at is not None:
+        check_scale("--merge-at", merge_at)
     if method is not None and method not in METHODS:
         raise InputError(
             f"--method {method!r} is not known", nearest(method, list(METHODS)) + f"PEFT has {', '.join(METHODS)}"
