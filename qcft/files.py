@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import QcftError
+from qcft.errors import InputError, QcftError
 
 SEAL = "files.sha256"
 FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 LEAST = 1 << 20  # bytes; a disk with less is full
 
 
@@ -115,6 +116,19 @@ def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
         if not is_disk_full(error, place):
             raise
         raise QcftError(f"the disk that holds {str(place)!r} is full", hint) from error
+
+
+@contextmanager
+def telling_unwritable(
+    folder: Path, what: str = "the runs folder", hint: str = "name another with --runs"
+) -> Iterator[None]:
+    """What the system raises where a folder cannot be written, as an InputError of one line and this hint."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error, folder):
+            raise
+        raise InputError(f"{what} {str(folder)!r} cannot be written: {error.strerror or error}", hint) from None
 
 
 def is_disk_full(error: BaseException, place: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from qcft.runner.recipe import do_step, run_prepared, worker_for
 from qcft.steps.step import Step
 from qcft.store import Store
 from qcft.store.ablations import Ablation
+from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.training.settings import with_optimizers
 
@@ -49,11 +50,12 @@ def run_on_ray(
             )
         section = section.model_copy(update={"gpus": 0})
     runs = runs.absolute()
-    with _cluster(address) as ray:
+    with _cluster(address) as ray, ExitStack() as held:
         gpus = section.gpus if section.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
         where = "cuda" if gpus else "cpu"  # by which every worker plans the same steps, GPU or not
         arms = [replace(arm, recipe=with_optimizers(arm.recipe, where)) for arm in arms]
         ablation, named = begin_ablation(plain, arms, runs, watch)
+        held.enter_context(working(runs, *(name for name, _ in named)))
         store, tasks = Store(runs), _Tasks(ray, section.cpus, gpus, runs)
         parts = {name: tasks.submit(one.prepared, store) for name, one in named}
         changes = {

@@ -33,6 +33,7 @@ from qcft.replay.pools import ENGLISH
 from qcft.runner.libraries import set_environment
 from qcft.steps.step import Step
 from qcft.store import NamedRun, Store, read_run
+from qcft.store.holding import working
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
     prepared = Prepared(recipe, watch)
     texts = _file_texts(asked.texts, prepared) if asked.texts else _held_out_texts(prepared, asked.rows)
     step = _step(since, to, texts, prepared)
-    record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
-    add_stage(named, step.stage, step.id)
-    link_stage(named, step.stage, store.folder(record["step"]))
+    with working(runs, named.name):
+        record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
+        add_stage(named, step.stage, step.id)
+        link_stage(named, step.stage, store.folder(record["step"]))
     return named, step.stage, dict(read_json(store.folder(step.id) / "drift.json"))
 
 

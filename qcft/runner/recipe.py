@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,9 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
 from qcft.steps.summaries import summarise
-from qcft.store import Store, open_run
+from qcft.store import Store
 from qcft.store.results import Run
-from qcft.store.runs import link_stage
+from qcft.store.runs import NamedRun, held_run, link_stage
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
@@ -101,8 +101,20 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
         forecast(prepared, missing, store, watch)
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)
-    recipe = prepared.pinned_recipe()
-    run = open_run(store.runs, recipe, plan.stages())
+    with held_run(store.runs, prepared.pinned_recipe(), plan.stages()) as run:
+        return _work(prepared, steps, records, run, store, watch)
+
+
+def _work(
+    prepared: PlannedRecipe,
+    steps: Sequence[Step],
+    records: dict[str, dict[str, Any] | None],
+    run: NamedRun,
+    store: Store,
+    watch: Watch,
+) -> Run:
+    """Do a run's steps that are not done, and link all."""
+    recipe, plan = prepared.pinned_recipe(), prepared.plan
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.

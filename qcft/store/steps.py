@@ -20,7 +20,15 @@ from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import file_digest, read_json, read_sealed, telling_full_disk, write_json, write_sealed
+from qcft.files import (
+    file_digest,
+    read_json,
+    read_sealed,
+    telling_full_disk,
+    telling_unwritable,
+    write_json,
+    write_sealed,
+)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
@@ -59,6 +67,11 @@ class Store:
                 return False
         except (Timeout, OSError):
             return True
+
+    def holder(self, step: str) -> str:
+        """The process that works on a step, as it wrote down itself."""
+        who = read_json(self.steps / f".{step}.holder") or {}
+        return f"process {who.get('pid', '?')} on {who.get('host', '?')}"
 
     def record(self, step: str) -> dict[str, Any] | None:
         """The step's done.json, or None where it is not there or was altered; the files it lists are not looked at.
@@ -112,12 +125,8 @@ class Store:
         when the disk is full, then or while the step is worked on.
         """
         folder = self.folder(step)
-        try:
+        with telling_unwritable(self.runs):
             self.steps.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"the runs folder {str(self.runs)!r} cannot be written: {error.strerror}", "name another with --runs"
-            ) from None
         with telling_full_disk(self.runs, FREE), self._lock(step, watch):
             if (folder / "done.json").exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told
@@ -161,10 +170,7 @@ class Store:
                 break
             except Timeout:
                 if not told:
-                    who = read_json(holder) or {}
-                    watch.note(
-                        f"waiting for {step}: process {who.get('pid', '?')} on {who.get('host', '?')} works on it"
-                    )
+                    watch.note(f"waiting for {step}: {self.holder(step)} works on it")
                     told = True
                 watch.check_stop()
         try:
