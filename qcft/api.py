@@ -194,7 +194,8 @@ def merge(
 
     Returns the folder, the step's stage, and what was kept. Raises QcftError.
     """
-    from qcft.runner.export import check_place, deliver_model, goal_for
+    from qcft.runner.delivery import check_place
+    from qcft.runner.export import deliver_model, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -225,7 +226,8 @@ def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phas
 
     Returns the folder and the phase. Raises QcftError.
     """
-    from qcft.runner.export import check_place, deliver_adapter, goal_for
+    from qcft.runner.delivery import check_place
+    from qcft.runner.export import deliver_adapter, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -262,7 +264,8 @@ def dial(
 
     Returns the points, the drawing's path, and what `merge` returns. Raises QcftError.
     """
-    from qcft.runner.export import check_place, dial_for
+    from qcft.runner.delivery import check_place
+    from qcft.runner.export import dial_for
 
     named = read_run(runs, name)
     recipe = named.recipe()

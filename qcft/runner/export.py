@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json, telling_full_disk
+from qcft.files import read_json
 from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
 from qcft.models.load import load_tokenizer
 from qcft.models.sources import described_folder, resolve, weights_folder
 from qcft.recipe import Dial, Goal, Recipe
 from qcft.recipe.goal import METHODS
+from qcft.runner.delivery import whole_folder
 from qcft.store import Store
 
 
@@ -87,44 +87,6 @@ def dial_for(
             f"--density {density:g} is outside (0, 1]", "it is the share of a delta's numbers that is kept"
         )
     return Dial(goal_for(recipe, phase, False, None).phase, scales_of(scales), method, density)
-
-
-def check_place(to: Path) -> None:
-    """Check that a folder can be written: there is none, or an empty one. Raises InputError."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{str(to)!r} is there already", "name a new folder with --to, or remove it")
-    place = to.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"{str(to)!r} cannot be made: {str(place)!r} is a file", "name another folder with --to")
-
-
-@contextmanager
-def whole_folder(to: Path) -> Iterator[Path]:
-    """A folder that is filled beside its place and renamed when whole; a killed run leaves none at its place."""
-    from filelock import FileLock
-
-    to = to.absolute()
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(to.with_name(f".{to.name}.lock")))
-        with lock:
-            check_place(to)
-            work = to.with_name(f".{to.name}.partial")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                with telling_full_disk(to.parent, "free some space, or name another folder with --to"):
-                    yield work
-                if to.exists():
-                    to.rmdir()
-                work.rename(to)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-    except PermissionError as error:
-        raise InputError(f"{str(to)!r} cannot be written: {error.strerror}", "name another folder with --to") from None
 
 
 def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:
