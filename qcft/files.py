@@ -10,6 +10,7 @@ import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,29 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class SeenFile:
+    """A file as it was when its digest was taken; its stamp is what changes when it is written."""
+
+    path: Path
+    stamp: tuple[int, ...] | None
+    digest: str
+
+
+def see_file(path: Path) -> SeenFile:
+    """A file's digest, and its stamp before that was taken."""
+    return SeenFile(path, stamp_of(path), file_digest(path))
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """What the system says of a file's size, times and identity; None where there is none."""
+    try:
+        told = path.stat()
+    except OSError:
+        return None
+    return (told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev)
 
 
 def write_json(path: Path, document: Any) -> None:

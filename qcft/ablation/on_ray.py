@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qcft.ablation.arms import begin_ablation, told
-from qcft.errors import InputError, QcftError, short
+from qcft.errors import ChangedInput, InputError, QcftError, short
 from qcft.events import ArmChanged, Watch
 from qcft.models.cards import asked_device
 from qcft.recipe import ArmRun, Recipe, recipe_from
@@ -124,7 +124,9 @@ def _work(recipe: dict[str, Any], runs: str, step: str, *_: None) -> None:
     watch, store = Watch(), Store(Path(runs))
     prepared = PlannedRecipe(recipe_from(recipe), watch, memo=_memo)
     steps = prepared.plan.steps
-    position, wanted = next((i, one) for i, one in enumerate(steps, start=1) if one.id == step)
+    position, wanted = next(((i, one) for i, one in enumerate(steps, start=1) if one.id == step), (0, None))
+    if wanted is None:
+        raise ChangedInput(f"{step}: what it is made of changed meanwhile", "give the same command again")
     do_step(wanted, position, len(steps), worker_for(prepared, store, watch), store, watch)
 
 

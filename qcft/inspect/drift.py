@@ -32,6 +32,7 @@ from qcft.prepare.prepared import Prepared
 from qcft.replay.pools import ENGLISH
 from qcft.runner.libraries import set_environment
 from qcft.steps.step import Step
+from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import NamedRun, Store, read_run
 from qcft.store.holding import working
 from qcft.store.runs import add_stage, link_stage
@@ -140,8 +141,9 @@ def _do(
             return record
         watch.tell(StepBegun(step.id, step.title, 1, 1, "resumed" if before == "partial" else "new"))
         begun = time.monotonic()
-        moved = parameter_difference(since, to, prepared, store, watch)
-        shifts = _shifts(since, to, texts, prepared, store, folder, watch)
+        with inputs_unchanged(prepared.inputs, store):
+            moved = parameter_difference(since, to, prepared, store, watch)
+            shifts = _shifts(since, to, texts, prepared, store, folder, watch)
         trained = store.record(to.trained) if to.trained else None
         frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
         document = {

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, Interrupted, QcftError
+from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
@@ -23,6 +23,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
 from qcft.steps.summaries import summarise
+from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
 from qcft.store.results import Run
 from qcft.store.runs import NamedRun, held_run, link_stage
@@ -101,8 +102,12 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
         forecast(prepared, missing, store, watch)
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)
+    begun = len(store.claimed)
     with held_run(store.runs, prepared.pinned_recipe(), plan.stages()) as run:
-        return _work(prepared, steps, records, run, store, watch)
+        done = _work(prepared, steps, records, run, store, watch)
+        if len(store.claimed) > begun:
+            discard_changed(prepared.inputs, store, begun, thorough=True)
+    return done
 
 
 def _work(
@@ -124,7 +129,7 @@ def _work(
         try:
             record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
         except QcftError as error:
-            if step.kind != "suite" or isinstance(error, Interrupted):
+            if step.kind != "suite" or isinstance(error, (Interrupted, ChangedInput)):
                 raise
             watch.note(f"{step.title}: {error.message}", "warning")
             failed[step.stage] = error.message

@@ -100,8 +100,9 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
 
 def add_stage(run: NamedRun, stage: str, step: str) -> None:
     """Write down a stage that was made of what the run holds, beyond its plan."""
-    document = read_json(run.folder / RUN) or {}
-    write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
+    with runs_lock(run.folder.parent):
+        document = read_json(run.folder / RUN) or {}
+        write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
 
 
 def _is_taken(folder: Path) -> bool:
@@ -118,9 +119,11 @@ def link_stage(run: NamedRun, stage: str, step: Path) -> None:
     if place.is_symlink():
         if place.readlink() == target:
             return
-        place.unlink()
+        place.unlink(missing_ok=True)
     try:
         place.symlink_to(target, target_is_directory=True)
+    except FileExistsError:
+        return  # another process that works on the run made it
     except OSError:
         write_text(place.with_name(place.name + ".path"), f"{target}\n")
 

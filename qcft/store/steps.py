@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class Store:
         self.runs = runs
         self.steps = runs / ".steps"
         self._verified: set[str] = set()
+        self._held: set[str] = set()
+        self.claimed: list[str] = []  # by this process, in their order
 
     def folder(self, step: str) -> Path:
         """Where a step's files lie."""
@@ -128,6 +130,7 @@ class Store:
         with telling_unwritable(self.runs):
             self.steps.mkdir(parents=True, exist_ok=True)
         with telling_full_disk(self.runs, FREE), self._lock(step, watch):
+            self.claimed.append(step)
             if (folder / "done.json").exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told
             folder.mkdir(exist_ok=True)
@@ -154,6 +157,17 @@ class Store:
         self._verified.add(step)
         return record
 
+    def discard(self, step: str) -> None:
+        """Remove a step that this process made, unless another works on it by now."""
+        from filelock import FileLock, Timeout
+
+        self._verified.discard(step)
+        if step in self._held:
+            shutil.rmtree(self.folder(step), ignore_errors=True)
+            return
+        with suppress(Timeout), FileLock(self.lock_file(step), timeout=0):
+            shutil.rmtree(self.folder(step), ignore_errors=True)
+
     def lock_file(self, step: str) -> Path:
         """The file whose lock says that a process works on a step."""
         return self.steps / f".{step}.lock"
@@ -175,8 +189,10 @@ class Store:
                 watch.check_stop()
         try:
             write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
+            self._held.add(step)
             yield
         finally:
+            self._held.discard(step)
             holder.unlink(missing_ok=True)
             lock.release()
 
