@@ -20,6 +20,7 @@ def main() -> NoReturn:
     sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--cpu"}]
     if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from qcft.cache import give_home
     from qcft.errors import QcftError, is_out_of_memory
 
     _prepare_streams()
@@ -31,6 +32,7 @@ def main() -> NoReturn:
         signal.signal(number, stop_at_once)
     try:
         _refuse_empty(sys.argv[1:])
+        give_home()
         code = app(standalone_mode=False)
     except QcftError as error:
         if debug:
@@ -41,10 +43,12 @@ def main() -> NoReturn:
             _usage_error(error)
         if debug:
             raise
-        from qcft.files import is_disk_full
+        from qcft.files import UNWRITABLE, is_disk_full
 
         if is_disk_full(error, Path.cwd()):
             _fail("the disk that is written to is full", "free some space, then give the same command", 1)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+            _fail(f"{str(error.filename)!r}: {error.strerror}", "check its permissions, or name another folder", 2)
         if is_out_of_memory(error):
             _fail("memory ran out", "free memory, or use a smaller model; what was done is kept", 1)
         text = f"{type(error).__name__}: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 def check_local(task: str, path: str) -> Path:
     """The file or folder that stands for a task's data. Raises InputError."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if not place.exists():
         raise InputError(f"evaluate.local: {task}: there is no file {path!r}", "give a file, or a folder of splits")
     if place.is_dir() and not _files(place):

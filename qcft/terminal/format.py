@@ -1,4 +1,4 @@
-"""The consoles, and times and sizes in words."""
+"""The consoles, and times and sizes in words. Brackets and colons in what is printed are no markup: paths hold them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ WIDE = 130  # columns of a table that goes to a file or a pipe
 
 def stdout() -> Console:
     """The console for data."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def stderr() -> Console:
     """The console for everything else."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDE)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, width=None if sys.stderr.isatty() else WIDE)
 
 
 def duration(seconds: float) -> str:
