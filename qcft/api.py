@@ -11,7 +11,7 @@ from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import read_json, telling_full_disk, write_json
+from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json
 from qcft.measure.results import finished_run
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
 from qcft.report.ablation import outcome
@@ -25,6 +25,7 @@ from qcft.report.write import write_report
 from qcft.runner.recipe import run_recipe
 from qcft.store import Store, read_run
 from qcft.store.ablations import Ablation
+from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import FREE
 
@@ -82,10 +83,10 @@ def ablate_watched(
 
     `on`: `ray` for a Ray cluster on this machine, `ray:ADDRESS` for another. Raises InputError.
     """
-    engine, _, address = (on or "").partition(":")
-    if engine == "ray":
+    engine, colon, address = (on or "").partition(":")
+    if engine == "ray" and bool(address.strip()) == bool(colon):
         return run_on_ray(plain, arms, runs, watch, lambda done: _report(done, runs), address or None)
-    if on:
+    if on is not None:
         raise InputError(f"--on {on!r}: qcft knows no such engine", "use ray, or ray:ADDRESS")
     return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
 
@@ -105,8 +106,8 @@ def ablation_outcome(ablation: Ablation) -> dict[str, Any]:
 
 def _report(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    whole = evidence(done.name, runs)
-    with telling_full_disk(runs, FREE):
+    with working(runs, done.name), telling_full_disk(runs, FREE):
+        whole = evidence(done.name, runs)
         write_report(done.folder / "report", build_report(arms_of([whole])))
     return whole.run
 
@@ -127,8 +128,10 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
         found.append(evidence(name, runs))
     document = build_report(arms_of(found, made), names[0] if made else None)
     own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
-    with telling_full_disk(to or own, FREE):
-        page = write_report(to or own / "report", document)
+    place = to or own / "report"
+    elsewhere = "write it to another folder with --to, or print its tables with `qcft show`"
+    with telling_full_disk(to or own, FREE), telling_unwritable(place, "the report's folder", elsewhere):
+        page = write_report(place, document)
     return {
         "page": str(page),
         "runs": [one.run.name for one in found],
@@ -191,7 +194,8 @@ def merge(
 
     Returns the folder, the step's stage, and what was kept. Raises QcftError.
     """
-    from qcft.runner.export import check_place, deliver_model, goal_for
+    from qcft.runner.delivery import check_place
+    from qcft.runner.export import deliver_model, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -222,7 +226,8 @@ def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phas
 
     Returns the folder and the phase. Raises QcftError.
     """
-    from qcft.runner.export import check_place, deliver_adapter, goal_for
+    from qcft.runner.delivery import check_place
+    from qcft.runner.export import deliver_adapter, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -259,11 +264,12 @@ def dial(
 
     Returns the points, the drawing's path, and what `merge` returns. Raises QcftError.
     """
-    from qcft.runner.export import check_place, dial_for
+    from qcft.runner.delivery import check_place
+    from qcft.runner.export import dial_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
-    wanted = dial_for(recipe, phase, scales, method, density)
+    wanted = dial_for(recipe, phase, scales, method, density, merge_at)
     if to is not None:
         check_place(to)
     done = run_recipe(recipe, runs, watch, wanted)
@@ -305,8 +311,9 @@ def drift(
 def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
     """Keep how alike a run's phases are beside its report, and in it."""
     place = runs / name / "report"
-    place.mkdir(exist_ok=True)
-    write_json(place / "similarity.json", found)
+    with working(runs, name):
+        place.mkdir(exist_ok=True)
+        write_json(place / "similarity.json", found)
     _report(read(name, runs), runs)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from qcft.errors import InputError
@@ -23,6 +26,33 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "qcft"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcft"
+
+
+def give_home() -> None:
+    """Where the system names no home folder (no HOME, and a user without an entry), one of the user's own among the
+    temporary files: libraries would write to a folder `~` here, or fail. Raises InputError where that is another's."""
+    if sys.platform == "win32" or os.path.expanduser("~") != "~":
+        return
+    user = os.getuid()
+    place = Path(tempfile.gettempdir()) / f"qcft-home-{user}"
+    with suppress(OSError):
+        place.mkdir(mode=0o700)
+    if not _is_own(place, user):
+        raise InputError(
+            f"there is no home folder, as HOME is not set, and {str(place)!r} is not this user's alone",
+            "set HOME to a folder that can be written; caches go there",
+        )
+    os.environ["HOME"] = str(place)
+    os.environ.setdefault("USER", str(user))  # PyTorch names a folder by it
+
+
+def _is_own(place: Path, user: int) -> bool:
+    """Whether a folder is there that nobody but its user can read or write."""
+    try:
+        told = place.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(told.st_mode) and told.st_uid == user and not told.st_mode & 0o077
 
 
 def cached_folder(name: str, make: Callable[[Path], None], watch: Watch | None = None) -> Path:

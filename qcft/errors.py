@@ -2,6 +2,7 @@
 
 QcftError              1   something failed while working
 ├── InputError         2   what the user gave cannot be used; nothing was written
+├── ChangedInput       1   a file that results rest on changed while it was in use
 └── Interrupted  130/143   Ctrl-C or SIGTERM (129: SIGHUP); what was done stays usable
 """
 
@@ -39,6 +40,10 @@ class InputError(QcftError):
     """A value that was given cannot be used."""
 
     exit_code = 2
+
+
+class ChangedInput(QcftError):
+    """A file that results rest on changed while it was in use."""
 
 
 class Interrupted(QcftError):

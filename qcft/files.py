@@ -10,14 +10,16 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcft.errors import QcftError
+from qcft.errors import InputError, QcftError
 
 SEAL = "files.sha256"
 FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
 ODD = {"a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR, "a disk": stat.S_ISBLK}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 LEAST = 1 << 20  # bytes; a disk with less is full
 
 
@@ -51,6 +53,29 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class SeenFile:
+    """A file as it was when its digest was taken; its stamp is what changes when it is written."""
+
+    path: Path
+    stamp: tuple[int, ...] | None
+    digest: str
+
+
+def see_file(path: Path) -> SeenFile:
+    """A file's digest, and its stamp before that was taken."""
+    return SeenFile(path, stamp_of(path), file_digest(path))
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """What the system says of a file's size, times and identity; None where there is none."""
+    try:
+        told = path.stat()
+    except OSError:
+        return None
+    return (told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -116,6 +141,19 @@ def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
         if not is_disk_full(error, place):
             raise
         raise QcftError(f"the disk that holds {str(place)!r} is full", hint) from error
+
+
+@contextmanager
+def telling_unwritable(
+    folder: Path, what: str = "the runs folder", hint: str = "name another with --runs"
+) -> Iterator[None]:
+    """What the system raises where a folder cannot be written, as an InputError of one line and this hint."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error, folder):
+            raise
+        raise InputError(f"{what} {str(folder)!r} cannot be written: {error.strerror or error}", hint) from None
 
 
 def is_disk_full(error: BaseException, place: Path) -> bool:

@@ -98,11 +98,11 @@ CASES = {
     "no such built-in recipe": (command("recipes", "--show", "quikstart"), "no built-in recipe 'quikstart'"),
     "a run name with a slash": (command("run", "recipe.yaml", "--as", "a/b"), "cannot name a run"),
     "a run name that is no name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
-    "a run name that is empty": (command("run", "recipe.yaml", "--as", ""), "'' cannot name a run"),
+    "a run name that is empty": (command("run", "recipe.yaml", "--as", ""), "--as: the value given is empty"),
     "an option without its value": (command("check", "recipe.yaml", "--vram"), "--vram"),
     "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is no size"),
-    "an encoder that is none": (command("check", "recipe.yaml", "--encoder", ""), "is no folder and no hub id"),
-    "runs without a name": (command("ls", "--runs", ""), "--runs '' names no folder"),
+    "an encoder that is none": (command("check", "recipe.yaml", "--encoder", ""), "--encoder: the value given"),
+    "runs without a name": (command("ls", "--runs", ""), "--runs: the value given is empty"),
     "runs behind a link that leads nowhere": (
         command("run", "recipe.yaml", "--runs", "dangling"),
         "is a link that leads nowhere",
@@ -156,7 +156,7 @@ CASES = {
     ),
     "a phase with qcft's own word": (
         setting("phases=[{name: merged, data: good.jsonl}]"),
-        "is a word qcft uses itself",
+        "'merged' would be taken for a stage that qcft makes itself",
     ),
     "no phases": (setting("phases=[]"), "phases"),
     "replay of a file without one": (setting("phase1.replay={ratio: 0.1, kind: file}"), "needs path: FILE"),

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from qcft import InputError
 from qcft.cache import cached_folder
+from qcft.errors import ChangedInput
 from qcft.events import Watch
 from qcft.layers import adapted_modules, decoder_layers
 from qcft.models.adapters import add_lora, keep_adapters_in_fp32, load_adapter
 from qcft.models.embedded import fetch_embedded
 from qcft.models.load import evaluating, load_model
-from qcft.models.sources import check_gguf, resolve, weights_folder
+from qcft.models.sources import check_gguf, described_folder, resolve, weights_folder
 from qcft.models.switch import Switched
 from qcft.recipe import Lora, Model
 
@@ -164,6 +165,18 @@ def test_a_gguf_header_with_anything_in_it_is_read_or_refused(tmp_path, where, w
     bad.write_bytes(data[:where] + what + data[where + len(what) :])
     with suppress(InputError):
         check_gguf(bad)
+
+
+def test_a_gguf_that_changed_since_it_was_found_is_not_converted(tmp_path, monkeypatch):
+    """The cache would keep what it holds now under the digest of what it held."""
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    source = found(tiny_gguf(tmp_path / "a.gguf"))
+    with (tmp_path / "a.gguf").open("ab") as file:
+        file.write(b"more")
+    for read in (weights_folder, described_folder):
+        with pytest.raises(ChangedInput, match=r"a\.gguf' changed while it was in use"):
+            read(source, Watch())
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 def test_a_gguf_that_cannot_be_converted_leaves_nothing_in_the_cache(tmp_path, monkeypatch):

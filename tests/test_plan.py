@@ -2,6 +2,7 @@
 
 import pytest
 
+from qcft.errors import InputError
 from qcft.plan import make_plan
 from qcft.prepare.digests import Digests
 from qcft.recipe import Dial, Goal, recipe_from
@@ -170,3 +171,43 @@ def test_a_goal_adds_steps_and_changes_none():
     assert "kept" not in {s.kind for s in at.steps[len(bare.steps) :]}
     dialled = chained("merged", goal=Dial("p1", (0.0, 1.0)))
     assert dialled.steps[-1].stage == dialled.goal == "dial-p1"
+
+
+def every_stage(raw):
+    """The stages that some plan of a recipe makes: its own, and those of all that can be asked for beyond it."""
+    names = [phase["name"] for phase in raw["phases"]]
+    digests = Digests("model", dict.fromkeys(names, "a"), dict.fromkeys(names, ("a",)), "held", tasks={"t": "d"})
+    ways = [{}, {"dequantised": True}, {"scale": 0.5}, {"scale": 0.5, "method": "ties", "density": 0.2}]
+    goals = [Goal(name, **way) for name in names for way in ways]
+    goals += [Dial(name, (0.0, 1.0), *how) for name in names for how in [(), ("ties", 0.2)]]
+    return {stage for goal in [None, *goals] for stage in make_plan(recipe_from(raw), digests, goal).stages()}
+
+
+def with_phases(*names):
+    phases = [{"name": name, "data": [{"path": "a", "lang": "es"}], "freeze": "snr:0.5"} for name in names]
+    for phase in phases[1:]:
+        phase["replay"] = {"ratio": 0.2, "kind": "english"}
+    return {"name": "x", "model": "m", "evaluate": {"stages": ["base"]}, "phases": phases}
+
+
+def test_no_phase_can_have_the_name_of_another_stage():
+    """Whatever stage a plan makes beside the phases' own, a recipe with a phase of its name is refused."""
+    names = ["a", "b", "c"]
+    stages = every_stage(with_phases(*names))
+    taken = {word for stage in stages for word in stage.split("/")[:2]} - {*names} | {"run.json", "Merged", "a.path"}
+    assert {"eval", "abilities", "base-16bit", "merged-b", "kept-merged", "merged-c-at-0.5-ties-0.2"} <= taken
+    assert {"dial-a", "dial-b-ties-0.2", "replay-c", "layers-b", "merged-a-dequantised"} <= taken
+    for name in taken - {"t"}:
+        with pytest.raises(InputError, match="would be taken for") as refused:
+            recipe_from(with_phases("a", name, "c"))
+        assert "name the phase otherwise" in refused.value.hint
+    for name in ("a-dequantised", "a-at-0.5", "a-ties-0.2", "A-at-1"):  # merged-a-dequantised is whose?
+        with pytest.raises(InputError, match="a stage that qcft makes of 'a'"):
+            recipe_from(with_phases("a", name, "c"))
+
+
+def test_phases_named_alike_have_stages_of_their_own():
+    names = ["es", "es-run-2", "mergedly", "keptsake", "dialect", "based"]
+    stages = every_stage(with_phases(*names))
+    assert {*names} <= stages
+    assert {f"merged-{name}" for name in names[1:]} <= stages

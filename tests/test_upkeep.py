@@ -1,8 +1,13 @@
 """Keeping the runs folder small: what no run uses is listed, removed when asked; a run is removed, its steps stay."""
 
+import errno
+import io
 import json
 import multiprocessing
+import os
 import shutil
+import socket
+import threading
 import time
 
 import pytest
@@ -13,7 +18,11 @@ from qcft.events import Watch
 from qcft.files import read_json
 from qcft.recipe import recipe_from
 from qcft.store import Store, list_runs, open_run
+from qcft.store.holding import working
 from qcft.store.upkeep import remove_run, remove_unused, unused_steps
+
+from .helpers.bad_input import listing
+from .helpers.tiny import make_recipe
 
 RECIPE = recipe_from({"name": "r", "model": "m", "phases": [{"name": "phase1", "data": "a"}]})
 
@@ -116,9 +125,117 @@ def test_a_step_that_is_worked_on_is_never_removed(store, held):
 
 def test_a_run_that_is_worked_on_is_not_removed(store, held):
     held("train-2")
-    with pytest.raises(InputError, match="a process works on train-2 of the run 'r'"):
+    with pytest.raises(InputError, match=r"process \d+ on .* works on train-2 of the run 'r'"):
         remove_run(store.runs, "r")
     assert (store.runs / "r" / "run.json").is_file()
+
+
+def _work_on(runs, name):
+    with working(runs, name):
+        (runs / "begun").write_text("")
+        time.sleep(60)
+
+
+def test_a_run_between_two_steps_of_a_live_process_is_not_removed(store, qcft):
+    """Its name is held as long as a process works on it, whichever step; the system lets go of a killed one's."""
+    process = multiprocessing.get_context("spawn").Process(target=_work_on, args=(store.runs, "r"))
+    process.start()
+    try:
+        while not (store.runs / "begun").exists():
+            time.sleep(0.02)
+        with working(store.runs, "r"):  # several may
+            pass
+        listed = json.loads(qcft("ls", "--runs", store.runs, "--json")[1])
+        assert {one["run"]: one["state"] for one in listed} == {"r": "running", "s": "done"}
+        before = listing(store.runs / "r")
+        code, out, err = qcft("rm", "r", "--runs", store.runs)
+        assert (code, out) == (2, "")
+        assert f"process {process.pid} on {socket.gethostname()} works on the run 'r'" in err
+        assert listing(store.runs / "r") == before
+    finally:
+        process.kill()
+        process.join()
+    assert qcft("rm", "r", "--runs", store.runs)[0] == 0
+    assert not (store.runs / "r").exists()
+    with pytest.raises(InputError, match="the run 'r' was removed meanwhile"), working(store.runs, "r"):
+        pass
+
+
+def test_what_a_finishing_step_removes_is_not_missed(store):
+    """Files that go while they are counted, and checkpoints that a step removes itself as it ends."""
+    checkpoints = store.folder("train-1") / "checkpoints"
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            for number in range(20):
+                (checkpoints / f"checkpoint-{number}").mkdir(parents=True, exist_ok=True)
+                (checkpoints / f"checkpoint-{number}" / "state").write_text("x")
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(60):
+            unused_steps(store.runs)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, color_data):
+    """A run of one phase, and how often `rm` was refused while it ran."""
+    from qcft import api
+
+    runs = tmp_path_factory.mktemp("trained") / "runs"
+    raw = make_recipe(tiny_model, color_data)
+    raw["phases"] = raw["phases"][:1]
+    refused = []
+
+    def remove(event):
+        if (runs / "tiny" / "run.json").exists():
+            with pytest.raises(InputError, match="works on the run 'tiny'"):
+                remove_run(runs, "tiny")
+            refused.append(event)
+
+    api.run_watched(recipe_from(raw), runs, Watch(remove))
+    return runs, refused
+
+
+def test_a_run_is_held_at_every_event_of_its_work(trained):
+    runs, refused = trained
+    assert len(refused) > 8
+    assert [run.name for run in list_runs(runs)] == ["tiny"]
+    assert not [*(runs / "tiny").glob(".working-*")]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("command", [["rm", "tiny"], ["gc", "--delete"], ["report", "tiny"]])
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(trained, qcft, monkeypatch, command, code):
+    """Permission bits mean nothing to root: the system's own calls refuse to write."""
+    runs, _ = trained
+    qcft("show", "tiny", "--runs", runs)  # libraries write what they compile
+
+    def refusing(real, writes):
+        def call(path, *more, **named):
+            if str(path).startswith(str(runs)) and writes(*more):
+                raise OSError(code, os.strerror(code), os.fspath(path))
+            return real(path, *more, **named)
+
+        return call
+
+    before = listing(runs)
+    monkeypatch.setattr(io, "open", refusing(io.open, lambda mode="r", *_, **__: not mode.startswith("r")))
+    monkeypatch.setattr(os, "open", refusing(os.open, lambda flags, *_: flags & (os.O_CREAT | os.O_RDWR)))
+    for name in ("mkdir", "unlink", "rename"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name), lambda *_: True))
+    ended, out, err = qcft(*command, "--runs", runs)
+    monkeypatch.undo()
+    assert (ended, out) == (2, ""), err
+    assert "cannot be written" in err
+    assert len(err.strip().splitlines()) == 2
+    assert listing(runs) == before
 
 
 def test_checkpoints_of_a_finished_training_are_left_overs(store):

@@ -21,6 +21,7 @@ from qcft.runner.recipe import raise_failed, run_prepared
 from qcft.steps.step import Step
 from qcft.store import Store, open_run
 from qcft.store.ablations import Ablation, open_ablation
+from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
 from qcft.training.batches import make_batches
@@ -61,8 +62,21 @@ def run_arms(
     """
     ablation, prepared = begin_ablation(plain, arms, runs, watch)
     store = Store(runs)
-    broken: dict[str, str] = {}  # step -> the run it failed in
     todo = [(name, one) for name, one in prepared if name not in skip]
+    with working(runs, *(name for name, _ in todo)):
+        _run_each(ablation, todo, store, watch, finished)
+    return ablation
+
+
+def _run_each(
+    ablation: Ablation,
+    todo: Sequence[tuple[str, PreparedArm]],
+    store: Store,
+    watch: Watch,
+    finished: Callable[[Run], Run],
+) -> None:
+    """Run arms one after another; what fails is noted."""
+    broken: dict[str, str] = {}  # step -> the run it failed in
     for number, (name, one) in enumerate(todo, start=1):
         arm = one.arm
         change = partial(ArmChanged, name, arm.arm, arm.seed, number, len(todo))
@@ -87,7 +101,6 @@ def run_arms(
             continue
         ablation.end(name)
         watch.tell(change("done", _in_words(done)))
-    return ablation
 
 
 def begin_ablation(

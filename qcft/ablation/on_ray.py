@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, suppress
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qcft.ablation.arms import begin_ablation, told
-from qcft.errors import InputError, QcftError, short
+from qcft.errors import ChangedInput, InputError, QcftError, short
 from qcft.events import ArmChanged, Watch
 from qcft.models.cards import asked_device
 from qcft.recipe import ArmRun, Recipe, recipe_from
@@ -27,6 +27,7 @@ from qcft.runner.recipe import do_step, run_prepared, worker_for
 from qcft.steps.step import Step
 from qcft.store import Store
 from qcft.store.ablations import Ablation
+from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.training.settings import with_optimizers
 
@@ -51,11 +52,12 @@ def run_on_ray(
             )
         section = section.model_copy(update={"gpus": 0})
     runs = runs.absolute()
-    with _cluster(address) as ray:
+    with _cluster(address) as ray, ExitStack() as held:
         gpus = section.gpus if section.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
         where = "cuda" if gpus else "cpu"  # by which every worker plans the same steps, GPU or not
         arms = [replace(arm, recipe=with_optimizers(arm.recipe, where)) for arm in arms]
         ablation, named = begin_ablation(plain, arms, runs, watch)
+        held.enter_context(working(runs, *(name for name, _ in named)))
         store, tasks = Store(runs), _Tasks(ray, section.cpus, gpus, runs)
         parts = {name: tasks.submit(one.prepared, store) for name, one in named}
         changes = {
@@ -126,7 +128,9 @@ def _work(recipe: dict[str, Any], runs: str, working: str, step: str, *_: None) 
     watch, store = Watch(), Store(Path(runs))
     prepared = PlannedRecipe(recipe_from(recipe), watch, memo=_memo)
     steps = prepared.plan.steps
-    position, wanted = next((i, one) for i, one in enumerate(steps, start=1) if one.id == step)
+    position, wanted = next(((i, one) for i, one in enumerate(steps, start=1) if one.id == step), (0, None))
+    if wanted is None:
+        raise ChangedInput(f"{step}: what it is made of changed meanwhile", "give the same command again")
     do_step(wanted, position, len(steps), worker_for(prepared, store, watch), store, watch)
 
 

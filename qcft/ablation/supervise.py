@@ -35,7 +35,8 @@ def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None])
     """
     crashed: list[str] = []
     while True:
-        command = [sys.executable, "-P", "-c", START, *arguments, "--supervised", ",".join(crashed)]
+        none = ","  # an empty value would be refused
+        command = [sys.executable, "-P", "-c", START, *arguments, "--supervised", ",".join(crashed) or none]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
             code = process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

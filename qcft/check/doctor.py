@@ -17,6 +17,7 @@ from qcft.models.cards import asked_device, choose_card, unusable_card
 from qcft.models.installing import bounds, install
 from qcft.models.load import compute_dtype, device
 from qcft.store.steps import PACKAGES, package_versions, writable
+from qcft.store.upkeep import size_of
 
 GIB = 2**30
 LEAST_FREE = 5 * GIB  # bytes of disk that a merged 1B model and its adapters need, and then some
@@ -152,7 +153,7 @@ def _disk(runs: Path) -> Finding:
 
 def _cache() -> Finding:
     place = cache_folder()
-    size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) if place.is_dir() else 0
+    size = size_of(place)
     there = place
     while not there.exists():
         there = there.parent

@@ -141,7 +141,7 @@ def _adapted_share(prepared: PlannedRecipe, phase: Phase) -> float:
 def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:
     """The first rows, from every source in turn."""
     each = [list(one.encoded[:rows]) for one in sets]
-    return [one[i] for i in range(rows) for one in each if i < len(one)][:rows]
+    return [one[i] for i in range(max(map(len, each))) for one in each if i < len(one)][:rows]
 
 
 def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def ablate(
     """Run every arm of a recipe with every seed; what they share runs once, one that fails leaves the others going."""
     from qcft import api
     from qcft.ablation.supervise import stop_with_parent, supervise
-    from qcft.cli.flags import parse_seeds, split
+    from qcft.cli.flags import parse_seeds, split, words
     from qcft.errors import InputError
     from qcft.recipe import chosen_arms, load_ablation, parse_assignments
     from qcft.terminal import ablation_view, tables
@@ -43,7 +43,7 @@ def ablate(
         raise InputError("qcft ablate does not run under accelerate", "launch `qcft run` with it, one recipe at a time")
     changes = parse_assignments(set_ or []) | ({"name": name} if name else {})
     plain, every = load_ablation(recipe, changes)
-    chosen = chosen_arms(every, split(arms), parse_seeds(seeds))
+    chosen = chosen_arms(every, words("--arms", arms), parse_seeds(seeds))
     if dry_run:
         with watched(quiet) as watch:
             plan = api.plan_ablation(chosen, runs, watch)

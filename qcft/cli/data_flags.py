@@ -39,6 +39,8 @@ def sources_of(data: list[str], keys: dict[str, Any] | None = None, lang: str | 
             what = f"{code!r} is not a language code" if rest else "the path is missing"
             raise InputError(f"data: {given!r}: {what}", f"{meant}{CODES}")
         own, path = (match[1], match[2]) if match else (lang, given)
+        if not path.strip():  # it would mean every file of the working folder
+            raise InputError(f"data: {given!r}: the path is missing", "give a file, a folder or a hub id")
         sources.append({**_place(path), "lang": own, **(keys or {})})
     return sources
 

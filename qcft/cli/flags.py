@@ -11,7 +11,8 @@ from qcft.errors import InputError
 from qcft.recipe import Recipe, parse_assignments, recipe_from
 from qcft.store import NamedRun, list_runs, read_run
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
+LARGEST = 1 << 50  # bytes
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])i?B?", re.IGNORECASE)
 
 
 def phase1_recipe(
@@ -108,8 +109,8 @@ def eval_recipe(
         changes |= {f"evaluate.{key}": chosen[key] or [] for key in ("suites", "tasks")}
         changes["evaluate.local"] = {}
     for text in local:
-        task, equals, path = text.partition("=")
-        if not equals or not path:
+        task, _, path = text.partition("=")
+        if not task.strip() or not path.strip():
             raise InputError(f"--local {text!r} is not TASK=PATH", "for example --local xquad_es=xquad/es.jsonl")
         changes["evaluate.local"] = {**changes.get("evaluate.local", {}), task: str(Path(path).absolute())}
     raw = found.recipe().model_dump(mode="json") | {"name": found.name}
@@ -153,9 +154,12 @@ def size_of(text: str) -> int:
     """Bytes of `8GB`, `7.5 GiB`, `8192M`, all by 1,024 as cards are sold. Raises InputError."""
     match = SIZE.fullmatch(text.strip())
     if not match or not float(match[1]):
-        unit = f", as {text.strip()}GB" if text.strip().isdecimal() else ""
-        raise InputError(f"--vram {text!r} is no size", f"give it with its unit{unit or ', as 8GB or 7.5GiB'}")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper()))
+        unit = f", as {text.strip()}GB" if re.fullmatch(r"[0-9]{1,6}", text.strip()) else ""
+        raise InputError(f"--vram {text[:40]!r} is no size", f"give it with its unit{unit or ', as 8GB or 7.5GiB'}")
+    size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper())
+    if size > LARGEST:
+        raise InputError(f"--vram {text[:40]!r} is larger than any GPU", "give the size of one GPU, as 8GB or 80GB")
+    return int(size)
 
 
 def split(text: str | None) -> list[str]:
@@ -163,12 +167,21 @@ def split(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
+def words(flag: str, text: str | None) -> list[str]:
+    """The words of a flag's comma-separated list, empty where it is not given. Raises InputError for a list of none."""
+    found = split(text)
+    if text is not None and not found:
+        raise InputError(f"{flag} {text!r} names nothing", f"give names, as {flag} A,B, or leave {flag} out")
+    return found
+
+
 def parse_seeds(text: str | None) -> list[int]:
     """The seeds of a comma-separated list. Raises InputError."""
-    for word in split(text):
-        if not word.isdigit():
-            raise InputError(f"--seeds: {word!r} is not a whole number", "for example --seeds 0,1")
-    return [int(word) for word in split(text)]
+    seeds = words("--seeds", text)
+    for word in seeds:
+        if not re.fullmatch(r"[0-9]{1,10}", word):
+            raise InputError(f"--seeds: {word[:40]!r} is no seed, from 0 to {2**32 - 1}", "for example --seeds 0,1")
+    return [int(word) for word in seeds]
 
 
 def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:

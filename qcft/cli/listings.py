@@ -14,6 +14,7 @@ from qcft.files import read_json
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import Store, list_runs, read_run
 from qcft.store.ablations import run_states
+from qcft.store.holding import holders
 
 
 def layers_table(
@@ -123,7 +124,8 @@ def runs_listed(runs: Path) -> list[dict[str, str]]:
         except InputError as error:  # one that cannot be read does not hide the others
             model, phases = "?", error.message
         todo = [step for step in run.stages.values() if store.state(step) != "done"]
-        alone = "done" if not todo else "running" if any(map(store.is_claimed, todo)) else "to do"
+        at_work = holders(run.folder) or any(map(store.is_claimed, todo))
+        alone = "running" if at_work else "to do" if todo else "done"
         listed.append(
             {
                 "run": run.name,

@@ -19,6 +19,7 @@ def main() -> NoReturn:
     if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that a library begins loads modules from the working folder
+    from qcft.cache import give_home
     from qcft.errors import QcftError, is_out_of_memory, short
     from qcft.terminal.streams import clean_streams
 
@@ -29,6 +30,8 @@ def main() -> NoReturn:
         _fail("the working folder is no more", "go to one that is there", 2)
     hear(stop_at_once)  # until work begins, which hears them itself
     try:
+        _refuse_empty(sys.argv[1:])
+        give_home()
         code = app(standalone_mode=False)
     except QcftError as error:
         if debug:
@@ -39,15 +42,32 @@ def main() -> NoReturn:
             _usage_error(error)
         if debug:
             raise
-        from qcft.files import is_disk_full
+        from qcft.files import UNWRITABLE, is_disk_full
 
         if is_disk_full(error, Path.cwd()):
             _fail("the disk that is written to is full", "free some space, then give the same command", 1)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+            _fail(f"{str(error.filename)!r}: {error.strerror}", "check its permissions, or name another folder", 2)
         if is_out_of_memory(error):
             _fail("memory ran out", "free memory, or use a smaller model; what was done is kept", 1)
         text = f"unexpected {type(error).__name__}: {short(error, 300)}"
         _fail(text, "what was done is kept; run again with --debug to see where it comes from", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse what names nothing, of every command: what a shell makes of a variable that is not set would mean the
+    working folder to one flag, and all there is to another. Raises InputError."""
+    from qcft.errors import InputError
+
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, value = argument.partition("=")
+        if equals and flag.startswith("--") and not value.strip():
+            before = flag
+        elif argument.strip():
+            continue
+        what = f"{before}: the value given" if before.startswith("--") else "an argument"
+        raise InputError(f"{what} is empty", "give one, or leave it out; a shell variable that is not set is empty")
 
 
 def _usage_error(error: Any) -> NoReturn:

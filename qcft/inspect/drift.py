@@ -32,7 +32,9 @@ from qcft.prepare.prepared import Prepared
 from qcft.replay.pools import ENGLISH
 from qcft.runner.libraries import set_environment
 from qcft.steps.step import Step
+from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import NamedRun, Store, read_run
+from qcft.store.holding import working
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -77,9 +79,10 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
     prepared = Prepared(recipe, watch)
     texts = _file_texts(asked.texts, prepared) if asked.texts else _held_out_texts(prepared, asked.rows)
     step = _step(since, to, texts, prepared)
-    record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
-    add_stage(named, step.stage, step.id)
-    link_stage(named, step.stage, store.folder(record["step"]))
+    with working(runs, named.name):
+        record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
+        add_stage(named, step.stage, step.id)
+        link_stage(named, step.stage, store.folder(record["step"]))
     return named, step.stage, dict(read_json(store.folder(step.id) / "drift.json"))
 
 
@@ -140,8 +143,9 @@ def _do(
             return record
         watch.tell(StepBegun(step.id, step.title, 1, 1, "resumed" if before == "partial" else "new"))
         begun = time.monotonic()
-        moved = parameter_difference(since, to, prepared, store, watch)
-        shifts = _shifts(since, to, texts, prepared, store, folder, watch)
+        with inputs_unchanged(prepared.inputs, store):
+            moved = parameter_difference(since, to, prepared, store, watch)
+            shifts = _shifts(since, to, texts, prepared, store, folder, watch)
         trained = store.record(to.trained) if to.trained else None
         frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
         document = {

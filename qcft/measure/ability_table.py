@@ -13,9 +13,8 @@ from qcft.files import read_json
 from qcft.measure.catalog import ENGLISH, family_of
 from qcft.measure.continual import Change, backward_transfer, forgetting, paired_change
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Recipe
+from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
 
-ABILITIES = "abilities/"
-BASE = "base"
 SIDES = ("EA", "MA")
 SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
 OWN = ("limit", "shots", "max_new_tokens", "data")  # of each task
@@ -47,7 +46,7 @@ def continual_nll(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, float] 
     """Backward transfer and forgetting over the phases' own held-out rows, in nats per answer token: performance is
     the mean NLL with its sign turned. Where there is one phase, the model as it came is the first, and held-out
     English is its own. None where fewer than two phases with rows of their own are measured."""
-    stages = {stage["stage"].removeprefix("eval/"): stage["groups"] for stage in table["stages"]}
+    stages = {stage["stage"].removeprefix(PROBES): stage["groups"] for stage in table["stages"]}
     owns = {phase.name: [g["name"] for g in table["groups"] if g["phase"] == phase.name] for phase in recipe.phases}
     if len(owns) == 1 and not any(g["english"] for g in table["groups"] if g["phase"] in owns):
         owns = {BASE: [g["name"] for g in table["groups"] if g["english"]], **owns}
@@ -153,8 +152,8 @@ def _families(tasks: Mapping[str, Mapping[str, Any]], side: str) -> list[list[st
 def _of_phases(recipe: Recipe, stages: Mapping[str, Any]) -> list[str]:
     """The stage that stands for each phase: as it was trained, else as it was merged; phases without one left out."""
     found = []
-    for number, phase in enumerate(recipe.phases):
-        merged = f"merged-{phase.name}" if number else "merged"
+    for phase in recipe.phases:
+        merged = merged_stage(phase.name, recipe.phases[0].name)
         found += [name for name in (phase.name, merged) if name in stages][:1]
     return found
 

@@ -12,6 +12,7 @@ from qcft.files import read_json
 from qcft.measure.score import RowScore
 from qcft.measure.stats import difference
 from qcft.recipe import Recipe
+from qcft.recipe.stages import BASE, BASE_16BIT, KEPT, MERGED, PROBES, is_kept
 
 ENGLISH = "en"
 
@@ -24,7 +25,7 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
     same precision: NLL differences in nats per answer token, with a paired 95% interval, and relative to
     where they start.
     """
-    stages = [_stage(stage, folder, recipe) for stage, folder in folders.items() if stage.startswith("eval/")]
+    stages = [_stage(stage, folder, recipe) for stage, folder in folders.items() if stage.startswith(PROBES)]
     groups = [
         {"name": name, "phase": g["phase"], "lang": g["lang"], "english": g["lang"] == ENGLISH}
         for name, g in (stages[0]["groups"].items() if stages else ())
@@ -40,9 +41,7 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
         for start, end in dict.fromkeys(pairs)
         if start in names and end in names and start != end
     ]
-    kept = {
-        stage.removeprefix("kept-"): _metrics(folder) for stage, folder in folders.items() if stage.startswith("kept")
-    }
+    kept = {stage.removeprefix(f"{KEPT}-"): _metrics(folder) for stage, folder in folders.items() if is_kept(stage)}
     return {
         "run": recipe.name,
         "model": recipe.model.name,
@@ -57,14 +56,14 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
 def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
     metrics = _metrics(folder)
     sixteen = read_json(folder / "step.json")["inputs"]["settings"]["quantize"] == "none"
-    word = stage.removeprefix("eval/")
+    word = stage.removeprefix(PROBES)
     phases = [p.name for p in recipe.phases]
-    if word in {"base-16bit", "base"}:
-        name = "base"
+    if word in {BASE_16BIT, BASE}:
+        name = BASE
     elif word in phases:
         name = word
     else:
-        name = f"{word.removeprefix('merged-')} merged" if word != "merged" else f"{phases[0]} merged"
+        name = f"{word.removeprefix(f'{MERGED}-')} merged" if word != MERGED else f"{phases[0]} merged"
         name = name.replace("-dequantised merged", " merged onto the dequantised base")
     return {
         "stage": stage,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 def check_local(task: str, path: str) -> Path:
     """The file or folder that stands for a task's data. Raises InputError."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if (odd := oddity(place)) is not None:
         raise InputError(f"evaluate.local: {task}: {path!r} is {odd}", "give a file, or a folder of splits")
     if not place.exists():

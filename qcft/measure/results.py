@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qcft.measure.ability_table import abilities_table, continual_nll
 from qcft.measure.forgetting import forgetting_table
 from qcft.recipe import Recipe
+from qcft.recipe.stages import PROBES
 from qcft.store import NamedRun, Store
 from qcft.store.results import Run, Stage
 
@@ -20,7 +21,7 @@ def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store
             done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
     folders = {name: stage.folder for name, stage in done.items()}
     table = forgetting_table(recipe, folders)
-    names = {s["stage"].removeprefix("eval/"): (s["name"], s["precision"]) for s in table["stages"]}
+    names = {s["stage"].removeprefix(PROBES): (s["name"], s["precision"]) for s in table["stages"]}
     table |= {
         "continual": continual_nll(recipe, table),
         "abilities": abilities_table(recipe, folders, names),

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from qcft.cache import cache_folder, cached_folder
-from qcft.errors import InputError, QcftError, nearest, short
+from qcft.errors import ChangedInput, InputError, QcftError, nearest, short
 from qcft.events import Watch
 from qcft.files import (
     SEAL,
+    SeenFile,
     exists,
     file_digest,
     is_whole_safetensors,
     oddity,
     read_sealed,
+    see_file,
     write_sealed,
     write_text,
 )
@@ -45,12 +48,14 @@ WHAT = "a folder, a .gguf file, a hub id OWNER/NAME, or an embedded name"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found. `digest` changes when its weights or tokenizer do."""
+    """A model that was found. `digest` changes when its weights or tokenizer do; `files`: what it was taken of, where
+    others may change that: those of a folder, or the GGUF file."""
 
     name: str
     kind: Literal["embedded", "gguf", "folder", "hub"]
     location: str
     digest: str
+    files: tuple[SeenFile, ...] = field(default=(), repr=False, compare=False)
 
 
 def resolve(model: Model) -> ModelSource:
@@ -64,9 +69,11 @@ def resolve(model: Model) -> ModelSource:
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model: {name!r} is a file, but no .gguf file", f"give {WHAT}")
         check_gguf(path)
-        return ModelSource(name, "gguf", str(path.resolve()), f"gguf:{file_digest(path)}:{CONVERTED}")
+        seen = see_file(path.resolve())
+        return ModelSource(name, "gguf", str(seen.path), f"gguf:{seen.digest}:{CONVERTED}", (seen,))
     if there and path.is_dir():
-        return ModelSource(name, "folder", str(path.resolve()), _folder_digest(path))
+        files = tuple(map(see_file, digested_files(path.resolve())))
+        return ModelSource(name, "folder", str(path.resolve()), _folder_digest(files), files)
     if (odd := oddity(path)) is not None:
         raise InputError(f"model: {name!r} is {odd}", f"give {WHAT}")
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -88,7 +95,13 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
         return _fetch_hub(source, watch)
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
     name = _converted(source).relative_to(cache_folder()).as_posix()
-    return cached_folder(name, lambda folder: _convert(file, folder, watch), watch)
+
+    def convert(folder: Path) -> None:
+        _check_read(source)
+        _convert(file, folder, watch)
+        _check_read(source)
+
+    return cached_folder(name, convert, watch)
 
 
 def described_folder(source: ModelSource, watch: Watch) -> Path:
@@ -101,7 +114,23 @@ def described_folder(source: ModelSource, watch: Watch) -> Path:
     if (converted / SEAL).is_file():
         return converted
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
-    return cached_folder(f"described/{converted.name}", lambda folder: _describe(file, folder))
+
+    def describe(folder: Path) -> None:
+        _check_read(source)
+        _describe(file, folder)
+        _check_read(source)
+
+    return cached_folder(f"described/{converted.name}", describe)
+
+
+def _check_read(source: ModelSource) -> None:
+    """Check that a GGUF file that was read is the one that was found: the cache keeps what it holds by its digest."""
+    for seen in source.files:
+        if file_digest(seen.path) != seen.digest:
+            raise ChangedInput(
+                f"model: {str(seen.path)!r} changed while it was in use",
+                "give the same command again to start from the file as it is now",
+            )
 
 
 def _converted(source: ModelSource) -> Path:
@@ -172,8 +201,18 @@ def _describe(file: Path, folder: Path) -> None:
         one.save_pretrained(folder)
 
 
-def _folder_digest(folder: Path) -> str:
-    """A digest over the weights, config and tokenizer of a model folder. Raises InputError."""
+def _folder_digest(files: Sequence[SeenFile]) -> str:
+    """A digest over the weights, config and tokenizer of a model folder."""
+    import hashlib
+
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.path.name} {file.digest}\n".encode())
+    return f"folder:{total.hexdigest()}"
+
+
+def digested_files(folder: Path) -> list[Path]:
+    """The weights, config and tokenizer of a model folder. Raises InputError."""
     if not (folder / "config.json").is_file():
         hint = f"give {WHAT}"
         if (folder / "adapter_config.json").is_file():
@@ -189,12 +228,7 @@ def _folder_digest(folder: Path) -> str:
             raise InputError(
                 f"model: {str(file)!r} is {oddity(file) or 'no file'}", "copy the model again, each file as it is"
             )
-    import hashlib
-
-    total = hashlib.sha256()
-    for file in [*weights, *others]:
-        total.update(f"{file.name} {file_digest(file)}\n".encode())
-    return f"folder:{total.hexdigest()}"
+    return [*weights, *others]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -338,7 +372,7 @@ def _is_fetched(file: str) -> bool:
 
 def _is_model(folder: Path) -> bool:
     try:
-        return bool(_folder_digest(folder))
+        return bool(digested_files(folder))
     except InputError:
         return False
 

@@ -10,6 +10,7 @@ from qcft.plan.plan import CIRCUMSTANCES, Live, Plan
 from qcft.plan.suite_steps import ability_steps
 from qcft.prepare.digests import Digests
 from qcft.recipe import Dial, Goal, Phase, Recipe, parse_freeze
+from qcft.recipe.stages import BASE, BASE_16BIT, PROBES, amount, dial_stage, goal_stage, kept_stage, merged_stage
 from qcft.steps.step import Kind, Step
 
 
@@ -36,6 +37,7 @@ class _Start:
 class _Planner:
     def __init__(self, recipe: Recipe, digests: Digests) -> None:
         self.recipe = recipe
+        self.first = recipe.phases[0].name
         self.digests = digests
         self.steps: list[Step] = []
         self.pools: dict[str, Step] = {}
@@ -53,8 +55,8 @@ class _Planner:
 
     def plan(self, goal: Goal | Dial | None = None) -> Plan:
         if self.quantize != "none":
-            self.probe("eval/base-16bit", "base, 16 bit", None, None, quantize="none")
-        bare = self.probe("eval/base", f"base, {self.precision()}", None, None)
+            self.probe(BASE_16BIT, "base, 16 bit", None, None, quantize="none")
+        bare = self.probe(BASE, f"base, {self.precision()}", None, None)
         for number, phase in enumerate(self.recipe.phases):
             weights: str | None = None
             goes_on: str | None = None
@@ -68,12 +70,12 @@ class _Planner:
                 if phase.start == "continue":
                     goes_on, under = below.adapter, below.under
             else:
-                bare = self.step_of("eval/base")
+                bare = self.step_of(PROBES + BASE)
             start = _Start(weights, goes_on, under)
             replay = self.replay(phase, start) if phase.replay and phase.replay.ratio > 0 else None
             layers = self.layers(phase, weights)
             trained = self.adapter(phase) if phase.adapter else self.train(phase, start, replay, layers)
-            measured = self.probe(f"eval/{phase.name}", phase.name, weights, trained.id, under=under)
+            measured = self.probe(phase.name, phase.name, weights, trained.id, under=under)
             live = Live(phase, (*phases, phase.name), weights, trained.id, under, measured, bare)
             self.unmerged.append(live)
             self.live[phase.name] = live
@@ -90,14 +92,12 @@ class _Planner:
         """Add the goal's merge, its measurement and what it kept, where the plan lacks them; its stage."""
         live = self.live[goal.phase]
         settings: dict[str, Any] = {**self.merging(), **({"dtype": goal.dtype} if goal.dtype else {})}
-        stage, title, quantize = self.merged_stage(goal.phase), f"{goal.phase} merged", self.quantize
+        stage, title, quantize = goal_stage(goal, self.first), f"{goal.phase} merged", self.quantize
         if goal.dequantised:
-            settings["base"], quantize = "dequantised", "none"
-            stage, title = f"merged-{goal.phase}-dequantised", f"{title} onto the dequantised base"
+            settings["base"], quantize, title = "dequantised", "none", f"{title} onto the dequantised base"
         if way := goal.way():
             settings |= way
-            at = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in way.values())
-            stage, title = f"merged-{goal.phase}-at-{at}", f"{title} at {at}"
+            title = f"{title} at {amount(way)}"
         merged = Step(
             "merge", stage, f"merge {title}", goal.phase, live.weights, live.adapter, settings, (), live.under
         )
@@ -105,7 +105,7 @@ class _Planner:
         if there:
             return there.stage
         self.steps.append(merged)
-        measured = self.probe(f"eval/{stage}", title, merged.id, None, quantize=quantize)
+        measured = self.probe(stage, title, merged.id, None, quantize=quantize)
         if not way:
             self.kept(stage, live, merged, measured)
         return stage
@@ -119,7 +119,7 @@ class _Planner:
             "scales": list(dial.scales),
             **({"method": dial.method, "density": dial.density} if dial.method else {}),
         }
-        stage = "-".join(["dial", dial.phase, *([dial.method, f"{dial.density:g}"] if dial.method else [])])
+        stage = dial_stage(dial)
         self.add(
             "dial", stage, f"dial {dial.phase}", dial.phase, live.weights, live.adapter, settings, under=live.under
         )
@@ -127,15 +127,15 @@ class _Planner:
 
     def merge_all(self) -> tuple[str | None, Step]:
         """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
-        measured = self.step_of("eval/base")
+        measured = self.step_of(PROBES + BASE)
         for live in self.unmerged:
             name = live.phase.name
-            stage, onto = self.merged_stage(name), self.chain
+            stage, onto = merged_stage(name, self.first), self.chain
             merged = self.add(
                 "merge", stage, f"merge {' and '.join(live.phases)}", name, onto, live.adapter, self.merging(),
                 under=live.under,
             )  # fmt: skip
-            measured = self.probe(f"eval/{stage}", f"{name} merged, {self.precision()}", merged.id, None)
+            measured = self.probe(stage, f"{name} merged, {self.precision()}", merged.id, None)
             if live.weights == onto:  # else the adapter meets other weights than it was trained on
                 self.kept(stage, live, merged, measured)
             self.chain = merged.id
@@ -151,7 +151,7 @@ class _Planner:
         title = f"check what merging {' and '.join(live.phases)} kept"
         settings = {"phases": list(live.phases), "quantize": measured.settings["quantize"]}
         parents = (live.bare.id, live.measured.id, measured.id)
-        return self.add("kept", f"kept-{stage}", title, live.phase.name, None, None, settings, parents)
+        return self.add("kept", kept_stage(stage), title, live.phase.name, None, None, settings, parents)
 
     def probe(
         self,
@@ -169,7 +169,7 @@ class _Planner:
             "held_out": self.digests.held_out,
             "answers": self.recipe.answers.model_dump(),
         }
-        return self.add("probe", stage, f"measure {title}", None, weights, adapter, settings, under=under)
+        return self.add("probe", f"{PROBES}{stage}", f"measure {title}", None, weights, adapter, settings, under=under)
 
     def replay(self, phase: Phase, start: _Start) -> Step:
         """The rows of replay a phase mixes in, drawn from pools that do not depend on how many there are."""
@@ -294,10 +294,6 @@ class _Planner:
     def numbered(self, word: str, phase: str) -> str:
         """`merged` the first time, `merged-NAME` after."""
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
-
-    def merged_stage(self, phase: str) -> str:
-        """`merged` for the first phase, `merged-NAME` for others."""
-        return "merged" if phase == self.recipe.phases[0].name else f"merged-{phase}"
 
     def precision(self) -> str:
         return "NF4" if self.quantize == "nf4" else "16 bit"

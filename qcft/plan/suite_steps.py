@@ -9,10 +9,8 @@ from qcft.errors import InputError, nearest
 from qcft.plan.plan import Live
 from qcft.prepare.digests import Digests
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Evaluate, Recipe
+from qcft.recipe.stages import ABILITIES, BASE, PROBES
 from qcft.steps.step import Step
-
-ABILITIES = "abilities/"
-PROBES = "eval/"
 
 
 def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, Live]) -> list[Step]:
@@ -41,7 +39,7 @@ def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live:
 
 def _usual(recipe: Recipe, live: Mapping[str, Live]) -> list[str]:
     """The base, and each phase once: as the next phase starts from it, or as it was trained."""
-    stages = ["base"]
+    stages = [BASE]
     for phase, after in zip(recipe.phases, [*recipe.phases[1:], None], strict=True):
         merged = after is not None and after.start == "merged"
         step = live[after.name].bare if after is not None and merged else live[phase.name].measured

@@ -19,6 +19,7 @@ from qcft.events import Watch
 from qcft.files import file_digest
 from qcft.measure.catalog import Catalog
 from qcft.models.adapter_config import CONFIG, WEIGHTS, read_adapter_config
+from qcft.models.inputs import Inputs
 from qcft.models.load import device
 from qcft.models.meta import model_without_weights
 from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
@@ -50,6 +51,8 @@ class Prepared:
         self.model: ModelSource = self._once(("model", recipe.model.model_dump_json()), lambda: resolve(recipe.model))
         base = recipe.model.base
         self.base = resolve(Model(name=base)) if base and recipe.measures_change_since_base() else None
+        folders = (one for one in (self.model, self.base) if one is not None and one.kind == "folder")
+        self.inputs = Inputs(folders)  # of a GGUF file, nothing is read once it is converted
         reader = SourceReader(recipe, watch, self._once)
         self.sources = {p.name: [reader.load(s, p.name) for s in p.sources()] for p in recipe.phases}
         self.recipe = recipe = with_languages(recipe, self.sources)
@@ -245,7 +248,7 @@ class Prepared:
         phases = {}
         for phase in self.recipe.phases:
             if phase.adapter:
-                phases[phase.name] = _adapter_digest(Path(os.path.expanduser(phase.adapter)))
+                phases[phase.name] = adapter_digest(Path(os.path.expanduser(phase.adapter)))
             else:
                 rows = [row for rows in self.rows[phase.name] for row in rows]
                 phases[phase.name] = self._digest_rows(rows, phase.system)
@@ -303,6 +306,7 @@ def _counts(left_out: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in left_out.items())
 
 
-def _adapter_digest(folder: Path) -> str:
+def adapter_digest(folder: Path) -> str:
+    """The digest of an adapter's config and weights. Raises InputError."""
     read_adapter_config(folder)
     return f"adapter:{file_digest(folder / CONFIG)}:{file_digest(folder / WEIGHTS)}"

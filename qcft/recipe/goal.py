@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+METHODS = (
+    "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
+    "magnitude_prune_svd", "linear", "svd", "cat",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Goal:

@@ -13,6 +13,7 @@ from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import parse_freeze
 from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
+from qcft.recipe.stages import taken_for
 
 TESTS = "test"  # what the rows of heldout.data are measured as
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
@@ -235,8 +236,10 @@ class Recipe(Part):
                 raise ValueError(f"phases: {phase.name!r} cannot name a phase | use letters, digits, '.', '_' and '-'")
             if phase.name in seen:
                 raise ValueError(f"phases: two phases are named {phase.name!r} | name one otherwise")
-            if phase.name in RESERVED:
-                raise ValueError(f"phases: {phase.name!r} is a word qcft uses itself | name the phase otherwise")
+            if phase.name in Recipe.model_fields:
+                raise ValueError(f"phases: {phase.name!r} is a key of the recipe | name the phase otherwise")
+            if what := taken_for(phase.name, (other.name for other in self.phases)):
+                raise ValueError(f"phases: {phase.name!r} would be taken for {what} | name the phase otherwise")
             seen.add(phase.name)
             if i and phase.adapter is not None:
                 raise ValueError(
@@ -271,10 +274,6 @@ class Recipe(Part):
                 return phase
         raise KeyError(name)
 
-
-RESERVED = {
-    *Recipe.model_fields, "base", "merged", "replay", "layers", "eval", "report", "drift", "similarity", "abilities",
-}  # fmt: skip
 
 # Fields of trl's SFTConfig that qcft sets itself, and the recipe key that stands for each.
 OWNED = {

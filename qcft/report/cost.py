@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.document import Section, Table
 from qcft.store.results import Run, Stage
+from qcft.store.upkeep import size_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def costs_of(run: Run) -> list[Cost]:
     found = {}
     for stage in run.stages.values():
         memory, peak = _peak(stage.metrics)
-        tokens, disk = _tokens(stage), disk_bytes(stage.folder)
+        tokens, disk = _tokens(stage), size_of(stage.folder)
         found[stage.step] = Cost(stage, stage.seconds, tokens, memory, peak, disk)
     return list(found.values())
 
@@ -83,11 +83,6 @@ def in_all(found: Sequence[Cost]) -> dict[str, float]:
         "peak_bytes": max((cost.peak for cost in found), default=0),
         "disk_bytes": sum(cost.disk for cost in found),
     }
-
-
-def disk_bytes(folder: Path) -> int:
-    """Bytes of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _row(cost: Cost, arms: Sequence[Arm]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qcft.recipe.stages import DIAL, is_dial
 from qcft.report.arms import Arm
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import draw, legend_below, look
@@ -54,9 +55,9 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
     for arm in arms:
         for run in arm.runs:
             for name, stage in run.run.stages.items():
-                if not name.startswith("dial-"):
+                if not is_dial(name):
                     continue
-                what = name.removeprefix("dial-") + (f" of {arm.label(run)}" if len(arms) > 1 else "")
+                what = name.removeprefix(f"{DIAL}-") + (f" of {arm.label(run)}" if len(arms) > 1 else "")
                 file = f"{run.run.name}-{name}" if len(arms) > 1 else name
                 points = curve_points(stage.metrics["points"])
                 titles, rows = curve_rows(points)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json, telling_full_disk
+from qcft.files import read_json
 from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
 from qcft.models.load import load_tokenizer
 from qcft.models.sources import described_folder, resolve, weights_folder
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe.goal import METHODS
+from qcft.runner.delivery import whole_folder
 from qcft.store import Store
 
 
@@ -39,31 +39,45 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
     return Goal(name, dequantised, dtype)
 
 
-METHODS = (
-    "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
-    "magnitude_prune_svd", "linear", "svd", "cat",
-)  # fmt: skip
+LARGEST_SCALE = 1000
+MOST_SCALES = 201
 
 
 def scales_of(text: str) -> tuple[float, ...]:
     """`0:1:0.1` (both ends, step) or `0,0.5,1`. Raises InputError."""
-    hint = "give --scales FROM:TO:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1"
+    hint = f"give --scales FROM:TO:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1; at most {MOST_SCALES} points"
     try:
+        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
         if ":" in text:
-            low, high, step = (float(part) for part in text.split(":"))
-            count = round((high - low) / step) if step > 0 and math.isfinite(high - low) else -1
-            scales = [round(low + i * step, 9) for i in range(count + 1)]
-        else:
-            scales = [float(part) for part in text.split(",")]
+            low, high, step = numbers
     except ValueError:
-        raise InputError(f"--scales {text!r} cannot be read", hint) from None
-    if not scales or not all(math.isfinite(scale) for scale in scales) or len(scales) > 201:
-        raise InputError(f"--scales {text!r} makes {len(scales)} points", f"{hint}; at most 201 points")
-    return tuple(dict.fromkeys(scales))
+        raise InputError(f"--scales {text[:80]!r} cannot be read", hint) from None
+    for number in numbers:
+        check_scale("--scales", number)
+    if ":" in text:
+        steps = round(min((high - low) / step, 1e9)) if step > 0 else -1
+        if not 0 <= steps < MOST_SCALES:
+            raise InputError(f"--scales {text[:80]!r} makes {max(steps + 1, 0)} points", hint)
+        numbers = [round(low + i * step, 9) for i in range(steps + 1)]
+    if len(numbers) > MOST_SCALES:
+        raise InputError(f"--scales makes {len(numbers)} points", hint)
+    return tuple(dict.fromkeys(numbers))
 
 
-def dial_for(recipe: Recipe, phase: str | None, scales: str, method: str | None, density: float) -> Dial:
-    """The dial of a phase (None: the last). Raises InputError."""
+def check_scale(flag: str, scale: float) -> None:
+    """Refuse what no delta can be multiplied by in 16 bits. Raises InputError."""
+    if not abs(scale) <= LARGEST_SCALE:  # nor is it a number
+        raise InputError(
+            f"{flag}: {scale:g} is no scale of a delta", f"give numbers from {-LARGEST_SCALE} to {LARGEST_SCALE}"
+        )
+
+
+def dial_for(
+    recipe: Recipe, phase: str | None, scales: str, method: str | None, density: float, merge_at: float | None = None
+) -> Dial:
+    """The dial of a phase (None: the last), `merge_at` a scale that may be merged. Raises InputError."""
+    if merge_at is not None:
+        check_scale("--merge-at", merge_at)
     if method is not None and method not in METHODS:
         raise InputError(
             f"--method {method!r} is not known", nearest(method, list(METHODS)) + f"PEFT has {', '.join(METHODS)}"
@@ -73,44 +87,6 @@ def dial_for(recipe: Recipe, phase: str | None, scales: str, method: str | None,
             f"--density {density:g} is outside (0, 1]", "it is the share of a delta's numbers that is kept"
         )
     return Dial(goal_for(recipe, phase, False, None).phase, scales_of(scales), method, density)
-
-
-def check_place(to: Path) -> None:
-    """Check that a folder can be written: there is none, or an empty one. Raises InputError."""
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"{str(to)!r} is there already", "name a new folder with --to, or remove it")
-    place = to.absolute().parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise InputError(f"{str(to)!r} cannot be made: {str(place)!r} is a file", "name another folder with --to")
-
-
-@contextmanager
-def whole_folder(to: Path) -> Iterator[Path]:
-    """A folder that is filled beside its place and renamed when whole; a killed run leaves none at its place."""
-    from filelock import FileLock
-
-    to = to.absolute()
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(to.with_name(f".{to.name}.lock")))
-        with lock:
-            check_place(to)
-            work = to.with_name(f".{to.name}.partial")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            try:
-                with telling_full_disk(to.parent, "free some space, or name another folder with --to"):
-                    yield work
-                if to.exists():
-                    to.rmdir()
-                work.rename(to)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-    except PermissionError as error:
-        raise InputError(f"{str(to)!r} cannot be written: {error.strerror}", "name another folder with --to") from None
 
 
 def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:

@@ -7,9 +7,12 @@ import os
 import sys
 from functools import cache
 
+from qcft.cache import give_home
+
 
 def set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
+    give_home()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.platform != "win32" and "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name

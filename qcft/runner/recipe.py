@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, Interrupted, QcftError
+from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
-from qcft.measure.ability_table import ABILITIES
 from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
 from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe.stages import ABILITIES
 from qcft.runner.busy import warn_if_busy, warning_if_slow
 from qcft.runner.forecast import forecast
 from qcft.runner.libraries import quiet, set_environment, spare_the_collector
@@ -24,9 +24,10 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
 from qcft.steps.summaries import summarise
-from qcft.store import Store, open_run
+from qcft.steps.unchanged import discard_changed
+from qcft.store import Store
 from qcft.store.results import Run
-from qcft.store.runs import link_stage
+from qcft.store.runs import NamedRun, held_run, link_stage
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
@@ -104,8 +105,25 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)
             warn_if_busy(watch)
-    recipe = prepared.pinned_recipe()
-    run = open_run(store.runs, recipe, plan.stages())
+    begun = len(store.claimed)
+    with held_run(store.runs, prepared.pinned_recipe(), plan.stages()) as run:
+        done = _work(prepared, steps, records, estimated, run, store, watch)
+        if len(store.claimed) > begun:
+            discard_changed(prepared.inputs, store, begun, thorough=True)
+    return done
+
+
+def _work(
+    prepared: PlannedRecipe,
+    steps: Sequence[Step],
+    records: dict[str, dict[str, Any] | None],
+    estimated: Mapping[str, float],
+    run: NamedRun,
+    store: Store,
+    watch: Watch,
+) -> Run:
+    """Do a run's steps that are not done, and link all; `estimated`: the seconds of trainings by their steps."""
+    recipe, plan = prepared.pinned_recipe(), prepared.plan
     if run.name != recipe.name:
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
@@ -116,7 +134,7 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
             with warning_if_slow(watch, estimated.get(step.id)):
                 record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
         except QcftError as error:
-            if step.kind != "suite" or isinstance(error, Interrupted):
+            if step.kind != "suite" or isinstance(error, (Interrupted, ChangedInput)):
                 raise
             watch.note(f"{step.title}: {error.message}", "warning")
             failed[step.stage] = error.message
@@ -139,7 +157,7 @@ def raise_failed(done: Run) -> None:
     if done.failed:
         raise QcftError(
             f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
-            + ", ".join(stage.removeprefix("abilities/") for stage in done.failed),
+            + ", ".join(stage.removeprefix(ABILITIES) for stage in done.failed),
             "the others are kept; the same command tries these again",
         )
 

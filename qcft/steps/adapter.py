@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qcft.errors import ChangedInput
 from qcft.models.adapter_config import CONFIG, WEIGHTS
+from qcft.prepare.prepared import adapter_digest
 from qcft.steps.base import StepWork
 from qcft.steps.step import Step
 
@@ -22,4 +24,9 @@ class AdapterWork(StepWork):
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(Path(os.path.expanduser(phase.adapter)) / name, folder / "adapter" / name)
+        if adapter_digest(folder / "adapter") != step.settings["rows"]:
+            raise ChangedInput(
+                f"adapter: {phase.adapter!r} changed while it was in use",
+                "give the same command again to start from the adapter as it is now",
+            )
         return {"adapter": phase.adapter}

@@ -20,6 +20,7 @@ from qcft.steps.replay import ReplayWork
 from qcft.steps.step import Kind, Step
 from qcft.steps.suite import SuiteWork
 from qcft.steps.train import TrainWork
+from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import Store
 
 KINDS: dict[Kind, type[StepWork]] = {
@@ -38,15 +39,17 @@ class Worker:
     """Does the steps of one prepared recipe; `steps` are its plan's, pools with them, by id."""
 
     def __init__(self, prepared: Prepared, steps: Mapping[str, Step], store: Store, watch: Watch) -> None:
+        self.inputs, self.store = prepared.inputs, store
         self.suite = SuiteWork(prepared, steps, store, watch)
         works = {kind: one(prepared, steps, store, watch) for kind, one in KINDS.items()}
         self.works: dict[Kind, StepWork] = {**works, "suite": self.suite}
 
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Do one step in its folder, going on with what a killed process left there."""
+        """Do one step in its folder, resuming what a killed process left there. Raises ChangedInput."""
         if step.kind != "suite":
             self.suite.drop()
-        try:
-            return self.works[step.kind].work(step, folder)
-        finally:
-            free_memory()
+        with inputs_unchanged(self.inputs, self.store):
+            try:
+                return self.works[step.kind].work(step, folder)
+            finally:
+                free_memory()

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json, write_json
+from qcft.files import read_json, telling_unwritable, write_json
 from qcft.recipe import ArmRun, Recipe
 from qcft.store.runs import read_run
 from qcft.store.steps import Store
@@ -116,12 +116,8 @@ def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapp
         number += 1
         name = f"{plain.name}-{number}"
     ablation = Ablation(runs, name)
-    try:
+    with telling_unwritable(runs):
         ablation.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
-        ) from None
     empty = {"version": 1, "name": name, "created": _now(), "recipe": recipe, "runs": [], "working": {}}
     with ablation._changing(empty) as document:
         entries = {(e["arm"], e["seed"]): e for e in document["runs"]}

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from qcft.errors import InputError, nearest
-from qcft.files import is_disk_full, read_json, telling_full_disk, write_json, write_text
+from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
+from qcft.recipe.stages import ABILITIES, DRIFT, is_measurement
+from qcft.store.holding import hold, runs_lock
 from qcft.store.steps import FREE, check_layout
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 RUN = "run.json"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
 REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
-ABILITIES = "abilities/"
-DRIFT = "drift/"  # stages that compare what the run holds; no plan has them
-MEASURED = ("eval/", ABILITIES, DRIFT, "kept", "dial-")  # may be measured again without making a new run
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,22 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     A run is gone on with when the stages it shares with the plan are the same steps. The folder is written
     when this returns.
     """
-    with telling_full_disk(runs, FREE):
-        try:
-            runs.mkdir(parents=True, exist_ok=True)
-            with runs_lock(runs):
-                return _open(runs, recipe, stages)
-        except OSError as error:
-            if is_disk_full(error, runs):
-                raise
-            raise InputError(
-                f"the runs folder {str(runs)!r} cannot be written: {error.strerror}", "name another with --runs"
-            ) from None
+    with held_run(runs, recipe, stages) as run:
+        return run
+
+
+@contextmanager
+def held_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> Iterator[NamedRun]:
+    """`open_run`, and nobody removes the run until the work in this context ends."""
+    with telling_full_disk(runs, FREE), telling_unwritable(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        with runs_lock(runs):
+            run = _open(runs, recipe, stages)
+            let_go = hold(run.folder)
+    try:
+        yield run
+    finally:
+        let_go()
 
 
 def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
@@ -97,15 +100,9 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
 
 def add_stage(run: NamedRun, stage: str, step: str) -> None:
     """Write down a stage that was made of what the run holds, beyond its plan."""
-    document = read_json(run.folder / RUN) or {}
-    write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
-
-
-def runs_lock(runs: Path) -> FileLock:
-    """Held while a run is named, or steps that no run names are removed."""
-    from filelock import FileLock
-
-    return FileLock(runs / ".lock")
+    with runs_lock(run.folder.parent):
+        document = read_json(run.folder / RUN) or {}
+        write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
 
 
 def _is_taken(folder: Path) -> bool:
@@ -122,9 +119,11 @@ def link_stage(run: NamedRun, stage: str, step: Path) -> None:
     if place.is_symlink():
         if place.readlink() == target:
             return
-        place.unlink()
+        place.unlink(missing_ok=True)
     try:
         place.symlink_to(target, target_is_directory=True)
+    except FileExistsError:
+        return  # another process that works on the run made it
     except OSError:
         write_text(place.with_name(place.name + ".path"), f"{target}\n")
 
@@ -171,4 +170,4 @@ def _is_step(value: Any) -> bool:
 
 
 def _results(stages: dict[str, str]) -> dict[str, str]:
-    return {stage: step for stage, step in stages.items() if not stage.startswith(MEASURED)}
+    return {stage: step for stage, step in stages.items() if not is_measurement(stage)}

@@ -13,14 +13,22 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import file_digest, read_json, read_sealed, telling_full_disk, write_json, write_sealed
+from qcft.files import (
+    file_digest,
+    read_json,
+    read_sealed,
+    telling_full_disk,
+    telling_unwritable,
+    write_json,
+    write_sealed,
+)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
@@ -37,6 +45,8 @@ class Store:
         self.runs = runs
         self.steps = runs / ".steps"
         self._verified: set[str] = set()
+        self._held: set[str] = set()
+        self.claimed: list[str] = []  # by this process, in their order
 
     def folder(self, step: str) -> Path:
         """Where a step's files lie."""
@@ -59,6 +69,11 @@ class Store:
                 return False
         except (Timeout, OSError):
             return True
+
+    def holder(self, step: str) -> str:
+        """The process that works on a step, as it wrote down itself."""
+        who = read_json(self.steps / f".{step}.holder") or {}
+        return f"process {who.get('pid', '?')} on {who.get('host', '?')}"
 
     def record(self, step: str) -> dict[str, Any] | None:
         """The step's done.json, or None where it is not there or was altered; the files it lists are not looked at.
@@ -112,13 +127,10 @@ class Store:
         when the disk is full, then or while the step is worked on.
         """
         folder = self.folder(step)
-        try:
+        with telling_unwritable(self.runs):
             self.steps.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"the runs folder {str(self.runs)!r} cannot be written: {error.strerror}", "name another with --runs"
-            ) from None
         with telling_full_disk(self.runs, FREE), self._lock(step, watch):
+            self.claimed.append(step)
             if (folder / "done.json").exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told
             folder.mkdir(exist_ok=True)
@@ -145,6 +157,17 @@ class Store:
         self._verified.add(step)
         return record
 
+    def discard(self, step: str) -> None:
+        """Remove a step that this process made, unless another works on it by now."""
+        from filelock import FileLock, Timeout
+
+        self._verified.discard(step)
+        if step in self._held:
+            shutil.rmtree(self.folder(step), ignore_errors=True)
+            return
+        with suppress(Timeout), FileLock(self.lock_file(step), timeout=0):
+            shutil.rmtree(self.folder(step), ignore_errors=True)
+
     def lock_file(self, step: str) -> Path:
         """The file whose lock says that a process works on a step."""
         return self.steps / f".{step}.lock"
@@ -161,16 +184,15 @@ class Store:
                 break
             except Timeout:
                 if not told:
-                    who = read_json(holder) or {}
-                    watch.note(
-                        f"waiting for {step}: process {who.get('pid', '?')} on {who.get('host', '?')} works on it"
-                    )
+                    watch.note(f"waiting for {step}: {self.holder(step)} works on it")
                     told = True
                 watch.check_stop()
         try:
             write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
+            self._held.add(step)
             yield
         finally:
+            self._held.discard(step)
             holder.unlink(missing_ok=True)
             lock.release()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
-from qcft.files import read_json
-from qcft.store.runs import list_runs, read_run, read_stages, runs_lock
+from qcft.files import read_json, telling_unwritable
+from qcft.store.holding import holders, runs_lock
+from qcft.store.runs import list_runs, read_run, read_stages
 from qcft.store.steps import Store
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 OURS = {"run.json", "recipe.yaml", "report"}  # in a run's folder, beside the links to its steps
 WHOLE_STEP = ""
+AS_OWNER = "give the command as the owner of the folder, on a disk that can be written"
+WAIT = "stop it first, or wait until it is done"
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,12 @@ def remove_unused(runs: Path) -> tuple[list[Unused], list[Unused]]:
     store = Store(runs)
     if not store.steps.is_dir():
         return [], []
-    with runs_lock(runs):  # no run is named meanwhile
+    with telling_unwritable(runs, hint=AS_OWNER), runs_lock(runs):  # no run is named meanwhile
         for one in unused_steps(runs):
             with _held_now(store, one.step) as free:
-                if free:
-                    shutil.rmtree(store.steps / one.step / one.part)
+                place = store.steps / one.step / one.part
+                if free and place.exists():  # else a step that ended meanwhile removed it itself
+                    shutil.rmtree(place)
                 (removed if free else left).append(one)
     return removed, left
 
@@ -81,14 +87,14 @@ def remove_run(runs: Path, name: str) -> list[str]:
     Raises InputError when there is no such run, or a process works on it.
     """
     read_run(runs, name)  # before anything is written, the lock too
-    with runs_lock(runs):
+    with telling_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
         run, store = read_run(runs, name), Store(runs)
+        if who := holders(run.folder):
+            raise InputError(f"{' and '.join(who)} works on the run {name!r}", WAIT)
         for step in run.stages.values():
             with _held_now(store, step) as free:
                 if not free:
-                    raise InputError(
-                        f"a process works on {step} of the run {name!r}", "stop it first, or wait until it is done"
-                    )
+                    raise InputError(f"{store.holder(step)} works on {step} of the run {name!r}", WAIT)
         tops = {stage.split("/")[0] for stage in run.stages}
         ours = OURS | tops | {f"{top}.path" for top in tops}
         others = sorted(p.name for p in run.folder.iterdir() if p.name not in ours and not p.name.startswith("."))
@@ -105,8 +111,14 @@ def remove_run(runs: Path, name: str) -> list[str]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    """Bytes of the files in a folder; what is removed meanwhile counts or not."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                told = os.lstat(os.path.join(place, name))
+                total += told.st_size if stat.S_ISREG(told.st_mode) else 0
+    return total
 
 
 def _used(store: Store) -> set[str]:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from qcft.events import Watch
 from qcft.models import merge
-from qcft.runner.export import whole_folder
+from qcft.runner.delivery import whole_folder
 base, adapter, place = map(Path, sys.argv[1:4])
 merge.SHARD_BYTES, merge.BLOCK = map(int, sys.argv[4:])
 print("begun", flush=True)

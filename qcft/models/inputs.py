@@ -1,0 +1,43 @@
+"""Whether a model's folder is as it was when a run began: what is made of it is known by the digest it had then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qcft.errors import ChangedInput, InputError
+from qcft.files import SeenFile, file_digest, stamp_of
+from qcft.models.sources import ModelSource, digested_files
+
+
+class Inputs:
+    """The files of models, as they were when their digests were taken."""
+
+    def __init__(self, sources: Iterable[ModelSource | None]) -> None:
+        self._files = {file.path: file for source in sources if source is not None for file in source.files}
+
+    def check(self, thorough: bool = False) -> None:
+        """Compare the files with what they were: by size and times, by their digests where those differ or where it is
+        to be `thorough`. Raises ChangedInput."""
+        for file in list(self._files.values()):
+            stamp = stamp_of(file.path)
+            if stamp == file.stamp and not thorough:
+                continue
+            if stamp is None or file_digest(file.path) != file.digest:
+                raise _changed(file.path)
+            self._files[file.path] = SeenFile(file.path, stamp, file.digest)  # written as it was
+        for folder in dict.fromkeys(path.parent for path in self._files):
+            known = {path for path in self._files if path.parent == folder}
+            try:
+                new = set(digested_files(folder)) - known
+            except InputError:
+                new = {folder}
+            if new:
+                raise _changed(min(new))
+
+
+def _changed(path: Path) -> ChangedInput:
+    return ChangedInput(
+        f"model: {str(path)!r} changed while it was in use",
+        "what was made of it meanwhile is discarded; give the same command again to start from the model as it is now",
+    )

@@ -1,0 +1,130 @@
+"""The folder that a model or an adapter is delivered to: whole, or not there.
+
+It is filled beside its place and renamed. Where nothing can be renamed onto it, as it is a mount point, it is filled
+inside itself, then each file is moved to its place: the config, without which nothing is loaded, and the digests last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from qcft.errors import InputError
+from qcft.files import SEAL, exists, seal, telling_full_disk, telling_unwritable
+
+ELSEWHERE = "name another folder with --to"
+INSIDE = ".qcft-partial"
+LAST = ("config.json", "adapter_config.json", SEAL)
+FOUND = "lost+found"  # in an empty disk
+
+
+def check_place(to: Path) -> None:
+    """Check that a folder can be written, by writing to it: there is none, or an empty one. Raises InputError."""
+    place = _real(to)
+    if exists(place) and (not place.is_dir() or {p.name for p in place.iterdir()} - {FOUND}):
+        if exists(place / INSIDE):
+            raise InputError(f"{str(to)!r} holds an interrupted delivery", f"remove what is in it, or {ELSEWHERE}")
+        raise InputError(f"{str(to)!r} is there already", "name a new folder with --to, or remove it")
+    parent = place.parent
+    while not exists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"{str(to)!r} cannot be made: {str(parent)!r} is a file", ELSEWHERE)
+    with _telling(to):
+        if exists(place) and not _is_replaceable(place):
+            _try(place / INSIDE)
+        else:
+            _try(_beside(place) if parent == place.parent else parent / INSIDE)
+
+
+@contextmanager
+def whole_folder(to: Path) -> Iterator[Path]:
+    """A folder that is filled, and is at its place when whole; a killed process leaves none there that is taken for
+    whole. Raises InputError."""
+    from filelock import FileLock
+
+    place = _real(to)
+    with ExitStack() as held:
+        with _telling(to):
+            check_place(to)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            work = place / INSIDE
+            if not exists(place) or _is_replaceable(place):
+                lock, work = place.with_name(f".{place.name}.lock"), _beside(place)
+                held.callback(lock.unlink, missing_ok=True)
+                held.enter_context(FileLock(lock))
+                check_place(to)  # again: another process may have delivered meanwhile
+                shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+            work.mkdir()
+            held.callback(shutil.rmtree, work, ignore_errors=True)
+        with telling_full_disk(work, f"free some space, or {ELSEWHERE}"):
+            yield work
+            if work.parent == place:
+                seal(work)
+        with _telling(to):
+            if work.parent == place:
+                _move_into(work, place)
+            else:
+                if place.exists():
+                    place.rmdir()
+                work.rename(place)
+
+
+def _telling(to: Path) -> AbstractContextManager[None]:
+    return telling_unwritable(to, "the folder", ELSEWHERE)
+
+
+def _move_into(work: Path, place: Path) -> None:
+    """Move a folder's files to the one that it lies in, those last by which it is taken for whole; all or none."""
+    names = sorted((p.name for p in work.iterdir()), key=lambda name: (name in LAST, name == SEAL, name))
+    try:
+        for name in names:
+            (work / name).rename(place / name)
+    except BaseException:
+        for name in names:
+            with suppress(OSError):
+                (place / name).unlink(missing_ok=True)
+        raise
+
+
+def _is_replaceable(place: Path) -> bool:
+    """Whether a new folder can be renamed to an empty one's place: tried with one, which then lies there."""
+    work = _beside(place)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        shutil.copymode(place, work)
+        place.rmdir()
+        work.rename(place)
+        return True
+    except OSError:
+        if not exists(place):
+            place.mkdir()
+        return False
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _try(work: Path) -> None:
+    """Make a folder, a file in it, and rename that."""
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir()
+        (work / "a").write_bytes(b"a")
+        (work / "a").rename(work / "b")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.partial")
+
+
+def _real(to: Path) -> Path:
+    """Where a folder really is: what a link leads to. Raises InputError for a link that leads nowhere."""
+    if to.is_symlink() and not exists(to):
+        raise InputError(f"{str(to)!r} is a link that leads nowhere", ELSEWHERE)
+    return Path(os.path.realpath(to))

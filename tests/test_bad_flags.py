@@ -1,0 +1,109 @@
+"""Flags of every command given wrong: empty, beyond all measure, or leading nowhere."""
+
+import json
+
+import pytest
+import typer
+import yaml
+
+from qcft.cli import app
+from qcft.recipe import recipe_from
+from qcft.store import open_run
+
+from .helpers.bad_input import check_refused
+from .helpers.tiny import write_rows
+
+COMMANDS = typer.main.get_command(app).commands
+# Every flag of every command that takes a value.
+FLAGS = [
+    (name, flag)
+    for name, command in sorted(COMMANDS.items())
+    for param in command.params
+    if param.param_type_name == "option" and not getattr(param, "is_flag", False)
+    for flag in param.opts[:1]
+]
+
+
+def command(*arguments):
+    return list(arguments)
+
+
+HUGE = "9" * 400
+CASES = {
+    # lists of nothing
+    "arms of nothing": (command("ablate", "ablation.yaml", "--arms", ","), "--arms"),
+    "seeds of nothing": (command("ablate", "ablation.yaml", "--seeds", " , "), "--seeds"),
+    "an engine without a name": (command("ablate", "ablation.yaml", "--on", ":head"), "--on"),
+    "a cluster without an address": (command("ablate", "ablation.yaml", "--on", "ray:"), "--on"),
+    "data of nothing in a language": (command("phase1", "x", "--model", "tiny", "--data", "en="), "is missing"),
+    "data of a blank": (command("phase1", "x", "--model", "tiny", "--data", "en= "), "path is missing"),
+    "a second data set of nothing": (command("similarity", "en.jsonl,", "en.jsonl"), "''"),
+    "a phase of nothing": (command("similarity", "tiny:", "en.jsonl"), "tiny has no phase ''"),
+    "columns of nothing": (command("phase1", "x", "--model", "m", "--data", "en.jsonl", "--columns", ","), "--columns"),
+    "a task of nothing": (command("eval", "tiny", "--local", "=en.jsonl"), "--local"),
+    "a copy of nothing": (command("eval", "tiny", "--local", "xquad_es="), "--local"),
+    "a key of nothing": (command("run", "recipe.yaml", "--set", "=1"), "--set"),
+    "text of nothing": (command("drift", "tiny", "--text", "en="), "--text"),
+    # numbers
+    "fewer rows than none": (command("check", "recipe.yaml", "--rows", "-1"), "--rows"),
+    "a card by an exponent": (command("check", "recipe.yaml", "--vram", "1e30GB"), "--vram"),
+    "a card beyond all cards": (command("check", "recipe.yaml", "--vram", "1000000000000GB"), "--vram"),
+    "a card with 400 digits": (command("check", "recipe.yaml", "--vram", f"{HUGE}GB"), "--vram"),
+    "a card of nothing": (command("check", "recipe.yaml", "--vram", "0GB"), "--vram"),
+    "steps too small to count": (command("dial", "tiny", "--scales", "0:1e308:1e-300"), "--scales"),
+    "steps beyond counting": (command("dial", "tiny", "--scales", "0:1:1e-320"), "--scales"),
+    "scales without end": (command("dial", "tiny", "--scales", "0:inf:1"), "--scales"),
+    "scales that are no numbers": (command("dial", "tiny", "--scales", "0,nan"), "--scales"),
+    "scales of nothing": (command("dial", "tiny", "--scales", ","), "--scales"),
+    "scales from the end": (command("dial", "tiny", "--scales", "1:0:0.1"), "--scales"),
+    "a scale beyond all scales": (command("dial", "tiny", "--scales", "0,1e300"), "--scales"),
+    "a density that is no number": (command("dial", "tiny", "--density", "nan"), "--density"),
+    "a scale to merge at that is no number": (command("dial", "tiny", "--merge-at", "nan"), "--merge-at"),
+    "a scale to merge at without end": (command("dial", "tiny", "--merge-at", "1e300"), "--merge-at"),
+    "a ratio that is no number": (command("replay", "tiny", "--ratio", "nan"), "ratio"),
+    "a replay below nothing": (command("phase2", "tiny", "--replay", "-0.1", "--data", "es=en.jsonl"), "ratio"),
+    "a take of nothing": (command("phase1", "x", "--model", "tiny", "--data", "en.jsonl", "--take", "0"), "take"),
+    "a limit below nothing": (command("eval", "tiny", "--task", "hellaswag", "--limit", "-5"), "limit"),
+    "shots below nothing": (command("eval", "tiny", "--task", "hellaswag", "--shots", "-1"), "shots"),
+    "answers without a token": (command("eval", "tiny", "--task", "fidelity", "--max-new-tokens", "0"), "max_new"),
+    "seeds below nothing": (command("ablate", "ablation.yaml", "--seeds", "-1"), "--seeds"),
+    "seeds with 400 digits": (command("ablate", "ablation.yaml", "--seeds", HUGE), "seed"),
+    "seeds in other digits": (command("ablate", "ablation.yaml", "--seeds", "²"), "--seeds"),
+    "a drift of no rows": (command("drift", "tiny", "--rows", "0"), "--rows"),
+    "replay shown below nothing": (command("replay", "tiny", "--show", "-1"), "--show"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(raw_recipe, tiny_model, tmp_path, monkeypatch):
+    """A folder with a recipe, an ablation, and a run in runs/ of which nothing is done."""
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw_recipe))
+    raw = {**raw_recipe, "ablation": {"arms": [{"name": "plain"}], "seeds": [0]}}
+    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "tiny").symlink_to(tiny_model)
+    write_rows(tmp_path / "en.jsonl", [{"instruction": f"what is {i}", "output": "red"} for i in range(40)])
+    open_run(tmp_path / "runs", recipe_from(raw_recipe), {"phase1": "train-0000000000"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))
+def test_bad_flags_are_told_in_two_lines_and_nothing_is_written(qcft, place, case):
+    check_refused(qcft, place, *CASES[case])
+
+
+@pytest.mark.parametrize(("name", "flag"), FLAGS, ids=lambda part: part)
+def test_no_flag_takes_nothing_for_an_answer(qcft, place, name, flag):
+    check_refused(qcft, place, [name, flag, ""], f"{flag}: the value given is empty")
+    check_refused(qcft, place, [name, f"{flag}="], f"{flag}: the value given is empty")
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_no_argument_is_empty(qcft, place, name):
+    check_refused(qcft, place, [name, " "], "an argument is empty")
+
+
+def test_more_rows_than_there_are_are_all_that_there_are(qcft, place):
+    code, out, err = qcft("check", "recipe.yaml", "--rows", "1000000000", "--json")
+    assert code == 0, err
+    assert [len(phase["samples"]) for phase in json.loads(out)["phases"]] == [24, 24]
