@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qcft.errors import InputError
+from qcft.errors import InputError, QcftError
 from qcft.files import file_digest
-from qcft.hub import unreachable
+from qcft.hub import check_download, unreachable
 from qcft.models.load import device
-from qcft.models.sources import is_cached, pin_hub
+from qcft.models.sources import hub_sizes, is_cached, pin_hub
 from qcft.models.tensors import stored_weights
 
 if TYPE_CHECKING:
@@ -68,9 +68,13 @@ def load_encoder(source: EncoderSource) -> Encode:
     from sentence_transformers import SentenceTransformer
 
     try:
+        if source.revision is not None and not is_cached(source.location, "modules.json"):
+            check_download("encoder", source.name, hub_sizes(source.location, source.revision).values())
         model = SentenceTransformer(
             source.location, revision=source.revision, device=device(), model_kwargs={"use_safetensors": True}
         )
+    except QcftError:
+        raise
     except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
         raise unreachable("encoder", source.name, error, OFFLINE) from None
     return lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_numpy=True)

@@ -274,6 +274,14 @@ def pin_hub(name: str, revision: str | None, what: str = "model", offline: str =
     return str(commit)
 
 
+def hub_sizes(name: str, commit: str | None) -> dict[str, int | None]:
+    """The bytes of each file that is fetched of a hub model."""
+    from huggingface_hub import HfApi
+
+    siblings = HfApi().model_info(name, revision=commit, timeout=10, files_metadata=True).siblings or []
+    return {one.rfilename: one.size for one in siblings if _is_fetched(one.rfilename)}
+
+
 def is_cached(name: str, *files: str) -> bool:
     """Whether the hub's cache holds files of a hub id, as far as can be told without asking the hub."""
     from huggingface_hub import try_to_load_from_cache
@@ -298,7 +306,7 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
     Their digests are kept when they have been fetched, and checked before each use: the hub's library takes what
     lies in its cache as it is, half a model too when the hub can't be reached.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     name, commit = source.location, source.digest.rsplit("@", 1)[1]
     note = _hub_note(name, f"{commit}.files")
@@ -312,8 +320,7 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
         _forget(folder, altered)
 
     def fetch() -> list[str]:
-        siblings = HfApi().model_info(name, revision=commit, timeout=10, files_metadata=True).siblings or []
-        sizes = {s.rfilename: s.size for s in siblings if _is_fetched(s.rfilename)}
+        sizes = hub_sizes(name, commit)
         files = sorted(sizes)
         check_download("model", name, (size for file, size in sizes.items() if not (folder / file).is_file()), watch)
         snapshot_download(name, revision=commit, allow_patterns=FETCHED, ignore_patterns=IGNORED)
@@ -339,16 +346,16 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
 
 def _fetch_description(source: ModelSource, watch: Watch) -> Path:
     """The folder of a hub model in the hub's own cache, with its weights or without."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     name, commit = source.location, source.digest.rsplit("@", 1)[1]
     small = [pattern for pattern in FETCHED if pattern != "*.safetensors"]
 
     def fetch() -> str:
         if not (_snapshot(name, commit) / "config.json").is_file():
-            siblings = HfApi().model_info(name, revision=commit, timeout=10, files_metadata=True).siblings or []
-            wanted = (s for s in siblings if _is_fetched(s.rfilename) and not s.rfilename.endswith(".safetensors"))
-            check_download("model", name, (s.size for s in wanted), watch)
+            sizes = hub_sizes(name, commit)
+            wanted = (size for file, size in sizes.items() if not file.endswith(".safetensors"))
+            check_download("model", name, wanted, watch)
         return str(snapshot_download(name, revision=commit, allow_patterns=small, ignore_patterns=IGNORED))
 
     return Path(retried(fetch, "model", name, watch))
