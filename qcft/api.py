@@ -11,7 +11,7 @@ from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import read_json, telling_full_disk, write_json
+from qcft.files import telling_full_disk, write_sealed
 from qcft.measure.results import finished_run
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
 from qcft.report.ablation import outcome
@@ -24,7 +24,7 @@ from qcft.report.drift_section import drift_name
 from qcft.report.write import write_report
 from qcft.runner.recipe import run_recipe
 from qcft.store import Store, read_run
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.results import Run
 from qcft.store.steps import FREE
 
@@ -140,9 +140,9 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
 
 def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
     """The arm of each run of an ablation that is begun, where its name is all that is given."""
-    index = read_json(runs / names[0] / "ablation.json") if len(names) == 1 and names[0] else None
-    if index is None:
+    if len(names) != 1 or names[0] not in list_ablations(runs):
         return None
+    index = Ablation(runs, names[0]).document
     begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
     if not begun:
         raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
@@ -167,8 +167,9 @@ def evidence(name: str | None, runs: Path) -> Evidence:
     changes = {}
     for phase in recipe.phases:
         if phase.name in run.stages:
+            adapter = run.stages[phase.name].opened.part("adapter")
             try:
-                changes[phase.name] = summed_changes([run.stages[phase.name].folder / "adapter"])
+                changes[phase.name] = summed_changes([adapter])
             except QcftError:
                 continue  # an adapter made elsewhere, of more than plain LoRA
     return Evidence(recipe, run, changes)
@@ -306,7 +307,7 @@ def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
     """Keep how alike a run's phases are beside its report, and in it."""
     place = runs / name / "report"
     place.mkdir(exist_ok=True)
-    write_json(place / "similarity.json", found)
+    write_sealed(place / "similarity.json", dict(found))
     _report(read(name, runs), runs)
 
 

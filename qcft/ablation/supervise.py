@@ -18,7 +18,7 @@ from typing import Any
 
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.store.ablations import Ablation, list_ablations
+from qcft.store.ablations import readable_ablations
 
 ENDED, STOPPED = {0, 1, 2}, {130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
 
@@ -36,7 +36,7 @@ def supervise(arguments: Sequence[str], runs: Path) -> int:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         found = [
             (ablation, run)
-            for ablation in (Ablation(runs, name) for name in list_ablations(runs))
+            for ablation in readable_ablations(runs)[0]
             for run, worker in ablation.document["working"].items()
             if worker["pid"] == process.pid
         ]

@@ -51,8 +51,7 @@ def replay(
     recipe = replay_recipe(runs, run, ratio, set_ or [])
     with watched(quiet) as watch:
         done = api.replay_watched(recipe, runs, watch)
-    stages = {name: stage.folder for name, stage in done.stages.items()}
-    shown = replay_shown(done.name, stages, show or 5 * left_out, left_out)
+    shown = replay_shown(done.name, done.stages, show or 5 * left_out, left_out)
     if json_:
         tables.print_json(shown)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +184,9 @@ def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:
 
 def _latest_with_phase1(runs: Path) -> NamedRun:
     for run in list_runs(runs):
-        if "phase1" in run.stages or len(run.recipe().phases) > 1:
-            return run
+        with suppress(InputError):  # one that cannot be read does not hide the others
+            if "phase1" in run.stages or len(run.recipe().phases) > 1:
+                return run
     raise InputError(
         f"there is no run with a phase 1 in {str(runs)!r}",
         "start with `qcft phase1 NAME --model M --data D`, or `qcft phase2 NAME --model M --data LANG=PATH`",

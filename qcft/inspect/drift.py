@@ -80,7 +80,7 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
     record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
     add_stage(named, step.stage, step.id)
     link_stage(named, step.stage, store.folder(record["step"]))
-    return named, step.stage, dict(read_json(store.folder(step.id) / "drift.json"))
+    return named, step.stage, dict(store.opened(step.id).json("drift.json"))
 
 
 def _held_out_texts(prepared: Prepared, rows: int) -> dict[str, list[list[int]]]:
@@ -198,7 +198,7 @@ Live = Callable[[], "AbstractContextManager[PreTrainedModel]"]  # gives the mode
 
 def _load_both(since: Version, to: Version, prepared: Prepared, store: Store) -> list[Live]:
     """Both models: one load with adapters switched where they share weights, else both in memory."""
-    stacks = [[store.folder(step) / "adapter" for step in version.stack] for version in (since, to)]
+    stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
     model = prepared.recipe.model
     if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):

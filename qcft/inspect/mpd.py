@@ -71,7 +71,7 @@ def _module_norms(
         moved = Counter(deltas[1])
         moved.subtract(deltas[0])
         left = {adapter: scale for adapter, scale in moved.items() if scale}
-        if all(is_plain(store.folder(adapter) / "adapter") for adapter in left):
+        if all(is_plain(store.opened(adapter).part("adapter")) for adapter in left):
             return _factor_norms(left, names, store)
     if since.stack or to.stack:
         raise InputError(
@@ -88,7 +88,7 @@ def _module_norms(
 def _factor_norms(moved: Mapping[str, float], names: Sequence[str], store: Store) -> dict[str, float]:
     factors: dict[str, list[Any]] = {name: [] for name in names}
     for adapter, times in moved.items():
-        for weight, a, b, scale in lora_factors(store.folder(adapter) / "adapter"):
+        for weight, a, b, scale in lora_factors(store.opened(adapter).part("adapter")):
             factors.setdefault(weight.removesuffix(".weight"), []).append((a, b, times * scale))
     return {name: squared_norm(own) ** 0.5 if own else 0.0 for name, own in factors.items()}
 

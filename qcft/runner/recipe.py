@@ -118,6 +118,7 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
             failed[step.stage] = error.message
             continue
         if records[step.id]:
+            store.reuse(step.id, step.inputs(), watch)
             watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
         if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
