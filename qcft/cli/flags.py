@@ -56,11 +56,12 @@ def phase2_recipe(
     tests: list[str],
     name: str | None,
     assignments: list[str],
-) -> Recipe:
-    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's.
+) -> tuple[Recipe, str | None]:
+    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's; and that run's name.
 
     `keys` are those of every source. Raises InputError.
     """
+    of = None
     if model is not None:
         existing = next((found.recipe() for found in list_runs(runs) if found.name == run), None)
         if existing and (existing.model.name != model or existing.phases[0].name != "phase2"):
@@ -72,7 +73,7 @@ def phase2_recipe(
     else:
         found = read_run(runs, run) if run is not None else _latest_with_phase1(runs)
         raw = found.recipe().model_dump(mode="json")
-        raw["name"] = found.name
+        raw["name"] = of = found.name
     phase = second_phase(raw, model is not None)
     if data:
         phase["data"] = sources_of(data, keys)
@@ -88,7 +89,7 @@ def phase2_recipe(
         phase["freeze"] = freeze
     if name is not None:
         raw["name"] = name
-    return recipe_from(raw, parse_assignments(assignments))
+    return recipe_from(raw, parse_assignments(assignments)), of
 
 
 def eval_recipe(

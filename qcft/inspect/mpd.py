@@ -12,11 +12,13 @@ from qcft.inspect.versions import Version, deltas_of, is_plain, weights_folder_o
 from qcft.layers import linear_modules
 from qcft.layers.change import change_between, squared_norm
 from qcft.models.adapters import lora_factors
-from qcft.prepare.prepared import Prepared
+from qcft.prepare.model import PreparedModel
 from qcft.store import Store
 
 
-def parameter_difference(since: Version, to: Version, prepared: Prepared, store: Store, watch: Watch) -> dict[str, Any]:
+def parameter_difference(
+    since: Version, to: Version, prepared: PreparedModel, store: Store, watch: Watch
+) -> dict[str, Any]:
     """Model parameter difference (MPD) of two models of one base, and of each layer.
 
     MPD = 1/n sum_i ||W_i - W'_i||_2 (arXiv 2410.16006), here over the n weight matrices of the decoder layers' linear
@@ -63,7 +65,7 @@ def parameter_difference(since: Version, to: Version, prepared: Prepared, store:
 
 
 def _module_norms(
-    since: Version, to: Version, names: Sequence[str], prepared: Prepared, store: Store, watch: Watch
+    since: Version, to: Version, names: Sequence[str], prepared: PreparedModel, store: Store, watch: Watch
 ) -> dict[str, float]:
     """||W - W'||_F of each linear module. Raises InputError where that can't be told."""
     deltas = [deltas_of(version, store) for version in (since, to)]

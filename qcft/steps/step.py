@@ -47,6 +47,16 @@ class Step:
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", step_id(self.inputs()))
 
+    @classmethod
+    def stored(cls, id: str, stage: str, inputs: Mapping[str, Any]) -> Step:
+        """A step as its step.json has it, under its own id, whichever version made it."""
+        step = cls(
+            inputs["kind"], stage, stage, None, inputs["weights"], inputs["adapter"], inputs["settings"],
+            tuple(inputs["parents"]), tuple(inputs.get("under", ())),
+        )  # fmt: skip
+        object.__setattr__(step, "id", id)
+        return step
+
     def inputs(self) -> dict[str, Any]:
         """Everything that changes the step's result."""
         return {

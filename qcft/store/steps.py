@@ -225,19 +225,21 @@ def package_versions() -> dict[str, str]:
 def _circumstances() -> dict[str, Any]:
     return {
         "begun": _now(),
-        "versions": {"python": platform.python_version(), **package_versions()},
+        "versions": _versions(),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "device": _device_name()},
     }
 
 
 def _note_versions(step: str, begun: dict[str, Any], watch: Watch) -> None:
     """Say which packages changed since a step that is resumed was begun."""
-    before, now = begun.get("versions") or {}, _circumstances()["versions"]
-    changed = [
-        f"{name} {before[name]} -> {now[name]}" for name in before if now.get(name, before[name]) != before[name]
-    ]
+    before = begun.get("versions") or {}
+    changed = [f"{k} {before[k]} -> {now}" for k, now in _versions().items() if before.get(k, now) != now]
     if changed:
         watch.note(f"{step} is resumed under other versions than it was begun with: {', '.join(changed)}", "warning")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **package_versions()}
 
 
 def _device_name() -> str:
