@@ -41,7 +41,8 @@ def weights_of(recipe: Recipe, run: NamedRun | None, store: Store, watch: Watch)
     earlier = [phase.name for phase in recipe.phases[:-1]]
     done = [stages[name] for name in earlier if name in stages and store.open(stages[name])]
     adapters = tuple(store.opened(step).part("adapter") for step in done)
-    merges = [step for stage, step in stages.items() if stage.split("-")[0] == "merged" and store.open(step)]
+    places = ["merged", *(f"merged-{name}" for name in earlier)]  # of the last phase's own merge nothing starts
+    merges = [stages[stage] for stage in places if stage in stages and store.open(stages[stage])]
     if run and recipe.phases[-1].start == "merged" and merges:
         folder = store.opened(merges[-1]).part("model", watch)
         return Weights(folder, model_digest(store, merges[-1]), f"{run.name}, merged", adapters)

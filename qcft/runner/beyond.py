@@ -53,9 +53,9 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
         prepared, todo = _prepare(run, stored, todo, isinstance(goal, Dial), watch)
         worker = _worker(prepared, plan, store, watch)
     steps = [step for step in plan.steps if step in todo or store.state(step.id) == "done"]
-    with runs_lock(runs):  # once the run names its steps nobody removes them
-        for step in steps:
-            if run.stages.get(step.stage) != step.id:
+    if new := [step for step in steps if run.stages.get(step.stage) != step.id]:
+        with runs_lock(runs):  # once the run names its steps nobody removes them
+            for step in new:
                 add_stage(run, step.stage, step.id)
     for position, step in enumerate(steps, start=1):
         if worker and step in todo:

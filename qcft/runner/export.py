@@ -11,6 +11,7 @@ from pathlib import Path
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.files import telling_full_disk
+from qcft.models.adapter_config import CONFIG, WEIGHTS
 from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
 from qcft.models.load import load_tokenizer
@@ -135,12 +136,21 @@ def deliver_adapter(
 ) -> None:
     """Write a phase's deltas, those of the phases before it with it, as one adapter of the model as it came."""
     stack = [store.opened(step).part("adapter") for step in stack_of(store, probe)]
-    source = resolve(recipe.model)
-    base = source.location if source.kind == "hub" else str(weights_folder(source, watch))
     with whole_folder(to) as work:
-        write_adapter(stack, work, base)
-        described = described_folder(source, watch)
-        write_chat(load_tokenizer(described, recipe.model), work, described)
+        try:
+            source = resolve(recipe.model)
+            base = source.location if source.kind == "hub" else str(weights_folder(source, watch))
+        except InputError:  # the model is gone; the training wrote its tokenizer beside the adapter
+            if not (stack[-1] / "tokenizer_config.json").is_file():
+                raise
+            write_adapter(stack, work, recipe.model.name)
+            for file in stack[-1].iterdir():
+                if file.name not in {CONFIG, WEIGHTS}:
+                    shutil.copyfile(file, work / file.name)
+        else:
+            write_adapter(stack, work, base)
+            described = described_folder(source, watch)
+            write_chat(load_tokenizer(described, recipe.model), work, described)
         finish(work)
 
 

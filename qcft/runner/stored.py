@@ -39,18 +39,15 @@ def rows_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> Prepared:
 
     Raises InputError where they cannot be read, or are others than those that the run was measured on.
     """
-    recipe = run.recipe()
     try:
-        prepared = Prepared(recipe, watch)
+        prepared = Prepared(run.recipe(), watch)
     except QcftError as error:
         raise InputError(
             f"the held-out rows of the run {run.name!r} cannot be read: {error.message}",
             f"put the data back where {str(run.folder / 'recipe.yaml')!r} names it; steps do not store these rows",
         ) from None
     _check_model(run, prepared, steps)
-    wanted = {step.settings["held_out"] for step in steps if step.kind == "probe"}
-    if wanted and prepared.held_out_digest() not in wanted:
-        raise _changed(run, changed_phases(prepared, recipe, steps))
+    _check_held_out(run, prepared, steps)
     return prepared
 
 
@@ -67,7 +64,7 @@ def check_parents(todo: Sequence[Step], store: Store, watch: Watch) -> None:
 def check_same_data(run: NamedRun, prepared: Prepared, phases: Sequence[str], store: Store) -> None:
     """Check that phases of a recipe that goes on from a run still have the rows that the run was trained on, so that
     no phase is trained again without being asked. Raises InputError."""
-    before, now = run.recipe(), prepared.recipe
+    before, now, steps = run.recipe(), prepared.recipe, stored_steps(run, store)
     if (before.heldout, before.probe) != (now.heldout, now.probe):  # other rows are asked for
         return
     same = [
@@ -75,8 +72,10 @@ def check_same_data(run: NamedRun, prepared: Prepared, phases: Sequence[str], st
         for phase in before.phases
         if phase.name in phases and any(_reads_alike(phase, other) for other in now.phases)
     ]
-    if found := changed_phases(prepared, before.model_copy(update={"phases": same}), stored_steps(run, store)):
+    if found := changed_phases(prepared, before.model_copy(update={"phases": same}), steps):
         raise _changed(run, found)
+    if len(same) == len(now.phases):
+        _check_held_out(run, prepared, steps)
 
 
 def changed_phases(prepared: Prepared, recipe: Recipe, steps: Sequence[Step]) -> list[Phase]:
@@ -86,7 +85,10 @@ def changed_phases(prepared: Prepared, recipe: Recipe, steps: Sequence[Step]) ->
 
 
 def _reads_alike(one: Phase, other: Phase) -> bool:
-    return all(getattr(one, key) == getattr(other, key) for key in ("name", "data", "adapter", "system"))
+    """Whether two phases name the same rows and read them alike."""
+    keys = ("name", "data", "adapter", "system", "thinking")
+    limits = [(phase.train.max_length, phase.train.long_rows) for phase in (one, other)]
+    return limits[0] == limits[1] and all(getattr(one, key) == getattr(other, key) for key in keys)
 
 
 def _check_model(run: NamedRun, prepared: PreparedModel, steps: Sequence[Step]) -> None:
@@ -97,6 +99,12 @@ def _check_model(run: NamedRun, prepared: PreparedModel, steps: Sequence[Step]) 
             "files changed",
             "put it back as it was, or run the recipe anew: qcft run RECIPE --as NAME",
         )
+
+
+def _check_held_out(run: NamedRun, prepared: Prepared, steps: Sequence[Step]) -> None:
+    wanted = {step.settings["held_out"] for step in steps if step.kind == "probe"}
+    if wanted and prepared.held_out_digest() not in wanted:
+        raise _changed(run, changed_phases(prepared, run.recipe(), steps))
 
 
 def _changed(run: NamedRun, phases: Sequence[Phase]) -> InputError:
