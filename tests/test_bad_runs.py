@@ -7,9 +7,12 @@ import shutil
 import pytest
 import yaml
 
+from qcft import InputError
 from qcft.events import Watch
 from qcft.files import read_json, read_sealed, write_json
+from qcft.recipe import recipe_from
 from qcft.store import Store
+from qcft.store.ablations import Ablation, open_ablation, run_states
 from qcft.store.opened import read_begun
 
 from .helpers.bad_input import check_refused, listing
@@ -446,6 +449,20 @@ def test_what_cannot_be_read_is_refused_by_name(place, qcft, command, says):
     assert (code, out) == (2, "")
     assert any(part in error for part in says.split("|"))
     assert len(error.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"version": 1, "runs": 5}', '{"version": 1, "runs": [{"run": "a"}], "working": {}}']
+)
+def test_a_damaged_ablation_is_begun_again(tmp_path, raw_recipe, text):
+    plain = recipe_from(raw_recipe)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/ablation.json").write_text(text)
+    with pytest.raises(InputError, match=r"no readable ablation\.json"):
+        Ablation(tmp_path, "tiny").states()
+    assert run_states(tmp_path)[0] == {}
+    assert open_ablation(tmp_path, plain, [], {}).name == "tiny"
+    assert Ablation(tmp_path, "tiny").states() == []
 
 
 def test_a_damaged_done_json_is_listed(place, qcft):

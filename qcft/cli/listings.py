@@ -14,6 +14,7 @@ from qcft.events import Watch
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import Store, list_runs, read_run
 from qcft.store.ablations import run_states
+from qcft.store.opened import run_again
 from qcft.store.results import Stage
 
 
@@ -126,7 +127,7 @@ def runs_listed(runs: Path) -> list[dict[str, str]]:
             model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
             damaged = [step for step in run.stages.values() if _is_damaged(store, step)]
             if damaged:
-                raise InputError(f"{damaged[0]}: done.json is altered; `qcft run {run.folder}/recipe.yaml` rebuilds it")
+                raise InputError(f"{damaged[0]}: done.json is altered; `{run_again(run.folder)}` rebuilds it")
         except InputError as error:
             listed.append(_unreadable(run.name, error.message))
             continue

@@ -9,6 +9,7 @@ from typing import Any
 from qcft.errors import InputError, nearest
 from qcft.models.deltas import read_adapter
 from qcft.store import NamedRun, Store
+from qcft.store.opened import run_again
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ def version_of(run: NamedRun, stage: str, store: Store) -> Version:
         )
     step = run.stages[stage]
     if store.open(step) is None:
-        raise InputError(
-            f"drift: {stage} of {run.name} is not done", f"run it first: qcft run {run.folder}/recipe.yaml"
-        )
+        raise InputError(f"drift: {stage} of {run.name} is not done", f"run it first: {run_again(run.folder)}")
     if step.startswith("merge-"):
         return Version(stage, step, ())
     inputs = inputs_of(store, step)

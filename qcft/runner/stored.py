@@ -11,7 +11,7 @@ from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase, Recipe
 from qcft.steps.step import Step
 from qcft.store import NamedRun, Store
-from qcft.store.opened import altered, first_altered, read_begun
+from qcft.store.opened import altered, first_altered, read_begun, run_again
 
 
 def stored_steps(run: NamedRun, store: Store) -> list[Step]:
@@ -22,9 +22,7 @@ def stored_steps(run: NamedRun, store: Store) -> list[Step]:
 
 def not_done(run: NamedRun, stage: str) -> InputError:
     """The error for a stage that a command needs and the run lacks."""
-    return InputError(
-        f"{stage} of the run {run.name!r} is not done", f"run it first: qcft run {run.folder}/recipe.yaml"
-    )
+    return InputError(f"{stage} of the run {run.name!r} is not done", f"run it first: {run_again(run.folder)}")
 
 
 def model_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> PreparedModel:

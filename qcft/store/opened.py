@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class DoneStep:
         It is not part of the result: a damaged one is no reason to rebuild the step.
         """
         path = self.folder / LOG
-        if not path.is_file() or self.record.get("log", known := known_digest(path)) != known:
+        if not path.is_file() or self.record.get("log", known := _digest(path)) != known:
             return None
         return path
 
@@ -90,12 +91,20 @@ def first_altered(folder: Path, files: Mapping[str, str], watch: Watch | None) -
     sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
     read, total = 0, sum(sizes.values())
     for name, digest in files.items():
-        if name not in sizes or known_digest(folder / name) != digest:
+        if name not in sizes or _digest(folder / name) != digest:
             return name
         read += sizes[name]
         if watch is not None and total > SLOW:
             watch.progress(f"checking {folder.name}", read / 1e6, total / 1e6, "MB")
     return None
+
+
+def _digest(path: Path) -> str | None:
+    """A file's digest; None where the disk gives no more of it."""
+    try:
+        return known_digest(path)
+    except OSError:
+        return None
 
 
 def altered(folder: Path, name: str) -> InputError:
@@ -122,6 +131,15 @@ def step_id(inputs: Mapping[str, Any]) -> str:
     return f"{inputs['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
+def run_again(folder: Path) -> str:
+    """The command that runs a named run's own recipe."""
+    return f"qcft run {shlex.quote(str(folder / 'recipe.yaml'))}{_flag(folder.parent)}"
+
+
+def _flag(runs: Path) -> str:
+    return "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+
+
 def _remedy(folder: Path) -> str:
     """What rebuilds a step: the command of a run that names it."""
     runs = folder.parent.parent
@@ -132,7 +150,8 @@ def _remedy(folder: Path) -> str:
         if stage is None:
             continue
         kind, run = folder.name.split("-")[0], path.parent.name
-        command = AGAIN.get(kind, f"qcft run {path.parent / 'recipe.yaml'}").format(run)
+        own = AGAIN.get(kind)
+        command = f"{own.format(run)}{_flag(runs)}" if own else run_again(path.parent)
         more = f" (or `qcft merge {run}`, if that made it)" if "merged" in stage else ""
         return f"rebuild it: `{command}`{more}; what is whole is reused"
     return "rebuild it: give the recipe of the run that made it again; what is whole is reused"
