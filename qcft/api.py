@@ -11,7 +11,7 @@ from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json
+from qcft.files import telling_full_disk, telling_unwritable, write_sealed
 from qcft.measure.results import finished_run
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
 from qcft.report.ablation import outcome
@@ -22,9 +22,11 @@ from qcft.report.cost import costs_of, in_all
 from qcft.report.curve import curve_points
 from qcft.report.drift_section import drift_name
 from qcft.report.write import write_report
-from qcft.runner.recipe import run_recipe
+from qcft.runner.beyond import reach
+from qcft.runner.recipe import Check, run_recipe
+from qcft.runner.stored import check_same_data, not_done
 from qcft.store import Store, read_run
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import FREE
@@ -49,9 +51,12 @@ def run(
     return run_watched(loaded, Path(runs), Watch(listener))
 
 
-def run_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
-    """Run a recipe and write its report."""
-    done = run_recipe(recipe, runs, watch)
+def run_watched(
+    recipe: Recipe, runs: Path, watch: Watch, of: str | None = None, phases: Sequence[str] | None = None
+) -> Run:
+    """Run a recipe and write its report. `of`: a run it goes on from, whose `phases` (all by default) must not be
+    trained again because their data changed."""
+    done = run_recipe(recipe, runs, watch, check=_same_data(of, phases, runs))
     _report(done, runs)
     return done
 
@@ -143,9 +148,9 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
 
 def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
     """The arm of each run of an ablation that is begun, where its name is all that is given."""
-    index = read_json(runs / names[0] / "ablation.json") if len(names) == 1 and names[0] else None
-    if index is None:
+    if len(names) != 1 or names[0] not in list_ablations(runs):
         return None
+    index = Ablation(runs, names[0]).document
     begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
     if not begun:
         raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
@@ -170,8 +175,9 @@ def evidence(name: str | None, runs: Path) -> Evidence:
     changes = {}
     for phase in recipe.phases:
         if phase.name in run.stages:
+            adapter = run.stages[phase.name].opened.part("adapter")
             try:
-                changes[phase.name] = summed_changes([run.stages[phase.name].folder / "adapter"])
+                changes[phase.name] = summed_changes([adapter])
             except QcftError:
                 continue  # an adapter made elsewhere, of more than plain LoRA
     return Evidence(recipe, run, changes)
@@ -202,10 +208,10 @@ def merge(
     goal = replace(goal_for(recipe, phase, dequantised, dtype), scale=scale, method=method, density=density)
     if to is not None:
         check_place(to)
-    done = run_recipe(recipe, runs, watch, goal)
+    done = reach(named, recipe, goal, runs, watch)
     assert done.goal is not None
     whole = _report(done, runs)
-    folder = done.stages[done.goal].folder / "model"
+    folder = done.stages[done.goal].opened.part("model", watch)
     if to is not None:
         onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
         at = f" (of the last: {scale:g} of its delta)" if scale != 1 or method else ""
@@ -233,14 +239,15 @@ def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phas
     recipe = named.recipe()
     last = goal_for(recipe, phase, False, None).phase
     check_place(to)
-    done = run_recipe(recipe, runs, watch)
-    whole = _report(done, runs)
     stage = f"eval/{last}"
+    whole = read(named.name, runs)
+    if stage not in whole.stages:
+        raise not_done(named, stage)
     what = f"The adapter of {' and '.join(_phases_until(recipe, last))}, for the model as it came."
     deliver_adapter(
         recipe,
         Store(runs),
-        done.stages[stage].step,
+        whole.stages[stage].step,
         to,
         lambda work: write_card(work, recipe, whole.table, stage, what, adapter=True),
         watch,
@@ -272,7 +279,7 @@ def dial(
     wanted = dial_for(recipe, phase, scales, method, density, merge_at)
     if to is not None:
         check_place(to)
-    done = run_recipe(recipe, runs, watch, wanted)
+    done = reach(named, recipe, wanted, runs, watch)
     assert done.goal is not None
     points = curve_points(done.stages[done.goal].metrics["points"])
     _report(done, runs)
@@ -313,7 +320,7 @@ def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
     place = runs / name / "report"
     with working(runs, name):
         place.mkdir(exist_ok=True)
-        write_json(place / "similarity.json", found)
+        write_sealed(place / "similarity.json", dict(found))
     _report(read(name, runs), runs)
 
 
@@ -327,15 +334,30 @@ def _phases_until(recipe: Recipe, phase: str) -> list[str]:
     return names
 
 
-def replay_watched(recipe: Recipe, runs: Path, watch: Watch) -> Run:
-    """Run a recipe up to its last phase's replay rows, and no further. Raises InputError where it has none."""
+def replay_watched(recipe: Recipe, runs: Path, watch: Watch, of: str | None = None) -> Run:
+    """Run a recipe up to its last phase's replay rows, and no further; `of`: a run whose recipe it is, or began as.
+
+    Rows that the run has are given as they are. Raises InputError where the recipe has no replay.
+    """
     replayed = [phase.name for phase in recipe.phases if phase.replay and phase.replay.ratio]
     if not replayed:
         raise InputError(
             f"the recipe {recipe.name!r} has no replay",
             f"set a ratio, for example --set {recipe.phases[-1].name}.replay=0.2",
         )
-    return run_recipe(recipe, runs, watch, up_to="replay" if len(replayed) == 1 else f"replay-{replayed[-1]}")
+    stage = "replay" if len(replayed) == 1 else f"replay-{replayed[-1]}"
+    named, store = read_run(runs, of) if of else None, Store(runs)
+    if named and stage in named.stages and recipe == named.recipe() and store.done(named.stages[stage], watch):
+        return finished_run(named, recipe, {stage: named.stages[stage]}, store)
+    return run_recipe(recipe, runs, watch, stage, _same_data(of, None, runs))
+
+
+def _same_data(of: str | None, phases: Sequence[str] | None, runs: Path) -> Check | None:
+    if of is None:
+        return None
+    run = read_run(runs, of)
+    names = [phase.name for phase in run.recipe().phases] if phases is None else phases
+    return lambda prepared: check_same_data(run, prepared, names, Store(runs))
 
 
 def read(name: str | None, runs: str | Path = "runs") -> Run:

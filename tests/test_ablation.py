@@ -357,7 +357,7 @@ def test_other_settings_are_another_ablation_and_other_arms_the_same(done, finis
     other, _ = ablate(finished / "recipe.yaml", finished / "runs", set={"lora.r": 2}, arms=["mixed"], seeds=[0])
     assert other.name == "tiny-2"
     assert [state.run for state in other.states()] == ["tiny-mixed-s0-2"]
-    assert run_states(finished / "runs")["tiny-mixed-s0"] == "done"
+    assert run_states(finished / "runs")[0]["tiny-mixed-s0"] == "done"
     again, _ = ablate(finished / "recipe.yaml", finished / "runs", arms=["lf"], seeds=[0])
     assert again.name == "tiny"
     assert len(again.states()) == 5

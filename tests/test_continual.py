@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcft.files import file_digest
 from qcft.measure.ability_table import abilities_table, continual_nll
 from qcft.measure.catalog import family_of, language_of
 from qcft.measure.continual import RESAMPLES, backward_transfer, forgetting, paired_change
@@ -17,6 +18,7 @@ from qcft.measure.rouge import rouge_l, words
 from qcft.measure.squad import compute_exact, compute_f1
 from qcft.models.generate import Answer
 from qcft.recipe import recipe_from
+from qcft.store.opened import DoneStep
 from qcft.terminal.ability_tables import asked_alike
 
 VALUES = st.floats(-5, 5)
@@ -167,9 +169,9 @@ def evaluations(folder, changes=None, tasks=("hellaswag", "xquad_es", "fidelity"
             place = folder / stage / task
             place.mkdir(parents=True)
             (place / "step.json").write_text(json.dumps({"inputs": {"settings": settings}}))
-            (place / "done.json").write_text(json.dumps({"metrics": metrics}))
             (place / "items.jsonl").write_text("".join(json.dumps({"scores": {"acc": v}}) + "\n" for v in values))
-            made[f"abilities/{stage}/{task}"] = place
+            record = {"metrics": metrics, "files": {"items.jsonl": file_digest(place / "items.jsonl")}}
+            made[f"abilities/{stage}/{task}"] = DoneStep("suite-1", place, record)
     return made
 
 

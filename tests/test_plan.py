@@ -1,11 +1,16 @@
 """The plan: which steps, in which order, and what their ids depend on."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from qcft.errors import InputError
 from qcft.plan import make_plan
+from qcft.plan.beyond import plan_beyond
 from qcft.prepare.digests import Digests
 from qcft.recipe import Dial, Goal, recipe_from
+from qcft.steps.step import Step
 
 RAW = {
     "name": "x",
@@ -128,12 +133,20 @@ def test_up_to_a_stage_takes_what_it_rests_on():
     assert [s.stage for s in plan({"phase2.replay.kind": "phase1"}).up_to("replay")] == ["replay"]
 
 
-def chained(*starts, goal=None):
+def chained(*starts):
     phases = [{"name": f"p{i}", "data": [{"path": "a", "lang": "en"}]} for i in range(len(starts) + 1)]
     for phase, start in zip(phases[1:], starts, strict=True):
         phase["start"] = start
     digests = Digests("model", {p["name"]: p["name"] for p in phases}, {}, "held")
-    return make_plan(recipe_from({**RAW, "phases": phases}), digests, goal)
+    return make_plan(recipe_from({**RAW, "phases": phases}), digests)
+
+
+def beyond(made, goal):
+    """What is planned for a goal, from a run that has all steps of a plan."""
+    phases = [{"name": one.phase.name, "data": [{"path": "a"}], "start": one.phase.start} for one in made.live.values()]
+    phases[0].pop("start")
+    stored = [Step.stored(step.id, step.stage, json.loads(json.dumps(step.inputs()))) for step in made.steps]
+    return plan_beyond(recipe_from({**RAW, "phases": phases}), stored, goal)
 
 
 def test_a_stack_lies_on_one_base_and_a_continued_adapter_takes_the_place_of_its_start():
@@ -161,16 +174,32 @@ def test_a_merged_phase_after_a_stack_merges_it_in_one_step():
     assert steps["kept-merged-p1"].parents == tuple(steps[f"eval/{s}"].id for s in ("base", "p1", "merged-p1"))
 
 
-def test_a_goal_adds_steps_and_changes_none():
-    bare, asked = chained("merged"), chained("merged", goal=Goal("p1"))
-    assert asked.steps[: len(bare.steps)] == bare.steps
-    assert asked.goal == "merged-p1"
-    assert chained("merged", goal=Goal("p0")).steps == bare.steps  # the plan has that merge already
-    at = chained("merged", goal=Goal("p1", scale=0.7))
-    assert at.goal == "merged-p1-at-0.7"
-    assert "kept" not in {s.kind for s in at.steps[len(bare.steps) :]}
-    dialled = chained("merged", goal=Dial("p1", (0.0, 1.0)))
-    assert dialled.steps[-1].stage == dialled.goal == "dial-p1"
+def test_a_goal_is_planned_from_the_steps_of_a_run():
+    made = chained("merged")
+    merged, measured, kept = beyond(made, Goal("p1")).steps
+    steps = {s.stage: s for s in made.steps}
+    assert (merged.stage, merged.weights, merged.adapter) == ("merged-p1", steps["merged"].id, steps["p1"].id)
+    assert (measured.stage, measured.weights) == ("eval/merged-p1", merged.id)
+    assert kept.parents == (steps["eval/merged"].id, steps["eval/p1"].id, measured.id)
+    there = beyond(made, Goal("p0"))  # the run has that merge already
+    assert [s.id for s in there.steps] == [steps[name].id for name in ("merged", "eval/merged", "kept-merged")]
+    at = beyond(made, Goal("p1", scale=0.7))
+    assert at.stage == "merged-p1-at-0.7"
+    assert [s.kind for s in at.steps] == ["merge", "probe"]
+    assert beyond(made, Goal("p0", dtype="float32")).stage == "merged-float32"  # phase 2 depends on the other
+    (dialled,) = beyond(made, Dial("p1", (0.0, 1.0))).steps
+    assert dialled.stage == "dial-p1"
+    assert (dialled.weights, dialled.adapter) == (merged.weights, merged.adapter)
+
+
+def test_a_stack_is_merged_at_once_and_a_stage_that_lacks_is_named():
+    merged, _, kept = beyond(chained("stacked", "stacked"), Goal("p2")).steps
+    assert len(merged.under) == 2
+    assert kept.settings["phases"] == ["p0", "p1", "p2"]
+    made = chained("merged")
+    without = replace(made, steps=tuple(step for step in made.steps if step.stage != "eval/p1"))
+    with pytest.raises(KeyError, match="eval/p1"):
+        beyond(without, Goal("p1"))
 
 
 def every_stage(raw):
@@ -180,7 +209,8 @@ def every_stage(raw):
     ways = [{}, {"dequantised": True}, {"scale": 0.5}, {"scale": 0.5, "method": "ties", "density": 0.2}]
     goals = [Goal(name, **way) for name in names for way in ways]
     goals += [Dial(name, (0.0, 1.0), *how) for name in names for how in [(), ("ties", 0.2)]]
-    return {stage for goal in [None, *goals] for stage in make_plan(recipe_from(raw), digests, goal).stages()}
+    made = make_plan(recipe_from(raw), digests)
+    return {*made.stages(), *(step.stage for goal in goals for step in beyond(made, goal).steps)}
 
 
 def with_phases(*names):

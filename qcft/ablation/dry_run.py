@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from qcft.ablation.arms import prepare_arms
 from qcft.data.mix import replay_amount
 from qcft.events import Watch
-from qcft.files import read_json
 from qcft.recipe import ArmRun
 from qcft.runner.forecast import plan_phase
 from qcft.runner.libraries import quiet
@@ -20,6 +19,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.steps.needs import bytes_written
 from qcft.steps.step import Step
 from qcft.store import Store
+from qcft.store.opened import read_begun
 
 if TYPE_CHECKING:
     from qcft.training.speed import Speed
@@ -102,11 +102,11 @@ def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _done_steps(store: Store) -> list[Done]:
     found = []
     for folder in store.steps.glob("*-*"):
-        inputs, record = (read_json(folder / name) for name in ("step.json", "done.json"))
-        if inputs is None or record is None:
+        begun, record = read_begun(folder), store.record(folder.name)
+        if begun is None or record is None:
             continue
         size = sum((folder / name).stat().st_size for name in record["files"] if (folder / name).is_file())
-        inputs = inputs["inputs"]
+        inputs = begun["inputs"]
         found.append(
             Done(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.store.ablations import Ablation, list_ablations
+from qcft.store.ablations import readable_ablations
 
 # Not `python -m qcft`, which loads modules from the working folder; the package's own place comes last.
 START = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from qcft.cli import main; main()"
@@ -42,7 +42,7 @@ def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None])
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         found = [
             (ablation, run)
-            for ablation in (Ablation(runs, name) for name in list_ablations(runs))
+            for ablation in readable_ablations(runs)[0]
             for run, worker in ablation.document["working"].items()
             if worker["pid"] == process.pid
         ]

@@ -45,13 +45,13 @@ def replay(
     from qcft import api
     from qcft.cli.flags import replay_recipe
     from qcft.cli.listings import replay_shown
+    from qcft.store import read_run
     from qcft.terminal import tables
 
     recipe = replay_recipe(runs, run, ratio, set_ or [])
     with watched(quiet) as watch:
-        done = api.replay_watched(recipe, runs, watch)
-    stages = {name: stage.folder for name, stage in done.stages.items()}
-    shown = replay_shown(done.name, stages, show or 5 * left_out, left_out)
+        done = api.replay_watched(recipe, runs, watch, read_run(runs, run).name)
+    shown = replay_shown(done.name, done.stages, show or 5 * left_out, left_out)
     if json_:
         tables.print_json(shown)
     else:

@@ -44,7 +44,9 @@ def evaluate(
 ) -> None:
     """Evaluate a run's stages on suites and tasks; what was evaluated before is kept."""
     from qcft.cli.flags import eval_recipe
+    from qcft.store import read_run
 
     chosen = {"suites": suite, "tasks": task, "languages": language, "stages": stage}
     given = {"limit": limit, "shots": shots, "max_new_tokens": max_new_tokens}
-    run_and_show(eval_recipe(runs, run, chosen, given, local or [], set_ or []), runs, dry_run, json_, quiet)
+    recipe = eval_recipe(runs, run, chosen, given, local or [], set_ or [])
+    run_and_show(recipe, runs, dry_run, json_, quiet, read_run(runs, run).name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,12 @@ def phase2_recipe(
     tests: list[str],
     name: str | None,
     assignments: list[str],
-) -> Recipe:
-    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's.
+) -> tuple[Recipe, str | None]:
+    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's; and that run's name.
 
     `keys` are those of every source. Raises InputError.
     """
+    of = None
     if model is not None:
         existing = next((found.recipe() for found in list_runs(runs) if found.name == run), None)
         if existing and (existing.model.name != model or existing.phases[0].name != "phase2"):
@@ -72,7 +74,7 @@ def phase2_recipe(
     else:
         found = read_run(runs, run) if run is not None else _latest_with_phase1(runs)
         raw = found.recipe().model_dump(mode="json")
-        raw["name"] = found.name
+        raw["name"] = of = found.name
     phase = second_phase(raw, model is not None)
     if data:
         phase["data"] = sources_of(data, keys)
@@ -88,7 +90,7 @@ def phase2_recipe(
         phase["freeze"] = freeze
     if name is not None:
         raw["name"] = name
-    return recipe_from(raw, parse_assignments(assignments))
+    return recipe_from(raw, parse_assignments(assignments)), of
 
 
 def eval_recipe(
@@ -196,8 +198,9 @@ def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:
 
 def _latest_with_phase1(runs: Path) -> NamedRun:
     for run in list_runs(runs):
-        if "phase1" in run.stages or len(run.recipe().phases) > 1:
-            return run
+        with suppress(InputError):  # one that cannot be read does not hide the others
+            if "phase1" in run.stages or len(run.recipe().phases) > 1:
+                return run
     raise InputError(
         f"there is no run with a phase 1 in {str(runs)!r}",
         "start with `qcft phase1 NAME --model M --data D`, or `qcft phase2 NAME --model M --data LANG=PATH`",

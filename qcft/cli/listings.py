@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from qcft.cli.data_flags import sources_of
 from qcft.cli.flags import second_phase
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import Store, list_runs, read_run
 from qcft.store.ablations import run_states
 from qcft.store.holding import holders
+from qcft.store.opened import run_again
+from qcft.store.results import Stage
 
 
 def layers_table(
@@ -23,7 +25,7 @@ def layers_table(
     """What `qcft layers` shows: a run's last phase, or a model's only one, layer by layer. Raises InputError."""
     from qcft.inspect.layers import describe_layers, weights_of
 
-    run = next((found for found in list_runs(runs) if found.name == target), None)
+    run = read_run(runs, target) if any(found.name == target for found in list_runs(runs)) else None
     if run is not None:
         raw = run.recipe().model_dump(mode="json")
     else:
@@ -46,16 +48,16 @@ def layers_table(
     return describe_layers(recipe, weights, snr, watch)
 
 
-def replay_shown(run: str, stages: dict[str, Path], show: int, left_out: bool) -> dict[str, Any]:
+def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: bool) -> dict[str, Any]:
     """A run's last replay: what it is made of, and the first `show` of its rows, or of those left out."""
     stage = [stage for stage in stages if stage == "replay" or stage.startswith("replay-")][-1]
-    file = stages[stage] / ("left_out.jsonl" if left_out else "replay.jsonl")
+    file = stages[stage].opened.file("left_out.jsonl" if left_out else "replay.jsonl")
     lines = file.read_text(encoding="utf-8").splitlines()
     return {
         "run": run,
         "stage": stage,
         "file": str(file),
-        **(read_json(stages[stage] / "done.json") or {})["metrics"],
+        **stages[stage].metrics,
         "samples": [json.loads(line) for line in lines[:show]],
     }
 
@@ -116,13 +118,20 @@ def recipe_text(name: str) -> str:
 def runs_listed(runs: Path) -> list[dict[str, str]]:
     """Runs with their model, phases, how many of their steps are done, and whether they are done."""
     listed = []
-    store, in_ablations = Store(runs), run_states(runs)
+    store = Store(runs)
+    in_ablations, problems = run_states(runs)
     for run in list_runs(runs):
-        try:
+        try:  # one that cannot be read does not hide the others
+            if run.problem:
+                raise InputError(run.problem)
             recipe = run.recipe()
             model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
-        except InputError as error:  # one that cannot be read does not hide the others
-            model, phases = "?", error.message
+            damaged = [step for step in run.stages.values() if _is_damaged(store, step)]
+            if damaged:
+                raise InputError(f"{damaged[0]}: done.json is altered; `{run_again(run.folder)}` rebuilds it")
+        except InputError as error:
+            listed.append(_unreadable(run.name, error.message))
+            continue
         todo = [step for step in run.stages.values() if store.state(step) != "done"]
         at_work = holders(run.folder) or any(map(store.is_claimed, todo))
         alone = "running" if at_work else "to do" if todo else "done"
@@ -135,13 +144,23 @@ def runs_listed(runs: Path) -> list[dict[str, str]]:
                 "state": in_ablations.get(run.name, alone),
             }
         )
-    return listed
+    return listed + [_unreadable(name, problem) for name, problem in problems.items()]
+
+
+def _is_damaged(store: Store, step: str) -> bool:
+    """Whether a step is done by the name of its files, and its done.json is not as it was written."""
+    return store.state(step) == "done" and store.record(step) is None
+
+
+def _unreadable(name: str, problem: str) -> dict[str, str]:
+    return {"run": name, "model": "?", "phases": problem, "steps done": "?", "state": "damaged"}
 
 
 def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]]:
     """The steps a recipe comes to, and the state of each."""
     from qcft.runner.recipe import plan_recipe
 
+    store = Store(runs)
     plan, states = plan_recipe(recipe, runs, watch)
     return [
         {
@@ -149,7 +168,7 @@ def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]
             "stage": step.stage,
             "title": step.title,
             "state": states[step.id],
-            "seconds": (read_json(runs / ".steps" / step.id / "done.json") or {}).get("seconds"),
+            "seconds": (store.record(step.id) or {}).get("seconds"),
         }
         for step in plan.steps
     ]

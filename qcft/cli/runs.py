@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,10 +86,10 @@ def phase2(
     from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase2_recipe
 
-    recipe = phase2_recipe(
-        runs, run, model, data or [], replay, freeze, source_keys(take, columns), test or [], name, set_ or []
-    )
-    run_and_show(recipe, runs, dry_run, json_, quiet)
+    keys = source_keys(take, columns)
+    recipe, of = phase2_recipe(runs, run, model, data or [], replay, freeze, keys, test or [], name, set_ or [])
+    earlier = [phase.name for phase in recipe.phases[:-1]]
+    run_and_show(recipe, runs, dry_run, json_, quiet, of, earlier)
 
 
 @app.command()
@@ -179,8 +180,19 @@ def report(
         tables.print_lines([str(written["page"])])
 
 
-def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: bool) -> None:
-    """Run a recipe and print its tables, or its steps; exit code 1 where an evaluation failed."""
+def run_and_show(
+    recipe: Recipe,
+    runs: Path,
+    dry_run: bool,
+    json_: bool,
+    quiet: bool,
+    of: str | None = None,
+    phases: Sequence[str] | None = None,
+) -> None:
+    """Run a recipe and print its tables, or its steps; exit code 1 where an evaluation failed.
+
+    `of`: the run it goes on from, whose `phases` (all by default) are not trained again because their data changed.
+    """
     from qcft import api
     from qcft.cli.listings import plan_listed
     from qcft.events import Watch
@@ -201,7 +213,7 @@ def run_and_show(recipe: Recipe, runs: Path, dry_run: bool, json_: bool, quiet: 
         leave()
         os._exit(0)  # it wrote nothing and has nothing to tidy; threads of libraries abort an interpreter that ends
     with watched(quiet) as watch:
-        done = api.run_watched(recipe, runs, watch)
+        done = api.run_watched(recipe, runs, watch, of, phases)
     if world() > 1:
         leave()
     if json_:

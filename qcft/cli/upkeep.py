@@ -43,12 +43,17 @@ def rm(
     runs: Runs = Path("runs"),
 ) -> None:
     """Remove a run: its recipe, report and links. Its steps stay, for other runs or `qcft gc`."""
+    from qcft.errors import InputError
     from qcft.store.upkeep import remove_run, unused_steps
     from qcft.terminal import format, tables
 
     others = remove_run(runs, run)
     if others:
         tables.say(f"left in {runs / run}, as qcft did not write it: {', '.join(others)}")
-    unused = unused_steps(runs)
+    try:
+        unused = unused_steps(runs)
+    except InputError as error:  # another run cannot be read
+        tables.say(f"removed the run {run}; which steps are in no run now is not known: {error.message}")
+        return
     more = f"; {len(unused)} steps ({format.size(sum(u.bytes for u in unused))}) are in no run now: `qcft gc`"
     tables.say(f"removed the run {run}{more if unused else ''}")

@@ -28,13 +28,15 @@ from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts
 from qcft.models.adapters import load_stack
 from qcft.models.load import free_memory, load_model, peak_memory, quiet_libraries
 from qcft.models.switch import Stacks
+from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
 from qcft.replay.pools import ENGLISH
 from qcft.runner.libraries import set_environment
+from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
 from qcft.steps.step import Step
 from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import NamedRun, Store, read_run
-from qcft.store.holding import working
+from qcft.store.holding import runs_lock, working
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -76,14 +78,41 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         since = version_of(named, asked.since, store) if asked.since else start_of(named, to, store)
     if (since.weights, since.stack) == (to.weights, to.stack):
         raise InputError(f"drift: {since.name} and {to.name} are the same model", "name another with --from or --to")
-    prepared = Prepared(recipe, watch)
-    texts = _file_texts(asked.texts, prepared) if asked.texts else _held_out_texts(prepared, asked.rows)
+    stored = stored_steps(named, store)
+    try:
+        if asked.texts:
+            prepared: PreparedModel = model_of(named, stored, watch)
+            texts = _file_texts(asked.texts, prepared)
+        else:
+            prepared = with_rows = rows_of(named, stored, watch)
+            texts = _held_out_texts(with_rows, asked.rows)
+    except InputError as error:
+        before = None if asked.texts else _measured_before(named, since, to, stored, store)
+        if before is None:
+            raise
+        watch.note(f"as it was measured before, since {error.message}", "warning")
+        return named, before.stage, dict(store.opened(before.id).json("drift.json"))
     step = _step(since, to, texts, prepared)
     with working(runs, named.name):
         record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
-        add_stage(named, step.stage, step.id)
+        store.reuse(step.id, step.inputs(), watch)
+        with runs_lock(runs):
+            add_stage(named, step.stage, step.id)
         link_stage(named, step.stage, store.folder(record["step"]))
-    return named, step.stage, dict(read_json(store.folder(step.id) / "drift.json"))
+    return named, step.stage, dict(store.opened(step.id).json("drift.json"))
+
+
+def _measured_before(run: NamedRun, since: Version, to: Version, stored: Sequence[Step], store: Store) -> Step | None:
+    """The run's comparison of these two models that is done and whole, on whichever rows."""
+    pair = {"from": _as_setting(since), "to": _as_setting(to)}
+    for step in stored:
+        if step.kind == "drift" and pair.items() <= step.settings.items() and store.done(step.id) is not None:
+            return step
+    return None
+
+
+def _as_setting(version: Version) -> dict[str, Any]:
+    return {"weights": version.weights, "stack": list(version.stack)}
 
 
 def _held_out_texts(prepared: Prepared, rows: int) -> dict[str, list[list[int]]]:
@@ -95,7 +124,7 @@ def _held_out_texts(prepared: Prepared, rows: int) -> dict[str, list[list[int]]]
     return texts
 
 
-def _file_texts(files: Mapping[str, Path], prepared: Prepared) -> dict[str, list[list[int]]]:
+def _file_texts(files: Mapping[str, Path], prepared: PreparedModel) -> dict[str, list[list[int]]]:
     """The lines of text files, without a chat template. Raises InputError."""
     texts = {}
     for lang, path in files.items():
@@ -112,14 +141,14 @@ def _file_texts(files: Mapping[str, Path], prepared: Prepared) -> dict[str, list
     return texts
 
 
-def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int]]], prepared: Prepared) -> Step:
+def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int]]], prepared: PreparedModel) -> Step:
     recipe = prepared.recipe
     settings = {
         "model": prepared.model.digest,
         "quantize": recipe.model.quantize,
         "attn_implementation": recipe.model.attn_implementation,
-        "from": {"weights": since.weights, "stack": list(since.stack)},
-        "to": {"weights": to.weights, "stack": list(to.stack)},
+        "from": _as_setting(since),
+        "to": _as_setting(to),
         "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }
     title = f"drift from {since.name} to {to.name}"
@@ -132,12 +161,13 @@ def _do(
     since: Version,
     to: Version,
     texts: Mapping[str, Sequence[Sequence[int]]],
-    prepared: Prepared,
+    prepared: PreparedModel,
     store: Store,
     watch: Watch,
 ) -> dict[str, Any]:
     """Measure under the step's lock; languages that a killed process has measured are kept."""
     before = store.state(step.id)
+    check_parents([step], store, watch)
     with store.claim(step.id, step.inputs(), watch) as folder:
         if record := store.done(step.id):
             return record
@@ -177,7 +207,7 @@ def _shifts(
     since: Version,
     to: Version,
     texts: Mapping[str, Sequence[Sequence[int]]],
-    prepared: Prepared,
+    prepared: PreparedModel,
     store: Store,
     folder: Path,
     watch: Watch,
@@ -202,9 +232,9 @@ def _shifts(
 Live = Callable[[], "AbstractContextManager[PreTrainedModel]"]  # gives the model with its adapters live
 
 
-def _load_both(since: Version, to: Version, prepared: Prepared, store: Store) -> list[Live]:
+def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[Live]:
     """Both models: one load with adapters switched where they share weights, else both in memory."""
-    stacks = [[store.folder(step) / "adapter" for step in version.stack] for version in (since, to)]
+    stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
     model = prepared.recipe.model
     if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):

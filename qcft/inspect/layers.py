@@ -37,18 +37,17 @@ class Weights:
 def weights_of(recipe: Recipe, run: NamedRun | None, store: Store, watch: Watch) -> Weights:
     """What the recipe's last phase starts from, as far as the run is done: its merge, or the model as it came."""
     quiet_libraries()
-    source = resolve(recipe.model)
-    model = Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name} as it came")
-    if run is None:
-        return model
+    stages = run.stages if run else {}
     earlier = [phase.name for phase in recipe.phases[:-1]]
-    done = [run.stages[name] for name in earlier if store.record(run.stages.get(name, ""))]
-    adapters = tuple(store.folder(step) / "adapter" for step in done)
-    merges = [step for stage, step in run.stages.items() if stage.split("-")[0] == "merged" and store.record(step)]
-    if recipe.phases[-1].start == "merged" and merges:
-        merged = merges[-1]
-        return Weights(store.folder(merged) / "model", model_digest(store, merged), f"{run.name}, merged", adapters)
-    return Weights(model.folder, model.digest, model.name, adapters)
+    done = [stages[name] for name in earlier if name in stages and store.open(stages[name])]
+    adapters = tuple(store.opened(step).part("adapter") for step in done)
+    places = ["merged", *(f"merged-{name}" for name in earlier)]  # of the last phase's own merge nothing starts
+    merges = [stages[stage] for stage in places if stage in stages and store.open(stages[stage])]
+    if run and recipe.phases[-1].start == "merged" and merges:
+        folder = store.opened(merges[-1]).part("model", watch)
+        return Weights(folder, model_digest(store, merges[-1]), f"{run.name}, merged", adapters)
+    source = resolve(recipe.model)
+    return Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name} as it came", adapters)
 
 
 def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Watch) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from qcft.inspect.versions import Version, deltas_of, is_plain, weights_folder_o
 from qcft.layers import linear_modules
 from qcft.layers.change import change_between, squared_norm
 from qcft.models.adapters import lora_factors
-from qcft.prepare.prepared import Prepared
+from qcft.prepare.model import PreparedModel
 from qcft.store import Store
 
 
-def parameter_difference(since: Version, to: Version, prepared: Prepared, store: Store, watch: Watch) -> dict[str, Any]:
+def parameter_difference(
+    since: Version, to: Version, prepared: PreparedModel, store: Store, watch: Watch
+) -> dict[str, Any]:
     """Model parameter difference (MPD) of two models of one base, and of each layer.
 
     MPD = 1/n sum_i ||W_i - W'_i||_2 (arXiv 2410.16006), here over the n weight matrices of the decoder layers' linear
@@ -63,7 +65,7 @@ def parameter_difference(since: Version, to: Version, prepared: Prepared, store:
 
 
 def _module_norms(
-    since: Version, to: Version, names: Sequence[str], prepared: Prepared, store: Store, watch: Watch
+    since: Version, to: Version, names: Sequence[str], prepared: PreparedModel, store: Store, watch: Watch
 ) -> dict[str, float]:
     """||W - W'||_F of each linear module. Raises InputError where that can't be told."""
     deltas = [deltas_of(version, store) for version in (since, to)]
@@ -71,7 +73,7 @@ def _module_norms(
         moved = Counter(deltas[1])
         moved.subtract(deltas[0])
         left = {adapter: scale for adapter, scale in moved.items() if scale}
-        if all(is_plain(store.folder(adapter) / "adapter") for adapter in left):
+        if all(is_plain(store.opened(adapter).part("adapter")) for adapter in left):
             return _factor_norms(left, names, store)
     if since.stack or to.stack:
         raise InputError(
@@ -88,7 +90,7 @@ def _module_norms(
 def _factor_norms(moved: Mapping[str, float], names: Sequence[str], store: Store) -> dict[str, float]:
     factors: dict[str, list[Any]] = {name: [] for name in names}
     for adapter, times in moved.items():
-        for weight, a, b, scale in lora_factors(store.folder(adapter) / "adapter"):
+        for weight, a, b, scale in lora_factors(store.opened(adapter).part("adapter")):
             factors.setdefault(weight.removesuffix(".weight"), []).append((a, b, times * scale))
     return {name: squared_norm(own) ** 0.5 if own else 0.0 for name, own in factors.items()}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json
 from qcft.models.deltas import read_adapter
 from qcft.store import NamedRun, Store
+from qcft.store.opened import run_again
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,8 @@ def version_of(run: NamedRun, stage: str, store: Store) -> Version:
             f"drift: {run.name} has no stage {stage!r}", nearest(stage, known) + f"it has base, {', '.join(known)}"
         )
     step = run.stages[stage]
-    if store.record(step) is None:
-        raise InputError(
-            f"drift: {stage} of {run.name} is not done", f"run it first: qcft run {run.folder}/recipe.yaml"
-        )
+    if store.open(step) is None:
+        raise InputError(f"drift: {stage} of {run.name} is not done", f"run it first: {run_again(run.folder)}")
     if step.startswith("merge-"):
         return Version(stage, step, ())
     inputs = inputs_of(store, step)
@@ -62,7 +60,7 @@ def check_base(run: NamedRun, other: NamedRun, store: Store) -> None:
     """Check that two runs are of one base model. Raises InputError."""
     models = []
     for one in (run, other):
-        step = next((step for step in one.stages.values() if store.record(step)), None)
+        step = next((step for step in one.stages.values() if store.open(step)), None)
         if step is None:
             raise InputError(f"drift: nothing of {one.name} is done", "run it first")
         models.append(inputs_of(store, step)["settings"]["model"])
@@ -76,7 +74,7 @@ def check_base(run: NamedRun, other: NamedRun, store: Store) -> None:
 
 def inputs_of(store: Store, step: str) -> dict[str, Any]:
     """What a step was made of, as its step.json has it."""
-    return dict(read_json(store.folder(step) / "step.json")["inputs"])
+    return dict(store.opened(step).inputs)
 
 
 def deltas_of(version: Version, store: Store) -> dict[str, float] | None:
@@ -102,4 +100,4 @@ def is_plain(adapter: Path) -> bool:
 
 def weights_folder_of(version: Version, base: Path, store: Store) -> Path:
     """The folder of a version's 16-bit weights; `base` is the model's."""
-    return store.folder(version.weights) / "model" if version.weights else base
+    return store.opened(version.weights).part("model") if version.weights else base

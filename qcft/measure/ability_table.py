@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from qcft.files import read_json
 from qcft.measure.catalog import ENGLISH, family_of
 from qcft.measure.continual import Change, backward_transfer, forgetting, paired_change
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Recipe
 from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
+from qcft.store.opened import DoneStep
 
 SIDES = ("EA", "MA")
 SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
@@ -22,10 +21,10 @@ ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementat
 
 
 def abilities_table(
-    recipe: Recipe, folders: Mapping[str, Path], names: Mapping[str, tuple[str, str]]
+    recipe: Recipe, steps: Mapping[str, DoneStep], names: Mapping[str, tuple[str, str]]
 ) -> dict[str, Any]:
-    """Stages x tasks, as plain data. `folders` maps stages (`abilities/phase2/hellaswag`) to those of their done
-    steps; `names` gives each measured stage's (`phase2`) name and precision.
+    """Stages x tasks, as plain data. `steps` maps stages (`abilities/phase2/hellaswag`) to their done steps;
+    `names` gives each measured stage's (`phase2`) name and precision.
 
     What was measured with other settings, another version of lm-eval, other data or other prompts is in another of
     `tables`; the language of answers compares where it was `asked` alike.
@@ -33,12 +32,14 @@ def abilities_table(
     task's languages averaged first; overall is the mean of the two. Only scores that are means over items and
     better when higher enter; a stage that lacks one of the table's tasks has no average.
     """
-    cells = [_cell(stage, folder, names) for stage, folder in folders.items() if stage.startswith(ABILITIES)]
+    cells = [_cell(stage, step, names) for stage, step in steps.items() if stage.startswith(ABILITIES)]
     kinds = {kind: [cell for cell in cells if cell["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
     return {
         "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell])],
         "fidelity": [{**_public(cell), "asked": cell["asked"]} for cell in kinds[FIDELITY]],
-        "alpaca_eval": [{**_public(c), "file": str(c["folder"] / "model_outputs.json")} for c in kinds[ALPACA_EVAL]],
+        "alpaca_eval": [
+            {**_public(c), "file": str(c["step"].folder / "model_outputs.json")} for c in kinds[ALPACA_EVAL]
+        ],
     }
 
 
@@ -75,18 +76,17 @@ def _apart(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return sorted(tables, key=len, reverse=True)
 
 
-def _cell(stage: str, folder: Path, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    inputs = read_json(folder / "step.json")["inputs"]["settings"]
-    metrics = read_json(folder / "done.json")["metrics"]
+def _cell(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    inputs = step.inputs["settings"]
     word = stage.split("/")[1]
     name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
     settings, own, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, OWN, ASKED))
-    where = {"stage": word, "name": name, "precision": precision, "folder": folder}
-    return {**where, "settings": settings, "own": own, "asked": asked, **metrics}
+    where = {"stage": word, "name": name, "precision": precision, "step": step}
+    return {**where, "settings": settings, "own": own, "asked": asked, **step.metrics}
 
 
 def _public(cell: Mapping[str, Any]) -> dict[str, Any]:
-    inner = {"folder", "settings", "own", "asked"}
+    inner = {"step", "settings", "own", "asked"}
     return {key: value for key, value in cell.items() if key not in inner and not key.startswith("peak_")}
 
 
@@ -215,7 +215,7 @@ def _told(change: Change) -> dict[str, Any]:
 def _items(cell: Mapping[str, Any]) -> list[float]:
     """The main score, item by item."""
     key = cell["metric"].partition(",")[0]
-    lines = (cell["folder"] / "items.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = cell["step"].file("items.jsonl").read_text(encoding="utf-8").splitlines()
     return [float(json.loads(line)["scores"][key]) for line in lines]
 
 

@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from qcft.files import read_json
 from qcft.measure.score import RowScore
 from qcft.measure.stats import difference
 from qcft.recipe import Recipe
 from qcft.recipe.stages import BASE, BASE_16BIT, KEPT, MERGED, PROBES, is_kept
+from qcft.store.opened import DoneStep
 
 ENGLISH = "en"
 
 
-def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Stages x held-out groups, as plain data; `folders` maps stages to the folders of their done steps.
+def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> dict[str, Any]:
+    """Stages x held-out groups, as plain data; `steps` maps stages to their done steps.
 
     `changes` compares the last stage with phase 1 (the model as it came, where there is one phase only)
     and with the base as it is loaded, then each phase with the one before it, on the same rows and in the
     same precision: NLL differences in nats per answer token, with a paired 95% interval, and relative to
     where they start.
     """
-    stages = [_stage(stage, folder, recipe) for stage, folder in folders.items() if stage.startswith(PROBES)]
+    stages = [_stage(stage, step, recipe) for stage, step in steps.items() if stage.startswith(PROBES)]
     groups = [
         {"name": name, "phase": g["phase"], "lang": g["lang"], "english": g["lang"] == ENGLISH}
         for name, g in (stages[0]["groups"].items() if stages else ())
@@ -37,11 +36,11 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
     pairs = [(start, last) for start in (reference, "eval/base")]
     pairs += pairwise(measured)
     changes = [
-        _change(stages[names.index(start)], stages[names.index(end)], folders)
+        _change(stages[names.index(start)], stages[names.index(end)], steps)
         for start, end in dict.fromkeys(pairs)
         if start in names and end in names and start != end
     ]
-    kept = {stage.removeprefix(f"{KEPT}-"): _metrics(folder) for stage, folder in folders.items() if is_kept(stage)}
+    kept = {stage.removeprefix(f"{KEPT}-"): step.metrics for stage, step in steps.items() if is_kept(stage)}
     return {
         "run": recipe.name,
         "model": recipe.model.name,
@@ -53,9 +52,9 @@ def forgetting_table(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, A
     }
 
 
-def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
-    metrics = _metrics(folder)
-    sixteen = read_json(folder / "step.json")["inputs"]["settings"]["quantize"] == "none"
+def _stage(stage: str, step: DoneStep, recipe: Recipe) -> dict[str, Any]:
+    metrics = step.metrics
+    sixteen = step.inputs["settings"]["quantize"] == "none"
     word = stage.removeprefix(PROBES)
     phases = [p.name for p in recipe.phases]
     if word in {BASE_16BIT, BASE}:
@@ -74,8 +73,8 @@ def _stage(stage: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _change(start: dict[str, Any], end: dict[str, Any], folders: Mapping[str, Path]) -> dict[str, Any]:
-    before, after = (read_json(folders[s["stage"]] / "scores.json") for s in (start, end))
+def _change(start: dict[str, Any], end: dict[str, Any], steps: Mapping[str, DoneStep]) -> dict[str, Any]:
+    before, after = (steps[s["stage"]].json("scores.json") for s in (start, end))
     groups = {}
     for name in start["groups"]:
         change = difference(*([_score(entry) for entry in scores[name]] for scores in (before, after)))
@@ -87,11 +86,6 @@ def _change(start: dict[str, Any], end: dict[str, Any], folders: Mapping[str, Pa
         "to_name": end["name"],
         "groups": groups,
     }
-
-
-def _metrics(folder: Path) -> dict[str, Any]:
-    record = read_json(folder / "done.json")
-    return dict(record["metrics"])
 
 
 def _score(entry: dict[str, Any]) -> RowScore:

@@ -13,17 +13,16 @@ from qcft.store.results import Run, Stage
 
 
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
-    """A run's stages and table, from its done steps."""
-    done = {}
-    for stage, step in stages.items():
-        record = store.record(step)
-        if record is not None:
-            done[stage] = Stage(stage, step, record["metrics"], record["seconds"], store.folder(step))
-    folders = {name: stage.folder for name, stage in done.items()}
-    table = forgetting_table(recipe, folders)
+    """A run's stages and table, from its done steps. Raises InputError for a step's file that was altered."""
+    steps = {stage: found for stage, step in stages.items() if (found := store.open(step))}
+    done = {
+        name: Stage(name, one.step, one.metrics, one.record["seconds"], one.folder, one.record)
+        for name, one in steps.items()
+    }
+    table = forgetting_table(recipe, steps)
     names = {s["stage"].removeprefix(PROBES): (s["name"], s["precision"]) for s in table["stages"]}
     table |= {
         "continual": continual_nll(recipe, table),
-        "abilities": abilities_table(recipe, folders, names),
+        "abilities": abilities_table(recipe, steps, names),
     }
     return Run(run.name, run.folder, done, table)

@@ -14,7 +14,9 @@ class Inputs:
     """The files of models, as they were when their digests were taken."""
 
     def __init__(self, sources: Iterable[ModelSource | None]) -> None:
-        self._files = {file.path: file for source in sources if source is not None for file in source.files}
+        # Of a GGUF file, nothing is read once it is converted.
+        folders = (source for source in sources if source is not None and source.kind == "folder")
+        self._files = {file.path: file for source in folders for file in source.files}
 
     def check(self, thorough: bool = False) -> None:
         """Compare the files with what they were: by size and times, by their digests where those differ or where it is

@@ -33,7 +33,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in the order they are done; each phase's live model; the stage of the goal's merge.
+    """The steps in the order they are done; each phase's live model.
 
     `pools` are the answers that replay is drawn from: never done, as a larger ratio makes more of them, so no
     steps of the plan, but kept in the store under their ids like steps, for all that draw from them.
@@ -41,7 +41,6 @@ class Plan:
 
     steps: tuple[Step, ...]
     live: Mapping[str, Live] = field(default_factory=dict)
-    goal: str | None = None
     pools: Mapping[str, Step] = field(default_factory=dict)
 
     def by_id(self) -> dict[str, Step]:

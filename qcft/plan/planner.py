@@ -9,15 +9,15 @@ from typing import Any
 from qcft.plan.plan import CIRCUMSTANCES, Live, Plan
 from qcft.plan.suite_steps import ability_steps
 from qcft.prepare.digests import Digests
-from qcft.recipe import Dial, Goal, Phase, Recipe, parse_freeze
-from qcft.recipe.stages import BASE, BASE_16BIT, PROBES, amount, dial_stage, goal_stage, kept_stage, merged_stage
+from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.recipe.stages import BASE, BASE_16BIT, PROBES, kept_stage, merged_stage
 from qcft.steps.step import Kind, Step
 
 
-def make_plan(recipe: Recipe, digests: Digests, goal: Goal | Dial | None = None) -> Plan:
-    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn; then the goal, or
-    what the stages are evaluated on."""
-    return _Planner(recipe, digests).plan(goal)
+def make_plan(recipe: Recipe, digests: Digests) -> Plan:
+    """Lay out the steps: measure the base; train, measure, merge and check each phase in turn; then what the stages
+    are evaluated on."""
+    return Planner(recipe, digests).plan()
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class _Start:
         return (*self.under, self.goes_on) if self.goes_on else self.under
 
 
-class _Planner:
+class Planner:
+    """Lays out the steps of a recipe, each after those it depends on."""
+
     def __init__(self, recipe: Recipe, digests: Digests) -> None:
         self.recipe = recipe
         self.first = recipe.phases[0].name
@@ -53,7 +55,8 @@ class _Planner:
         self.unmerged: list[Live] = []
         self.live: dict[str, Live] = {}
 
-    def plan(self, goal: Goal | Dial | None = None) -> Plan:
+    def plan(self) -> Plan:
+        """All steps of the recipe."""
         if self.quantize != "none":
             self.probe(BASE_16BIT, "base, 16 bit", None, None, quantize="none")
         bare = self.probe(BASE, f"base, {self.precision()}", None, None)
@@ -79,51 +82,8 @@ class _Planner:
             live = Live(phase, (*phases, phase.name), weights, trained.id, under, measured, bare)
             self.unmerged.append(live)
             self.live[phase.name] = live
-        stage = None
-        if isinstance(goal, Dial):
-            stage = self.dial(goal)
-        elif goal:
-            stage = self.reach(goal)
-        else:
-            self.steps += ability_steps(self.recipe, self.digests, self.steps, self.live)
-        return Plan(tuple(self.steps), self.live, stage, self.pools)
-
-    def reach(self, goal: Goal) -> str:
-        """Add the goal's merge, its measurement and what it kept, where the plan lacks them; its stage."""
-        live = self.live[goal.phase]
-        settings: dict[str, Any] = {**self.merging(), **({"dtype": goal.dtype} if goal.dtype else {})}
-        stage, title, quantize = goal_stage(goal, self.first), f"{goal.phase} merged", self.quantize
-        if goal.dequantised:
-            settings["base"], quantize, title = "dequantised", "none", f"{title} onto the dequantised base"
-        if way := goal.way():
-            settings |= way
-            title = f"{title} at {amount(way)}"
-        merged = Step(
-            "merge", stage, f"merge {title}", goal.phase, live.weights, live.adapter, settings, (), live.under
-        )
-        there = next((step for step in self.steps if step.id == merged.id), None)
-        if there:
-            return there.stage
-        self.steps.append(merged)
-        measured = self.probe(stage, title, merged.id, None, quantize=quantize)
-        if not way:
-            self.kept(stage, live, merged, measured)
-        return stage
-
-    def dial(self, dial: Dial) -> str:
-        """Add the measurement of a phase's delta at several scales; its stage."""
-        live = self.live[dial.phase]
-        settings = {
-            **live.measured.settings,
-            "seed": self.recipe.seed,
-            "scales": list(dial.scales),
-            **({"method": dial.method, "density": dial.density} if dial.method else {}),
-        }
-        stage = dial_stage(dial)
-        self.add(
-            "dial", stage, f"dial {dial.phase}", dial.phase, live.weights, live.adapter, settings, under=live.under
-        )
-        return stage
+        self.steps += ability_steps(self.recipe, self.digests, self.steps, self.live)
+        return Plan(tuple(self.steps), self.live, self.pools)
 
     def merge_all(self) -> tuple[str | None, Step]:
         """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
@@ -284,11 +244,13 @@ class _Planner:
         parents: tuple[str, ...] = (),
         under: tuple[str, ...] = (),
     ) -> Step:
+        """Add a step at the end."""
         step = Step(kind, stage, title, phase, weights, adapter, settings, parents, under)
         self.steps.append(step)
         return step
 
     def step_of(self, stage: str) -> Step:
+        """The step of a stage."""
         return next(step for step in self.steps if step.stage == stage)
 
     def numbered(self, word: str, phase: str) -> str:
@@ -296,6 +258,7 @@ class _Planner:
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
 
     def precision(self) -> str:
+        """The precision of the base, in words."""
         return "NF4" if self.quantize == "nf4" else "16 bit"
 
 

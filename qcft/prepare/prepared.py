@@ -4,98 +4,69 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from qcft.data.balance import draw_balanced
 from qcft.data.encode import EncodedSet, Encoder, hint_for
 from qcft.data.mix import mixed_order
 from qcft.data.rows import Row, digest_rows
-from qcft.data.template import Template, Thinking
+from qcft.data.template import Thinking
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import file_digest
 from qcft.measure.catalog import Catalog
 from qcft.models.adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from qcft.models.inputs import Inputs
-from qcft.models.load import device
-from qcft.models.meta import model_without_weights
-from qcft.models.sources import ModelSource, described_folder, resolve, weights_folder
+from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.prepare.digests import Digests
 from qcft.prepare.groups import Group, held_out_groups
+from qcft.prepare.model import PreparedModel
 from qcft.prepare.reading import SourceReader, with_languages
-from qcft.recipe import FIDELITY, TESTS, Dial, Goal, Model, Phase, Recipe
+from qcft.recipe import FIDELITY, TESTS, Model, Phase, Recipe
 from qcft.replay.pools import ENGLISH, HeldOutRows, Pool, make_pools
-from qcft.training.settings import with_optimizers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
 
-class Prepared:
+class Prepared(PreparedModel):
     """A recipe with its data read. Weights are neither fetched nor loaded.
 
     Recipes prepared one after the other with one `memo` read and tokenise what they share once.
     """
 
-    def __init__(
-        self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
-    ) -> None:
-        self.recipe = recipe = with_optimizers(recipe, device())
-        self.watch = watch
-        self._memo: dict[Any, Any] = {} if memo is None else memo
-        self.model: ModelSource = self._once(("model", recipe.model.model_dump_json()), lambda: resolve(recipe.model))
-        base = recipe.model.base
-        self.base = resolve(Model(name=base)) if base and recipe.measures_change_since_base() else None
-        folders = (one for one in (self.model, self.base) if one is not None and one.kind == "folder")
-        self.inputs = Inputs(folders)  # of a GGUF file, nothing is read once it is converted
+    def __init__(self, recipe: Recipe, watch: Watch, memo: dict[Any, Any] | None = None) -> None:
+        super().__init__(recipe, watch, memo)
+        recipe = self.recipe
         reader = SourceReader(recipe, watch, self._once)
         self.sources = {p.name: [reader.load(s, p.name) for s in p.sources()] for p in recipe.phases}
         self.recipe = recipe = with_languages(recipe, self.sources)
         self.groups = held_out_groups(recipe, self.sources, reader)
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
-        self.pools = {p.name: self._pools(p) for p in recipe.phases if p.replay and p.replay.ratio > 0}
-        asked = recipe.evaluate.asks_for_something and goal is None
-        self.catalog = Catalog(recipe.evaluate, watch) if asked else None
 
     @cached_property
-    def folder(self) -> Path:
-        """The folder with the model's 16-bit weights; fetched or converted when first asked for."""
-        return weights_folder(self.model, self.watch)
+    def base(self) -> ModelSource | None:
+        """The model that this one was tuned from, where a freeze spec depends on what that changed."""
+        base = self.recipe.model.base
+        return resolve(Model(name=base)) if base and self.recipe.measures_change_since_base() else None
 
     @cached_property
-    def described(self) -> Path:
-        """A folder with the model's config and tokenizer, perhaps without its weights."""
-        return self.__dict__.get("folder") or described_folder(self.model, self.watch)
+    def inputs(self) -> Inputs:
+        """The files of the models, as they were when their digests were taken."""
+        return Inputs([self.model, self.base])
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, with the recipe's chat template."""
-        from qcft.models.load import load_tokenizer
-
-        return self._once(
-            ("tokenizer", self.recipe.model.model_dump_json()),
-            lambda: load_tokenizer(self.described, self.recipe.model),
-        )
+    def pools(self) -> dict[str, list[Pool]]:
+        """What each phase's replay is drawn from."""
+        return {p.name: self._pools(p) for p in self.recipe.phases if p.replay and p.replay.ratio > 0}
 
     @cached_property
-    def template(self) -> Template:
-        """What the tokenizer's chat template makes of conversations."""
-        model = self.recipe.model
-        key = ("template", model.model_dump_json())
-        return self._once(key, lambda: Template(self.tokenizer, model.special_tokens_in_text))
-
-    @cached_property
-    def meta_model(self) -> PreTrainedModel:
-        """The model's modules without their weights."""
-        return self._once(
-            ("meta model", self.recipe.model.model_dump_json()),
-            lambda: model_without_weights(self.described, self.recipe.model),
-        )
+    def catalog(self) -> Catalog | None:
+        """The tasks that stages are evaluated on."""
+        asked = self.recipe.evaluate
+        return Catalog(asked, self.watch) if asked.asks_for_something else None
 
     @cached_property
     def base_folder(self) -> Path:
@@ -106,12 +77,6 @@ class Prepared:
     def encoder(self, phase: Phase) -> Encoder:
         """The phase's way from rows to tokens."""
         return self.encoder_for(phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
-
-    def encoder_for(
-        self, system: str | None, max_length: int | None, long_rows: str, thinking: Thinking = "auto"
-    ) -> Encoder:
-        """The way from rows to tokens with the model's chat template."""
-        return Encoder(self.tokenizer, system, max_length, long_rows, thinking, self.template)
 
     def group_encoder(self, group: Group) -> Encoder:
         """A held-out group's way from rows to tokens: its phase's."""
@@ -197,21 +162,9 @@ class Prepared:
         others = (group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name)
         return next(others, None)
 
-    def pinned_recipe(self) -> Recipe:
-        """The recipe with a hub model's revision resolved to its commit, as the run keeps it."""
-        if self.model.kind != "hub":
-            return self.recipe
-        pinned = self.recipe.model.model_copy(update={"revision": self.model.digest.rsplit("@", 1)[1]})
-        return self.recipe.model_copy(update={"model": pinned})
-
     def _tokenising(self, name: str, total: int, done: int) -> None:
         if done % 500 == 0:
             self.watch.progress(f"tokenising {name}", done, total, "rows")
-
-    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self._memo:
-            self._memo[key] = make()
-        return cast("T", self._memo[key])
 
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
         """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe.
@@ -245,25 +198,16 @@ class Prepared:
 
     def digests(self) -> Digests:
         """Digests of everything that the plan's ids rest on."""
-        phases = {}
-        for phase in self.recipe.phases:
-            if phase.adapter:
-                phases[phase.name] = adapter_digest(Path(os.path.expanduser(phase.adapter)))
-            else:
-                rows = [row for rows in self.rows[phase.name] for row in rows]
-                phases[phase.name] = self._digest_rows(rows, phase.system)
-        held = hashlib.sha256()
-        for group in self.groups:
-            held.update(f"{self._digest(group)}\n".encode())
-        tasks = self._tasks(held.hexdigest())
+        held_out = self.held_out_digest()
+        tasks = self._tasks(held_out)
         return Digests(
             model=self.model.digest,
-            phases=phases,
+            phases={phase.name: self.rows_digest(phase) for phase in self.recipe.phases},
             replay={
                 name: tuple(self._digest_rows(pool.rows, self.recipe.phases[0].system) for pool in pools)
                 for name, pools in self.pools.items()
             },
-            held_out=held.hexdigest(),
+            held_out=held_out,
             base=self.base.digest if self.base else None,
             english={p.name: self._digest(g) for p in self.recipe.phases if (g := self.english_group(p))},
             tasks=tasks,
@@ -271,6 +215,20 @@ class Prepared:
             balance={phase.name: self._balance(phase) for phase in self.recipe.phases if phase.balance != "none"},
             template=self.template.traits,
         )
+
+    def rows_digest(self, phase: Phase) -> str:
+        """The digest of the rows that a phase trains on, or of its adapter."""
+        if phase.adapter:
+            return adapter_digest(Path(os.path.expanduser(phase.adapter)))
+        rows = [row for rows in self.rows[phase.name] for row in rows]
+        return self._digest_rows(rows, phase.system)
+
+    def held_out_digest(self) -> str:
+        """The digest of the rows that every stage is measured on."""
+        held = hashlib.sha256()
+        for group in self.groups:
+            held.update(f"{self._digest(group)}\n".encode())
+        return held.hexdigest()
 
     def _digest(self, group: Group) -> str:
         """A group's rows, and what decides how they become tokens."""

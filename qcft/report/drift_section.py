@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcft.files import read_json
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
@@ -91,7 +90,7 @@ def drift_name(stage: str) -> str:
 def _drifts(run: Evidence) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, stage in run.run.stages.items():
         if name.startswith("drift/"):
-            found = read_json(stage.folder / "drift.json")
+            found = stage.opened.json("drift.json")
             if found:
                 yield name, found
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qcft.files import read_json
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import FAINT, INK, PAPER, draw, legend_below, look
@@ -60,7 +59,7 @@ def _measured(run: Evidence) -> dict[int, float]:
     for stage in run.run.stages.values():
         if stage.step.startswith("layers-") and stage.metrics.get("measure") == "snr":
             found: dict[int, list[float]] = {}
-            for name, value in read_json(stage.folder / "layers.json")["modules"].items():
+            for name, value in stage.opened.json("layers.json")["modules"].items():
                 if place := LAYER.search(name):
                     found.setdefault(int(place[1]), []).append(value)
             return {layer: sum(values) / len(values) for layer, values in found.items()}

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from qcft.files import read_json
 from qcft.report.arms import Arm, Evidence, flow, shared_by
 from qcft.report.document import Block, Listing, Section, Table
 
@@ -72,8 +71,8 @@ def _versions(arms: Sequence[Arm]) -> Table:
     used: dict[str, list[str]] = {}
     for run in (run for arm in arms for run in arm.runs):
         for stage in run.run.stages.values():
-            step = read_json(stage.folder / "step.json")
-            found = {**step["versions"], **{key: str(value) for key, value in step["hardware"].items()}}
+            step = stage.opened.begun
+            found = {**step.get("versions", {}), **{k: str(value) for k, value in step.get("hardware", {}).items()}}
             for name, version in found.items():
                 versions = used.setdefault(name, [])
                 if version not in versions:
@@ -113,13 +112,13 @@ def digests(run: Evidence) -> dict[str, str]:
     """A run's digests: the model, held-out rows, each phase's rows, each adapter."""
     found: dict[str, str] = {}
     for stage in run.run.stages.values():
-        settings = read_json(stage.folder / "step.json")["inputs"]["settings"]
+        settings = stage.opened.inputs["settings"]
         if "held_out" in settings:
             found["model"] = settings["model"]
             found["held-out rows"] = settings["held_out"]
         if "rows" in settings and stage.step.startswith(("train-", "adapter-")):
             found[f"rows of {stage.name}"] = settings["rows"]
-        for name, digest in read_json(stage.folder / "done.json")["files"].items():
+        for name, digest in stage.record["files"].items():
             if name == "adapter/adapter_model.safetensors":
                 found[f"adapter of {stage.name}"] = digest
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcft.files import read_json
 from qcft.report.arms import Arm
 from qcft.report.document import Answer, Sample, Section
 from qcft.report.standing import ENGLISH
@@ -41,7 +40,7 @@ def _given(arms: Sequence[Arm]) -> dict[str, dict[str, Mapping[str, Any]]]:
                     name = arm.label(run)
                 elif stage.name not in {"eval/base", f"eval/{run.recipe.phases[0].name}"}:
                     continue
-            answers = read_json(stage.folder / "answers.json") or []
+            answers = stage.opened.json("answers.json")
             if answers:
                 found.setdefault(name, {answer["key"]: answer for answer in answers})
     return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcft.files import read_json
+from qcft.files import read_sealed
 from qcft.report.arms import Arm
 from qcft.report.document import Block, Prose, Section, Table
 
@@ -32,7 +32,7 @@ def similarity_section(arms: Sequence[Arm]) -> Section | None:
     several = sum(len(arm.runs) for arm in arms) > 1
     for arm in arms:
         for run in arm.runs:
-            found = read_json(run.run.folder / "report" / "similarity.json")
+            found = read_sealed(run.run.folder / "report" / "similarity.json")
             if found:
                 titles, rows = similarity_rows(found)
                 records = tuple(dict(zip(titles, row, strict=True)) for row in rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qcft.files import read_json
 from qcft.report.arms import Arm, Evidence, shared_by
 from qcft.report.cells import change_rows, conclusion, continual_in_words, header, stage_rows
 from qcft.report.document import Block, Prose, Section, Table
@@ -44,7 +43,7 @@ def _way_of_measuring(run: Evidence) -> str:
     """What must be equal for two runs to stand in one table: rows, the tokens they come to (an NLL per token means
     another thing with another tokenizer), and the settings."""
     stage = next(name for name in run.run.stages if name.startswith("eval/"))
-    settings = read_json(run.run.stages[stage].folder / "step.json")["inputs"]["settings"]
+    settings = run.run.stages[stage].opened.inputs["settings"]
     tokens = [group["answer_tokens"] for group in run.run.table["stages"][0]["groups"].values()]
     ways = [settings[key] for key in ("held_out", "answers", "chat_template", "attn_implementation")]
     return f"{header(run.run.table)} {tokens} {ways}"

@@ -43,7 +43,7 @@ def trainings(arms: Sequence[Arm]) -> list[Trained]:
                 before = found.get(stage.step)
                 sharing = (*(before.runs if before else ()), (arm, run))
                 found[stage.step] = Trained(
-                    phase, stage.step, sharing, stage.metrics, stage.seconds, _log(stage.folder / "log.jsonl")
+                    phase, stage.step, sharing, stage.metrics, stage.seconds, _log(stage.opened.log())
                 )
     return list(found.values())
 
@@ -164,14 +164,14 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
     )
 
 
-def _log(path: Path) -> tuple[Mapping[str, Any], ...]:
+def _log(path: Path | None) -> tuple[Mapping[str, Any], ...]:
     """The steps of a training's log; lines that a kill cut short, or that hold no loss, are passed over."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and "loss" in entry and "tokens" in entry:
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), int | float) for key in ("loss", "tokens")):
             found.append(entry)
     return tuple(found)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
-from qcft.files import read_json
+from qcft.models.adapter_config import CONFIG, WEIGHTS
 from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
 from qcft.models.load import load_tokenizer
@@ -96,7 +96,13 @@ def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path]
         for done, file in enumerate(files):
             watch.progress(f"writing {to.name}", done, len(files), "files")
             shutil.copyfile(file, work / file.name)
-        write_chat(load_tokenizer(described_folder(resolve(recipe.model), watch), recipe.model), work)
+        try:
+            source = resolve(recipe.model)
+        except InputError:  # the model it was made of is gone; the merge wrote its tokenizer
+            if not (work / "tokenizer_config.json").is_file():
+                raise
+        else:
+            write_chat(load_tokenizer(described_folder(source, watch), recipe.model), work)
         finish(work)
 
 
@@ -104,18 +110,27 @@ def deliver_adapter(
     recipe: Recipe, store: Store, probe: str, to: Path, finish: Callable[[Path], None], watch: Watch
 ) -> None:
     """Write a phase's deltas, those of the phases before it with it, as one adapter of the model as it came."""
-    stack = [store.folder(step) / "adapter" for step in stack_of(store, probe)]
-    source = resolve(recipe.model)
-    base = source.location if source.kind == "hub" else str(weights_folder(source, watch))
+    stack = [store.opened(step).part("adapter") for step in stack_of(store, probe)]
     with whole_folder(to) as work:
-        write_adapter(stack, work, base)
-        described = described_folder(source, watch)
-        write_chat(load_tokenizer(described, recipe.model), work, described)
+        try:
+            source = resolve(recipe.model)
+            base = source.location if source.kind == "hub" else str(weights_folder(source, watch))
+        except InputError:  # the model is gone; the training wrote its tokenizer beside the adapter
+            if not (stack[-1] / "tokenizer_config.json").is_file():
+                raise
+            write_adapter(stack, work, recipe.model.name)
+            for file in stack[-1].iterdir():
+                if file.name not in {CONFIG, WEIGHTS}:
+                    shutil.copyfile(file, work / file.name)
+        else:
+            write_adapter(stack, work, base)
+            described = described_folder(source, watch)
+            write_chat(load_tokenizer(described, recipe.model), work, described)
         finish(work)
 
 
 def stack_of(store: Store, step: str) -> list[str]:
     """The steps of all adapters whose deltas a step's model has, merged or live, the lowest first."""
-    inputs = (read_json(store.folder(step) / "step.json") or {})["inputs"]
+    inputs = store.opened(step).inputs
     below = stack_of(store, inputs["weights"]) if inputs["weights"] else []
     return [*below, *inputs.get("under", []), *([inputs["adapter"]] if inputs["adapter"] else [])]

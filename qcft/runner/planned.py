@@ -7,17 +7,15 @@ from typing import Any
 from qcft.events import Watch
 from qcft.plan import make_plan
 from qcft.prepare.prepared import Prepared
-from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe import Recipe
 from qcft.training.determinism import prepare_cublas
 
 
 class PlannedRecipe(Prepared):
-    """A recipe with its data read and its steps planned, up to `goal` where one is given."""
+    """A recipe with its data read and its steps planned."""
 
-    def __init__(
-        self, recipe: Recipe, watch: Watch, goal: Goal | Dial | None = None, memo: dict[Any, Any] | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, watch: Watch, memo: dict[Any, Any] | None = None) -> None:
         if recipe.deterministic:
             prepare_cublas()
-        super().__init__(recipe, watch, goal, memo)
-        self.plan = make_plan(self.recipe, self.digests(), goal)
+        super().__init__(recipe, watch, memo)
+        self.plan = make_plan(self.recipe, self.digests())

@@ -15,7 +15,7 @@ from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
 from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
-from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe import Recipe
 from qcft.recipe.stages import ABILITIES
 from qcft.runner.busy import warn_if_busy, warning_if_slow
 from qcft.runner.forecast import forecast
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from qcft.steps.worker import Worker
 
 
+Check = Callable[[PlannedRecipe], None]
+
+
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
     """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
     set_environment()
@@ -43,10 +46,10 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[st
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
-def run_recipe(
-    recipe: Recipe, runs: Path, watch: Watch, goal: Goal | Dial | None = None, up_to: str | None = None
-) -> Run:
+def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = None, check: Check | None = None) -> Run:
     """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
+
+    `check` may refuse the recipe once its data is read.
 
     Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
@@ -56,7 +59,7 @@ def run_recipe(
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
     if world() == 1:
-        return run_prepared(PlannedRecipe(recipe, watch, goal), Store(runs), watch, up_to)
+        return run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to)
     join()
     if recipe.forgetting is not None and recipe.forgetting.stop is not None:
         raise InputError(
@@ -64,12 +67,19 @@ def run_recipe(
             "--set forgetting.stop=null, or run without accelerate",
         )
     try:
-        done = run_prepared(PlannedRecipe(recipe, watch, goal), Store(runs), watch, up_to)
+        done = run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to)
     except Interrupted:
         tell(None)
         raise
     tell(None)
     return done
+
+
+def _planned(recipe: Recipe, watch: Watch, check: Check | None) -> PlannedRecipe:
+    planned = PlannedRecipe(recipe, watch)
+    if check is not None:
+        check(planned)
+    return planned
 
 
 def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
@@ -140,6 +150,7 @@ def _work(
             failed[step.stage] = error.message
             continue
         if records[step.id]:
+            store.reuse(step.id, step.inputs(), watch)
             watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
         if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
@@ -149,7 +160,7 @@ def _work(
     earlier = {stage: step for stage, step in run.stages.items() if stage.startswith(ABILITIES)}
     stages = {**plan.stages(), **{stage: step for stage, step in earlier.items() if stage not in plan.stages()}}
     done = finished_run(run, recipe.model_copy(update={"name": run.name}), stages, store)
-    return replace(done, goal=plan.goal, failed=failed)
+    return replace(done, failed=failed)
 
 
 def raise_failed(done: Run) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.events import Watch
-from qcft.files import read_json
 from qcft.models.adapters import load_stack
 from qcft.models.load import load_model
 from qcft.prepare.prepared import Prepared
@@ -38,11 +37,13 @@ class StepWork(ABC):
 
     def adapter(self, step: str) -> Path:
         """The folder of a step's adapter."""
-        return self.store.folder(step) / "adapter"
+        return self.store.opened(step).part("adapter")
 
     def weights(self, step: Step) -> Path:
         """The folder of the 16-bit weights a step goes by."""
-        return self.prepared.folder if step.weights is None else self.store.folder(step.weights) / "model"
+        if step.weights is None:
+            return self.prepared.folder
+        return self.store.opened(step.weights).part("model", self.watch)
 
     def phase(self, step: Step) -> Phase:
         """The phase a step is of."""
@@ -52,9 +53,9 @@ class StepWork(ABC):
     def measured(self, step: Step) -> dict[str, float] | None:
         """What a training's freeze spec goes by, module by module; None where it goes by names."""
         for parent in step.parents:
-            found = read_json(self.store.folder(parent) / "layers.json")
-            if found is not None:
-                return dict(found["modules"])
+            found = self.store.opened(parent)
+            if found.has("layers.json"):
+                return dict(found.json("layers.json")["modules"])
         return None
 
     def weights_digest(self, step: Step) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.files import read_json
 from qcft.measure.distance import compare, predictions
 from qcft.measure.score import RowScore
 from qcft.measure.stats import kept
@@ -25,7 +24,7 @@ class KeptWork(StepWork):
 
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
         """Compare base, live adapters and merged model on the held-out rows of the phases they hold."""
-        base, live, merged = (read_json(self.store.folder(parent) / "scores.json") for parent in step.parents)
+        base, live, merged = (self.store.opened(parent).json("scores.json") for parent in step.parents)
         groups = self.prepared.groups
         # An adapter made elsewhere has no rows of its own here: English stands for them.
         phases = step.settings["phases"]

@@ -22,7 +22,7 @@ class LayersWork(StepWork):
         if measure == "snr":
             values = snr_of(self.weights(step), self.weights_digest(step), prepared.meta_model, self.watch)
         elif step.parents:
-            values = summed_changes(self.store.folder(parent) / "adapter" for parent in step.parents)
+            values = summed_changes(self.adapter(parent) for parent in step.parents)
         else:
             values = change_since(prepared.base_folder, prepared.folder, prepared.meta_model, self.watch)
         write_json(folder / "layers.json", {"measure": measure, "modules": values})

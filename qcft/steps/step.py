@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from qcft.store.opened import step_id
 
 Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift", "suite"]
 
@@ -45,8 +45,17 @@ class Step:
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        text = json.dumps(self.inputs(), sort_keys=True, separators=(",", ":"))
-        object.__setattr__(self, "id", f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:10]}")
+        object.__setattr__(self, "id", step_id(self.inputs()))
+
+    @classmethod
+    def stored(cls, id: str, stage: str, inputs: Mapping[str, Any]) -> Step:
+        """A step as its step.json has it, under its own id, whichever version made it."""
+        step = cls(
+            inputs["kind"], stage, stage, None, inputs["weights"], inputs["adapter"], inputs["settings"],
+            tuple(inputs["parents"]), tuple(inputs.get("under", ())),
+        )  # fmt: skip
+        object.__setattr__(step, "id", id)
+        return step
 
     def inputs(self) -> dict[str, Any]:
         """Everything that changes the step's result."""

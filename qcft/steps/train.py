@@ -170,7 +170,7 @@ class TrainWork(StepWork):
             return {}
         encoder = self.prepared.replay_encoder(phase)
         by_kind: dict[str, list[Row]] = {}
-        for row, kind in read_replay(self.store.folder(made[0]) / "replay.jsonl"):
+        for row, kind in read_replay(self.store.opened(made[0]).file("replay.jsonl")):
             by_kind.setdefault(f"replay ({kind})", []).append(row)
         sets = {name: encoder.encode_all(rows) for name, rows in by_kind.items()}
         for name, encoded in sets.items():

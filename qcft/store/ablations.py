@@ -25,9 +25,10 @@ from qcft.errors import InputError, nearest
 from qcft.files import read_json, telling_unwritable, write_json
 from qcft.recipe import ArmRun, Recipe
 from qcft.store.runs import read_run
-from qcft.store.steps import Store
+from qcft.store.steps import Store, check_layout
 
 INDEX = "ablation.json"
+ENTRY = {"arm", "seed", "run", "set", "mixed", "error"}
 State = Literal["done", "running", "failed", "to do"]
 
 
@@ -56,9 +57,14 @@ class Ablation:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The index as it is on disk. Raises InputError when there is none."""
-        document = read_json(self.folder / INDEX)
-        if not isinstance(document, dict) or not isinstance(document.get("runs"), list):
+        """The index as it is on disk. Raises InputError when there is none that can be read."""
+        document = _read(self.folder)
+        if document is None and (self.folder / INDEX).exists():
+            raise InputError(
+                f"the ablation {self.name!r} has no readable {INDEX}",
+                "give its recipe again with `qcft ablate`; steps that are done are reused",
+            )
+        if document is None:
             known = list_ablations(self.runs)
             raise InputError(
                 f"there is no ablation {self.name!r} in {str(self.runs)!r}",
@@ -99,8 +105,7 @@ class Ablation:
     def _changing(self, new: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """The index, written when its change is made; several processes may work on arms of one ablation."""
         with FileLock(self.folder / f".{INDEX}.lock"):
-            before = read_json(self.folder / INDEX)
-            document = self.document if before is not None or new is None else new
+            document = self.document if new is None else _read(self.folder) or new
             yield document
             write_json(self.folder / INDEX, document)
 
@@ -112,7 +117,7 @@ def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapp
     """
     recipe = plain.model_dump(mode="json")
     number, name = 1, plain.name
-    while (runs / name / "run.json").exists() or not _goes_on(read_json(runs / name / INDEX), recipe):
+    while (runs / name / "run.json").exists() or not _goes_on(_read(runs / name), recipe):
         number += 1
         name = f"{plain.name}-{number}"
     ablation = Ablation(runs, name)
@@ -139,9 +144,45 @@ def list_ablations(runs: Path) -> list[str]:
     return sorted(path.parent.name for path in runs.glob(f"*/{INDEX}"))
 
 
-def run_states(runs: Path) -> dict[str, State]:
-    """The state of every run that belongs to an ablation."""
-    return {one.run: one.state for name in list_ablations(runs) for one in Ablation(runs, name).states()}
+def readable_ablations(runs: Path) -> tuple[list[Ablation], dict[str, str]]:
+    """The ablations that can be read, and by name what is wrong with the others."""
+    found, problems = [], {}
+    for name in list_ablations(runs):
+        try:
+            _ = Ablation(runs, name).document
+            found.append(Ablation(runs, name))
+        except InputError as error:
+            problems[name] = error.message
+    return found, problems
+
+
+def run_states(runs: Path) -> tuple[dict[str, State], dict[str, str]]:
+    """The state of every run that belongs to an ablation; what is wrong with ablations that cannot be read."""
+    found, problems = readable_ablations(runs)
+    return {one.run: one.state for ablation in found for one in ablation.states()}, problems
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """The index in a folder; None where there is none, or none that can be read. Raises InputError for a newer one."""
+    document = read_json(folder / INDEX)
+    if not isinstance(document, dict):
+        return None
+    check_layout(document.get("version", 1), 1, f"the ablation {folder.name!r}")
+    runs, working = document.get("runs"), document.get("working", {})
+    if not (isinstance(runs, list) and isinstance(working, dict) and isinstance(document.get("recipe", {}), dict)):
+        return None
+    return document if all(map(_is_entry, runs)) and all(map(_is_process, working.values())) else None
+
+
+def _is_entry(value: Any) -> bool:
+    if not (isinstance(value, dict) and value.keys() >= ENTRY and isinstance(value["run"], str)):
+        return False
+    error = value["error"]
+    return error is None or (isinstance(error, dict) and error.keys() >= {"message", "hint"})
+
+
+def _is_process(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("pid"), int) and isinstance(value.get("host"), str)
 
 
 def _progress(runs: Path, entry: Mapping[str, Any], process: Mapping[str, Any] | None) -> dict[str, Any]:

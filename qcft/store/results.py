@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qcft.store.opened import DoneStep
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -17,6 +19,12 @@ class Stage:
     metrics: Mapping[str, Any]
     seconds: float
     folder: Path
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)  # its done.json
+
+    @property
+    def opened(self) -> DoneStep:
+        """Its step, whose files are checked as they are read."""
+        return DoneStep(self.step, self.folder, self.record)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are
 
 @dataclass(frozen=True)
 class NamedRun:
-    """A named run: its folder and the step behind each stage."""
+    """A named run: its folder and the step behind each stage; `problem` says why a listed one cannot be read."""
 
     name: str
     folder: Path
     stages: dict[str, str]
+    problem: str | None = None
 
     def recipe(self) -> Recipe:
         """The resolved recipe. Raises InputError when its file is gone, or this qcft cannot read it."""
@@ -134,6 +135,8 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
         found = list_runs(runs)
         if not found:
             raise InputError(f"there is no run in {str(runs)!r}", "start with `qcft run quickstart`")
+        if found[0].problem:
+            raise InputError(f"the latest run: {found[0].problem}", "name another run, or remove its folder")
         return found[0]
     stages = read_stages(runs / name) if Path(name).name == name else None  # a path may lead out of the runs folder
     if stages is None:
@@ -146,9 +149,18 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
 
 
 def list_runs(runs: Path) -> list[NamedRun]:
-    """All runs, the latest first."""
-    found = [NamedRun(p.parent.name, p.parent, read_stages(p.parent) or {}) for p in runs.glob(f"*/{RUN}")]
+    """All runs, the latest first; those that cannot be read without stages."""
+    found = [_listed(path.parent) for path in runs.glob(f"*/{RUN}")]
     return sorted(found, key=lambda run: (run.folder / RUN).stat().st_mtime, reverse=True)
+
+
+def _listed(folder: Path) -> NamedRun:
+    try:
+        stages = read_stages(folder)
+        problem = f"the run {folder.name!r} has no readable run.json" if stages is None else None
+    except InputError as error:  # of a newer qcft
+        stages, problem = None, error.message
+    return NamedRun(folder.name, folder, stages or {}, problem)
 
 
 def read_stages(folder: Path) -> dict[str, str] | None:
@@ -158,13 +170,13 @@ def read_stages(folder: Path) -> dict[str, str] | None:
     """
     document: Any = read_json(folder / RUN)
     stages = document.get("stages") if isinstance(document, dict) else None
-    if not isinstance(stages, dict) or not all(_is_step(step) for step in stages.values()):
+    if not isinstance(stages, dict) or not all(is_step(step) for step in stages.values()):
         return None
     check_layout(document.get("version", 1), LAYOUT, f"the run {folder.name!r}")
     return stages
 
 
-def _is_step(value: Any) -> bool:
+def is_step(value: Any) -> bool:
     """Whether a value can be a step's name, and not a path that leads out of the runs folder."""
     return isinstance(value, str) and re.fullmatch(r"[a-z]+-\w+", value) is not None
 

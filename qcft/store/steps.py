@@ -1,7 +1,9 @@
 """Step folders under runs/.steps. No folder: to do. No done.json: partial. Else done, once verified.
 
-step.json     inputs, versions, hardware: written first
+step.json     inputs, versions, hardware, and a digest of itself: written first
 done.json     metrics, seconds, file digests, and a digest of itself: written last, by rename
+
+Who reads a file of a done step does so by `Store.open`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import (
-    file_digest,
+    known_digest,
     read_json,
     read_sealed,
     telling_full_disk,
@@ -29,12 +31,12 @@ from qcft.files import (
     write_json,
     write_sealed,
 )
+from qcft.store.opened import BEGUN, DONE, LOG, DoneStep, altered, first_altered, read_begun
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
 LAYOUT = 2  # of step folders; raised when an older qcft could misread them
-UNSEALED = {"step.json", "done.json", "log.jsonl"}  # not part of a step's result
-SLOW = 10**9  # bytes whose digests take seconds
+UNSEALED = {BEGUN, DONE, LOG}  # not part of a step's result
 SCRATCH = {"checkpoints", "tensorboard"}  # folders that are not part of it either
 
 
@@ -44,7 +46,6 @@ class Store:
     def __init__(self, runs: Path) -> None:
         self.runs = runs
         self.steps = runs / ".steps"
-        self._verified: set[str] = set()
         self._held: set[str] = set()
         self.claimed: list[str] = []  # by this process, in their order
 
@@ -54,9 +55,9 @@ class Store:
 
     def state(self, step: str) -> str:
         """`done`, `partial` or `to do`, without looking into the files."""
-        if (self.folder(step) / "done.json").is_file():
+        if (self.folder(step) / DONE).is_file():
             return "done"
-        return "partial" if (self.folder(step) / "step.json").is_file() else "to do"
+        return "partial" if (self.folder(step) / BEGUN).is_file() else "to do"
 
     def is_claimed(self, step: str) -> bool:
         """Whether a process works on the step now."""
@@ -80,12 +81,29 @@ class Store:
 
         Raises InputError when a newer qcft wrote it.
         """
-        record = read_sealed(self.folder(step) / "done.json")
+        record = read_sealed(self.folder(step) / DONE)
         if record is None:
             return None
         check_layout(record.get("layout", 1), LAYOUT, f"the step {step}")
         whole = all(isinstance(record.get(key), dict) for key in ("files", "metrics")) and "seconds" in record
         return record if whole else None
+
+    def open(self, step: str) -> DoneStep | None:
+        """A done step, whose files are checked as they are read; None where it is not done.
+
+        Raises InputError where its done.json was altered.
+        """
+        record = self.record(step)
+        if record is None and self.state(step) == "done":
+            raise altered(self.folder(step), DONE)
+        return None if record is None else DoneStep(step, self.folder(step), record)
+
+    def opened(self, step: str) -> DoneStep:
+        """`open` of a step that another rests on. Raises InputError where it is not done."""
+        found = self.open(step)
+        if found is None:
+            raise altered(self.folder(step), DONE)
+        return found
 
     def done(self, step: str, watch: Watch | None = None) -> dict[str, Any] | None:
         """The step's done.json if the step is done and its files are whole, else None.
@@ -93,31 +111,23 @@ class Store:
         A file that is missing or was altered is named in a warning, and the step is made anew.
         """
         record = self.record(step)
-        if record is None:
-            if watch is not None and self.state(step) == "done":
-                watch.note(f"{step}: done.json is altered; the step is made anew", "warning")
-            return None
-        if step not in self._verified:
-            altered = self._altered(step, record["files"], watch)
-            if altered is not None:
-                if watch is not None:
-                    watch.note(f"{step}: {altered} is missing or altered; the step is made anew", "warning")
-                return None
-            self._verified.add(step)
-        return record
-
-    def _altered(self, step: str, files: dict[str, str], watch: Watch | None) -> str | None:
-        """The first of a step's files that is not as it was written."""
-        folder = self.folder(step)
-        sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
-        read, total = 0, sum(sizes.values())
-        for name, digest in files.items():
-            if name not in sizes or file_digest(folder / name) != digest:
-                return name
-            read += sizes[name]
-            if watch is not None and total > SLOW:
-                watch.progress(f"checking {step}", read / 1e6, total / 1e6, "MB")
+        what = DONE if record is None else first_altered(self.folder(step), record["files"], watch)
+        if what is None or self.state(step) != "done":
+            return record
+        if watch is not None:
+            watch.note(f"{step}: {what} is missing or altered; the step is made anew", "warning")
         return None
+
+    def reuse(self, step: str, inputs: dict[str, Any], watch: Watch) -> None:
+        """Write a done step's step.json again where it is not as it was written; the rest of the step stays."""
+        if read_begun(self.folder(step)) is None:
+            document = {"layout": LAYOUT, "step": step, "inputs": inputs, "begun": None, "versions": {}, "hardware": {}}
+            write_sealed(self.folder(step) / BEGUN, document)
+            watch.note(
+                f"{step}: step.json is missing or altered; it is written again, without the versions the step was made "
+                "with",
+                "warning",
+            )
 
     @contextmanager
     def claim(self, step: str, inputs: dict[str, Any], watch: Watch) -> Iterator[Path]:
@@ -131,37 +141,39 @@ class Store:
             self.steps.mkdir(parents=True, exist_ok=True)
         with telling_full_disk(self.runs, FREE), self._lock(step, watch):
             self.claimed.append(step)
-            if (folder / "done.json").exists() and self.done(step) is None:
+            if (folder / DONE).exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told
             folder.mkdir(exist_ok=True)
-            begun = read_json(folder / "step.json")
-            if isinstance(begun, dict):
+            begun = read_begun(folder)
+            if begun is not None:
                 check_layout(begun.get("layout", 1), LAYOUT, f"the step {step}")
+                if self.state(step) == "partial":
+                    _note_versions(step, begun, watch)
             else:
                 document = {"layout": LAYOUT, "step": step, "inputs": inputs, **_circumstances()}
-                write_json(folder / "step.json", document)
+                write_sealed(folder / BEGUN, document)
             yield folder
 
     def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Mark a step done: digests of its files, its metrics and the seconds this process worked on it."""
         folder = self.folder(step)
         files = {
-            name.as_posix(): file_digest(path)
+            name.as_posix(): known_digest(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in UNSEALED and path.name[0] != "."
             if not SCRATCH.intersection((name := path.relative_to(folder)).parts)
         }
         record = {"layout": LAYOUT, "step": step, "metrics": metrics, "seconds": round(seconds, 2), "files": files}
-        write_sealed(folder / "done.json", record)
+        if (folder / LOG).is_file():  # no part of the result, but shown
+            record["log"] = known_digest(folder / LOG)
+        write_sealed(folder / DONE, record)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: a kill before would lose the training
-        self._verified.add(step)
         return record
 
     def discard(self, step: str) -> None:
         """Remove a step that this process made, unless another works on it by now."""
         from filelock import FileLock, Timeout
 
-        self._verified.discard(step)
         if step in self._held:
             shutil.rmtree(self.folder(step), ignore_errors=True)
             return
@@ -234,9 +246,21 @@ def package_versions() -> dict[str, str]:
 def _circumstances() -> dict[str, Any]:
     return {
         "begun": _now(),
-        "versions": {"python": platform.python_version(), **package_versions()},
+        "versions": _versions(),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "device": _device_name()},
     }
+
+
+def _note_versions(step: str, begun: dict[str, Any], watch: Watch) -> None:
+    """Say which packages changed since a step that is resumed was begun."""
+    before = begun.get("versions") or {}
+    changed = [f"{k} {before[k]} -> {now}" for k, now in _versions().items() if before.get(k, now) != now]
+    if changed:
+        watch.note(f"{step} is resumed under other versions than it was begun with: {', '.join(changed)}", "warning")
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **package_versions()}
 
 
 def _device_name() -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
-from qcft.files import read_json, telling_unwritable
+from qcft.files import telling_unwritable
 from qcft.store.holding import holders, runs_lock
-from qcft.store.runs import list_runs, read_run, read_stages
+from qcft.store.opened import BEGUN, altered, read_begun
+from qcft.store.runs import is_step, list_runs, read_run, read_stages
 from qcft.store.steps import Store
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def unused_steps(runs: Path) -> list[Unused]:
 
     Every run's steps are used, and all that those rest on: parents, weights, adapters, pools of answers. Stored
     states of frozen layers are used as long as a run has a training that is not done. Raises InputError when a
-    run cannot be read: what it uses is not known then.
+    run or a step's inputs cannot be read: what is used is not known then.
     """
     store = Store(runs)
     used = _used(store)
@@ -135,19 +136,20 @@ def _used(store: Store) -> set[str]:
         step = ahead.pop()
         if step not in used:
             used.add(step)
-            ahead += _rests_on((read_json(store.folder(step) / "step.json") or {}).get("inputs") or {})
+            begun = read_begun(store.folder(step))
+            if begun is None and store.state(step) != "to do":  # what it depends on is not known
+                raise altered(store.folder(step), BEGUN)
+            ahead += _rests_on(begun["inputs"]) if begun else ()
     return used
 
 
 def _rests_on(inputs: dict[str, Any]) -> Iterable[str]:
     """The steps named in a step's inputs, the pools of its replay among them."""
+    named: list[Any] = []
     for value in inputs.values():
-        if isinstance(value, str):
-            yield value  # ids, and words that are no step's
-        elif isinstance(value, list):
-            yield from (one for one in value if isinstance(one, str))
-    for part in (inputs.get("settings") or {}).get("parts") or []:
-        yield part.get("pool") or ""
+        named += value if isinstance(value, list) else [value]
+    named += [part.get("pool") for part in (inputs.get("settings") or {}).get("parts") or []]
+    return [one for one in named if is_step(one)]
 
 
 @contextmanager

@@ -1,0 +1,125 @@
+"""What is asked for beyond a finished run's recipe, planned from the steps that the run has. Pure.
+
+Nothing that the run has is planned again, so neither its data nor an adapter taken in need be there as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcft.plan.plan import Live
+from qcft.plan.planner import Planner
+from qcft.prepare.digests import Digests
+from qcft.recipe import Dial, Goal, Recipe
+from qcft.recipe.stages import BASE, PROBES, amount, dial_stage, goal_stage, kept_stage
+from qcft.steps.step import Step
+
+MODEL = ("model", "attn_implementation", "chat_template", "template")  # settings that every step of a run shares
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """The stage of what is asked for, its steps in order, and all steps that those depend on, by id."""
+
+    stage: str
+    steps: tuple[Step, ...]
+    known: dict[str, Step]
+
+
+def plan_beyond(recipe: Recipe, stored: Sequence[Step], goal: Goal | Dial) -> Beyond:
+    """The steps of a merge or a dial of a phase, those that the run has as they are.
+
+    Raises KeyError, with the stage, for a stage that the run lacks.
+    """
+    planner = _Planner(recipe, stored, goal.phase)
+    steps = planner.dial(goal) if isinstance(goal, Dial) else planner.reach(goal)
+    return Beyond(steps[0].stage, steps, {step.id: step for step in planner.steps})
+
+
+class _Planner(Planner):
+    """Plans on from the steps of a run."""
+
+    def __init__(self, recipe: Recipe, stored: Sequence[Step], phase: str) -> None:
+        found = {step.stage: step for step in stored}
+        trained, measured = found[phase], found[f"{PROBES}{phase}"]
+        super().__init__(recipe, Digests(trained.settings["model"], {}, {}, measured.settings["held_out"]))
+        self.model = {key: trained.settings[key] for key in MODEL if key in trained.settings}
+        self.steps = list(stored)
+        self.of_phase = Live(
+            recipe.phase(phase), _phases_until(recipe, phase), trained.weights, trained.id, trained.under, measured,
+            self._bare(trained),
+        )  # fmt: skip
+
+    def reach(self, goal: Goal) -> tuple[Step, ...]:
+        """The goal's merge, its measurement and what it kept; added where the run lacks them."""
+        live = self.of_phase
+        settings: dict[str, Any] = {**self.merging(), **({"dtype": goal.dtype} if goal.dtype else {})}
+        stage, title, quantize = goal_stage(goal, self.first), f"{goal.phase} merged", self.quantize
+        if goal.dequantised:
+            settings["base"], quantize, title = "dequantised", "none", f"{title} onto the dequantised base"
+        if way := goal.way():
+            settings |= way
+            title = f"{title} at {amount(way)}"
+        made = (live.weights, live.adapter, live.under, settings)
+        there = (s for s in self.steps if s.kind == "merge" and (s.weights, s.adapter, s.under, s.settings) == made)
+        merged = next(there, None)
+        if merged is None:
+            if any(step.stage == stage for step in self.steps):  # made otherwise, and others may depend on it
+                stage = f"{stage}-{goal.dtype or 'alone'}"
+            merged = self.add(
+                "merge", stage, f"merge {title}", goal.phase, live.weights, live.adapter, settings, under=live.under
+            )
+        stages = {step.stage: step for step in self.steps}
+        measured = stages.get(f"{PROBES}{merged.stage}")
+        if measured is None or measured.weights != merged.id:
+            way_of_measuring = {**live.measured.settings, "quantize": quantize}
+            measured = self.add(
+                "probe", f"{PROBES}{merged.stage}", f"measure {title}", None, merged.id, None, way_of_measuring
+            )
+        if way:
+            return merged, measured
+        kept = stages.get(kept_stage(merged.stage))
+        if kept is None or measured.id not in kept.parents:
+            kept = self.kept(merged.stage, live, merged, measured)
+        return merged, measured, kept
+
+    def dial(self, dial: Dial) -> tuple[Step, ...]:
+        """The measurement of a phase's delta at several scales, added."""
+        live = self.of_phase
+        settings = {
+            **live.measured.settings,
+            "seed": self.recipe.seed,
+            "scales": list(dial.scales),
+            **({"method": dial.method, "density": dial.density} if dial.method else {}),
+        }
+        step = self.add(
+            "dial",
+            dial_stage(dial),
+            f"dial {dial.phase}",
+            dial.phase,
+            live.weights,
+            live.adapter,
+            settings,
+            under=live.under,
+        )
+        return (step,)
+
+    def _bare(self, trained: Step) -> Step:
+        """The measurement of the weights under a phase's adapters."""
+        for step in self.steps:
+            alone = step.kind == "probe" and (step.weights, step.adapter) == (trained.weights, None)
+            if alone and step.settings["quantize"] == self.quantize:
+                return step
+        raise KeyError(f"{PROBES}{BASE}")
+
+
+def _phases_until(recipe: Recipe, phase: str) -> tuple[str, ...]:
+    """The phases whose deltas lie live on one another up to a phase."""
+    names: tuple[str, ...] = ()
+    for number, one in enumerate(recipe.phases):
+        names = (*names, one.name) if number and one.start in {"stacked", "continue"} else (one.name,)
+        if one.name == phase:
+            break
+    return names

@@ -1,0 +1,114 @@
+"""Merges and dials of a finished run: made of what its steps stored, never by training again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from qcft.errors import InputError
+from qcft.events import StepBegun, Watch
+from qcft.measure.results import finished_run
+from qcft.models.cards import choose_card
+from qcft.plan.beyond import Beyond, plan_beyond
+from qcft.prepare.prepared import Prepared
+from qcft.recipe import Dial, Goal, Recipe
+from qcft.runner.libraries import quiet, set_environment, spare_the_collector
+from qcft.runner.recipe import do_step
+from qcft.runner.stored import check_parents, model_of, not_done, rows_of, stored_steps
+from qcft.steps.kept import judge_merge
+from qcft.steps.step import Step
+from qcft.store import NamedRun, Store
+from qcft.store.holding import runs_lock, working
+from qcft.store.opened import BEGUN, altered
+from qcft.store.results import Run
+from qcft.store.runs import add_stage, link_stage
+from qcft.store.steps import writable
+from qcft.training.determinism import prepare_cublas
+
+if TYPE_CHECKING:
+    from qcft.steps.worker import Worker
+
+MEASURE = {"probe", "kept", "dial"}  # kinds of step that need held-out rows
+
+
+def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: Watch) -> Run:
+    """Merge or dial a phase of a run, reusing what is done of it; the run with what was asked for in it.
+
+    A merge whose held-out rows are not there any more is made all the same, and not measured: a warning says so.
+    Raises InputError, before anything is written, for what is missing or was altered.
+    """
+    set_environment()
+    if recipe.deterministic:
+        prepare_cublas()
+    store = Store(runs)
+    stored = stored_steps(run, store)
+    plan = _plan(run, recipe, stored, goal, store)
+    todo = [step for step in plan.steps if store.done(step.id, watch) is None]
+    worker = None
+    if todo:
+        writable(runs)
+        check_parents(todo, store, watch)
+        prepared, todo = _prepare(run, stored, todo, isinstance(goal, Dial), watch)
+        worker = _worker(prepared, plan, store, watch)
+    steps = [step for step in plan.steps if step in todo or store.state(step.id) == "done"]
+    with working(runs, run.name) if todo else nullcontext():
+        if new := [step for step in steps if run.stages.get(step.stage) != step.id]:
+            with runs_lock(runs):  # once the run names its steps nobody removes them
+                for step in new:
+                    add_stage(run, step.stage, step.id)
+        for position, step in enumerate(steps, start=1):
+            if worker and step in todo:
+                record = do_step(step, position, len(steps), worker, store, watch)
+            else:
+                store.reuse(step.id, step.inputs(), watch)
+                record = dict(store.opened(step.id).record)
+                watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
+            link_stage(run, step.stage, store.folder(step.id))
+            if step.kind == "kept":
+                judge_merge(step, record["metrics"], recipe.merge, watch)
+    stages = {**run.stages, **{step.stage: step.id for step in steps}}
+    done = finished_run(replace(run, stages=stages), recipe.model_copy(update={"name": run.name}), stages, store)
+    return replace(done, goal=plan.stage)
+
+
+def _plan(run: NamedRun, recipe: Recipe, stored: Sequence[Step], goal: Goal | Dial, store: Store) -> Beyond:
+    try:
+        return plan_beyond(recipe, stored, goal)
+    except KeyError as error:
+        stage = str(error.args[0])
+        if stage in run.stages and store.open(run.stages[stage]) is not None:
+            raise altered(store.folder(run.stages[stage]), BEGUN) from None
+        raise not_done(run, stage) from None
+
+
+def _prepare(
+    run: NamedRun, stored: Sequence[Step], todo: list[Step], must_measure: bool, watch: Watch
+) -> tuple[Prepared, list[Step]]:
+    """What the steps are done with, and those of them that can be done: without held-out rows, those that need none."""
+    if any(step.kind in MEASURE for step in todo):
+        try:
+            return rows_of(run, stored, watch), todo
+        except InputError as error:
+            if must_measure:
+                raise
+            watch.note(f"what the merge kept is not measured: {error.message}", "warning")
+    todo = [step for step in todo if step.kind not in MEASURE]
+    return cast("Prepared", model_of(run, stored, watch) if todo else None), todo  # merges look at the model alone
+
+
+def _worker(prepared: Prepared, plan: Beyond, store: Store, watch: Watch) -> Callable[[], Worker]:
+    @cache
+    def worker() -> Worker:
+        from qcft.steps.worker import Worker
+
+        quiet()
+        if card := choose_card():
+            watch.note(f"on {card}; QCFT_DEVICE names another")
+        spare_the_collector()
+        return Worker(prepared, plan.known, store, watch)
+
+    return worker

@@ -1,0 +1,157 @@
+"""Done steps, opened: what is read of one is as it was written, or an error names the file and what rebuilds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcft.errors import InputError
+from qcft.events import Watch
+from qcft.files import known_digest, read_json, read_sealed
+
+BEGUN, DONE, LOG = "step.json", "done.json", "log.jsonl"
+SLOW = 10**9  # bytes whose digests take seconds
+ID = re.compile(r"[a-z]+-[0-9a-f]{10}")
+AGAIN = {"drift": "qcft drift {}", "dial": "qcft dial {}", "suite": "qcft eval {}"}  # for what a recipe's plan may lack
+
+
+@dataclass(frozen=True)
+class DoneStep:
+    """A done step. Its methods check what they give against the step's digests, each file once in a process.
+
+    All raise InputError for a file that is missing or was altered.
+    """
+
+    step: str
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What the step measured."""
+        return dict(self.record["metrics"])
+
+    @property
+    def begun(self) -> Mapping[str, Any]:
+        """Its step.json: inputs, versions, hardware."""
+        found = read_begun(self.folder)
+        if found is None:
+            raise altered(self.folder, BEGUN)
+        return found
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What it was made of: kind, weights, adapter, settings, parents."""
+        return dict(self.begun["inputs"])
+
+    def has(self, name: str) -> bool:
+        """Whether the step wrote a file."""
+        return name in self.record["files"]
+
+    def file(self, name: str) -> Path:
+        """One of its files."""
+        self._check([name])
+        return self.folder / name
+
+    def json(self, name: str) -> Any:
+        """The JSON in one of its files."""
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+    def part(self, name: str, watch: Watch | None = None) -> Path:
+        """One of its folders, such as `adapter` or `model`, with all files that it wrote there."""
+        inside = [one for one in self.record["files"] if one.startswith(f"{name}/")]
+        self._check(inside or [name], watch)
+        return self.folder / name
+
+    def log(self) -> Path | None:
+        """Its log; None where it has none, or not as it was as the step ended (of earlier versions that is not known).
+
+        It is not part of the result: a damaged one is no reason to rebuild the step.
+        """
+        path = self.folder / LOG
+        if not path.is_file() or self.record.get("log", known := _digest(path)) != known:
+            return None
+        return path
+
+    def _check(self, names: Iterable[str], watch: Watch | None = None) -> None:
+        wanted = {name: self.record["files"].get(name, "") for name in names}
+        found = first_altered(self.folder, wanted, watch)
+        if found is not None:
+            raise altered(self.folder, found)
+
+
+def first_altered(folder: Path, files: Mapping[str, str], watch: Watch | None) -> str | None:
+    """The first of a step's files, given with their digests, that is not as it was written."""
+    sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
+    read, total = 0, sum(sizes.values())
+    for name, digest in files.items():
+        if name not in sizes or _digest(folder / name) != digest:
+            return name
+        read += sizes[name]
+        if watch is not None and total > SLOW:
+            watch.progress(f"checking {folder.name}", read / 1e6, total / 1e6, "MB")
+    return None
+
+
+def _digest(path: Path) -> str | None:
+    """A file's digest; None where the disk gives no more of it."""
+    try:
+        return known_digest(path)
+    except OSError:
+        return None
+
+
+def altered(folder: Path, name: str) -> InputError:
+    """The error for a step's file that is not as it was written, with the command that rebuilds the step."""
+    return InputError(f"{folder.name}: {name} is missing or altered", _remedy(folder))
+
+
+def read_begun(folder: Path) -> dict[str, Any] | None:
+    """A step's step.json; None where it is gone or not as it was written.
+
+    Earlier versions did not seal it: there its inputs are held against the step's id, which is their digest.
+    """
+    begun = read_sealed(folder / BEGUN)
+    inputs = begun.get("inputs") if begun else None
+    if not isinstance(inputs, dict):
+        return None
+    named = "kind" in inputs and ID.fullmatch(folder.name)  # else its id is of something else
+    return None if named and step_id(inputs) != folder.name else begun
+
+
+def step_id(inputs: Mapping[str, Any]) -> str:
+    """The id of the step that is made of these inputs."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return f"{inputs['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def run_again(folder: Path) -> str:
+    """The command that runs a named run's own recipe."""
+    return f"qcft run {shlex.quote(str(folder / 'recipe.yaml'))}{_flag(folder.parent)}"
+
+
+def _flag(runs: Path) -> str:
+    return "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
+
+
+def _remedy(folder: Path) -> str:
+    """What rebuilds a step: the command of a run that names it."""
+    runs = folder.parent.parent
+    for path in sorted(runs.glob("*/run.json")):
+        document = read_json(path)
+        stages = document.get("stages") if isinstance(document, dict) else None
+        stage = next((k for k, v in stages.items() if v == folder.name), None) if isinstance(stages, dict) else None
+        if stage is None:
+            continue
+        kind, run = folder.name.split("-")[0], path.parent.name
+        own = AGAIN.get(kind)
+        command = f"{own.format(run)}{_flag(runs)}" if own else run_again(path.parent)
+        more = f" (or `qcft merge {run}`, if that made it)" if "merged" in stage else ""
+        return f"rebuild it: `{command}`{more}; what is whole is reused"
+    return "rebuild it: give the recipe of the run that made it again; what is whole is reused"
