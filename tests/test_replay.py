@@ -351,7 +351,7 @@ def test_pools_that_cannot_be_used_are_refused(raw_recipe, tmp_path, replay, mes
     write_rows(tmp_path / "empty.jsonl", [])
     replay = {k: str(tmp_path / v) if k in {"data", "path"} else v for k, v in replay.items()}
     with pytest.raises(InputError, match=message):
-        prepared(raw_recipe, {"ratio": 0.2, **replay})
+        _ = prepared(raw_recipe, {"ratio": 0.2, **replay}).pools
 
 
 def test_rows_that_are_not_parallel_can_be_asked_for(raw_recipe, tmp_path):
