@@ -36,7 +36,7 @@ from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
 from qcft.steps.step import Step
 from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import NamedRun, Store, read_run
-from qcft.store.holding import runs_lock, working
+from qcft.store.holding import working
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -93,11 +93,12 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         watch.note(f"as it was measured before, since {error.message}", "warning")
         return named, before.stage, dict(store.opened(before.id).json("drift.json"))
     step = _step(since, to, texts, prepared)
+    if store.done(step.id) is None:
+        check_parents([step], store, watch)
     with working(runs, named.name):
         record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
         store.reuse(step.id, step.inputs(), watch)
-        with runs_lock(runs):
-            add_stage(named, step.stage, step.id)
+        add_stage(named, step.stage, step.id)
         link_stage(named, step.stage, store.folder(record["step"]))
     return named, step.stage, dict(store.opened(step.id).json("drift.json"))
 
@@ -167,7 +168,6 @@ def _do(
 ) -> dict[str, Any]:
     """Measure under the step's lock; languages that a killed process has measured are kept."""
     before = store.state(step.id)
-    check_parents([step], store, watch)
     with store.claim(step.id, step.inputs(), watch) as folder:
         if record := store.done(step.id):
             return record

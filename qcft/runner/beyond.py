@@ -22,7 +22,7 @@ from qcft.runner.stored import check_parents, model_of, not_done, rows_of, store
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
 from qcft.store import NamedRun, Store
-from qcft.store.holding import runs_lock, working
+from qcft.store.holding import working
 from qcft.store.opened import BEGUN, altered
 from qcft.store.results import Run
 from qcft.store.runs import add_stage, link_stage
@@ -56,10 +56,9 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
         worker = _worker(prepared, plan, store, watch)
     steps = [step for step in plan.steps if step in todo or store.state(step.id) == "done"]
     with working(runs, run.name) if todo else nullcontext():
-        if new := [step for step in steps if run.stages.get(step.stage) != step.id]:
-            with runs_lock(runs):  # once the run names its steps nobody removes them
-                for step in new:
-                    add_stage(run, step.stage, step.id)
+        for step in steps:
+            if run.stages.get(step.stage) != step.id:
+                add_stage(run, step.stage, step.id)  # once the run names its steps nobody removes them
         for position, step in enumerate(steps, start=1):
             if worker and step in todo:
                 record = do_step(step, position, len(steps), worker, store, watch)
