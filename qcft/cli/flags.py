@@ -182,7 +182,7 @@ def parse_seeds(text: str | None) -> list[int]:
     seeds = words("--seeds", text)
     for word in seeds:
         if not re.fullmatch(r"[0-9]{1,10}", word):
-            raise InputError(f"--seeds: {word[:40]!r} is no seed, from 0 to {2**32 - 1}", "for example --seeds 0,1")
+            raise InputError(f"--seeds: {word[:40]!r} is not a whole number below 2^32", "for example --seeds 0,1")
     return [int(word) for word in seeds]
 
 
