@@ -67,9 +67,8 @@ def _data(recipe: Recipe) -> list[str]:
             lines.append(f"- {phase.name}: an adapter made elsewhere, {code(_name(phase.adapter))}")
         for source in phase.sources():
             take = f", first {source.take:,} rows" if source.take else ""
-            lines.append(
-                f"- {phase.name}: {code(_name(source.path))} ({line(str(source.lang or 'language not given'))}{take})"
-            )
+            lang = line(str(source.lang or "language not given"))
+            lines.append(f"- {phase.name}: {code(_name(source.path))} ({lang}{take})")
     return lines
 
 
