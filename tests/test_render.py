@@ -110,6 +110,24 @@ def test_one_process_renders_and_is_started_again(tokenizer):
     assert render.render(tokenizer, turns) == first
 
 
+def test_an_answer_that_was_not_waited_for_is_no_answer_to_the_next(templated):
+    tokenizer = templated(ENDLESS.replace("// 5", "// 4") + "{{ messages[0].content }}")
+
+    def late(*_):
+        raise KeyboardInterrupt
+
+    render.render(tokenizer, [{"role": "user", "content": "one"}])
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            render.render(tokenizer, [{"role": "user", "content": "what color is the cat " * 4}])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert render.render(tokenizer, [{"role": "user", "content": "two"}]).endswith("two")
+
+
 def test_several_at_once(templated):
     tokenizer = templated("{% if messages[0].content == 'no' %}{{ raise_exception('why') }}{% endif %}yes")
     asked = [([{"role": "user", "content": text}], {}) for text in ("a", "no", "b")]

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qcft.data.render import TemplateRefused
 from qcft.data.rows import Message, Row
-from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, TemplateRefused, Thinking
+from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, Thinking
 from qcft.errors import InputError
 
 if TYPE_CHECKING:

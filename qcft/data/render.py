@@ -78,6 +78,7 @@ class _Worker:
         self._template: str | None = None
 
     def start(self) -> None:
+        """Start the process, if it is not there."""
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         # -P: not what lies beside the program. Its errors are told by what it answers.
@@ -107,19 +108,20 @@ class _Worker:
             self._ready = True
             asked = {"template": None if template == self._template else template, "conversations": conversations}
             self._template = template
+            line = b""
             try:
                 process.stdin.write(json.dumps(asked).encode() + b"\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
-                line = b""
-            if not line.endswith(b"\n"):
-                process.kill()
-                process.wait()
-                self._process = None
-                return []
-            found: list[dict[str, str]] = json.loads(line)
-            return found
+                pass
+            finally:  # interrupted midway, it must not give this answer to the next question
+                if not line.endswith(b"\n"):
+                    process.kill()
+                    process.wait()
+                    self._process = None
+            answers: list[dict[str, str]] = json.loads(line) if self._process else []
+            return answers
 
 
 _WORKER = _Worker()

@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) > MERGED:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {MERGED:,} keys, with those merged")
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         return joined(value) if isinstance(value, str) else value
 
