@@ -20,7 +20,11 @@ from qcft.errors import InputError, QcftError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LIMITS = "5 s, 2 GB of memory, a million characters more than 20 times the conversation"
+SECONDS = 5.0  # of CPU time for one conversation
+REFILL = 0.05  # seconds that each conversation adds to what is left for the next, up to SECONDS
+MEMORY = 2 << 30  # bytes
+LONGEST, TIMES = 1_000_000, 20  # characters that may be written, and more for each one of the conversation
+LIMITS = f"{SECONDS:.0f} s, {MEMORY >> 30} GB of memory, {LONGEST:,} characters more than {TIMES} times its own"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread would take memory, and none has work
 
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]  # turns, options
@@ -83,6 +87,7 @@ class _Worker:
             return
         # -P: not what lies beside the program. Its errors are told by what it answers.
         command = [sys.executable, "-P", str(Path(__file__).with_name("render_worker.py"))]
+        command.append(json.dumps([SECONDS, REFILL, MEMORY, LONGEST, TIMES]))
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
