@@ -205,8 +205,8 @@ def oddity(path: Path) -> str | None:
     """What lies at a path in plain words, where it is neither a file, a folder nor nothing: it may have no end."""
     try:
         mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno == errno.ELOOP:
+    except (OSError, ValueError) as error:  # a name too long for the disk, or with NUL in it
+        if getattr(error, "errno", None) == errno.ELOOP:
             return "a link that leads in a circle"
         return "a link that leads nowhere" if os.path.islink(path) else None
     return next((words for words, is_so in ODD.items() if is_so(mode)), None)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import time
 
 import pytest
@@ -92,6 +93,9 @@ def test_weights_that_contradict_the_config_are_refused(whole, meta, tmp_path, c
         ({"layers_to_transform": [0]}, "of which its config says nothing"),
         ({"modules_to_save": ["lm_head"]}, "lacks .*lm_head"),
         ({"use_dora": True}, "lacks|without magnitudes"),
+        ({"lora_alpha": float("nan")}, "no finite lora_alpha"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "no finite lora_alpha"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "layers of Megatron"),
     ],
 )
 def test_configs_that_contradict_the_weights_are_refused(whole, meta, tmp_path, monkeypatch, config, says):
@@ -100,6 +104,29 @@ def test_configs_that_contradict_the_weights_are_refused(whole, meta, tmp_path, 
     with pytest.raises(InputError, match=says):
         check(changed(whole, tmp_path / "a", config=config), meta)
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: {**entry, "data_offsets": [64, 0]},
+        lambda entry: {**entry, "data_offsets": [-8, 1016]},
+        lambda entry: {**entry, "shape": [2**40, 2**40]},
+        lambda entry: {**entry, "shape": "4"},
+        lambda entry: {**entry, "dtype": "X"},
+        lambda entry: {},
+        lambda entry: None,
+    ],
+)
+def test_headers_that_do_not_fit_are_refused(whole, tmp_path, change):
+    folder = changed(whole, tmp_path / "a")
+    content = (folder / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    text = json.dumps(header | {Q: change(header[Q])}).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    with pytest.raises(InputError, match="truncated or altered"):
+        read_adapter_config(folder)
 
 
 ODD = [None, "x", "", -1, 0, 1.5, True, [], ["x"], [[]], {}, {"x": 1}, {"(": 2}, {"q_proj": "x"}]

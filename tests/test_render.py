@@ -1,11 +1,13 @@
 """Chat templates are programs: each is rendered within limits, or refused in one line that says why."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from qcft import InputError
@@ -14,6 +16,10 @@ from qcft.data.encode import Encoder
 from qcft.data.render import TemplateRefused
 from qcft.data.rows import Message, Row
 from qcft.data.template import CHATML
+from qcft.events import Watch
+from qcft.models.load import load_tokenizer
+from qcft.models.sources import described_folder, resolve
+from qcft.recipe import Model
 
 PLAIN = CHATML.replace("END", "<|im_end|>")
 LONG = "{% if messages[0].content|length > 40 %}PART{% endif %}"
@@ -104,6 +110,24 @@ def test_one_process_renders_and_is_started_again(tokenizer):
     assert render.render(tokenizer, turns) == first
 
 
+def test_an_answer_that_was_not_waited_for_is_no_answer_to_the_next(templated):
+    tokenizer = templated(ENDLESS.replace("// 5", "// 4") + "{{ messages[0].content }}")
+
+    def late(*_):
+        raise KeyboardInterrupt
+
+    render.render(tokenizer, [{"role": "user", "content": "one"}])
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            render.render(tokenizer, [{"role": "user", "content": "what color is the cat " * 4}])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert render.render(tokenizer, [{"role": "user", "content": "two"}]).endswith("two")
+
+
 def test_several_at_once(templated):
     tokenizer = templated("{% if messages[0].content == 'no' %}{{ raise_exception('why') }}{% endif %}yes")
     asked = [([{"role": "user", "content": text}], {}) for text in ("a", "no", "b")]
@@ -128,3 +152,46 @@ def test_the_process_ends_with_its_parent(tokenizer_folder):
             return
         time.sleep(0.1)
     pytest.fail("it is still there")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [("{{ raise_exception('') }}", "refuses it: TemplateError"), ("{{ '%0999999999d' % 1 }}", "exceeds the limits")],
+)
+def test_templates_of_gguf_files_too(tokenizer, tmp_path, monkeypatch, template, says):
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    model = Model(name=str(gguf_of(tokenizer, template, tmp_path / "m.gguf")))
+    with pytest.raises(InputError) as error:
+        Encoder(load_tokenizer(described_folder(resolve(model), Watch()), model))
+    assert says in error.value.message
+
+
+def gguf_of(tokenizer, template, path):
+    """A GGUF file with a model's description and tokenizer, and hardly any weights."""
+    from gguf import GGUFWriter
+
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    words = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    writer = GGUFWriter(path, "llama")
+    for add, value in {
+        writer.add_block_count: 1,
+        writer.add_context_length: 64,
+        writer.add_embedding_length: 64,
+        writer.add_feed_forward_length: 64,
+        writer.add_head_count: 4,
+        writer.add_layer_norm_rms_eps: 1e-5,
+        writer.add_vocab_size: len(words),
+        writer.add_tokenizer_model: "gpt2",
+        writer.add_token_list: [word for word, _ in words],
+        writer.add_token_types: [3 if word.startswith("<|") else 1 for word, _ in words],
+        writer.add_token_merges: [" ".join(merge) for merge in parts["merges"]],
+        writer.add_eos_token_id: tokenizer.eos_token_id,
+        writer.add_chat_template: template,
+    }.items():
+        add(value)
+    writer.add_tensor("token_embd.weight", np.ones((64, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -20,7 +20,11 @@ from qcft.errors import InputError, QcftError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LIMITS = "5 s, 2 GB of memory, a million characters more than 20 times the conversation"
+SECONDS = 5.0  # of CPU time for one conversation
+REFILL = 0.05  # seconds that each conversation adds to what is left for the next, up to SECONDS
+MEMORY = 2 << 30  # bytes
+LONGEST, TIMES = 1_000_000, 20  # characters that may be written, and more for each one of the conversation
+LIMITS = f"{SECONDS:.0f} s, {MEMORY >> 30} GB of memory, {LONGEST:,} characters more than {TIMES} times its own"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread would take memory, and none has work
 
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]  # turns, options
@@ -78,10 +82,12 @@ class _Worker:
         self._template: str | None = None
 
     def start(self) -> None:
+        """Start the process, if it is not there."""
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         # -P: not what lies beside the program. Its errors are told by what it answers.
         command = [sys.executable, "-P", str(Path(__file__).with_name("render_worker.py"))]
+        command.append(json.dumps([SECONDS, REFILL, MEMORY, LONGEST, TIMES]))
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -107,19 +113,20 @@ class _Worker:
             self._ready = True
             asked = {"template": None if template == self._template else template, "conversations": conversations}
             self._template = template
+            line = b""
             try:
                 process.stdin.write(json.dumps(asked).encode() + b"\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
-                line = b""
-            if not line.endswith(b"\n"):
-                process.kill()
-                process.wait()
-                self._process = None
-                return []
-            found: list[dict[str, str]] = json.loads(line)
-            return found
+                pass
+            finally:  # interrupted midway, it must not give this answer to the next question
+                if not line.endswith(b"\n"):
+                    process.kill()
+                    process.wait()
+                    self._process = None
+            answers: list[dict[str, str]] = json.loads(line) if self._process else []
+            return answers
 
 
 _WORKER = _Worker()

@@ -19,41 +19,38 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-SECONDS = 5.0  # of CPU time for one conversation
-REFILL = 0.05  # seconds that each conversation adds to what is left for the next, up to SECONDS
-MEMORY = 2 << 30  # bytes
-LONGEST, TIMES = 1_000_000, 20  # characters that may be written, and more for each one of the conversation
-
 
 def main() -> None:
     """Answer until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    _limit_memory()
+    seconds, refill, memory, longest, times = json.loads(sys.argv[1])
+    _limit_memory(memory)
     start, stop = _watchdog()
-    left = SECONDS
+    left = seconds
     template = ""
     out = sys.stdout.buffer
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        template = asked["template"] or template
+        if asked["template"] is not None:
+            template = asked["template"]
         answers = []
         for turns, options in asked["conversations"]:
             start(left)
             began = time.process_time()
-            answers.append(_render(template, turns, options))
+            size = sum(len(text) for turn in turns for text in turn.values() if isinstance(text, str))
+            answers.append(_render(template, turns, options, longest + times * size))
             stop()
-            left = min(SECONDS, max(REFILL, left + began - time.process_time() + REFILL))
+            left = min(seconds, max(refill, left + began - time.process_time() + refill))
             if "limit" in answers[-1]:
                 break
         out.write(json.dumps(answers).encode() + b"\n")
         out.flush()
 
 
-def _render(template: str, turns: list[Any], options: dict[str, Any]) -> dict[str, str]:
+def _render(template: str, turns: list[Any], options: dict[str, Any], most: int) -> dict[str, str]:
     """The text, the reason why there is none, or the limit that was met."""
-    most = LONGEST + TIMES * sum(len(text) for turn in turns for text in turn.values() if isinstance(text, str))
     try:
         found = render_jinja_template(conversations=[turns], chat_template=template, **options)
         text = found[0][0]
@@ -83,13 +80,13 @@ def _watchdog() -> Any:
     return partial(faulthandler.dump_traceback_later, exit=True, file=null), faulthandler.cancel_dump_traceback_later
 
 
-def _limit_memory() -> None:
+def _limit_memory(most: int) -> None:
     with suppress(ImportError, OSError, ValueError):  # where the system knows no such limit, that of time is left
         import resource
 
         with open("/proc/self/statm") as told:
             used = int(told.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
 
 
 if __name__ == "__main__":

@@ -68,5 +68,5 @@ def check_mergeable(config: dict[str, Any], where: str) -> None:
         )
     for key, value in config.items():
         if value and key not in MERGED and key not in WITHOUT_EFFECT:
-            what = f"{REFUSED[key]} ({key})" if key in REFUSED else key
+            what = f"{REFUSED[key]} ({key})" if key in REFUSED else key if key.isidentifier() else repr(key)
             raise InputError(f"adapter: {where!r} holds {what}, which qcft cannot merge", "merge it with PEFT first")

@@ -114,6 +114,8 @@ def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
         rank = adapter.changes.get(f"{module}.weight", change).a
         if rank is not None:
             change.scale = scale * _scaling(config, module, rank.shape[0])
+            if not math.isfinite(change.scale):
+                raise InputError(f"adapter: {str(folder)!r} has no finite lora_alpha ({weight})", "correct its config")
     if scale != 1 and not adapter.plain:
         raise InputError(
             f"adapter: {str(folder)!r} holds more than plain LoRA ({_odd(adapter)}), which has no scale",

@@ -35,11 +35,14 @@ from qcft.recipe import Model
 CONVERTED = 1  # raised when the conversion from GGUF changes
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights, as some repositories carry them
-# The files of a model folder beside its weights that decide what is loaded; the last row is not read, but was always
-# part of the digest, and whole repositories have it.
+# The files of a model folder beside its weights that decide what is loaded.
 LOADED = (
     "config.json", "generation_config.json", "*.index.json", "adapter_config.json", "qcft_merge.json",
-    "*token*.json", "vocab*.json", "vocab*.txt", "merges.txt", "*.model", "*.jinja", "chat_template*.json",
+    "*token*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "tekken.json", "*.model", "*.jinja",
+    "chat_template*.json",
+)  # fmt: skip
+# What whole repositories have besides. It is not read, but was part of the digest from the start.
+COUNTED = (
     "*processor_config.json", "configuration.json", "params.json", "*_results.json", "trainer_state.json",
     "LICENSE.txt",
 )  # fmt: skip
@@ -222,7 +225,7 @@ def digested_files(folder: Path) -> list[Path]:
     for file in weights:
         if not is_whole_safetensors(file):
             raise InputError(f"model: {str(file)!r} is truncated or altered", "fetch the model again")
-    others = sorted(p for p in folder.iterdir() if any(fnmatchcase(p.name, one) for one in LOADED))
+    others = sorted(p for p in folder.iterdir() if any(fnmatchcase(p.name, one) for one in LOADED + COUNTED))
     for file in [*others, *folder.glob("additional_chat_templates/*.jinja")]:  # the tokenizer reads those too
         if not file.is_file():
             raise InputError(

@@ -98,6 +98,8 @@ def parse_assignments(texts: list[str]) -> dict[str, Any]:
 
 def _find(name: str) -> Path:
     path = Path(os.path.expanduser(name))
+    if (odd := oddity(path)) is not None:
+        raise InputError(f"{name!r} is {odd}, not a recipe", "give the path of a file")
     if exists(path) and not path.is_dir():
         return path.resolve()
     built_in = built_in_recipes()
@@ -105,8 +107,6 @@ def _find(name: str) -> Path:
         return built_in[name]
     if exists(path):
         raise InputError(f"{name!r} is a folder, not a recipe", "give the recipe.yaml inside it")
-    if (odd := oddity(path)) is not None:
-        raise InputError(f"{name!r} is {odd}, not a recipe", "give the path of a file")
     raise InputError(
         f"there is no recipe {name!r}: neither a file nor a built-in name",
         nearest(name, list(built_in)) + f"built in: {', '.join(built_in)}",

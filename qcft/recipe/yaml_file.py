@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from qcft.errors import InputError
-from qcft.files import oddity
 
 # What reading YAML may raise: no YAML, no UTF-8 or no such date, nesting thousands deep.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -53,8 +52,6 @@ def read_yaml(text: str) -> Any:
 
 def read_yaml_file(path: Path) -> Any:
     """The value that a YAML file holds. Raises InputError."""
-    if (odd := oddity(path)) is not None:
-        raise InputError(f"{str(path)!r} is {odd}, not a recipe", "give the path of a file")
     try:
         if path.stat().st_size > LARGEST:
             raise InputError(f"{path}: no recipe has over {LARGEST:,} bytes", "see `qcft recipes` for examples")
