@@ -23,7 +23,7 @@ from qcft.files import read_json
 from qcft.models.generate import Sampling, _Nucleus, answer_batches
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Model, Phase, ReplayPart, load_recipe
-from qcft.replay.generation import Generation
+from qcft.replay.generation import Answering, Generation
 from qcft.replay.pools import Pool
 from qcft.replay.rows import make_replay
 
@@ -70,9 +70,11 @@ def draw(folder: Path, model_folder: Path, new_rows: int, **replay) -> dict:
     place.mkdir(parents=True, exist_ok=True)
     folder.mkdir(exist_ok=True)
     load = lambda: load_model(model_folder, model)  # noqa: E731
-    made = Generation(place, prompts, phase.replay, 0, encoder, load, Watch())
+    asked = phase.replay
+    how = Answering(0, asked.max_new_tokens, asked.temperature, asked.top_p, asked.chunk, asked.batch)
+    made = Generation(place, prompts, how, encoder, load, Watch())
     pool = Pool(ReplayPart(), prompts, "prompts of a test", {})
-    return make_replay(phase, [pool], [new], encoder, [(made, "model", "pool")], folder, Watch())
+    return make_replay(phase.name, phase.replay, [pool], [new], encoder, [(made, "model", "pool")], folder, Watch())
 
 
 def test_killed_three_times_in_the_middle_gives_the_same_file(taught, tmp_path):

@@ -42,7 +42,7 @@ def chosen(encoder, pools, new, folder, watch=None, **replay):
     folder.mkdir(parents=True, exist_ok=True)
     phase = phase_with(**replay)
     none = [None] * len(pools)
-    metrics = make_replay(phase, pools, [new], encoder, none, folder, watch or Watch())
+    metrics = make_replay(phase.name, phase.replay, pools, [new], encoder, none, folder, watch or Watch())
     return metrics, read_replay(folder / "replay.jsonl")
 
 

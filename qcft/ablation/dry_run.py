@@ -16,8 +16,7 @@ from qcft.recipe import ArmRun
 from qcft.runner.forecast import plan_phase
 from qcft.runner.libraries import quiet
 from qcft.runner.planned import PlannedRecipe
-from qcft.steps.needs import bytes_written
-from qcft.steps.step import Step
+from qcft.steps.step import Bench, Step
 from qcft.store import Store
 from qcft.store.opened import read_begun
 
@@ -130,7 +129,7 @@ def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence
         alike = [d for d in alike if d.settings.get(key) == step.settings.get(key)] or alike
     rows = _rows(step, prepared)
     if not alike or not rows:
-        return _from_shapes(step, prepared)
+        return _from_shapes(step, prepared, prepared.bench(store, prepared.watch))
     scaled = step.kind in {"replay", "probe"}
     return {
         "seconds": fmean(d.seconds / max(1, d.rows) for d in alike) * rows,
@@ -138,12 +137,12 @@ def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence
     }
 
 
-def _from_shapes(step: Step, prepared: PlannedRecipe) -> dict[str, Any]:
+def _from_shapes(step: Step, prepared: PlannedRecipe, bench: Bench) -> dict[str, Any]:
     """What a training takes and writes, and a merge writes, as `qcft check` reckons it."""
     from qcft.models.load import device, free_bytes
 
     if step.kind == "merge":
-        return {"seconds": None, "bytes": bytes_written(prepared, step, None)}
+        return {"seconds": None, "bytes": step.work.written(step, bench, None)}
     if step.kind != "train" or step.phase is None:
         return {"seconds": None, "bytes": None}
     planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
@@ -151,7 +150,7 @@ def _from_shapes(step: Step, prepared: PlannedRecipe) -> dict[str, Any]:
     known = planned.unknown is None
     return {
         "seconds": _speed().seconds(planned.cost) * tokens / planned.largest.tokens if known else None,
-        "bytes": bytes_written(prepared, step, planned),
+        "bytes": step.work.written(step, bench, planned),
     }
 
 

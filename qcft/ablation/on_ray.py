@@ -23,7 +23,7 @@ from qcft.models.cards import asked_device
 from qcft.recipe import ArmRun, Recipe, recipe_from
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
-from qcft.runner.recipe import do_step, run_prepared, worker_for
+from qcft.runner.recipe import do_step, run_prepared
 from qcft.steps.step import Step
 from qcft.store import Store
 from qcft.store.ablations import Ablation
@@ -32,7 +32,6 @@ from qcft.store.results import Run
 from qcft.training.settings import with_optimizers
 
 RETRIES = 3  # of a step whose worker was lost
-WITHOUT_GPU = {"merge", "adapter", "layers"}  # they stream weights through the CPU
 
 
 def run_on_ray(
@@ -108,8 +107,8 @@ class _Tasks:
             if step.id not in self.refs:
                 if store.done(step.id) is not None:
                     continue
-                parents = [self.refs[parent] for parent in _parents(step) if parent in self.refs]
-                options = self.options | ({"num_gpus": 0} if step.kind in WITHOUT_GPU else {})
+                parents = [self.refs[parent] for parent in step.depends_on if parent in self.refs]
+                options = self.options | ({"num_gpus": 0} if step.work.streams else {})
                 task = self.work.options(**options, name=step.title)
                 self.refs[step.id] = task.remote(document, str(self.runs), os.getcwd(), step.id, *parents)
             own.append(self.refs[step.id])
@@ -131,7 +130,7 @@ def _work(recipe: dict[str, Any], runs: str, working: str, step: str, *_: None) 
     position, wanted = next(((i, one) for i, one in enumerate(steps, start=1) if one.id == step), (0, None))
     if wanted is None:
         raise ChangedInput(f"{step}: what it is made of changed meanwhile", "give the same command again")
-    do_step(wanted, position, len(steps), worker_for(prepared, store, watch), store, watch)
+    do_step(wanted, position, len(steps), prepared.bench(store, watch))
 
 
 @contextmanager
@@ -153,10 +152,6 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _parents(step: Step) -> list[str]:
-    return [one for one in (step.weights, step.adapter, *step.under, *step.parents) if one]
 
 
 def _failure(ray: Any, refs: Sequence[Any]) -> Exception | None:

@@ -19,7 +19,6 @@ from qcft.recipe import Phase, Recipe, parse_freeze
 from qcft.runner.forecast import plan_phase
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
-from qcft.steps.needs import bytes_written, memory_held
 from qcft.store import Store
 
 if TYPE_CHECKING:
@@ -160,10 +159,10 @@ def _steps(
 ) -> list[dict[str, Any]]:
     """Each step with its state, the memory it holds at most, the bytes it writes, and of trainings the time."""
     trained = {phase["phase"]: phase for phase in phases}
-    steps = []
+    steps, bench = [], prepared.bench(store, prepared.watch)
     for step in prepared.plan.steps:
         training = trained.get(step.phase or "") if step.kind == "train" else None
-        memory = training["memory"] if training else memory_held(prepared, step, free)
+        memory = training["memory"] if training else step.work.memory(step, bench, free)
         if memory is not None and training is None:
             memory = {**memory, "total": sum(memory.values())}
         steps.append(
@@ -174,7 +173,7 @@ def _steps(
                 "phase": step.phase,
                 "quantize": step.settings.get("quantize") or prepared.recipe.model.quantize,
                 "state": store.state(step.id),
-                "bytes": bytes_written(prepared, step, plans.get(step.phase or "")),
+                "bytes": step.work.written(step, bench, plans.get(step.phase or "")),
                 "memory": memory,
                 "seconds": training["seconds"] if training else None,
             }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.errors import InputError
-from qcft.events import StepBegun, StepEnded, Watch
+from qcft.events import Watch
 from qcft.files import oddity, read_json, write_json
 from qcft.inspect.mpd import parameter_difference
 from qcft.inspect.versions import (
@@ -26,15 +25,17 @@ from qcft.inspect.versions import (
 from qcft.layers import decoder_layers
 from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts
 from qcft.models.adapters import load_stack
-from qcft.models.load import free_memory, load_model, peak_memory, quiet_libraries
+from qcft.models.load import free_memory, load_model, quiet_libraries
 from qcft.models.switch import Stacks
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
+from qcft.prepare.rows import Rows
+from qcft.recipe.stages import DRIFT
 from qcft.replay.pools import ENGLISH
 from qcft.runner.libraries import set_environment
+from qcft.runner.recipe import do_step
 from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
-from qcft.steps.step import Step
-from qcft.steps.unchanged import inputs_unchanged
+from qcft.steps.step import Bench, Step, Work
 from qcft.store import NamedRun, Store, read_run
 from qcft.store.holding import working
 from qcft.store.runs import add_stage, link_stage
@@ -96,7 +97,8 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
     if store.done(step.id) is None:
         check_parents([step], store, watch)
     with working(runs, named.name):
-        record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
+        bench = Bench(prepared, Rows(prepared), prepared.inputs, {}, store, watch)
+        record = store.done(step.id, watch) or do_step(step, 1, 1, bench)
         store.reuse(step.id, step.inputs(), watch)
         add_stage(named, step.stage, step.id)
         link_stage(named, step.stage, store.folder(record["step"]))
@@ -143,46 +145,49 @@ def _file_texts(files: Mapping[str, Path], prepared: PreparedModel) -> dict[str,
 
 
 def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int]]], prepared: PreparedModel) -> Step:
-    recipe = prepared.recipe
-    settings = {
-        "model": prepared.model.digest,
-        "quantize": recipe.model.quantize,
-        "attn_implementation": recipe.model.attn_implementation,
-        "from": _as_setting(since),
-        "to": _as_setting(to),
-        "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-    }
+    asked = prepared.asked
+    work = Drift(prepared.model.digest, asked.quantize, asked.attn_implementation, since, to, texts)
     title = f"drift from {since.name} to {to.name}"
     parents = tuple(dict.fromkeys((*since.steps, *to.steps)))
-    return Step("drift", f"drift/{since.name}-{to.name}", title, None, None, None, settings, parents)
+    return Step(work, f"{DRIFT}{since.name}-{to.name}", title, parents=parents)
 
 
-def _do(
-    step: Step,
-    since: Version,
-    to: Version,
-    texts: Mapping[str, Sequence[Sequence[int]]],
-    prepared: PreparedModel,
-    store: Store,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Measure under the step's lock; languages that a killed process has measured are kept."""
-    before = store.state(step.id)
-    with store.claim(step.id, step.inputs(), watch) as folder:
-        if record := store.done(step.id):
-            return record
-        watch.tell(StepBegun(step.id, step.title, 1, 1, "resumed" if before == "partial" else "new"))
-        begun = time.monotonic()
-        with inputs_unchanged(prepared.inputs, store):
-            moved = parameter_difference(since, to, prepared, store, watch)
-            shifts = _shifts(since, to, texts, prepared, store, folder, watch)
+@dataclass(frozen=True)
+class Drift(Work):
+    """Compares two models on texts; languages that a killed process has measured are kept."""
+
+    kind: ClassVar[str] = "drift"
+
+    model: str
+    quantize: str
+    attn_implementation: str | None
+    since: Version
+    to: Version
+    texts: Mapping[str, Sequence[Sequence[int]]]
+
+    def settings(self) -> dict[str, Any]:
+        """The models by their steps, the texts by their digest."""
+        return {
+            "model": self.model,
+            "quantize": self.quantize,
+            "attn_implementation": self.attn_implementation,
+            "from": _as_setting(self.since),
+            "to": _as_setting(self.to),
+            "text": hashlib.sha256(json.dumps(self.texts).encode()).hexdigest(),
+        }
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Measure, and write drift.json."""
+        since, to, prepared, store = self.since, self.to, bench.model, bench.store
+        moved = parameter_difference(since, to, prepared, store, bench.watch)
+        shifts = _shifts(since, to, self.texts, prepared, store, folder, bench.watch)
         trained = store.record(to.trained) if to.trained else None
         frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
         document = {
             "from": since.name,
             "to": to.name,
             "text": {
-                lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in texts.items()
+                lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in self.texts.items()
             },
             "parameters": {key: value for key, value in moved.items() if key != "layers"},
             "layers": [
@@ -196,11 +201,7 @@ def _do(
             ],
         }
         write_json(folder / "drift.json", document)
-        kind, peak = peak_memory()
-        metrics = {"from": since.name, "to": to.name, "mpd": moved["mpd"], f"peak_{kind}_bytes": peak}
-        record = store.finish(step.id, metrics, time.monotonic() - begun)
-    watch.tell(StepEnded(step.id, step.title, record["seconds"]))
-    return record
+        return {"from": since.name, "to": to.name, "mpd": moved["mpd"]}
 
 
 def _shifts(
@@ -236,7 +237,7 @@ def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Stor
     """Both models: one load with adapters switched where they share weights, else both in memory."""
     stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
-    model = prepared.recipe.model
+    model = prepared.asked
     if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):
         both = Stacks(load_model(folders[0], model), stacks)
         return [_switched(both, stack) for stack in stacks]

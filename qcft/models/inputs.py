@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qcft.errors import ChangedInput, InputError
 from qcft.files import SeenFile, file_digest, stamp_of
-from qcft.models.sources import ModelSource, digested_files
+from qcft.models.folders import digested_files
+from qcft.models.sources import ModelSource
 
 
 class Inputs:

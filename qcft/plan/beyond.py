@@ -6,14 +6,16 @@ Nothing that the run has is planned again, so neither its data nor an adapter ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from qcft.plan.plan import Live
 from qcft.plan.planner import Planner
 from qcft.prepare.digests import Digests
-from qcft.recipe import Dial, Goal, Recipe
+from qcft.prepare.settings import ModelSettings
+from qcft.recipe import Answers, Dial, Goal, Recipe
 from qcft.recipe.stages import BASE, PROBES, amount, dial_stage, goal_stage, kept_stage
+from qcft.steps.dial import DialPoints
+from qcft.steps.probe import Probe
 from qcft.steps.step import Step
 
 MODEL = ("model", "attn_implementation", "chat_template", "template")  # settings that every step of a run shares
@@ -45,8 +47,13 @@ class _Planner(Planner):
         found = {step.stage: step for step in stored}
         trained, measured = found[phase], found[f"{PROBES}{phase}"]
         super().__init__(recipe, Digests(trained.settings["model"], {}, {}, measured.settings["held_out"]))
-        self.model = {key: trained.settings[key] for key in MODEL if key in trained.settings}
+        found_model = {key: trained.settings[key] for key in MODEL if key in trained.settings}
+        self.model = ModelSettings(**{**found_model, "template": tuple(found_model.get("template", ()))})
         self.steps = list(stored)
+        as_stored = measured.settings
+        self.measuring = Probe(
+            self.model, as_stored["quantize"], as_stored["held_out"], Answers.model_construct(**as_stored["answers"])
+        )
         self.of_phase = Live(
             recipe.phase(phase), _phases_until(recipe, phase), trained.weights, trained.id, trained.under, measured,
             self._bare(trained),
@@ -55,29 +62,26 @@ class _Planner(Planner):
     def reach(self, goal: Goal) -> tuple[Step, ...]:
         """The goal's merge, its measurement and what it kept; added where the run lacks them."""
         live = self.of_phase
-        settings: dict[str, Any] = {**self.merging(), **({"dtype": goal.dtype} if goal.dtype else {})}
+        work = replace(self.merging(), dtype=goal.dtype or self.recipe.merge.dtype)
         stage, title, quantize = goal_stage(goal, self.first), f"{goal.phase} merged", self.quantize
         if goal.dequantised:
-            settings["base"], quantize, title = "dequantised", "none", f"{title} onto the dequantised base"
+            work = replace(work, base="dequantised")
+            quantize, title = "none", f"{title} onto the dequantised base"
         if way := goal.way():
-            settings |= way
+            work = replace(work, **way, seed=self.recipe.seed if goal.method else 0)
             title = f"{title} at {amount(way)}"
-        made = (live.weights, live.adapter, live.under, settings)
+        made = (live.weights, live.adapter, live.under, work.settings())
         there = (s for s in self.steps if s.kind == "merge" and (s.weights, s.adapter, s.under, s.settings) == made)
         merged = next(there, None)
         if merged is None:
             if any(step.stage == stage for step in self.steps):  # made otherwise, and others may depend on it
                 stage = f"{stage}-{goal.dtype or 'alone'}"
-            merged = self.add(
-                "merge", stage, f"merge {title}", goal.phase, live.weights, live.adapter, settings, under=live.under
-            )
+            merged = self.add(work, stage, f"merge {title}", goal.phase, live.weights, live.adapter, under=live.under)
         stages = {step.stage: step for step in self.steps}
         measured = stages.get(f"{PROBES}{merged.stage}")
         if measured is None or measured.weights != merged.id:
-            way_of_measuring = {**live.measured.settings, "quantize": quantize}
-            measured = self.add(
-                "probe", f"{PROBES}{merged.stage}", f"measure {title}", None, merged.id, None, way_of_measuring
-            )
+            probe = replace(self.measuring, quantize=quantize)
+            measured = self.add(probe, f"{PROBES}{merged.stage}", f"measure {title}", None, merged.id)
         if way:
             return merged, measured
         kept = stages.get(kept_stage(merged.stage))
@@ -88,21 +92,13 @@ class _Planner(Planner):
     def dial(self, dial: Dial) -> tuple[Step, ...]:
         """The measurement of a phase's delta at several scales, added."""
         live = self.of_phase
-        settings = {
-            **live.measured.settings,
-            "seed": self.recipe.seed,
-            "scales": list(dial.scales),
-            **({"method": dial.method, "density": dial.density} if dial.method else {}),
-        }
+        measuring = self.measuring
+        work = DialPoints(
+            measuring.model, measuring.quantize, measuring.held_out, measuring.answers, self.recipe.seed,
+            tuple(dial.scales), dial.method, dial.density if dial.method else None,
+        )  # fmt: skip
         step = self.add(
-            "dial",
-            dial_stage(dial),
-            f"dial {dial.phase}",
-            dial.phase,
-            live.weights,
-            live.adapter,
-            settings,
-            under=live.under,
+            work, dial_stage(dial), f"dial {dial.phase}", dial.phase, live.weights, live.adapter, under=live.under
         )
         return (step,)
 

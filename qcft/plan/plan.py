@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from qcft.recipe import Phase
 from qcft.steps.step import Step
 
-# Settings of a training that change how it is run or watched, not what comes of it.
-CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache", "micro_batch"}
-
 
 @dataclass(frozen=True)
 class Live:
@@ -56,7 +53,7 @@ class Plan:
         wanted = {self.step(stage).id}
         for step in reversed(self.steps):
             if step.id in wanted:
-                wanted |= {one for one in (step.weights, step.adapter, *step.under, *step.parents) if one}
+                wanted |= {*step.depends_on}
         return tuple(step for step in self.steps if step.id in wanted)
 
     def step(self, stage: str) -> Step:

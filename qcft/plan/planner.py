@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from qcft.plan.plan import CIRCUMSTANCES, Live, Plan
+from qcft.plan.plan import Live, Plan
 from qcft.plan.suite_steps import ability_steps
 from qcft.prepare.digests import Digests
+from qcft.prepare.settings import ModelSettings, limits_of
 from qcft.recipe import Phase, Recipe, parse_freeze
 from qcft.recipe.stages import BASE, BASE_16BIT, PROBES, kept_stage, merged_stage
-from qcft.steps.step import Kind, Step
+from qcft.steps.adapter import Adapter
+from qcft.steps.kept import Kept
+from qcft.steps.layers import Layers
+from qcft.steps.merge import Merge
+from qcft.steps.probe import Probe
+from qcft.steps.replay import Answers, DrawnFrom, ReplayRows
+from qcft.steps.step import Step, Work
+from qcft.steps.train import Training
 
 
 def make_plan(recipe: Recipe, digests: Digests) -> Plan:
@@ -44,12 +50,9 @@ class Planner:
         self.steps: list[Step] = []
         self.pools: dict[str, Step] = {}
         model = recipe.model
-        self.model = {
-            "model": digests.model,
-            "attn_implementation": model.attn_implementation,
-            "chat_template": model.chat_template,
-            **({"template": list(digests.template)} if digests.template else {}),
-        }
+        self.model = ModelSettings(
+            digests.model, model.attn_implementation, model.chat_template, tuple(digests.template)
+        )
         self.quantize = model.quantize
         self.chain: str | None = None  # the merge step that holds every earlier delta, as far as merged
         self.unmerged: list[Live] = []
@@ -91,10 +94,8 @@ class Planner:
         for live in self.unmerged:
             name = live.phase.name
             stage, onto = merged_stage(name, self.first), self.chain
-            merged = self.add(
-                "merge", stage, f"merge {' and '.join(live.phases)}", name, onto, live.adapter, self.merging(),
-                under=live.under,
-            )  # fmt: skip
+            title = f"merge {' and '.join(live.phases)}"
+            merged = self.add(self.merging(), stage, title, name, onto, live.adapter, under=live.under)
             measured = self.probe(stage, f"{name} merged, {self.precision()}", merged.id, None)
             if live.weights == onto:  # else the adapter meets other weights than it was trained on
                 self.kept(stage, live, merged, measured)
@@ -102,16 +103,16 @@ class Planner:
         self.unmerged.clear()
         return self.chain, measured
 
-    def merging(self) -> dict[str, Any]:
-        """The settings of every merge."""
-        return {**self.model, **({"dtype": self.recipe.merge.dtype} if self.recipe.merge.dtype else {})}
+    def merging(self) -> Merge:
+        """The merge of the recipe's own."""
+        return Merge(self.model, self.recipe.merge.dtype)
 
     def kept(self, stage: str, live: Live, merged: Step, measured: Step) -> Step:
         """The comparison of a merge with the live model."""
         title = f"check what merging {' and '.join(live.phases)} kept"
-        settings = {"phases": list(live.phases), "quantize": measured.settings["quantize"]}
+        work = Kept(live.phases, measured.settings["quantize"])
         parents = (live.bare.id, live.measured.id, measured.id)
-        return self.add("kept", kept_stage(stage), title, live.phase.name, None, None, settings, parents)
+        return self.add(work, kept_stage(stage), title, live.phase.name, parents=parents)
 
     def probe(
         self,
@@ -123,55 +124,45 @@ class Planner:
         under: tuple[str, ...] = (),
     ) -> Step:
         """A measurement of one stage on all held-out rows."""
-        settings = {
-            **self.model,
-            "quantize": quantize or self.quantize,
-            "held_out": self.digests.held_out,
-            "answers": self.recipe.answers.model_dump(),
-        }
-        return self.add("probe", f"{PROBES}{stage}", f"measure {title}", None, weights, adapter, settings, under=under)
+        work = Probe(self.model, quantize or self.quantize, self.digests.held_out, self.recipe.answers)
+        return self.add(work, f"{PROBES}{stage}", f"measure {title}", None, weights, adapter, under=under)
 
     def replay(self, phase: Phase, start: _Start) -> Step:
         """The rows of replay a phase mixes in, drawn from pools that do not depend on how many there are."""
-        assert phase.replay is not None
-        parts: list[dict[str, Any]] = []
-        for part, digest in zip(phase.replay.parts(), self.digests.replay[phase.name], strict=True):
-            pool = self.pool(phase, start, digest) if part.kind == "generative" else None
-            drawn = {"kind": part.kind, "weight": part.weight, "pool": pool.id if pool else None, "rows": digest}
-            parts.append(drawn | ({"phase": part.phase} if part.phase else {}))
-        generative = any(part["pool"] for part in parts)
-        settings = {
-            **self.model,
-            "parts": parts,
-            **{key: getattr(phase.replay, key) for key in ("ratio", "unit", "on_shortfall")},
-            "filters": phase.replay.filters.model_dump() if generative else None,
-            "beside": self.digests.phases[phase.name],
-            "limits": _limits(phase),
-            "replay_system": self.recipe.phases[0].system,
-            **self.balance(phase),
-        }
+        asked = phase.replay
+        assert asked is not None
+        parts = []
+        for part, digest in zip(asked.parts(), self.digests.replay[phase.name], strict=True):
+            pool = self.pool(phase, start, digest).id if part.kind == "generative" else None
+            parts.append(DrawnFrom(part.kind, part.weight, pool, digest, part.phase))
+        generative = any(part.pool for part in parts)
+        work = ReplayRows(
+            self.model,
+            tuple(parts),
+            asked.ratio,
+            asked.unit,
+            asked.on_shortfall,
+            asked.filters if generative else None,
+            self.digests.phases[phase.name],
+            limits_of(phase),
+            self.recipe.phases[0].system,
+            self.digests.balance.get(phase.name),
+        )
         stage = self.numbered("replay", phase.name)
         title = f"{'generate' if generative else 'choose'} replay for {phase.name}"
         weights, stack = (start.weights, start.stack) if generative else (None, ())
-        return self.add(
-            "replay", stage, title, phase.name, weights, stack[-1] if stack else None, settings, under=stack[:-1]
-        )
+        adapter = stack[-1] if stack else None
+        return self.add(work, stage, title, phase.name, weights, adapter, under=stack[:-1])
 
     def pool(self, phase: Phase, start: _Start, prompts: str) -> Step:
         """The answers of the model the phase starts from to prompts in their order; as many as were needed so far."""
-        assert phase.replay is not None
-        settings = {
-            **self.model,
-            "quantize": self.quantize,
-            "prompts": prompts,
-            "seed": self.recipe.seed,
-            "system": self.recipe.phases[0].system,
-            "max_length": phase.train.max_length,
-            **{key: getattr(phase.replay, key) for key in ("max_new_tokens", "temperature", "top_p", "chunk", "batch")},
-        }
-        title, stack = f"answers for the replay of {phase.name}", start.stack
-        adapter = stack[-1] if stack else None
-        pool = Step("pool", "pool", title, phase.name, start.weights, adapter, settings, (), stack[:-1])
+        asked, system, stack = phase.replay, self.recipe.phases[0].system, start.stack
+        assert asked is not None
+        how = (asked.max_new_tokens, asked.temperature, asked.top_p, asked.chunk, asked.batch)
+        seed, most = self.recipe.seed, phase.train.max_length
+        work = Answers(self.model, self.quantize, prompts, seed, system, most, *how)
+        title, adapter = f"answers for the replay of {phase.name}", stack[-1] if stack else None
+        pool = Step(work, "pool", title, phase.name, start.weights, adapter, (), stack[:-1])
         return self.pools.setdefault(pool.id, pool)
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
@@ -180,10 +171,9 @@ class Planner:
         if measure is None:
             return None
         stage = self.numbered("layers", phase.name)
-        settings: dict[str, Any] = {"model": self.digests.model, "measure": measure}
         if measure == "snr":
             title = f"measure signal to noise for {phase.name}"
-            return self.add("layers", stage, title, phase.name, weights, None, settings)
+            return self.add(Layers(self.digests.model, measure), stage, title, phase.name, weights)
         names = [p.name for p in self.recipe.phases]
         number = names.index(phase.name)
         # An adapter that a later phase went on with is part of that phase's.
@@ -192,60 +182,53 @@ class Planner:
             for name, later in zip(names[:number], self.recipe.phases[1:], strict=False)
             if later.name == phase.name or later.start != "continue"
         ]
-        settings["since"] = None if earlier else self.digests.base
+        work = Layers(self.digests.model, measure, None if earlier else self.digests.base)
         title = f"measure what {' and '.join(earlier) or 'tuning the base'} changed"
         parents = tuple(self.step_of(name).id for name in earlier)
-        return self.add("layers", stage, title, phase.name, None, None, settings, parents)
+        return self.add(work, stage, title, phase.name, parents=parents)
 
     def train(self, phase: Phase, start: _Start, replay: Step | None, layers: Step | None) -> Step:
         """The training of a phase's adapter."""
-        settings = {
-            **self.model,
-            "quantize": self.quantize,
-            "seed": self.recipe.seed,
-            "lora": self.recipe.lora.model_dump(),
-            "freeze": phase.freeze,
-            "rows": self.digests.phases[phase.name],
-            "limits": _limits(phase),
-            "replay_system": self.recipe.phases[0].system if replay else None,
-            "train": phase.train.model_dump(exclude=CIRCUMSTANCES),
-            **self.balance(phase),
-        }
-        watched = self.recipe.forgetting
-        english = self.digests.english.get(phase.name)
-        if watched is not None and watched.stop is not None and english:  # the probe itself changes nothing
-            settings["forgetting"] = {**watched.model_dump(exclude={"warn"}), "english": english}
-        if self.recipe.deterministic:
-            settings["deterministic"] = True
-        if start.goes_on and self.quantize != "none":
-            settings["carried"] = "float32"  # earlier versions rounded the adapter to bf16 as the phase began
+        recipe = self.recipe
+        work = Training(
+            self.model,
+            self.quantize,
+            recipe.seed,
+            recipe.lora,
+            phase.freeze,
+            self.digests.phases[phase.name],
+            limits_of(phase),
+            recipe.phases[0].system if replay else None,
+            phase.train,
+            self.digests.balance.get(phase.name),
+            recipe.deterministic,
+            # Earlier versions rounded the adapter to bf16 as the phase began.
+            "float32" if start.goes_on and self.quantize != "none" else None,
+            recipe.forgetting,
+            self.digests.english.get(phase.name),
+        )
         parents = tuple(step.id for step in (replay, layers) if step)
         title, weights = f"train {phase.name}", start.weights
-        return self.add("train", phase.name, title, phase.name, weights, start.goes_on, settings, parents, start.under)
-
-    def balance(self, phase: Phase) -> dict[str, Any]:
-        """What decides which rows of a phase are drawn, where not all are."""
-        return {"balance": self.digests.balance[phase.name]} if phase.name in self.digests.balance else {}
+        return self.add(work, phase.name, title, phase.name, weights, start.goes_on, parents, start.under)
 
     def adapter(self, phase: Phase) -> Step:
-        """An adapter made elsewhere, taken in as a phase."""
-        settings = {**self.model, "rows": self.digests.phases[phase.name]}
-        return self.add("adapter", phase.name, f"take in the adapter of {phase.name}", phase.name, None, None, settings)
+        """An adapter made elsewhere, imported as a phase."""
+        work = Adapter(self.model, self.digests.phases[phase.name], phase.adapter or "")
+        return self.add(work, phase.name, f"take in the adapter of {phase.name}", phase.name)
 
     def add(
         self,
-        kind: Kind,
+        work: Work,
         stage: str,
         title: str,
         phase: str | None,
-        weights: str | None,
-        adapter: str | None,
-        settings: Mapping[str, Any],
+        weights: str | None = None,
+        adapter: str | None = None,
         parents: tuple[str, ...] = (),
         under: tuple[str, ...] = (),
     ) -> Step:
         """Add a step at the end."""
-        step = Step(kind, stage, title, phase, weights, adapter, settings, parents, under)
+        step = Step(work, stage, title, phase, weights, adapter, parents, under)
         self.steps.append(step)
         return step
 
@@ -260,13 +243,3 @@ class Planner:
     def precision(self) -> str:
         """The precision of the base, in words."""
         return "NF4" if self.quantize == "nf4" else "16 bit"
-
-
-def _limits(phase: Phase) -> dict[str, Any]:
-    """What decides how a phase's rows become tokens."""
-    return {
-        "system": phase.system,
-        "max_length": phase.train.max_length,
-        "long_rows": phase.train.long_rows,
-        **({"thinking": phase.thinking} if phase.thinking != "auto" else {}),
-    }

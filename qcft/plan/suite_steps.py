@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from qcft.errors import InputError, nearest
 from qcft.plan.plan import Live
 from qcft.prepare.digests import Digests
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Evaluate, Recipe
 from qcft.recipe.stages import ABILITIES, BASE, PROBES
+from qcft.steps.probe import Probe
 from qcft.steps.step import Step
+from qcft.steps.suite import Suite
 
 
 def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, Live]) -> list[Step]:
@@ -48,18 +50,17 @@ def _usual(recipe: Recipe, live: Mapping[str, Live]) -> list[str]:
 
 
 def _step(probe: Step, task: str, digest: str, evaluate: Evaluate, digests: Digests) -> Step:
-    shared = {key: probe.settings[key] for key in ("model", "attn_implementation", "chat_template", "quantize")}
-    shared |= {key: probe.settings[key] for key in ("template",) if key in probe.settings}
-    settings: dict[str, Any] = {**shared, "task": task, "data": digest}
+    asked: dict[str, Any]
     if task == FIDELITY:
         most = min(evaluate.fidelity.max_new_tokens, evaluate.max_new_tokens or evaluate.fidelity.max_new_tokens)
-        settings |= {**evaluate.fidelity.model_dump(), "max_new_tokens": most}
+        asked = {**evaluate.fidelity.model_dump(), "max_new_tokens": most}
     else:
-        settings |= {"limit": evaluate.limit, "max_new_tokens": evaluate.max_new_tokens, "batch": evaluate.batch}
+        asked = {"limit": evaluate.limit, "max_new_tokens": evaluate.max_new_tokens, "batch": evaluate.batch}
         if task != ALPACA_EVAL:
-            settings |= {"shots": evaluate.shots, "lm_eval": digests.lm_eval}
+            asked |= {"shots": evaluate.shots, "lm_eval": digests.lm_eval}
+    measured = cast("Probe", probe.work)
+    work = Suite(measured.model, measured.quantize, task, digest, asked)
     name = probe.stage.removeprefix(PROBES)
     title = f"evaluate {probe.title.removeprefix('measure ')} on {task}"
-    return Step(
-        "suite", f"{ABILITIES}{name}/{task}", title, None, probe.weights, probe.adapter, settings, (), probe.under
-    )
+    stage = f"{ABILITIES}{name}/{task}"
+    return Step(work, stage, title, None, probe.weights, probe.adapter, (), probe.under)

@@ -5,30 +5,28 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from qcft.data.balance import draw_balanced
-from qcft.data.encode import EncodedSet, Encoder, hint_for
-from qcft.data.mix import mixed_order
+from qcft.data.encode import EncodedSet, Encoder
 from qcft.data.rows import Row, digest_rows
-from qcft.data.template import Thinking
-from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import file_digest
 from qcft.measure.catalog import Catalog
 from qcft.models.adapter_config import CONFIG, WEIGHTS, read_adapter_config
 from qcft.models.inputs import Inputs
+from qcft.models.load import device
 from qcft.models.sources import ModelSource, resolve, weights_folder
 from qcft.prepare.digests import Digests
 from qcft.prepare.groups import Group, held_out_groups
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.reading import SourceReader, with_languages
+from qcft.prepare.rows import PhaseRows, Rows, order_of
+from qcft.prepare.settings import kept_alive, limits_of
 from qcft.recipe import FIDELITY, TESTS, Model, Phase, Recipe
 from qcft.replay.pools import ENGLISH, HeldOutRows, Pool, make_pools
-
-T = TypeVar("T")
+from qcft.training.settings import with_optimizers
 
 
 class Prepared(PreparedModel):
@@ -38,13 +36,36 @@ class Prepared(PreparedModel):
     """
 
     def __init__(self, recipe: Recipe, watch: Watch, memo: dict[Any, Any] | None = None) -> None:
-        super().__init__(recipe, watch, memo)
-        recipe = self.recipe
-        reader = SourceReader(recipe, watch, self._once)
+        recipe = with_optimizers(recipe, device())
+        super().__init__(recipe.model, watch, memo)
+        self._digests: dict[str, str] = {}
+        reader = SourceReader(recipe, watch, self.once)
         self.sources = {p.name: [reader.load(s, p.name) for s in p.sources()] for p in recipe.phases}
         self.recipe = recipe = with_languages(recipe, self.sources)
         self.groups = held_out_groups(recipe, self.sources, reader)
         self.rows = {phase.name: self._training_rows(phase) for phase in recipe.phases}
+
+    @cached_property
+    def for_steps(self) -> Rows:
+        """The rows as steps see them."""
+        phases = {
+            phase.name: PhaseRows(
+                phase.name,
+                self.rows_digest(phase),
+                tuple(self.sources[phase.name]),
+                tuple(self.rows[phase.name]),
+            )
+            for phase in self.recipe.phases
+        }
+        return Rows(
+            PreparedModel(self.asked, self.watch, self.memo),
+            phases,
+            (self.held_out_digest(), self.groups),
+            {self._digest(group): group for group in self.groups},
+            lambda name: tuple((self._digest_rows(p.rows, self.recipe.phases[0].system), p) for p in self.pools[name]),
+            lambda: self.base_folder,
+            self.catalog,
+        )
 
     @cached_property
     def base(self) -> ModelSource | None:
@@ -74,87 +95,24 @@ class Prepared(PreparedModel):
         assert self.base is not None
         return weights_folder(self.base, self.watch)
 
-    def encoder(self, phase: Phase) -> Encoder:
-        """The phase's way from rows to tokens."""
-        return self.encoder_for(phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
-
-    def group_encoder(self, group: Group) -> Encoder:
-        """A held-out group's way from rows to tokens: its phase's."""
-        return self.encoder_for(group.system, group.max_length, group.long_rows, group.thinking)
-
     def held_out(self, group: Group) -> EncodedSet:
         """A group's rows as tokens. Raises InputError when none is left to measure."""
-        encoded = self.group_encoder(group).encode_all(group.rows)
-        if not encoded.rows:
-            of_phase = any(group.phase == phase.name for phase in self.recipe.phases)
-            raise InputError(
-                f"data: none of the {len(group.rows)} held-out rows of {group.name} can be measured "
-                f"({_counts(encoded.left_out)})",
-                hint_for(
-                    encoded.left_out,
-                    f"raise {group.phase}.train.max_length (it is {group.max_length})"
-                    if of_phase
-                    else f"give shorter rows: at most {group.max_length} tokens are measured",
-                ),
-            )
-        return encoded
+        return self.for_steps.measured(group)
 
     def encoded(self, phase: Phase) -> list[EncodedSet]:
         """The phase's training rows as tokens, source by source, those that are drawn where its languages are
         balanced. Raises InputError when none is left."""
-        limits = (phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
-        sources = tuple(source.digest for source in self.sources[phase.name])
-        rows = digest_rows(row for rows in self.rows[phase.name] for row in rows)
-        key = ("tokens", self.recipe.model.model_dump_json(), limits, sources, rows)
-        sets = self._once(key, lambda: self._encode(phase))
-        if phase.balance == "none":
-            return sets
-        langs = [source.lang for source in self.sources[phase.name]]
-        return draw_balanced(sets, langs, phase.balance, self.recipe.seed)
+        balance = self._balance(phase) if phase.balance != "none" else None
+        return self.for_steps.encoded(self.for_steps.phases[phase.name], limits_of(phase), balance)
 
     def order(self, phase: Phase, replay_rows: int) -> Callable[[int], list[int]]:
         """The order of the phase's rows, as `encoded` gives them, and of its replay in each epoch, from 0."""
-        sets = self.encoded(phase)
-        new = sum(len(one.rows) for one in sets)
-        by_lang = zip(self.sources[phase.name], sets, strict=True)
-        langs = None if phase.balance == "none" else [source.lang for source, one in by_lang for _ in one.rows]
-        return lambda epoch: mixed_order(new, replay_rows, f"{self.recipe.seed}:{epoch}", langs)
-
-    def _encode(self, phase: Phase) -> list[EncodedSet]:
-        encoder = self.encoder(phase)
-        sets = []
-        for source, rows in zip(self.sources[phase.name], self.rows[phase.name], strict=True):
-            encoded = encoder.encode_all(rows, partial(self._tokenising, source.name, len(rows)))
-            if not encoded.rows:
-                raise InputError(
-                    f"data: none of the {len(rows)} rows of {source.source.path!r} can train "
-                    f"({_counts(encoded.left_out)})",
-                    hint_for(
-                        encoded.left_out,
-                        f"raise {phase.name}.train.max_length or set {phase.name}.train.long_rows to cut",
-                    ),
-                )
-            for what, n in encoded.changed.items():
-                self.watch.note(f"{phase.name}, {source.name}: {n} of {len(rows)} rows: {what}")
-            sets.append(encoded)
-        return sets
+        own, balanced = self.for_steps.phases[phase.name], phase.balance != "none"
+        return order_of(own, self.encoded(phase), replay_rows, self.recipe.seed, balanced)
 
     def replay_encoder(self, phase: Phase) -> Encoder:
-        """Replay's way from rows to tokens: under the system prompt of the phase it keeps alive, and with thoughts only
-        in rows that have some: answers are asked for without."""
-        train = phase.train
-        system = self.recipe.phases[0].system
-        thinking: Thinking = "off" if phase.thinking == "off" else "auto"
-        return self.encoder_for(system, train.max_length, train.long_rows, thinking)
-
-    def english_prompts(self) -> list[tuple[Group, Row]]:
-        """The held-out English rows whose prompts every stage answers."""
-        for group in self.groups:
-            if group.lang == ENGLISH:
-                rows = {row.prompt_digest: row for row in self.held_out(group).rows}  # one may be several training rows
-                ranked = sorted(rows.values(), key=lambda row: row.key)
-                return [(group, row) for row in ranked[: self.recipe.answers.prompts]]
-        return []
+        """Replay's way from rows to tokens."""
+        return self.for_steps.encoder(kept_alive(limits_of(phase), self.recipe.phases[0].system))
 
     def english_group(self, phase: Phase) -> Group | None:
         """The held-out English rows that a phase's live probe goes by: those of another phase, of `probe`, or that ship
@@ -162,9 +120,12 @@ class Prepared(PreparedModel):
         others = (group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name)
         return next(others, None)
 
-    def _tokenising(self, name: str, total: int, done: int) -> None:
-        if done % 500 == 0:
-            self.watch.progress(f"tokenising {name}", done, total, "rows")
+    def pinned_recipe(self) -> Recipe:
+        """The recipe with a hub model's revision resolved to its commit, as the run keeps it."""
+        if self.model.kind != "hub":
+            return self.recipe
+        pinned = self.recipe.model.model_copy(update={"revision": self.model.digest.rsplit("@", 1)[1]})
+        return self.recipe.model_copy(update={"model": pinned})
 
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
         """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe.
@@ -220,8 +181,10 @@ class Prepared(PreparedModel):
         """The digest of the rows that a phase trains on, or of its adapter."""
         if phase.adapter:
             return adapter_digest(Path(os.path.expanduser(phase.adapter)))
-        rows = [row for rows in self.rows[phase.name] for row in rows]
-        return self._digest_rows(rows, phase.system)
+        if phase.name not in self._digests:
+            rows = [row for rows in self.rows[phase.name] for row in rows]
+            self._digests[phase.name] = self._digest_rows(rows, phase.system)
+        return self._digests[phase.name]
 
     def held_out_digest(self) -> str:
         """The digest of the rows that every stage is measured on."""
@@ -258,10 +221,6 @@ class Prepared(PreparedModel):
         for lang, names in chosen.lacking.items():
             self.watch.note(f"there is no task {', '.join(names)}: {lang} goes without", "warning")
         return {task: held_out if task == FIDELITY else digest for task, digest in chosen.tasks.items()}
-
-
-def _counts(left_out: dict[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in left_out.items())
 
 
 def adapter_digest(folder: Path) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qcft.data.encode import Encoder
 from qcft.data.mix import stable_seed
@@ -14,7 +14,6 @@ from qcft.data.rows import Row
 from qcft.events import Watch
 from qcft.files import read_sealed, write_sealed
 from qcft.models.generate import Sampling, answer_batches
-from qcft.recipe import Replay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +22,18 @@ LARGEST = 64  # prompts answered at once, unless memory sets a lower limit
 CHUNKS = "chunks"
 
 Tell = Callable[[float], None]  # hears the tokens made per second
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How prompts are answered: the sampling, how many prompts make a chunk, how many are answered at once."""
+
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    chunk: int
+    batch: int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,14 @@ class Generation:
 
     Each chunk of prompts has a seed of its own and is a file of its own, whole or not there, so a killed run goes
     on at the next chunk and a larger ratio adds chunks. The model is loaded when the first answer is missing. `fits`:
-    prompts to answer at once to begin with, where replay's `batch` is auto.
+    prompts to answer at once to begin with, where `batch` is auto.
     """
 
     def __init__(
         self,
         folder: Path,
         rows: tuple[Row, ...],
-        replay: Replay,
-        seed: int,
+        how: Answering,
         encoder: Encoder,
         load: Callable[[], PreTrainedModel],
         watch: Watch,
@@ -60,8 +70,7 @@ class Generation:
         self.folder = folder / CHUNKS
         self.folder.mkdir(exist_ok=True)
         self.rows = rows
-        self.replay = replay
-        self.seed = seed
+        self.how = how
         self.encoder = encoder
         self.load = load
         self.watch = watch
@@ -69,14 +78,14 @@ class Generation:
         self.answers = self.tokens = 0
         self.seconds = 0.0
         self._model: PreTrainedModel | None = None
-        self._batch = min(fits if replay.batch == "auto" else replay.batch, replay.chunk)
+        self._batch = min(fits if how.batch == "auto" else how.batch, how.chunk)
 
     def draw(self, tell: Tell) -> Iterator[Generated]:
         """Answers one after the other; a chunk is made when its first answer is asked for."""
-        size = self.replay.chunk
+        size = self.how.chunk
         for number, start in enumerate(range(0, len(self.rows), size)):
             rows = self.rows[start : start + size]
-            seed = stable_seed(f"{self.seed}:chunk:{number}")
+            seed = stable_seed(f"{self.how.seed}:chunk:{number}")
             chunk = self._chunk(number, seed, rows, tell)
             self._batch = chunk["batch"]
             self.seconds += chunk["seconds"]
@@ -116,7 +125,7 @@ class Generation:
             self._model = self.load()
         prompts = [self.encoder.prompt(row) for row in rows]
         asked = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        sampling = Sampling(self.replay.max_new_tokens, self.replay.temperature, self.replay.top_p, seed)
+        sampling = Sampling(self.how.max_new_tokens, self.how.temperature, self.how.top_p, seed)
         begun = time.monotonic()
 
         def heard(done: int, tokens: int) -> None:

@@ -136,11 +136,12 @@ def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet],
                 f"raise {phase.name}.train.max_length, or name others in {phase.name}.replay.data",
             )
         if missing and replay.on_shortfall == "error":
-            raise InputError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
+            raise InputError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase.name))
 
 
 def make_replay(
-    phase: Phase,
+    phase: str,
+    replay: Replay,
     pools: Sequence[Pool],
     new: Sequence[EncodedSet],
     encoder: Encoder,
@@ -153,8 +154,6 @@ def make_replay(
     `generations` has, for each kind that is generated, where its answers come from, the model that gives them
     and the pool's id. Raises QcftError when rows are missing that were to be there.
     """
-    replay = phase.replay
-    assert replay is not None
     weigh, seen, carry = weigher(replay), set[str](), Fraction(0)
     chosen: list[Candidate] = []
     aside: list[dict[str, Any]] = []
@@ -305,13 +304,13 @@ def _shortfall(
     at_most = "at most " if pool.part.kind == "generative" and replay.unit == "tokens" else ""
     return (
         f"replay: a ratio of {replay.ratio} of {_new(replay, new)} new {unit} needs {needed} replay {unit}"
-        + (f" of kind {pool.part.kind}" if replay.mix else "")
+        + (f" of kind {pool.part.kind}" if len(replay.mix) > 1 else "")
         + f", but there are {at_most}{have} ({pool.reason}{why}): {max(1, needed - have)} are missing"
     )
 
 
-def _hint(phase: Phase) -> str:
-    name = f"{phase.name}.replay"
+def _hint(phase: str) -> str:
+    name = f"{phase}.replay"
     return f"lower {name}.ratio, name more rows in {name}.data, or set {name}.on_shortfall to repeat or shrink"
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from qcft.errors import InputError
 from qcft.events import StepBegun, Watch
 from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
 from qcft.plan.beyond import Beyond, plan_beyond
+from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
+from qcft.prepare.rows import Rows
 from qcft.recipe import Dial, Goal, Recipe
-from qcft.runner.libraries import quiet, set_environment, spare_the_collector
+from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.recipe import do_step
 from qcft.runner.stored import check_parents, model_of, not_done, rows_of, stored_steps
 from qcft.steps.kept import judge_merge
-from qcft.steps.step import Step
+from qcft.steps.step import Bench, Step
 from qcft.store import NamedRun, Store
 from qcft.store.holding import working
 from qcft.store.opened import BEGUN, altered
@@ -28,9 +28,6 @@ from qcft.store.results import Run
 from qcft.store.runs import add_stage, link_stage
 from qcft.store.steps import writable
 from qcft.training.determinism import prepare_cublas
-
-if TYPE_CHECKING:
-    from qcft.steps.worker import Worker
 
 MEASURE = {"probe", "kept", "dial"}  # kinds of step that need held-out rows
 
@@ -48,20 +45,20 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
     stored = stored_steps(run, store)
     plan = _plan(run, recipe, stored, goal, store)
     todo = [step for step in plan.steps if store.done(step.id, watch) is None]
-    worker = None
+    bench = None
     if todo:
         writable(runs)
         check_parents(todo, store, watch)
         prepared, todo = _prepare(run, stored, todo, isinstance(goal, Dial), watch)
-        worker = _worker(prepared, plan, store, watch)
+        bench = _bench(prepared, plan, store, watch) if prepared else None
     steps = [step for step in plan.steps if step in todo or store.state(step.id) == "done"]
     with working(runs, run.name) if todo else nullcontext():
         for step in steps:
             if run.stages.get(step.stage) != step.id:
                 add_stage(run, step.stage, step.id)  # once the run names its steps nobody removes them
         for position, step in enumerate(steps, start=1):
-            if worker and step in todo:
-                record = do_step(step, position, len(steps), worker, store, watch)
+            if bench and step in todo:
+                record = do_step(step, position, len(steps), bench)
             else:
                 store.reuse(step.id, step.inputs(), watch)
                 record = dict(store.opened(step.id).record)
@@ -86,7 +83,7 @@ def _plan(run: NamedRun, recipe: Recipe, stored: Sequence[Step], goal: Goal | Di
 
 def _prepare(
     run: NamedRun, stored: Sequence[Step], todo: list[Step], must_measure: bool, watch: Watch
-) -> tuple[Prepared, list[Step]]:
+) -> tuple[PreparedModel | None, list[Step]]:
     """What the steps are done with, and those of them that can be done: without held-out rows, those that need none."""
     if any(step.kind in MEASURE for step in todo):
         try:
@@ -96,18 +93,12 @@ def _prepare(
                 raise
             watch.note(f"what the merge kept is not measured: {error.message}", "warning")
     todo = [step for step in todo if step.kind not in MEASURE]
-    return cast("Prepared", model_of(run, stored, watch) if todo else None), todo  # merges look at the model alone
+    return model_of(run, stored, watch) if todo else None, todo  # merges look at the model alone
 
 
-def _worker(prepared: Prepared, plan: Beyond, store: Store, watch: Watch) -> Callable[[], Worker]:
-    @cache
-    def worker() -> Worker:
-        from qcft.steps.worker import Worker
-
-        quiet()
-        if card := choose_card():
-            watch.note(f"on {card}; QCFT_DEVICE names another")
-        spare_the_collector()
-        return Worker(prepared, plan.known, store, watch)
-
-    return worker
+def _bench(prepared: PreparedModel, plan: Beyond, store: Store, watch: Watch) -> Bench:
+    quiet()
+    if card := choose_card():
+        watch.note(f"on {card}; QCFT_DEVICE names another")
+    rows = prepared.for_steps if isinstance(prepared, Prepared) else Rows(prepared)
+    return Bench(rows.model, rows, prepared.inputs, plan.known, store, watch)

@@ -13,7 +13,7 @@ from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase
-from qcft.steps.needs import bytes_written
+from qcft.runner.planned import PlannedRecipe
 from qcft.steps.step import Step
 from qcft.store import Store
 
@@ -70,7 +70,7 @@ def _numbers_under(prepared: Prepared, phase: Phase) -> int:
     return total
 
 
-def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Watch) -> dict[str, float]:
+def forecast(prepared: PlannedRecipe, steps: Sequence[Step], store: Store, watch: Watch) -> dict[str, float]:
     """Tell what the trainings among `steps` need and take, and all `steps` of the disk; the seconds of each training.
 
     Those that cannot be estimated, or are over in no time, are left out. Raises InputError where a GPU cannot hold
@@ -114,7 +114,8 @@ def forecast(prepared: Prepared, steps: Sequence[Step], store: Store, watch: Wat
         tokens = batches.tokens_until(batches.steps)
         seconds[step.id] = speed.seconds(planned.cost) * tokens / planned.largest.tokens
     most = max((planned.memory for planned in plans.values()), key=lambda one: one.total)
-    disk = sum(bytes_written(prepared, step, plans.get(step.id)) for step in steps)
+    bench = prepared.bench(store, watch)
+    disk = sum(step.work.written(step, bench, plans.get(step.id)) for step in steps)
     room = disk_free(store.runs)
     watch.note(
         f"training needs about {most.total / GIB:.1f} GiB of {name} memory ({_parts(most)}; {free / GIB:.1f} GiB free) "

@@ -8,6 +8,8 @@ from qcft.events import Watch
 from qcft.plan import make_plan
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Recipe
+from qcft.steps.step import Bench
+from qcft.store import Store
 from qcft.training.determinism import prepare_cublas
 
 
@@ -19,3 +21,7 @@ class PlannedRecipe(Prepared):
             prepare_cublas()
         super().__init__(recipe, watch, memo)
         self.plan = make_plan(self.recipe, self.digests())
+
+    def bench(self, store: Store, watch: Watch) -> Bench:
+        """Where the plan's steps are done."""
+        return Bench(self.for_steps.model, self.for_steps, self.inputs, self.plan.by_id(), store, watch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from qcft.runner.libraries import quiet, set_environment, spare_the_collector
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
-from qcft.steps.summaries import summarise
 from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
 from qcft.store.results import Run
@@ -33,7 +31,7 @@ from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
 
 if TYPE_CHECKING:
-    from qcft.steps.worker import Worker
+    from qcft.steps.step import Bench
 
 
 Check = Callable[[PlannedRecipe], None]
@@ -84,15 +82,13 @@ def _planned(recipe: Recipe, watch: Watch, check: Check | None) -> PlannedRecipe
 
 def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
     """Train with rank 0 what it says, until it is done. Writes nothing but stored states of frozen layers."""
-    from qcft.steps.worker import Worker
-
     set_environment()
     join()
     quiet()
-    prepared, store = PlannedRecipe(recipe, watch), Store(runs)
-    steps = prepared.plan.by_id()
+    store = Store(runs)
+    bench = PlannedRecipe(recipe, watch).bench(store, watch)
     while (step := hear()) is not None:
-        Worker(prepared, steps, store, watch).work(steps[step], store.folder(step))
+        bench.do(bench.steps[step], store.folder(step))
 
 
 def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str | None = None) -> Run:
@@ -138,11 +134,11 @@ def _work(
         watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
     # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
     records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
-    worker, failed = worker_for(prepared, store, watch), dict[str, str]()
+    bench, failed = prepared.bench(store, watch), dict[str, str]()
     for position, step in enumerate(steps, start=1):
         try:
             with warning_if_slow(watch, estimated.get(step.id)):
-                record = records[step.id] or do_step(step, position, len(steps), worker, store, watch)
+                record = records[step.id] or do_step(step, position, len(steps), bench)
         except QcftError as error:
             if step.kind != "suite" or isinstance(error, (Interrupted, ChangedInput)):
                 raise
@@ -173,23 +169,9 @@ def raise_failed(done: Run) -> None:
         )
 
 
-def worker_for(prepared: PlannedRecipe, store: Store, watch: Watch) -> Callable[[], Worker]:
-    """The one who does the steps, made for the first that is to be done, as that takes heavy libraries."""
-
-    @cache
-    def worker() -> Worker:
-        from qcft.steps.worker import Worker
-
-        spare_the_collector()
-        return Worker(prepared, prepared.plan.by_id(), store, watch)
-
-    return worker
-
-
-def do_step(
-    step: Step, position: int, total: int, worker: Callable[[], Worker], store: Store, watch: Watch
-) -> dict[str, Any]:
+def do_step(step: Step, position: int, total: int, bench: Bench) -> dict[str, Any]:
     """Do one step under its lock; another process may have done it meanwhile."""
+    store, watch = bench.store, bench.watch
     before = store.state(step.id)
     with store.claim(step.id, step.inputs(), watch) as folder:
         record = store.done(step.id)
@@ -200,10 +182,11 @@ def do_step(
             tell(step.id)
         begun = time.monotonic()
         _reset_peak()
-        metrics = worker().work(step, folder)
+        spare_the_collector()
+        metrics = bench.do(step, folder)
         kind, peak = _peak()
         record = store.finish(step.id, {**metrics, f"peak_{kind}_bytes": peak}, time.monotonic() - begun)
-    watch.tell(StepEnded(step.id, step.title, record["seconds"], summarise(step, record["metrics"])))
+    watch.tell(StepEnded(step.id, step.title, record["seconds"], step.work.summary(record["metrics"])))
     return record
 
 

@@ -27,7 +27,7 @@ def not_done(run: NamedRun, stage: str) -> InputError:
 
 def model_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> PreparedModel:
     """The run's model. Raises InputError where it is gone, or another than the run's steps were made with."""
-    prepared = PreparedModel(run.recipe(), watch)
+    prepared = PreparedModel(run.recipe().model, watch)
     _check_model(run, prepared, steps)
     return prepared
 
@@ -93,7 +93,7 @@ def _check_model(run: NamedRun, prepared: PreparedModel, steps: Sequence[Step]) 
     models = {step.settings["model"] for step in steps if step.kind in {"train", "adapter", "probe"}}
     if models and prepared.model.digest not in models:
         raise InputError(
-            f"the model {prepared.recipe.model.name!r} is not the one that the run {run.name!r} was made with: its "
+            f"the model {prepared.asked.name!r} is not the one that the run {run.name!r} was made with: its "
             "files changed",
             "put it back as it was, or run the recipe anew: qcft run RECIPE --as NAME",
         )

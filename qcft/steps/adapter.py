@@ -1,32 +1,51 @@
-"""Taking in an adapter made elsewhere, as a phase."""
+"""Importing an adapter made elsewhere, as a phase."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.errors import ChangedInput
 from qcft.models.adapter_config import CONFIG, WEIGHTS
 from qcft.prepare.prepared import adapter_digest
-from qcft.steps.base import StepWork
-from qcft.steps.step import Step
+from qcft.prepare.settings import CIRCUMSTANCE, SPREAD, ModelSettings
+from qcft.steps.step import Step, Work
+from qcft.store.upkeep import size_of
+
+if TYPE_CHECKING:
+    from qcft.steps.step import Bench
+    from qcft.training.memory import Planned
 
 
-class AdapterWork(StepWork):
-    """Does the `adapter` steps."""
+@dataclass(frozen=True)
+class Adapter(Work):
+    """Copies an adapter, known by its digest, from where it lies."""
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Copy an adapter made elsewhere into the step."""
-        phase = self.phase(step)
-        assert phase.adapter is not None
+    kind: ClassVar[str] = "adapter"
+    streams: ClassVar[bool] = True
+
+    model: ModelSettings = field(metadata=SPREAD)
+    rows: str
+    source: str = field(metadata=CIRCUMSTANCE)
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Copy it. Raises ChangedInput where it is another by now."""
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(Path(os.path.expanduser(phase.adapter)) / name, folder / "adapter" / name)
-        if adapter_digest(folder / "adapter") != step.settings["rows"]:
+            shutil.copyfile(self._place() / name, folder / "adapter" / name)
+        if adapter_digest(folder / "adapter") != self.rows:
             raise ChangedInput(
-                f"adapter: {phase.adapter!r} changed while it was in use",
+                f"adapter: {self.source!r} changed while it was in use",
                 "give the same command again to start from the adapter as it is now",
             )
-        return {"adapter": phase.adapter}
+        return {"adapter": self.source}
+
+    def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
+        """The adapter's own bytes."""
+        return size_of(self._place())
+
+    def _place(self) -> Path:
+        return Path(os.path.expanduser(self.source))

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from qcft.files import read_sealed, write_sealed
 from qcft.models.adapters import combine_live, set_scale
-from qcft.steps.probe import ProbeWork
-from qcft.steps.step import Step
+from qcft.prepare.settings import ADDED
+from qcft.steps.probe import Probe
+from qcft.steps.step import SCORES, Step
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from qcft.steps.step import Bench
+    from qcft.training.memory import Planned
 
-class DialWork(ProbeWork):
-    """Does the `dial` steps."""
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Measure the phase's delta at each scale, in one load; what a killed process measured is kept."""
-        model = cast("PeftModel", self.load(step, quantize=step.settings["quantize"]))
-        settings, points = step.settings, []
-        for scale in settings["scales"]:
+@dataclass(frozen=True)
+class DialPoints(Probe):
+    """Measures the phase's delta at each scale, in one load; what a killed process measured is kept."""
+
+    kind: ClassVar[str] = "dial"
+    format: ClassVar[int] = 1
+
+    seed: int
+    scales: tuple[float, ...]
+    method: str | None = field(default=None, metadata=ADDED)
+    density: float | None = field(default=None, metadata=ADDED)
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Measure the scales that are missing."""
+        model, points = cast("PeftModel", bench.load(step, self.quantize)), []
+        for scale in self.scales:
             place = folder / f"{scale:g}"
             point = read_sealed(place / "point.json")
             if point is None:
                 place.mkdir(exist_ok=True)
-                if settings.get("method"):
-                    combine_live(
-                        model, scale, settings["method"], settings["density"], settings["seed"], len(step.under) + 1
-                    )
+                if self.method and self.density is not None:
+                    combine_live(model, scale, self.method, self.density, self.seed, len(step.stack))
                 else:
                     set_scale(model, scale)
-                measured = self.measure(cast("PreTrainedModel", model), step, f"{step.title} at {scale:g}", place)
+                measured = self.measure(cast("PreTrainedModel", model), bench, f"{step.title} at {scale:g}", place)
                 point = {"scale": scale, **measured}
                 write_sealed(place / "point.json", point)
             points.append(point)
         return {"points": points}
+
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """How many scales were measured."""
+        return f"{len(metrics['points'])} scales"
+
+    def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
+        """Scores and answers at each scale."""
+        return SCORES * len(self.scales)

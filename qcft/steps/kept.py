@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -15,28 +15,51 @@ from qcft.measure.stats import kept
 from qcft.models.load import free_memory
 from qcft.recipe import Merge
 from qcft.replay.pools import ENGLISH
-from qcft.steps.base import StepWork
-from qcft.steps.step import Step
+from qcft.steps.needs import answers_held
+from qcft.steps.step import Step, Work
+
+if TYPE_CHECKING:
+    from qcft.steps.step import Bench
 
 
-class KeptWork(StepWork):
-    """Does the `kept` steps."""
+@dataclass(frozen=True)
+class Kept(Work):
+    """Compares base, live adapters and merged model on the held-out rows of the phases that the adapters hold."""
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Compare base, live adapters and merged model on the held-out rows of the phases they hold."""
-        base, live, merged = (self.store.opened(parent).json("scores.json") for parent in step.parents)
-        groups = self.prepared.groups
+    kind: ClassVar[str] = "kept"
+    format: ClassVar[int] = 2
+
+    phases: tuple[str, ...]
+    quantize: str
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Compare; the parents are the measurements of the three."""
+        base, live, merged = (bench.store.opened(parent).json("scores.json") for parent in step.parents)
+        live_step, merged_step = (bench.steps[parent] for parent in step.parents[1:])
+        groups = bench.rows.groups(live_step.settings["held_out"])
         # An adapter made elsewhere has no rows of its own here: English stands for them.
-        phases = step.settings["phases"]
-        own = [g for g in groups if g.phase in phases] or [g for g in groups if g.lang == ENGLISH]
+        own = [g for g in groups if g.phase in self.phases] or [g for g in groups if g.lang == ENGLISH]
         a, b, c = ([_score(s) for g in own for s in scores[g.name]] for scores in (base, live, merged))
-        rows = [row for group in own for row in self.prepared.held_out(group).encoded]
-        live_step, merged_step = (self.steps[parent] for parent in step.parents[1:])
-        seen = predictions(self.load(live_step), rows, self.watch, f"{step.title}: live")
+        rows = [row for group in own for row in bench.rows.measured(group).encoded]
+        model = bench.load(live_step, live_step.settings["quantize"])
+        seen = predictions(model, rows, bench.watch, f"{step.title}: live")
+        del model
         free_memory()
-        model = self.load(merged_step, quantize=merged_step.settings["quantize"])
-        distance = compare(model, rows, seen, self.watch, f"{step.title}: merged")
+        model = bench.load(merged_step, self.quantize)
+        distance = compare(model, rows, seen, bench.watch, f"{step.title}: merged")
         return {"groups": [g.name for g in own], **asdict(kept(a, b, c)), **asdict(distance)}
+
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """The share that was kept, or that none can be told."""
+        share, gain = metrics["share"], metrics["gain"]
+        far = f"KL {metrics['kl']:.3f} nats, greedy agreement {metrics['agreement']:.0%}"
+        if share is None:
+            return f"not measurable: a gain of {gain['value']:.3f} nats on {gain['rows']} rows is too small; {far}"
+        return f"{share:.0%} of a gain of {gain['value']:.3f} nats, on {gain['rows']} rows; {far}"
+
+    def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:
+        """The model and a batch's logits."""
+        return answers_held(bench, self.quantize, (), 0)
 
 
 def judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:

@@ -1,29 +1,50 @@
-"""What a freeze spec goes by, measured module by module."""
+"""What a freeze spec depends on, measured module by module."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.files import write_json
 from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
-from qcft.steps.base import StepWork
-from qcft.steps.step import Step
+from qcft.prepare.settings import ADDED
+from qcft.steps.step import Step, Work
+
+if TYPE_CHECKING:
+    from qcft.steps.step import Bench
+
+FILE = "layers.json"
+NOT_ASKED = "not asked"
 
 
-class LayersWork(StepWork):
-    """Does the `layers` steps."""
+@dataclass(frozen=True)
+class Layers(Work):
+    """Measures the signal-to-noise ratio of each module's weights, or how much it was changed: by the adapters of the
+    step's parents, or `since` the model that this one was tuned from."""
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Measure what a freeze spec goes by, module by module."""
-        prepared = self.prepared
-        measure = step.settings["measure"]
-        if measure == "snr":
-            values = snr_of(self.weights(step), self.weights_digest(step), prepared.meta_model, self.watch)
+    kind: ClassVar[str] = "layers"
+    streams: ClassVar[bool] = True
+
+    model: str
+    measure: str
+    since: str | None = field(default=NOT_ASKED, metadata=ADDED)  # of signal to noise
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Measure every module."""
+        meta = bench.model.meta_model
+        if self.measure == "snr":
+            values = snr_of(bench.weights(step), bench.weights_digest(step), meta, bench.watch)
         elif step.parents:
-            values = summed_changes(self.adapter(parent) for parent in step.parents)
+            values = summed_changes(bench.adapter(parent) for parent in step.parents)
         else:
-            values = change_since(prepared.base_folder, prepared.folder, prepared.meta_model, self.watch)
-        write_json(folder / "layers.json", {"measure": measure, "modules": values})
-        return {"measure": measure, "modules": len(values)}
+            assert bench.rows.base is not None
+            values = change_since(bench.rows.base(), bench.model.folder, meta, bench.watch)
+        write_json(folder / FILE, {"measure": self.measure, "modules": values})
+        return {"measure": self.measure, "modules": len(values)}
+
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """How many modules were measured."""
+        return f"{metrics['modules']} modules"

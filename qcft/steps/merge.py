@@ -3,49 +3,71 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from qcft.models.adapters import combine_live, load_stack
+from qcft.models.adapters import combine_live
 from qcft.models.chat import write_chat
-from qcft.models.load import load_model
 from qcft.models.merge import Target, merge_adapters
-from qcft.steps.base import StepWork
-from qcft.steps.step import Step
+from qcft.prepare.settings import ADDED, SPREAD, ModelSettings
+from qcft.steps.step import Step, Work
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qcft.steps.step import Bench
+    from qcft.training.memory import Planned
 
 
-class MergeWork(StepWork):
-    """Does the `merge` steps."""
+@dataclass(frozen=True)
+class Merge(Work):
+    """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, or combined by one of
+    PEFT's methods, which draw by `seed`."""
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Merge an adapter onto the 16-bit weights it was trained on."""
-        assert step.adapter is not None
+    kind: ClassVar[str] = "merge"
+    streams: ClassVar[bool] = True
+
+    model: ModelSettings = field(metadata=SPREAD)
+    dtype: str | None = field(default=None, metadata=ADDED)
+    base: Literal["dequantised"] | None = field(default=None, metadata=ADDED)
+    scale: float = field(default=1.0, metadata=ADDED)
+    method: str | None = field(default=None, metadata=ADDED)
+    density: float | None = field(default=None, metadata=ADDED)
+    seed: int = field(default=0, metadata=ADDED)
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Merge into `folder/model`."""
         work, done = folder / "model.partial", folder / "model"
         for place in (work, done):
             shutil.rmtree(place, ignore_errors=True)
         work.mkdir()
-        settings = step.settings
-        target = Target(
-            settings.get("dtype"), settings.get("base") == "dequantised", self.recipe.model.trust_remote_code
-        )
-        stack: list[Path | tuple[Path, float]] = [*map(self.adapter, step.under)]
-        stack.append((self.adapter(step.adapter), settings.get("scale", 1.0)))
-        if settings.get("method"):
-            stack = [self._combined(step, folder)]
-        changed = merge_adapters(self.weights(step), stack, work, self.watch, target)
-        write_chat(self.prepared.tokenizer, work)
+        target = Target(self.dtype, self.base == "dequantised", bench.model.asked.trust_remote_code)
+        if self.method:
+            stack: list[Path | tuple[Path, float]] = [self._combined(step, bench, folder)]
+        else:
+            *under, top = map(bench.adapter, step.stack)
+            stack = [*under, (top, self.scale)]
+        changed = merge_adapters(bench.weights(step), stack, work, bench.watch, target)
+        write_chat(bench.model.tokenizer, work)
         work.rename(done)
         return {"merged_weights": changed}
 
-    def _combined(self, step: Step, folder: Path) -> Path:
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """How many weights were changed."""
+        return f"{metrics['merged_weights']} weights changed"
+
+    def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
+        """The model in 16 bits."""
+        parameters: int = sum(p.numel() for p in bench.model.meta_model.parameters())
+        return 2 * parameters
+
+    def _combined(self, step: Step, bench: Bench, folder: Path) -> Path:
         """The stack's adapters combined by one of PEFT's methods, saved in the step."""
-        settings = step.settings
-        model = load_stack(
-            load_model(self.weights(step), self.recipe.model),
-            [self.adapter(one) for one in (*step.under, step.adapter or "")],
-        )
-        name = combine_live(
-            model, settings["scale"], settings["method"], settings["density"], self.recipe.seed, len(step.under) + 1
-        )
+        assert self.method is not None
+        assert self.density is not None
+        model: PeftModel = bench.load(step)
+        name = combine_live(model, self.scale, self.method, self.density, self.seed, len(step.stack))
         model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         return folder / name

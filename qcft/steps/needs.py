@@ -1,95 +1,63 @@
-"""What a step needs: memory where it loads a model and does not train it, and room on the disk."""
+"""What steps that answer prompts hold in memory."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.mix import replay_rows_needed
+from qcft.data.encode import Encoder
+from qcft.data.rows import Row
 from qcft.measure.score import BATCH_TOKENS
-from qcft.prepare.prepared import Prepared
-from qcft.recipe import Phase
-from qcft.replay.generation import LARGEST
-from qcft.steps.step import Step
-from qcft.store.upkeep import size_of
+from qcft.prepare.groups import Group
+from qcft.prepare.model import PreparedModel
+from qcft.replay.generation import LARGEST, Answering
 
 if TYPE_CHECKING:
-    from qcft.training.memory import Planned
+    from qcft.steps.step import Bench
 
 TOGETHER = 16  # prompts that a measured model answers at once
 LOOKED_AT = 64  # prompts of a pool whose lengths stand for all
-TEXT, RECORD = 6, 300  # bytes of a token as text and of a row's record around it, roughly
 ROOM = 0.9  # share of the free memory to fill
-SCORES = 1 << 20  # bytes of scores and answers: of the suites that ship, seldom more
 
 
-def memory_held(prepared: Prepared, step: Step, free: int) -> dict[str, int] | None:
-    """Bytes by part that a step which loads a model holds at most; None for a training, or one that loads none.
+def answers_held(
+    bench: Bench, quantize: str, prompts: Sequence[tuple[Group, Row]], max_new_tokens: int
+) -> dict[str, int]:
+    """Bytes by part while a model is measured: the model, a batch's logits, the answers' keys and values."""
+    model = bench.model.meta_model
+    config: Any = model.config.get_text_config()
+    longest = max((len(bench.rows.group_encoder(group).prompt_ids(row)) for group, row in prompts), default=0)
+    answers = min(TOGETHER, len(prompts)) * (longest + max_new_tokens)
+    logits = BATCH_TOKENS * config.vocab_size * (2 + 4)  # in 16 bits, and in fp32 to be scored
+    return {**model_held(bench.model, quantize), "logits": int(logits), "cache": _cache(model) * answers}
 
-    `cache`: keys and values of the answers that are made at once, as many as fit into `free` bytes where replay's
-    `batch` is auto.
-    """
+
+def model_held(model: PreparedModel, quantize: str) -> dict[str, int]:
+    """Bytes of a loaded model by part."""
     from qcft.models.size import weight_bytes
 
-    generates = step.kind == "replay" and any(part["pool"] for part in step.settings["parts"])
-    if not generates and step.kind not in {"probe", "kept", "dial"}:
-        return None
-    recipe, model = prepared.recipe, prepared.meta_model
-    weights = weight_bytes(model, step.settings.get("quantize") or recipe.model.quantize)
-    parts = {
+    weights = weight_bytes(model.meta_model, quantize)
+    return {
         "weights": weights.packed,
         "constants": weights.constants,
         "halves": weights.linear + weights.embeddings + weights.other,
     }
-    if not generates:
-        config: Any = model.config.get_text_config()
-        prompts = prepared.english_prompts() if step.kind != "kept" else []
-        longest = max((len(prepared.group_encoder(group).prompt_ids(row)) for group, row in prompts), default=0)
-        answers = min(TOGETHER, len(prompts)) * (longest + recipe.answers.max_new_tokens)
-        logits = BATCH_TOKENS * config.vocab_size * (2 + 4)  # in 16 bits, and in fp32 to be scored
-        return {**parts, "logits": int(logits), "cache": _cache(model) * answers}
-    together, each = answered_at_once(prepared, recipe.phase(step.phase or ""), free)
-    return {**parts, "cache": together * each}
 
 
-def answered_at_once(prepared: Prepared, phase: Phase, free: int) -> tuple[int, int]:
-    """How many prompts of a phase's replay are answered at once, by what fits into `free` bytes beside the model where
-    `batch` is auto; and the bytes that one of them holds."""
-    from qcft.models.size import weight_bytes
-
-    replay, model = phase.replay, prepared.meta_model
-    assert replay is not None
-    encoder = prepared.replay_encoder(phase)
-    rows = islice((row for pool in prepared.pools[phase.name] for row in pool.rows), LOOKED_AT)
-    lengths = [len(prompt) for prompt in map(encoder.prompt, rows) if not isinstance(prompt, str)]  # else refused
-    each = _cache(model) * (max(lengths, default=0) + replay.max_new_tokens)
-    together = min(LARGEST if replay.batch == "auto" else replay.batch, replay.chunk)
-    weights = weight_bytes(model, prepared.recipe.model.quantize).total
-    while replay.batch == "auto" and together > 1 and weights + together * each > ROOM * free:
+def answered_at_once(
+    model: PreparedModel, quantize: str, encoder: Encoder, rows: Sequence[Row], how: Answering, free: int
+) -> tuple[int, int]:
+    """How many prompts are answered at once, by what fits into `free` bytes beside the model where `batch` is auto;
+    and the bytes that one of them holds."""
+    first = islice(rows, LOOKED_AT)
+    lengths = [len(prompt) for prompt in map(encoder.prompt, first) if not isinstance(prompt, str)]  # else refused
+    each = _cache(model.meta_model) * (max(lengths, default=0) + how.max_new_tokens)
+    together = min(LARGEST if how.batch == "auto" else how.batch, how.chunk)
+    weights = sum(model_held(model, quantize).values())
+    while how.batch == "auto" and together > 1 and weights + together * each > ROOM * free:
         together //= 2  # as generation does when memory runs out
     return together, each
-
-
-def bytes_written(prepared: Prepared, step: Step, planned: Planned | None) -> int:
-    """Bytes that a step writes at most: merged weights, an adapter with two checkpoints and stored states, texts.
-
-    `planned`: how a training would run.
-    """
-    if step.kind == "merge":
-        parameters: int = sum(p.numel() for p in prepared.meta_model.parameters())
-        return 2 * parameters
-    if step.kind == "train":
-        assert planned is not None
-        return 3 * planned.memory.adapters + 2 * planned.memory.optimizer + planned.stored
-    phase = prepared.recipe.phase(step.phase) if step.phase else None
-    if step.kind == "adapter" and phase and phase.adapter:
-        return size_of(Path(os.path.expanduser(phase.adapter)))
-    if step.kind == "replay" and phase and phase.replay:
-        rows = replay_rows_needed(sum(map(len, prepared.rows[phase.name])), phase.replay.ratio)
-        return 2 * rows * (RECORD + TEXT * (phase.train.max_length // 2 + phase.replay.max_new_tokens))
-    return SCORES * len(step.settings["scales"] if step.kind == "dial" else (1,))
 
 
 def _cache(model: Any) -> int:

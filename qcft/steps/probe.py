@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.files import write_json
 from qcft.measure.score import score_rows
 from qcft.measure.stats import accuracy, mean_nll
 from qcft.models.generate import Sampling, answer_prompts
-from qcft.steps.base import StepWork
-from qcft.steps.step import Step
+from qcft.prepare.rows import english_prompts
+from qcft.prepare.settings import SPREAD, ModelSettings
+from qcft.recipe import Answers
+from qcft.steps.needs import answers_held
+from qcft.steps.step import Step, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qcft.steps.step import Bench
 
-class ProbeWork(StepWork):
-    """Does the `probe` steps."""
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Score every held-out group and answer the English prompts."""
-        return self.measure(self.load(step, quantize=step.settings["quantize"]), step, step.title, folder)
+@dataclass(frozen=True)
+class Probe(Work):
+    """Scores every held-out group and answers the English prompts."""
 
-    def measure(self, model: PreTrainedModel, step: Step, label: str, folder: Path) -> dict[str, Any]:
+    kind: ClassVar[str] = "probe"
+    format: ClassVar[int] = 2
+
+    model: ModelSettings = field(metadata=SPREAD)
+    quantize: str
+    held_out: str
+    answers: Answers
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Load the step's model and measure it."""
+        return self.measure(bench.load(step, self.quantize), bench, step.title, folder)
+
+    def measure(self, model: PreTrainedModel, bench: Bench, label: str, folder: Path) -> dict[str, Any]:
         """Score and answer with a loaded model; its scores and answers go into `folder`."""
         scores: dict[str, list[dict[str, Any]]] = {}
-        groups: dict[str, Any] = {}
-        for group in self.prepared.groups:
-            encoded = self.prepared.held_out(group)
-            rows = score_rows(model, encoded.encoded, self.watch, f"{label}: {group.name}")
+        found: dict[str, Any] = {}
+        for group in bench.rows.groups(self.held_out):
+            encoded = bench.rows.measured(group)
+            rows = score_rows(model, encoded.encoded, bench.watch, f"{label}: {group.name}")
             scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
-            groups[group.name] = {
+            found[group.name] = {
                 "phase": group.phase,
                 "lang": group.lang,
                 "nll": mean_nll(rows),
@@ -41,26 +56,34 @@ class ProbeWork(StepWork):
                 "answer_tokens": sum(s.tokens for s in rows),
                 "left_out": encoded.left_out,
             }
-        answers = self._answers(model, step)
+        answers = self._answers(model, bench, label)
         write_json(folder / "scores.json", scores)
         write_json(folder / "answers.json", answers)
-        return {"groups": groups, "answers": _summary(answers)}
+        return {"groups": found, "answers": _summary(answers)}
 
-    def _answers(self, model: PreTrainedModel, step: Step) -> list[dict[str, Any]]:
-        prompts = self.prepared.english_prompts()
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """The mean NLL of each group."""
+        return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
+
+    def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:
+        """The model, a batch's logits, and the answers' keys and values."""
+        prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts)
+        return answers_held(bench, self.quantize, prompts, self.answers.max_new_tokens)
+
+    def _answers(self, model: PreTrainedModel, bench: Bench, label: str) -> list[dict[str, Any]]:
+        prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts)
         if not prompts:
             return []
-        group = prompts[0][0]
-        encoder = self.prepared.group_encoder(group)
+        encoder = bench.rows.group_encoder(prompts[0][0])
         answers = answer_prompts(
             model,
-            self.prepared.tokenizer,
+            bench.model.tokenizer,
             [encoder.prompt_ids(row) for _, row in prompts],
             encoder.end_ids,
-            Sampling(self.recipe.answers.max_new_tokens),
+            Sampling(self.answers.max_new_tokens),
             batch=16,
-            watch=self.watch,
-            label=f"{step.title}: English answers",
+            watch=bench.watch,
+            label=f"{label}: English answers",
         )
         return [
             {"key": row.key, "prompt": row.prompt[-1].content, **asdict(answer)}

@@ -1,46 +1,111 @@
-"""A step of a plan: its kind, what it rests on, and the id made of that. Pure."""
+"""A step: where it stands in a run, what it depends on, and its work, whose settings its id is made of.
+
+A kind of step is one file beside this one with a frozen dataclass: its fields are its settings, and it does the work,
+sums up what came of it, and says what it needs. Nothing else knows the kinds. Work is done on a bench, which has the
+store, a model and rows by their digests, but no recipe: results depend on settings alone.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from qcft.errors import QcftError
+from qcft.events import Watch
+from qcft.models.adapters import load_stack
+from qcft.models.load import free_memory, load_model
+from qcft.prepare.model import PreparedModel
+from qcft.prepare.rows import Rows
+from qcft.prepare.settings import Settings
+from qcft.steps.unchanged import inputs_unchanged
+from qcft.store import Store
 from qcft.store.opened import step_id
+from qcft.store.steps import model_digest
 
-Kind = Literal["probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift", "suite"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qcft.models.inputs import Inputs
+    from qcft.training.memory import Planned
+
+SCORES = 1 << 20  # bytes of scores and answers: of the suites that ship, seldom more
 
 
-# Raised when a change to the code changes what a step of that kind results in.
-FORMATS: dict[Kind, int] = {
-    "probe": 2,
-    "train": 4,
-    "adapter": 1,
-    "merge": 1,
-    "pool": 1,
-    "replay": 2,
-    "kept": 2,
-    "layers": 1,
-    "dial": 1,
-    "drift": 1,
-    "suite": 3,
-}
+@dataclass(frozen=True)
+class Work(Settings, ABC):
+    """What a step of one kind does, by its settings. `format` is raised when a change to the code changes results."""
+
+    kind: ClassVar[str]
+    format: ClassVar[int] = 1
+    streams: ClassVar[bool] = False  # weights go through the CPU, and no model is loaded
+    kinds: ClassVar[dict[str, type[Work]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            Work.kinds[cls.kind] = cls
+
+    def name(self) -> str:
+        """The kind, as ids begin with it."""
+        return self.kind
+
+    @abstractmethod
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Do the work in the step's folder, resuming what a killed process left there; its metrics."""
+
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """What came of it, in a few words."""
+        return ""
+
+    def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int] | None:
+        """Bytes by part that it holds at most, where it loads a model and does not train it.
+
+        `cache`: keys and values of the answers that are generated at once, as many as fit into `free` bytes where that
+        is left open.
+        """
+        return None
+
+    def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
+        """Bytes that it writes at most; `planned`: how a training would run."""
+        return SCORES
+
+
+@dataclass(frozen=True)
+class Stored(Work):
+    """The work of a done step as its step.json has it, whichever version did it. It is looked at, not done again."""
+
+    stored: str  # its kind
+    found: Mapping[str, Any]
+
+    def name(self) -> str:
+        """The kind that was stored."""
+        return self.stored
+
+    def settings(self) -> dict[str, Any]:
+        """What was stored."""
+        return dict(self.found)
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Refuse. Raises QcftError."""
+        raise QcftError(f"{step.id} is not done any more", "run the recipe again")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work. `weights` is the merge step whose weights are loaded (None: the model as it
-    came), `adapter` the step of the adapter live on them, `under` those that lie live and frozen under it,
-    the lowest first."""
+    """One unit of work at its `stage` of a run. `weights` is the merge step whose weights are loaded (None: the model
+    as it is), `adapter` the step of the adapter live on them, `under` those that lie live and frozen under it, the
+    lowest first. `phase` is named in messages."""
 
-    kind: Kind
+    work: Work
     stage: str
     title: str
-    phase: str | None
-    weights: str | None
-    adapter: str | None
-    settings: Mapping[str, Any]
-    parents: tuple[str, ...]
+    phase: str | None = None
+    weights: str | None = None
+    adapter: str | None = None
+    parents: tuple[str, ...] = ()
     under: tuple[str, ...] = ()
     id: str = field(init=False)
 
@@ -50,21 +115,90 @@ class Step:
     @classmethod
     def stored(cls, id: str, stage: str, inputs: Mapping[str, Any]) -> Step:
         """A step as its step.json has it, under its own id, whichever version made it."""
-        step = cls(
-            inputs["kind"], stage, stage, None, inputs["weights"], inputs["adapter"], inputs["settings"],
-            tuple(inputs["parents"]), tuple(inputs.get("under", ())),
-        )  # fmt: skip
+        work = Stored(inputs["kind"], inputs["settings"])
+        places = (inputs["weights"], inputs["adapter"], tuple(inputs["parents"]), tuple(inputs.get("under", ())))
+        step = cls(work, stage, stage, None, *places)
         object.__setattr__(step, "id", id)
         return step
+
+    @property
+    def kind(self) -> str:
+        """The kind of its work."""
+        return self.work.name()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of its work."""
+        return self.work.settings()
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """The steps of the adapters on its weights, the lowest first."""
+        return (*self.under, self.adapter) if self.adapter else self.under
+
+    @property
+    def depends_on(self) -> tuple[str, ...]:
+        """All steps that must be done before it."""
+        return tuple(one for one in (self.weights, self.adapter, *self.under, *self.parents) if one)
 
     def inputs(self) -> dict[str, Any]:
         """Everything that changes the step's result."""
         return {
             "kind": self.kind,
-            "format": FORMATS[self.kind],
+            "format": self.work.format,
             "weights": self.weights,
             "adapter": self.adapter,
-            "settings": dict(self.settings),
+            "settings": self.settings,
             "parents": list(self.parents),
             **({"under": list(self.under)} if self.under else {}),
         }
+
+
+class Bench:
+    """Where steps are done. `steps` are the plan's and those that it depends on, by id; `shared` is what a kind of step
+    keeps from one to the next."""
+
+    def __init__(
+        self, model: PreparedModel, rows: Rows, inputs: Inputs, steps: Mapping[str, Step], store: Store, watch: Watch
+    ) -> None:
+        self.model = model
+        self.rows = rows
+        self.steps = steps
+        self.store = store
+        self.watch = watch
+        self.shared: Any = None
+        self._inputs = inputs
+
+    def do(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Do one step in its folder, resuming what a killed process left there; its metrics. Raises ChangedInput."""
+        if self.shared is not None and not self.shared.serves(step):
+            self.shared = None
+            free_memory()
+        with self.unchanged():
+            try:
+                return step.work.do(step, self, folder)
+            finally:
+                free_memory()
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """Work during which the model's files must not change. Raises ChangedInput."""
+        return inputs_unchanged(self._inputs, self.store)
+
+    def adapter(self, step: str) -> Path:
+        """The folder of a step's adapter."""
+        return self.store.opened(step).part("adapter")
+
+    def weights(self, step: Step) -> Path:
+        """The folder of the 16-bit weights a step loads."""
+        if step.weights is None:
+            return self.model.folder
+        return self.store.opened(step.weights).part("model", self.watch)
+
+    def weights_digest(self, step: Step) -> str:
+        """The digest of those weights."""
+        return self.model.model.digest if step.weights is None else model_digest(self.store, step.weights)
+
+    def load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
+        """The step's weights, in `quantize` or as the model is asked for, its adapters live on them."""
+        model = load_model(self.weights(step), self.model.asked, quantize)
+        return load_stack(model, [self.adapter(one) for one in step.stack]) if step.stack else model

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.data.encode import EncodedRow, EncodedSet
 from qcft.data.rows import Row
@@ -14,34 +15,81 @@ from qcft.files import file_digest
 from qcft.models.adapter_config import WEIGHTS
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.chat import write_chat
-from qcft.models.load import free_memory
-from qcft.prepare.prepared import Prepared
-from qcft.recipe import Phase, Train
+from qcft.models.load import free_memory, load_model
+from qcft.prepare.rows import PhaseRows, order_of
+from qcft.prepare.settings import ADDED, CIRCUMSTANCE, SPREAD, Limits, ModelSettings, kept_alive
+from qcft.recipe import Forgetting, Lora, Train
 from qcft.replay.rows import read_replay
-from qcft.steps.base import StepWork
+from qcft.steps.layers import FILE
 from qcft.steps.prefix import open_prefix
-from qcft.steps.step import Step
-from qcft.training.distributed.ranks import rank, world
+from qcft.steps.step import Step, Work
+from qcft.training.distributed.ranks import rank, sharded, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qcft.steps.step import Bench
     from qcft.training.agreement import Agreement
     from qcft.training.batches import Batches
+    from qcft.training.memory import Planned
     from qcft.training.passes import Fit
 
 
-class TrainWork(StepWork):
-    """Does the `train` steps."""
+# What changes how a training is run or watched, not what comes of it.
+CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache", "micro_batch"}
 
-    def work(self, step: Step, folder: Path) -> dict[str, Any]:
-        """Train a phase's adapter on its rows and its replay."""
+
+@dataclass(frozen=True)
+class Training(Work):
+    """Trains a phase's adapter on its rows and its replay.
+
+    `carried`: the precision in which the adapter of an earlier phase is continued. `forgetting` is watched on the rows
+    of `english`, which changes nothing unless it may stop the training.
+    """
+
+    kind: ClassVar[str] = "train"
+    format: ClassVar[int] = 4
+
+    model: ModelSettings = field(metadata=SPREAD)
+    quantize: str
+    seed: int
+    lora: Lora
+    freeze: str
+    rows: str
+    limits: Limits
+    replay_system: str | None
+    train: Train = field(metadata={"without": CIRCUMSTANCES})
+    balance: Mapping[str, Any] | None = field(default=None, metadata=ADDED)
+    deterministic: bool = field(default=False, metadata=ADDED)
+    carried: str | None = field(default=None, metadata=ADDED)
+    forgetting: Forgetting | None = field(default=None, metadata=CIRCUMSTANCE)
+    english: str | None = field(default=None, metadata=CIRCUMSTANCE)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings; those of the live probe where it may stop the training."""
+        found = super().settings()
+        if self.forgetting is not None and self.forgetting.stop is not None and self.english:
+            found["forgetting"] = {**self.forgetting.model_dump(exclude={"warn"}), "english": self.english}
+        return found
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+        """Train into `folder/adapter`."""
         from qcft.training.determinism import deterministic
 
-        with deterministic(self.recipe.deterministic):
-            return self._work(step, folder)
+        with deterministic(self.deterministic):
+            return self._do(step, bench, folder)
 
-    def _work(self, step: Step, folder: Path) -> dict[str, Any]:
+    def summary(self, metrics: Mapping[str, Any]) -> str:
+        """Steps, tokens, loss; replay's share of what was trained; what the live probe found."""
+        trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        return trained + _replayed(metrics) + _probed(metrics)
+
+    def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
+        """The adapter, two checkpoints, and stored states."""
+        assert planned is not None
+        return 3 * planned.memory.adapters + 2 * planned.memory.optimizer + planned.stored
+
+    def _do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
         from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.agreement import check_live
         from qcft.training.attention import attend_by_rows
@@ -51,71 +99,71 @@ class TrainWork(StepWork):
         from qcft.training.sft import train_adapter
         from qcft.training.trainer import Shortcuts
 
-        phase = self.phase(step)
-        use_triton_where_it_works(self.watch)
-        model = self.load(step)
-        agreed, train = self._agreed(model, phase)
-        replay = self._replay_sets(phase, step)
-        shares = self._shares(phase, replay)
+        phase, watch, meta = step.phase or "", bench.watch, bench.model.meta_model
+        use_triton_where_it_works(watch)
+        model = load_model(bench.weights(step), bench.model.asked, self.quantize, dealt_out=sharded())
+        agreed, train = self._agreed(model, phase, bench)
+        replay = self._replay_sets(step, bench)
+        own = bench.rows.phase(step.phase, self.rows)
+        new = bench.rows.encoded(own, self.limits, self.balance)
+        shares = _shares(own, new, replay)
         rows = [
             replace(tokens, source=share.source, name=row.name)
             for share, encoded in shares
             for row, tokens in zip(encoded.rows, encoded.encoded, strict=True)
         ]
         extra = sum(len(encoded.rows) for encoded in replay.values())
-        seed = self.recipe.seed
-        batches = make_batches(rows, self.prepared.order(phase, extra), train)
-        targets = self.recipe.lora.targets
-        modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self.measured(step))
-        frozen = frozen_in_words(self.prepared.meta_model, targets, modules)
+        batches = make_batches(rows, order_of(own, new, extra, self.seed, self.balance is not None), train)
+        modules = adapted_modules(meta, self.lora.targets, self.freeze, self.seed, _measured(step, bench))
+        frozen = frozen_in_words(meta, self.lora.targets, modules)
         mixed = Mixed(
-            phase.name,
+            phase,
             tuple(share for share, _ in shares),
             batches.steps,
             batches.rows / batches.steps,
-            phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})",
+            self.freeze if self.freeze == "none" else f"{self.freeze} ({frozen})",
         )
-        self.watch.tell(mixed)
+        watch.tell(mixed)
         free_memory()  # what loading left behind
-        _seed_everything(seed)
-        under = [self.adapter(one) for one in step.under]
+        _seed_everything(self.seed)
+        under = [bench.adapter(one) for one in step.under]
         if step.adapter is not None:  # start: continue
-            adapted = load_stack(model, [*under, self.adapter(step.adapter)], modules)
+            adapted = load_stack(model, [*under, bench.adapter(step.adapter)], modules)
         else:
-            adapted = add_lora_over(model, under, modules, self.recipe.lora)
-        check_live(adapted, modules, self.prepared.tokenizer, self.watch)
+            adapted = add_lora_over(model, under, modules, self.lora)
+        check_live(adapted, modules, bench.model.tokenizer, watch)
         below = lowest_adapted(model, modules)
         probing = None
-        if self.recipe.forgetting is not None and (english := _english_rows(self.prepared, phase)):
-            probing = lay_out(self.recipe.forgetting, english, batches, below / decoder_layers(model)[1])
+        if self.forgetting is not None and (english := self._english_rows(bench)):
+            probing = lay_out(self.forgetting, english, batches, below / decoder_layers(model)[1])
             if probing is None:
-                self.watch.note("no live probe: even a small one would cost over 5% of so short a training")
+                watch.note("no live probe: even a small one would cost over 5% of so short a training")
         by_rows = agreed.packed and attend_by_rows(model, max(len(row.input_ids) for row in rows))
-        weights: dict[str, Any] = {"weights": self.weights_digest(step), "quantize": self.recipe.model.quantize}
+        weights: dict[str, Any] = {"weights": bench.weights_digest(step), "quantize": self.quantize}
         if under:
             weights["under"] = [file_digest(folder / WEIGHTS) for folder in under]
         prefix = None
         if step.adapter is None:
             seen = [*rows, *(probing.rows if probing else ())]
-            prefix = open_prefix(model, below, seen, batches.rows, weights, train, self.store, self.watch)
+            prefix = open_prefix(model, below, seen, batches.rows, weights, train, bench.store, watch)
         elif train.prefix_cache is True:
-            self.watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
+            watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
         trained = train_adapter(
             adapted,
-            self.prepared.tokenizer,
+            bench.model.tokenizer,
             batches,
             train,
-            seed,
+            self.seed,
             folder,
-            self.watch,
-            f"training {phase.name}",
+            watch,
+            f"training {phase}",
             Shortcuts(below, by_rows, prefix, agreed.fused),
             probing,
-            self._fit(phase.name, train, modules, batches, by_rows, prefix is not None),
+            self._fit(phase, train, modules, batches, by_rows, prefix is not None, bench),
             carried=step.adapter is not None,
         )
         if rank() == 0:
-            write_chat(self.prepared.tokenizer, folder / "adapter", self.prepared.described)
+            write_chat(bench.model.tokenizer, folder / "adapter", bench.model.described)
         return {
             **asdict(trained),
             "mix": [asdict(share) for share in mixed.shares],
@@ -125,11 +173,11 @@ class TrainWork(StepWork):
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
 
-    def _agreed(self, model: PreTrainedModel, phase: Phase) -> tuple[Agreement, Train]:
-        """What of training agrees with the model's own forward pass, and the phase's settings without what does not."""
+    def _agreed(self, model: PreTrainedModel, phase: str, bench: Bench) -> tuple[Agreement, Train]:
+        """What of training agrees with the model's own forward pass, and the train settings without what does not."""
         from qcft.training.agreement import agreement
 
-        agreed, train = agreement(model, self.prepared.tokenizer, self.watch), phase.train
+        agreed, train = agreement(model, bench.model.tokenizer, bench.watch), self.train
         instead = []
         if not agreed.packed and train.packing:
             train = train.model_copy(update={"packing": False})
@@ -141,11 +189,11 @@ class TrainWork(StepWork):
             instead.append("the loss is taken from the model's own logits")
         if instead:
             family = model.config.get_text_config().model_type
-            self.watch.note(f"{phase.name}: {' and '.join(instead)} ({family}: {agreed.why})")
+            bench.watch.note(f"{phase}: {' and '.join(instead)} ({family}: {agreed.why})")
         return agreed, train
 
     def _fit(
-        self, phase: str, train: Train, modules: list[str], batches: Batches, by_rows: bool, cut: bool
+        self, phase: str, train: Train, modules: list[str], batches: Batches, by_rows: bool, cut: bool, bench: Bench
     ) -> Fit | None:
         """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
         from qcft.models.load import device, free_bytes
@@ -154,23 +202,23 @@ class TrainWork(StepWork):
 
         if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
             return None
-        shape = Shape(tuple(modules), self.recipe.lora, self.recipe.model.quantize, False, cut, device())
-        meta = self.prepared.meta_model
+        shape = Shape(tuple(modules), self.lora, self.quantize, False, cut, device())
+        meta = bench.model.meta_model
         planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
         if planned.unknown:
-            self.watch.note(f"{phase}: passes are as small as can be, as {planned.unknown}", "warning")
+            bench.watch.note(f"{phase}: passes are as small as can be, as {planned.unknown}", "warning")
         elif planned.fit.limit:
-            self.watch.note(f"{phase}: passes of at most {planned.fit.limit} tokens, to fit into memory")
+            bench.watch.note(f"{phase}: passes of at most {planned.fit.limit} tokens, to fit into memory")
         return planned.fit
 
-    def _replay_sets(self, phase: Phase, step: Step) -> dict[str, EncodedSet]:
+    def _replay_sets(self, step: Step, bench: Bench) -> dict[str, EncodedSet]:
         """The replay rows as tokens, kind by kind."""
         made = [parent for parent in step.parents if parent.startswith("replay-")]
         if not made:
             return {}
-        encoder = self.prepared.replay_encoder(phase)
+        encoder = bench.rows.encoder(kept_alive(self.limits, self.replay_system))
         by_kind: dict[str, list[Row]] = {}
-        for row, kind in read_replay(self.store.opened(made[0]).file("replay.jsonl")):
+        for row, kind in read_replay(bench.store.opened(made[0]).file("replay.jsonl")):
             by_kind.setdefault(f"replay ({kind})", []).append(row)
         sets = {name: encoder.encode_all(rows) for name, rows in by_kind.items()}
         for name, encoded in sets.items():
@@ -178,16 +226,37 @@ class TrainWork(StepWork):
                 raise QcftError(f"{name}: {encoded.left_out} cannot train", "please report this")
         return sets
 
-    def _shares(self, phase: Phase, replay: dict[str, EncodedSet]) -> list[tuple[SourceShare, EncodedSet]]:
-        """What the phase trains on, source by source."""
-        shares = []
-        for source, encoded in zip(self.prepared.sources[phase.name], self.prepared.encoded(phase), strict=True):
-            name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
-            left_out = {**source.left_out}
-            for reason, n in encoded.left_out.items():
-                left_out[reason] = left_out.get(reason, 0) + n
-            shares.append((_share(name, encoded, left_out), encoded))
-        return shares + [(_share(name, encoded, {}), encoded) for name, encoded in replay.items()]
+    def _english_rows(self, bench: Bench) -> list[EncodedRow]:
+        """Held-out English rows in an order that every arm shares; none for a phase that is not probed, nor where
+        several processes train, each of which would probe."""
+        if world() > 1 or self.english is None:
+            return []
+        held = bench.rows.measured(bench.rows.live[self.english])
+        ranked = sorted(zip(held.rows, held.encoded, strict=True), key=lambda pair: pair[0].key)
+        return [encoded for _, encoded in ranked]
+
+
+def _measured(step: Step, bench: Bench) -> dict[str, float] | None:
+    """What the freeze spec depends on, module by module; None where it depends on names."""
+    for parent in step.parents:
+        found = bench.store.opened(parent)
+        if found.has(FILE):
+            return dict(found.json(FILE)["modules"])
+    return None
+
+
+def _shares(
+    own: PhaseRows, new: Sequence[EncodedSet], replay: Mapping[str, EncodedSet]
+) -> list[tuple[SourceShare, EncodedSet]]:
+    """What the phase trains on, source by source."""
+    shares = []
+    for source, encoded in zip(own.sources, new, strict=True):
+        name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
+        left_out = {**source.left_out}
+        for reason, n in encoded.left_out.items():
+            left_out[reason] = left_out.get(reason, 0) + n
+        shares.append((_share(name, encoded, left_out), encoded))
+    return shares + [(_share(name, encoded, {}), encoded) for name, encoded in replay.items()]
 
 
 def _share(name: str, encoded: EncodedSet, left_out: dict[str, int]) -> SourceShare:
@@ -200,12 +269,23 @@ def _seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def _english_rows(prepared: Prepared, phase: Phase) -> list[EncodedRow]:
-    """Held-out English rows in an order that every arm shares; none for a phase that is not probed, nor where several
-    processes train, each of which would probe."""
-    group = prepared.english_group(phase) if world() == 1 else None
-    if group is None:
-        return []
-    held = prepared.held_out(group)
-    ranked = sorted(zip(held.rows, held.encoded, strict=True), key=lambda pair: pair[0].key)
-    return [encoded for _, encoded in ranked]
+def _replayed(metrics: Mapping[str, Any]) -> str:
+    """Replay's share of what a training was fed."""
+    fed = metrics["exposure"]
+    replay = [entry for entry in fed if entry["source"].startswith("replay (")]
+    if not replay:
+        return ""
+    rows, tokens = (sum(e[k] for e in replay) / sum(e[k] for e in fed) for k in ("rows", "answer_tokens"))
+    return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
+
+
+def _probed(metrics: Mapping[str, Any]) -> str:
+    """What the live probe found, and what it cost."""
+    found = metrics.get("forgetting")
+    if not found:
+        return ""
+    last = next(probe for probe in reversed(found["probes"]) if probe["step"] <= metrics["steps"])
+    return (
+        f"; English NLL {last['change']:+.1%} ({len(found['probes'])} probes of {found['rows']} rows, "
+        f"{found['share_of_time']:.1%} of the time)"
+    )

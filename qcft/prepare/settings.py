@@ -1,0 +1,71 @@
+"""Settings of steps: frozen dataclasses that ids are made of. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pydantic import BaseModel
+
+from qcft.data.template import Thinking
+from qcft.recipe import Phase
+
+# How a field takes part in the id, beside the plain way, as its own key.
+ADDED = {"id": "added"}  # later: left out at its default, so that ids made before stay
+SPREAD = {"id": "spread"}  # settings of its own, which stand beside the others
+CIRCUMSTANCE = {"id": "circumstance"}  # changes how the work is done, not what comes of it: no part of the id
+
+
+class Settings:
+    """A frozen dataclass that an id is made of."""
+
+    def settings(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        found: dict[str, Any] = {}
+        for one in fields(self):  # type: ignore[arg-type]
+            value, way = getattr(self, one.name), one.metadata.get("id")
+            if way == "spread":
+                found |= value.settings()
+            elif way != "circumstance" and not (way == "added" and value == one.default):
+                found[one.name] = _plain(value, one.metadata.get("without"))
+        return found
+
+
+@dataclass(frozen=True)
+class ModelSettings(Settings):
+    """What most steps depend on: the model by its digest, and how it is run and reads conversations."""
+
+    model: str
+    attn_implementation: str | None
+    chat_template: str | None
+    template: tuple[str, ...] = field(default=(), metadata=ADDED)
+
+
+@dataclass(frozen=True)
+class Limits(Settings):
+    """What decides how rows become tokens."""
+
+    system: str | None
+    max_length: int
+    long_rows: str
+    thinking: Thinking = field(default="auto", metadata=ADDED)
+
+
+def limits_of(phase: Phase) -> Limits:
+    """How a phase's own rows become tokens."""
+    return Limits(phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
+
+
+def kept_alive(limits: Limits, system: str | None) -> Limits:
+    """How replay becomes tokens beside rows under `limits`: under the `system` prompt of the phase it keeps alive, and
+    with thoughts only in rows that have some: answers are asked for without."""
+    return Limits(system, limits.max_length, limits.long_rows, "off" if limits.thinking == "off" else "auto")
+
+
+def _plain(value: Any, without: set[str] | None = None) -> Any:
+    """A setting as JSON has it, without some keys of a part of the recipe."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude=without)
+    if isinstance(value, Settings):
+        return value.settings()
+    return [_plain(one) for one in value] if isinstance(value, (tuple, list)) else value
