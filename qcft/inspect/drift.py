@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
-from qcft.events import StepBegun, StepEnded, Watch
+from qcft.events import Watch
 from qcft.files import oddity, read_json, write_json
 from qcft.inspect.mpd import parameter_difference
 from qcft.inspect.versions import (
@@ -25,13 +24,13 @@ from qcft.inspect.versions import (
 )
 from qcft.layers import decoder_layers
 from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts
-from qcft.models.adapters import load_stack
-from qcft.models.load import free_memory, load_model, peak_memory, quiet_libraries
-from qcft.models.switch import Stacks
+from qcft.models.load import free_memory, load_model, quiet_libraries
+from qcft.models.switch import Adapters
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
 from qcft.replay.pools import ENGLISH
 from qcft.runner.libraries import set_environment
+from qcft.runner.recipe import do_step
 from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
 from qcft.steps.step import Step
 from qcft.steps.unchanged import inputs_unchanged
@@ -96,7 +95,8 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
     if store.done(step.id) is None:
         check_parents([step], store, watch)
     with working(runs, named.name):
-        record = store.done(step.id, watch) or _do(step, since, to, texts, prepared, store, watch)
+        comparison: Any = _Comparison(since, to, texts, prepared, store, watch)
+        record = store.done(step.id, watch) or do_step(step, 1, 1, lambda: comparison, store, watch)
         store.reuse(step.id, step.inputs(), watch)
         add_stage(named, step.stage, step.id)
         link_stage(named, step.stage, store.folder(record["step"]))
@@ -157,32 +157,30 @@ def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int
     return Step("drift", f"drift/{since.name}-{to.name}", title, None, None, None, settings, parents)
 
 
-def _do(
-    step: Step,
-    since: Version,
-    to: Version,
-    texts: Mapping[str, Sequence[Sequence[int]]],
-    prepared: PreparedModel,
-    store: Store,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Measure under the step's lock; languages that a killed process has measured are kept."""
-    before = store.state(step.id)
-    with store.claim(step.id, step.inputs(), watch) as folder:
-        if record := store.done(step.id):
-            return record
-        watch.tell(StepBegun(step.id, step.title, 1, 1, "resumed" if before == "partial" else "new"))
-        begun = time.monotonic()
-        with inputs_unchanged(prepared.inputs, store):
-            moved = parameter_difference(since, to, prepared, store, watch)
-            shifts = _shifts(since, to, texts, prepared, store, folder, watch)
+@dataclass(frozen=True)
+class _Comparison:
+    """Does the step; languages that a killed process has measured are kept."""
+
+    since: Version
+    to: Version
+    texts: Mapping[str, Sequence[Sequence[int]]]
+    prepared: PreparedModel
+    store: Store
+    watch: Watch
+
+    def work(self, step: Step, folder: Path) -> dict[str, Any]:
+        """Measure, and write drift.json."""
+        since, to, store = self.since, self.to, self.store
+        with inputs_unchanged(self.prepared.inputs, store):
+            moved = parameter_difference(since, to, self.prepared, store, self.watch)
+            shifts = _shifts(since, to, self.texts, self.prepared, store, folder, self.watch)
         trained = store.record(to.trained) if to.trained else None
         frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
         document = {
             "from": since.name,
             "to": to.name,
             "text": {
-                lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in texts.items()
+                lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in self.texts.items()
             },
             "parameters": {key: value for key, value in moved.items() if key != "layers"},
             "layers": [
@@ -196,11 +194,7 @@ def _do(
             ],
         }
         write_json(folder / "drift.json", document)
-        kind, peak = peak_memory()
-        metrics = {"from": since.name, "to": to.name, "mpd": moved["mpd"], f"peak_{kind}_bytes": peak}
-        record = store.finish(step.id, metrics, time.monotonic() - begun)
-    watch.tell(StepEnded(step.id, step.title, record["seconds"]))
-    return record
+        return {"from": since.name, "to": to.name, "mpd": moved["mpd"]}
 
 
 def _shifts(
@@ -219,7 +213,7 @@ def _shifts(
         path, layers = decoder_layers(prepared.meta_model)
         config: Any = prepared.meta_model.config
         width = int(config.get_text_config().hidden_size)
-        first, second = (_states(model, path) for model in _load_both(since, to, prepared, store))
+        first, second = (_states(live, path) for live in _load_both(since, to, prepared, store))
         for lang in missing:
             label = f"drift of the layers' states: {lang}"
             shifts = layer_shifts(first, second, texts[lang], layers, width, watch, label)
@@ -229,7 +223,7 @@ def _shifts(
     return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}
 
 
-Live = Callable[[], "AbstractContextManager[PreTrainedModel]"]  # gives the model with its adapters live
+Live = Callable[[], "PreTrainedModel"]  # gives the model with its adapters live
 
 
 def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[Live]:
@@ -237,30 +231,12 @@ def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Stor
     stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
     model = prepared.recipe.model
-    if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):
-        both = Stacks(load_model(folders[0], model), stacks)
-        return [_switched(both, stack) for stack in stacks]
-    loaded: list[Live] = []
-    for folder, stack in zip(folders, stacks, strict=True):
-        one = load_model(folder, model)
-        loaded.append(_always(load_stack(one, stack) if stack else one))
-    return loaded
-
-
-def _switched(both: Stacks, stack: Sequence[Path]) -> Live:
-    return lambda: both.live(stack)
-
-
-def _always(model: Any) -> Live:
-    return lambda: nullcontext(model)
+    share = since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack)
+    first = Adapters(load_model(folders[0], model))
+    second = first if share else Adapters(load_model(folders[1], model))
+    return [partial(one.use, stack) for one, stack in zip((first, second), stacks, strict=True)]
 
 
 def _states(live: Live, path: str) -> States:
     """Rows to states of a model's layers."""
-
-    def states(row: Sequence[int], layers: Sequence[int]) -> list[Any]:
-        with live() as model:
-            inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-            return layer_outputs(inner, path, row, layers)
-
-    return states
+    return lambda row, layers: layer_outputs(live(), path, row, layers)
