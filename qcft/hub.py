@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from qcft.errors import InputError, QcftError, short
 from qcft.events import Watch
-from qcft.files import FULL
+from qcft.files import is_disk_full
 
 OFFLINE = "offline, use a local folder, a .gguf file or the embedded smollm2-135m-instruct"
 TRIES = 4
@@ -19,6 +21,7 @@ LIMIT = "QCFT_MAX_DOWNLOAD"  # in GB, of one model or data set
 USUAL = 200.0
 MUCH = 1e8  # bytes; what is less is fetched without a word
 BUSY = {408, 425, 429, 500, 502, 503, 504}
+BROKEN = ConnectionError, TimeoutError
 
 Answer = TypeVar("Answer")
 
@@ -66,46 +69,44 @@ def _may_pass(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in BUSY
-    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _chain(error)):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if _comes_of(error, OfflineModeIsEnabled):
         return False
-    kinds = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
-    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"}) or "Consistency check" in str(error)
+    return _comes_of(error, _client().TransportError, *BROKEN) or "Consistency check" in str(error)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(deeper)
-    return chain
+def _client() -> Any:
+    """The HTTP client that huggingface_hub is built on: httpx, or httpx2 from its version 2 on."""
+    from huggingface_hub.errors import HTTPError
+
+    return sys.modules[HTTPError.__module__]
+
+
+def _comes_of(error: BaseException | None, *kinds: type[BaseException]) -> bool:
+    """Whether an error, or one that led to it, is of these kinds."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def unreachable(what: str, name: str, error: Exception, offline: str = OFFLINE) -> QcftError:
     """The error for a hub call that failed: not there, not allowed, no network, or no room for what is fetched."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, errors
 
-    chain = _chain(error)
-    if any(getattr(cause, "errno", None) in FULL for cause in chain):
+    if is_disk_full(error, Path(constants.HF_HUB_CACHE)):
         return QcftError(
             f"{what}: the disk is full, there is no room for {name!r}",
             "free some space, or set HF_HOME to another disk",
         )
-    for cause in chain:
-        if isinstance(cause, GatedRepoError):
-            return InputError(
-                f"{what}: {name!r} is gated on the hub", "accept its terms there, then run `hf auth login`"
-            )
-        if isinstance(cause, RevisionNotFoundError):
-            return InputError(f"{what}: {name!r} has no such revision on the hub", "check the revision")
-        if isinstance(cause, RepositoryNotFoundError):
-            return InputError(
-                f"{what}: there is no {name!r} on the hub that you may read", "check the spelling, or `hf auth login`"
-            )
-    names = {type(cause).__name__ for cause in chain}
-    networks = {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
-    if names & networks or any(isinstance(c, (ConnectionError, TimeoutError)) for c in chain):
+    if _comes_of(error, errors.GatedRepoError):
+        return InputError(f"{what}: {name!r} is gated on the hub", "accept its terms there, then run `hf auth login`")
+    if _comes_of(error, errors.RevisionNotFoundError):
+        return InputError(f"{what}: {name!r} has no such revision on the hub", "check the revision")
+    if _comes_of(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{what}: there is no {name!r} on the hub that you may read", "check the spelling, or `hf auth login`"
+        )
+    if _comes_of(error, _client().ConnectError, _client().ConnectTimeout, errors.LocalEntryNotFoundError, *BROKEN):
         return InputError(f"{what}: {name!r} is not cached here as a whole and the hub can't be reached", offline)
     return InputError(f"{what}: {name!r} could not be loaded from the hub: {short(error, 200)}", offline)

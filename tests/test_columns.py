@@ -7,8 +7,7 @@ import pytest
 from qcft import InputError
 from qcft.data.columns import Columns
 from qcft.data.instructions import instructions
-from qcft.data.load import load_source
-from qcft.data.pool import read_pool
+from qcft.data.load import load_source, read_pool
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source, recipe_from
 

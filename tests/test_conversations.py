@@ -5,8 +5,7 @@ import json
 import pytest
 
 from qcft.data.formats import Unusable, to_row
-from qcft.data.load import load_source
-from qcft.data.pool import read_pool
+from qcft.data.load import load_source, read_pool
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source
 

@@ -17,7 +17,7 @@ from qcft.files import is_whole_safetensors
 from qcft.models.deltas import read_adapter
 from qcft.models.load import load_model
 from qcft.models.merge import MARK, Target, merge_adapters
-from qcft.models.tensors import Planned, shards, stored_tensors, write_bytes, write_tensors
+from qcft.models.tensors import Planned, stored_tensors, write_bytes, write_tensors
 from qcft.recipe import Model
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -242,14 +242,6 @@ def test_a_dequantised_base_is_the_4_bit_one_and_gives_what_was_trained(tiny_mod
                 assert torch.equal(found[f"{name}.weight"], weight)
             seen += 1
     assert seen == 21
-
-
-@given(st.lists(st.integers(0, 400), min_size=1, max_size=30), st.integers(1, 600))
-def test_shards_hold_every_tensor_in_order_and_no_more_than_asked(sizes, most):
-    tensors = [Planned(str(i), "U8", (n,)) for i, n in enumerate(sizes)]
-    parts = shards(tensors, most)
-    assert [t for part in parts for t in part] == tensors
-    assert all(sum(t.size for t in part) <= most or len(part) == 1 for part in parts)
 
 
 @settings(deadline=None, max_examples=30)

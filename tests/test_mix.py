@@ -1,13 +1,15 @@
 """The mix is exact: sizes, shares, every row once, replay spread evenly; packs lose nothing."""
 
+import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcft.data.encode import EncodedRow
-from qcft.data.mix import mixed_order, pack, replay_rows_needed
+from qcft.data.mix import in_groups, mixed_order, replay_rows_needed
 from qcft.recipe import Train
 from qcft.training.batches import make_batches
 
@@ -53,13 +55,23 @@ def rows_of(lengths):
     return [EncodedRow([i] * n, [i] * n) for i, n in enumerate(lengths)]
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 100))
-def test_packs_keep_every_row_in_order_and_their_limit(lengths, limit):
-    rows = rows_of(lengths)
-    packs = pack(rows, limit, 7)
-    assert [r for p in packs for r in p] == rows
-    assert all(len(p) <= 7 for p in packs)
-    assert all(len(p) == 1 or sum(len(r.input_ids) for r in p) <= limit for p in packs)
+@given(
+    st.lists(st.integers(0, 40), max_size=60),
+    st.integers(1, 100) | st.just(math.inf),
+    st.integers(1, 7) | st.just(math.inf),
+    st.booleans(),
+)
+def test_groups_keep_every_item_in_order_and_are_as_large_as_their_limits_allow(sizes, most, count, padded):
+    items = [*enumerate(sizes)]
+    groups = [*in_groups(items, lambda item: item[1], most, count, padded)]
+
+    def fits(group):
+        of = [size for _, size in group]
+        return len(group) <= count and (len(of) * max(of) if padded else sum(of)) <= most
+
+    assert [item for group in groups for item in group] == items
+    assert all(len(group) == 1 or fits(group) for group in groups)
+    assert not any(fits([*group, after[0]]) for group, after in pairwise(groups))
 
 
 @pytest.mark.parametrize("packing", [True, False])

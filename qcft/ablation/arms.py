@@ -77,9 +77,7 @@ def _run_each(
 ) -> None:
     """Run arms one after another; what fails is noted."""
     broken: dict[str, str] = {}  # step -> the run it failed in
-    for number, (name, one) in enumerate(todo, start=1):
-        arm = one.arm
-        change = partial(ArmChanged, name, arm.arm, arm.seed, number, len(todo))
+    for (name, one), change in zip(todo, changes_of(todo), strict=True):
         watch.tell(change("running"))
         ablation.begin(name)
         try:
@@ -91,8 +89,7 @@ def _run_each(
             ablation.end(name)
             raise
         except Exception as error:  # whatever ends one arm, from a full disk to a bug, must not end the others
-            # Steps are done in their order, so the one that failed is the first that is not done.
-            step = next((s for s in one.prepared.plan.steps if store.state(s.id) != "done"), None)
+            step = first_undone(one.prepared, store)
             what = told(error, step)
             if step and step.kind != "suite":  # nothing rests on an evaluation
                 broken.setdefault(step.id, name)
@@ -111,22 +108,35 @@ def begin_ablation(
     prepared = prepare_arms(arms, watch)
     store = Store(runs)
     quiet()
-    if any(store.state(step.id) != "done" for one in prepared for step in one.prepared.plan.steps):
+    todo = [one for one in prepared if first_undone(one.prepared, store)]
+    if todo:
         choose_card()
-    for one in prepared:
-        if any(store.state(step.id) != "done" for step in one.prepared.plan.steps):
-            with _naming(one.arm):
-                check_prepared(one.prepared)
+    for one in todo:
+        with _naming(one.arm):
+            check_prepared(one.prepared)
     named = [(open_run(runs, one.prepared.pinned_recipe(), one.prepared.plan.stages()).name, one) for one in prepared]
     names = {(one.arm.arm, one.arm.seed): name for name, one in named}
     ablation = open_ablation(runs, plain, [one.arm for _, one in named], names)
     steps = {step.id for one in prepared for step in one.prepared.plan.steps}
     every = sum(len(one.prepared.plan.steps) for one in prepared)
     done = sum(store.state(step) == "done" for step in steps)
-    for number, (name, one) in enumerate(named, start=1):
-        watch.tell(ArmChanged(name, one.arm.arm, one.arm.seed, number, len(named), "to do"))
+    for change in changes_of(named):
+        watch.tell(change("to do"))
     watch.note(f"{ablation.name}: {len(arms)} runs, {every} steps, {len(steps)} of them different, {done} done before")
     return ablation, named
+
+
+def changes_of(named: Sequence[tuple[str, PreparedArm]]) -> list[Callable[..., ArmChanged]]:
+    """What makes, for each arm, an event of the state it is in and a text."""
+    return [
+        partial(ArmChanged, name, one.arm.arm, one.arm.seed, number, len(named))
+        for number, (name, one) in enumerate(named, start=1)
+    ]
+
+
+def first_undone(prepared: PlannedRecipe, store: Store) -> Step | None:
+    """The first step that is not done. Steps are done in their order, so where one failed it is that."""
+    return next((step for step in prepared.plan.steps if store.state(step.id) != "done"), None)
 
 
 @contextmanager

@@ -11,20 +11,18 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qcft.ablation.arms import begin_ablation, told
+from qcft.ablation.arms import begin_ablation, changes_of, first_undone, told
 from qcft.errors import ChangedInput, InputError, QcftError, short
-from qcft.events import ArmChanged, Watch
+from qcft.events import Watch
 from qcft.models.cards import asked_device
 from qcft.recipe import ArmRun, Recipe, recipe_from
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import do_step, run_prepared
-from qcft.steps.step import Step
 from qcft.store import Store
 from qcft.store.ablations import Ablation
 from qcft.store.holding import working
@@ -59,11 +57,8 @@ def run_on_ray(
         held.enter_context(working(runs, *(name for name, _ in named)))
         store, tasks = Store(runs), _Tasks(ray, section.cpus, gpus, runs)
         parts = {name: tasks.submit(one.prepared, store) for name, one in named}
-        changes = {
-            name: partial(ArmChanged, name, one.arm.arm, one.arm.seed, number, len(named))
-            for number, (name, one) in enumerate(named, start=1)
-        }
         prepared = {name: one.prepared for name, one in named}
+        changes = dict(zip(prepared, changes_of(named), strict=True))
         for name in prepared:
             ablation.begin(name)
         open_arms = dict(parts)
@@ -85,7 +80,7 @@ def run_on_ray(
                         finished(run_prepared(prepared[name], store, watch))
                     except QcftError as refused:  # a merge that kept too little
                         error = refused
-                ablation.end(name, told(error, _first_undone(prepared[name], store)) if error else None)
+                ablation.end(name, told(error, first_undone(prepared[name], store)) if error else None)
                 watch.tell(changes[name]("failed" if error else "done", str(error) if error else ""))
     return ablation
 
@@ -165,7 +160,3 @@ def _failure(ray: Any, refs: Sequence[Any]) -> Exception | None:
         except ray.exceptions.RayError as error:
             return QcftError(f"its worker was lost {RETRIES + 1} times: {short(error, 200)}", "")
     return None
-
-
-def _first_undone(prepared: PlannedRecipe, store: Store) -> Step | None:
-    return next((step for step in prepared.plan.steps if store.state(step.id) != "done"), None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qcft.data.mix import in_groups
 from qcft.data.render import TemplateRefused
 from qcft.data.rows import Message, Row
 from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, Thinking
@@ -16,7 +17,7 @@ from qcft.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AT_ONCE, MUCH = 100, 1_000_000  # rows, characters
+AT_ONCE, MUCH = 100, 1_000_000  # rows and characters that are rendered at once
 IGNORED = -100  # the label of a token that bears no loss
 MARKED = re.compile(f"{START}([^{START}{END}]*){END}")
 TOO_LONG, NO_ANSWER = "longer than max_length", "no answer to train"
@@ -126,7 +127,7 @@ class Encoder:
         left_out: Counter[str] = Counter()
         changed: Counter[str] = Counter()
         done = 0
-        for chunk in _chunks(rows):
+        for chunk in in_groups(rows, _rendered_size, MUCH, AT_ONCE):
             prepared = [self._prepare(row) for row in chunk]
             self.template.render_ahead([one[0] for one in prepared if not isinstance(one, str)], self.thinking)
             for row, one in zip(chunk, prepared, strict=True):
@@ -233,18 +234,9 @@ class Encoder:
         return ids
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows that are rendered at once: some, or one whose turns, each rendered with those before, come to a lot."""
-    chunk: list[Row] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += len(row.messages) * sum(len(message.content) for message in row.messages)
-        if len(chunk) == AT_ONCE or size > MUCH:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _rendered_size(row: Row) -> int:
+    """About how many characters it takes to render each of a row's turns with those before."""
+    return len(row.messages) * sum(len(message.content) for message in row.messages)
 
 
 def hint_for(left_out: Mapping[str, int], when_too_long: str) -> str:

@@ -1,4 +1,7 @@
-"""Reading one data file of any kind: its records, one by one as they are asked for."""
+"""Reading one data file of any kind: its records, one by one as they are asked for.
+
+JSON by Python's own reader: pyarrow's ends at the first broken line and wants one type in each column.
+"""
 
 from __future__ import annotations
 

@@ -1,28 +1,79 @@
-"""Loading a source: its rows, the rows held out from it, and what could not be used."""
+"""From a source to rows: those that train, those held out from them, and those that replay is drawn from."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qcft.data.columns import Columns
-from qcft.data.formats import COLUMNS, to_row
-from qcft.data.records import RowReader
+from qcft.data.files import BadLine
+from qcft.data.formats import COLUMNS, Record, Unusable, to_prompt, to_row
 from qcft.data.rows import Row, digest_rows
-from qcft.data.sources import SHIPPED
+from qcft.data.sources import SHIPPED, read_records
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source
 
 
+class RowReader:
+    """Reads a source once. `make` turns a record and its format into a row, or raises Unusable.
+
+    `seen` counts the records read so far, `left_out` those that are no rows; at the end the watch is told of lines
+    that are no JSON and of columns that nothing reads.
+    """
+
+    def __init__(self, source: Source, make: Callable[[Record, str], Row], columns: Columns, watch: Watch) -> None:
+        self.source = source
+        self.make = make
+        self.columns = columns
+        self.watch = watch
+        self.seen = 0
+        self.left_out: Counter[str] = Counter()
+        self.bad: BadLine | None = None  # the first
+
+    def __iter__(self) -> Iterator[Row]:
+        for record in read_records(self.source, self.watch):
+            self.seen += 1
+            if self.seen % 5000 == 0:
+                self.watch.progress(f"reading {self.source.path}", self.seen, 0, "rows")
+            if isinstance(record, BadLine):
+                self.left_out["bad JSON"] += 1
+                self.bad = self.bad or record
+                continue
+            found = self.columns.read(record)
+            if found is None:
+                raise self.columns.unknown(record, self.seen)
+            format, named = found
+            try:
+                row = self.make(named, format)
+            except Unusable as reason:
+                self.left_out[str(reason)] += 1
+            else:
+                yield row
+
+    def tell(self) -> None:
+        """Tell the watch what a person should know of a source that was read."""
+        if self.bad is not None:
+            self.watch.note(
+                f"{self.source.path}: {self.left_out['bad JSON']} of {self.seen:,} rows are not a JSON object and are "
+                f"dropped; the first is {self.bad.where} ({self.bad.why})",
+                "warning",
+            )
+        if self.columns.unused and not self.source.path.startswith(SHIPPED):
+            self.watch.note(f"{self.source.path}: columns that are not used: {', '.join(self.columns.unused)}")
+
+
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source's rows to train on and rows to measure on; `left_out` counts records by reason."""
+    """A source's rows to train on or draw from, and those to measure on, with the `digest` of both where some are;
+    `left_out` counts records by reason."""
 
     source: Source
     rows: tuple[Row, ...]
-    held_out: tuple[Row, ...]
     left_out: dict[str, int]
-    digest: str
+    held_out: tuple[Row, ...] = ()
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -63,7 +114,30 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
         left_out["same prompt as a held-out row"] += len(train) - len(kept)
     _check(reader, kept, aside, held_out)
     reader.tell()
-    return LoadedSource(source, tuple(kept), tuple(aside), dict(left_out), digest_rows(kept) + digest_rows(aside))
+    return LoadedSource(source, tuple(kept), dict(left_out), tuple(aside), digest_rows(kept) + digest_rows(aside))
+
+
+def read_pool(source: Source, answers: bool, watch: Watch, what: str = "replay") -> LoadedSource:
+    """The first `take` rows of a source, to draw replay from or to measure on: none is set aside. With `answers` false,
+    prompts without an answer are rows too.
+
+    Raises InputError, which names the recipe's key by `what`, when the source cannot be read or none of its records is
+    usable.
+    """
+    rows: list[Row] = []
+    reader = RowReader(source, to_row if answers else to_prompt, Columns(source, what, answers), watch)
+    for row in reader:
+        rows.append(row)
+        if len(rows) == source.take:
+            break
+    if not rows:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in reader.left_out.most_common(3)) or "it is empty"
+        raise InputError(
+            f"{what}: {source.path!r} gives no row to use ({reasons})",
+            "give it rows in one of these forms: " + "; ".join(f"{n} ({c})" for n, c in COLUMNS.items()),
+        )
+    reader.tell()
+    return LoadedSource(source, tuple(rows), dict(reader.left_out))
 
 
 def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: HeldOut) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import TypeVar
-
-from qcft.data.encode import EncodedRow
 
 T = TypeVar("T")
 BLOCK = 5  # replay rows per interleaved block: keeps the share even along the training
@@ -122,22 +121,24 @@ def _interleaved(parts: Sequence[list[int]], blocks: int, seed: int | str) -> li
     return order
 
 
-def pack(rows: Sequence[EncodedRow], max_tokens: int, max_rows: int) -> list[list[EncodedRow]]:
-    """Join neighbouring rows into packs of at most `max_tokens` tokens and `max_rows` rows, in their order.
+def in_groups(
+    items: Iterable[T], size: Callable[[T], int], most: float, count: float = math.inf, padded: bool = False
+) -> Iterator[list[T]]:
+    """Neighbouring items in groups of at most `count` whose sizes come to at most `most`, each group as large as fits.
 
-    A pack is run without padding and with positions that begin anew at each row, so no row sees another
-    and a pack that is not full costs nothing. A row longer than `max_tokens` is a pack of its own.
+    An item that is larger has a group to itself. `padded`: every item takes as much as the largest of its group.
     """
-    packs: list[list[EncodedRow]] = []
-    room = 0
-    for row in rows:
-        length = len(row.input_ids)
-        if not packs or length > room or len(packs[-1]) == max_rows:
-            packs.append([])
-            room = max_tokens
-        packs[-1].append(row)
-        room -= length
-    return packs
+    group: list[T] = []
+    held = largest = 0
+    for item in items:
+        own = size(item)
+        held, largest = held + own, max(largest, own)
+        if group and (len(group) == count or ((len(group) + 1) * largest if padded else held) > most):
+            yield group
+            group, held, largest = [], own, own
+        group.append(item)
+    if group:
+        yield group
 
 
 def shuffled(items: Sequence[T], seed: str) -> list[T]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,9 +24,8 @@ from qcft.inspect.versions import (
 )
 from qcft.layers import decoder_layers
 from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts
-from qcft.models.adapters import load_stack
 from qcft.models.load import free_memory, load_model, quiet_libraries
-from qcft.models.switch import Stacks
+from qcft.models.switch import Adapters
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
 from qcft.prepare.rows import Rows
@@ -220,7 +219,7 @@ def _shifts(
         path, layers = decoder_layers(prepared.meta_model)
         config: Any = prepared.meta_model.config
         width = int(config.get_text_config().hidden_size)
-        first, second = (_states(model, path) for model in _load_both(since, to, prepared, store))
+        first, second = (_states(live, path) for live in _load_both(since, to, prepared, store))
         for lang in missing:
             label = f"drift of the layers' states: {lang}"
             shifts = layer_shifts(first, second, texts[lang], layers, width, watch, label)
@@ -230,7 +229,7 @@ def _shifts(
     return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}
 
 
-Live = Callable[[], "AbstractContextManager[PreTrainedModel]"]  # gives the model with its adapters live
+Live = Callable[[], "PreTrainedModel"]  # gives the model with its adapters live
 
 
 def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[Live]:
@@ -238,30 +237,12 @@ def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Stor
     stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
     model = prepared.asked
-    if since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack):
-        both = Stacks(load_model(folders[0], model), stacks)
-        return [_switched(both, stack) for stack in stacks]
-    loaded: list[Live] = []
-    for folder, stack in zip(folders, stacks, strict=True):
-        one = load_model(folder, model)
-        loaded.append(_always(load_stack(one, stack) if stack else one))
-    return loaded
-
-
-def _switched(both: Stacks, stack: Sequence[Path]) -> Live:
-    return lambda: both.live(stack)
-
-
-def _always(model: Any) -> Live:
-    return lambda: nullcontext(model)
+    share = since.weights == to.weights and all(is_plain(adapter) for stack in stacks for adapter in stack)
+    first = Adapters(load_model(folders[0], model))
+    second = first if share else Adapters(load_model(folders[1], model))
+    return [partial(one.use, stack) for one, stack in zip((first, second), stacks, strict=True)]
 
 
 def _states(live: Live, path: str) -> States:
     """Rows to states of a model's layers."""
-
-    def states(row: Sequence[int], layers: Sequence[int]) -> list[Any]:
-        with live() as model:
-            inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-            return layer_outputs(inner, path, row, layers)
-
-    return states
+    return lambda row, layers: layer_outputs(live(), path, row, layers)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcft.data.encode import IGNORED, EncodedRow
+from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.models.halving import in_halves
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 1024  # padding counted
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch,
     """
     scores: dict[int, RowScore] = {}
     limited = keeps_logits(model)
+    longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
     with evaluating(model):
-        for chosen in _batches(rows):
+        for chosen in in_groups(longest_first, lambda i: len(rows[i].input_ids), BATCH_TOKENS, padded=True):
             what = f"while scoring a row of {len(rows[chosen[0]].input_ids)} tokens"
             scored = in_halves(lambda some: _score(model, some, limited), [rows[i] for i in chosen], what)
             for i, score in zip(chosen, scored, strict=True):
@@ -95,18 +97,6 @@ def _row_score(logits: torch.Tensor, targets: torch.Tensor) -> RowScore:
     wanted = targets[where].to(logits.device)
     nll = torch.nn.functional.cross_entropy(chosen, wanted, reduction="sum")
     return RowScore(float(nll), len(where), int((chosen.argmax(dim=-1) == wanted).sum()))
-
-
-def _batches(rows: Sequence[EncodedRow]) -> list[list[int]]:
-    """Indices of rows, longest first, in batches of at most about BATCH_TOKENS padded tokens."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]].input_ids) <= BATCH_TOKENS:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:

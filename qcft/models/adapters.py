@@ -88,7 +88,7 @@ def load_stack(model: PreTrainedModel, folders: Sequence[Path], trainable: Colle
     """A model with saved adapters live on one another, the lowest first; all frozen, but for the top one's adapters
     on the modules `trainable` (full names)."""
     names = [*(f"{UNDER}{i}" for i in range(len(folders) - 1)), TOP]
-    adapted = load_on(model, folders, names)
+    adapted: PeftModel = load_on(model, folders, names)
     _activate(adapted, names)
     for name, parameter in adapted.named_parameters():
         module = name.removeprefix(PREFIX).partition(".lora_")[0]
@@ -106,7 +106,7 @@ def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[s
     if not under:
         return add_lora(model, modules, lora)
     names = [f"{UNDER}{i}" for i in range(len(under))]
-    adapted = load_on(model, under, names)
+    adapted: PeftModel = load_on(model, under, names)
     adapted.add_adapter(TOP, _config(modules, lora))
     _activate(adapted, [*names, TOP])
     for name, parameter in adapted.named_parameters():
@@ -173,16 +173,18 @@ def save_trained(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
     write_json(folder / CONFIG, config)
 
 
-def load_on(model: PreTrainedModel, folders: Sequence[Path], names: Sequence[str]) -> PeftModel:
-    """A model with saved adapters on it under `names`, not trainable; which of them are live is left to the caller."""
+def load_on(model: PreTrainedModel | PeftModel, folders: Sequence[Path], names: Sequence[str]) -> Any:
+    """A model with saved adapters on it under `names`, beside those it may have, not trainable; which of them are live
+    is left to the caller."""
     from peft import PeftModel
 
-    first, *others = zip(folders, names, strict=True)
-    adapted = PeftModel.from_pretrained(
-        model, str(first[0]), adapter_name=first[1], is_trainable=False, use_safetensors=True
-    )
-    for folder, name in others:
-        adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
+    adapted: Any = model
+    for folder, name in zip(folders, names, strict=True):
+        options: Any = {"adapter_name": name, "is_trainable": False, "use_safetensors": True}
+        if isinstance(adapted, PeftModel):
+            adapted.load_adapter(str(folder), **options)
+        else:
+            adapted = PeftModel.from_pretrained(adapted, str(folder), **options)
     return adapted
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
@@ -28,7 +29,6 @@ from qcft.models.tensors import (
     TORCH_NAMES,
     Planned,
     Stored,
-    shards,
     stored_weights,
     write_bytes,
     write_tensors,
@@ -86,7 +86,8 @@ def merge_adapters(
     check_stack(read)
     sources, untied = _plan(base, read, target)
     planned = [Planned(name, _dtype(source.stored.dtype, target), source.stored.shape) for name, source in sources]
-    parts = shards(planned, SHARD_BYTES)
+    # Not by huggingface_hub's planner, which keeps order only among tensors smaller than a shard.
+    parts = [*in_groups(planned, lambda tensor: tensor.size, SHARD_BYTES)]
     source_of = dict(sources)
     done = 0
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,31 @@ def can_switch(folders: Sequence[Path]) -> bool:
     return all((read_json(folder / CONFIG) or {}).get("bias", "none") == "none" for folder in folders)
 
 
-class Switched:
-    """A loaded model whose adapters are switched on and off; `model` is the model itself, adapters inside it.
+class Adapters:
+    """A loaded model whose adapters are switched on and off; `model` is the model itself, adapters inside it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._adapted: Any = model
+        self._names: dict[Path, str] = {}
+
+    def use(self, stack: Sequence[Path]) -> PreTrainedModel:
+        """The model with exactly these adapters live, the lowest first; none of them: the bare weights."""
+        new = [folder for folder in dict.fromkeys(stack) if folder not in self._names]
+        names = [f"a{len(self._names) + i}" for i in range(len(new))]
+        self._adapted = load_on(self._adapted, new, names)
+        self._names.update(zip(new, names, strict=True))
+        if stack:
+            self._adapted.base_model.enable_adapter_layers()
+            live = [self._names[folder] for folder in stack]
+            self._adapted.base_model.set_adapter(live if len(live) > 1 else live[0])
+        elif self._names:
+            self._adapted.base_model.disable_adapter_layers()
+        return self.model
+
+
+class Switched(Adapters):
+    """`Adapters` of a model that is evaluated.
 
     It is put into evaluation mode, and, as bitsandbytes repacks 4-bit weights in the first forward pass of that mode
     on some CPUs, such a pass is done at once, and again where adapters were loaded: PEFT asks for the model's state
@@ -31,10 +53,15 @@ class Switched:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._adapted: Any = None
-        self._names: dict[Path, str] = {}
+        super().__init__(model)
         self._settle()
+
+    def use(self, stack: Sequence[Path]) -> PreTrainedModel:
+        """The model with these adapters live, ready to be evaluated."""
+        super().use(stack)
+        if self._names:
+            self._settle()
+        return self.model
 
     def _settle(self) -> None:
         import torch
@@ -42,49 +69,3 @@ class Switched:
         self.model.eval()  # what was loaded since came in training mode
         with torch.no_grad():
             self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device))
-
-    def use(self, stack: Sequence[Path]) -> None:
-        """Make exactly these adapters live, the lowest first; none of them: the bare weights."""
-        from peft import PeftModel
-
-        for folder in stack:
-            if folder not in self._names:
-                name = f"a{len(self._names)}"
-                if self._adapted is None:
-                    self._adapted = PeftModel.from_pretrained(
-                        self.model, str(folder), adapter_name=name, is_trainable=False, use_safetensors=True
-                    )
-                else:
-                    self._adapted.load_adapter(str(folder), adapter_name=name, is_trainable=False, use_safetensors=True)
-                self._names[folder] = name
-        if self._adapted is None:
-            return
-        if stack:
-            self._adapted.base_model.enable_adapter_layers()
-            names = [self._names[folder] for folder in stack]
-            self._adapted.base_model.set_adapter(names if len(names) > 1 else names[0])
-        else:
-            self._adapted.base_model.disable_adapter_layers()
-        self._settle()
-
-
-class Stacks:
-    """A model with the plain LoRA adapters of several stacks on it, one stack live at a time."""
-
-    def __init__(self, model: PreTrainedModel, stacks: Sequence[Sequence[Path]]) -> None:
-        folders = list(dict.fromkeys(folder for stack in stacks for folder in stack))
-        self._names = {folder: f"adapter{i}" for i, folder in enumerate(folders)}
-        self.model: Any = load_on(model, folders, list(self._names.values())) if folders else model
-        self.base: PreTrainedModel = model
-
-    @contextmanager
-    def live(self, stack: Sequence[Path]) -> Iterator[PreTrainedModel]:
-        """The model with one stack live, none under it being trained."""
-        if not self._names:
-            yield self.model
-        elif not stack:
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            self.model.base_model.set_adapter([self._names[folder] for folder in stack])
-            yield self.model

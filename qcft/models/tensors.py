@@ -1,7 +1,8 @@
 """Weights on disk, one tensor at a time: where each lies in a safetensors file, reading it, writing a file.
 
-The safetensors library writes a file from tensors that are all in memory. A merge writes shards of a
-gigabyte and need hold one tensor: the format is a length, a JSON header and the bytes, so it is written here.
+The safetensors library writes a file from tensors that are all in memory, and maps the file it reads, which counts as
+resident. A merge writes shards of a gigabyte and need hold one block of rows: the format is a length, a JSON header and
+the bytes, so it is read and written here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -174,19 +175,6 @@ def write_bytes(tensor: torch.Tensor, out: BinaryIO) -> None:
     import torch
 
     out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def shards(tensors: Iterable[Planned], most: int) -> list[list[Planned]]:
-    """Tensors in shards of at most `most` bytes; a tensor that is larger has one to itself."""
-    parts: list[list[Planned]] = []
-    held = 0
-    for tensor in tensors:
-        if not parts or held + tensor.size > most:
-            parts.append([])
-            held = 0
-        parts[-1].append(tensor)
-        held += tensor.size
-    return parts
 
 
 def _read_into(stream: io.FileIO, part: memoryview) -> None:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qcft.data.language import guess_language
-from qcft.data.load import LoadedSource, load_source
-from qcft.data.pool import PoolRows, read_pool
+from qcft.data.load import LoadedSource, load_source, read_pool
 from qcft.data.rows import Row
 from qcft.events import Watch
 from qcft.recipe import Recipe, Source
@@ -49,14 +48,14 @@ class SourceReader:
         )
         return found.lang
 
-    def test(self, source: Source) -> PoolRows:
+    def test(self, source: Source) -> LoadedSource:
         """One's own test set, every row of it; with the language of its rows where it names none."""
-        found: PoolRows = self.once(
+        found: LoadedSource = self.once(
             ("test", source.model_dump_json()), lambda: read_pool(source, True, self.watch, "heldout.data")
         )
         if source.lang is not None:
             return found
-        return replace(found, lang=str(self._guessed(source, found.rows).lang or "?"))
+        return replace(found, source=self._guessed(source, found.rows))
 
 
 def with_languages(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]]) -> Recipe:

@@ -1,4 +1,8 @@
-"""YAML as recipes are written in: every key once, merge keys, escaped pairs of UTF-16 as the character they mean."""
+"""YAML as recipes are written in: every key once, merge keys, escaped pairs of UTF-16 as the character they mean.
+
+1e-4 stays the text that PyYAML takes it for (YAML 1.2 has a number): it names an ablation's arm as it was written, and
+is a number where the schema asks for one.
+"""
 
 from __future__ import annotations
 

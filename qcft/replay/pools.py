@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qcft.data.load import LoadedSource
+from qcft.data.load import LoadedSource, read_pool
 from qcft.data.mix import shuffled, stratified
-from qcft.data.pool import PoolRows, read_pool
 from qcft.data.rows import Row
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
@@ -197,7 +196,7 @@ class _Finder:
         return len({row.key for source in self.own for row in source.rows})
 
     def read(self, sources: Iterable[Source], answers: bool) -> tuple[Drawn, dict[str, int]]:
-        found: list[PoolRows] = [read_pool(one, answers, self.watch) for s in sources for one in s.expanded()]
+        found = [read_pool(one, answers, self.watch) for s in sources for one in s.expanded()]
         unusable: Counter[str] = Counter()
         for one in found:
             unusable.update(one.left_out)

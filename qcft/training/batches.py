@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from qcft.data.encode import EncodedRow
-from qcft.data.mix import pack
+from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.recipe import Train
 
@@ -122,7 +122,12 @@ def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], 
             if len(sequence) < wanted:
                 continue
             sequence = sequence[:wanted]
-        items = pack(sequence, budget, train.batch) if train.packing else [[row] for row in sequence]
+        # A pack is run without padding and with positions that begin anew at each row, so no row sees another and a
+        # pack that is not full costs nothing.
+        if train.packing:
+            items = [*in_groups(sequence, lambda row: len(row.input_ids), budget, train.batch)]
+        else:
+            items = [[row] for row in sequence]
         accumulation = max(1, round(train.batch * len(items) / len(sequence) / per_pass))
         if train.steps is None:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
+from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
@@ -111,12 +113,7 @@ class Passes:
 
 def divided(rows: Sequence[EncodedRow], limit: int | None, padded: bool) -> list[list[EncodedRow]]:
     """Rows in their order, in parts of at most `limit` tokens or one row; `padded`: each as long as the longest."""
-    parts: list[list[EncodedRow]] = []
-    for row in rows:
-        if not parts or (limit is not None and _tokens([*parts[-1], row], padded) > limit):
-            parts.append([])
-        parts[-1].append(row)
-    return parts
+    return [*in_groups(rows, lambda row: len(row.input_ids), limit or math.inf, padded=padded)]
 
 
 def _tokens(rows: Sequence[EncodedRow], padded: bool) -> int:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import EncodedRow
+from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.layers import decoder_layers
@@ -50,7 +51,7 @@ def fill_states(model: PreTrainedModel, below: int, rows: Sequence[EncodedRow], 
     missing = states.missing(by_key)
     together = model.config._attn_implementation == NAME
     done = 0
-    for keys in _passes(missing, by_key, PASS_TOKENS if together else 1):
+    for keys in in_groups(missing, lambda key: len(by_key[key].input_ids), PASS_TOKENS if together else 1):
         watch.progress(f"caching the first {below} layers", done, len(missing), "rows")
         run = partial(_run_prefix, model, below, together)
         computed = in_halves(run, [by_key[key] for key in keys], f"while caching the first {below} layers of a row")
@@ -140,21 +141,6 @@ def _as_integers(states: torch.Tensor) -> Any:
     import torch
 
     return states.contiguous().view(torch.int32 if states.element_size() == 4 else torch.int16).numpy()
-
-
-def _passes(keys: list[str], rows: dict[str, EncodedRow], budget: int) -> Iterable[list[str]]:
-    """Keys in their order, in groups of at most `budget` tokens or one row."""
-    group: list[str] = []
-    held = 0
-    for key in keys:
-        length = len(rows[key].input_ids)
-        if group and held + length > budget:
-            yield group
-            group, held = [], 0
-        group.append(key)
-        held += length
-    if group:
-        yield group
 
 
 def worth_storing(train: Train, needed: int, again: bool) -> bool:

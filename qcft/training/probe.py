@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED, EncodedRow
+from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import is_whole, seal, write_text
@@ -208,7 +209,7 @@ def english_nll(model: PeftModel, rows: Sequence[EncodedRow], nll: SummedNll, to
     device: Any = model.device
     inner: Any = model
     with evaluating(inner), torch.autocast(device.type, compute_dtype(), enabled=compute_dtype() != torch.float32):
-        for group in _passes(rows, PASS_TOKENS if together else 1):
+        for group in in_groups(rows, lambda row: len(row.input_ids), PASS_TOKENS if together else 1):
             total += sum(in_halves(lambda some: [nll(some)], group, "in the live probe"))
             tokens += sum(label != IGNORED for row in group for label in row.labels[1:])
     return total / tokens
@@ -230,19 +231,6 @@ def probe_callback(english: EnglishProbe) -> Any:
                 control.should_save = False  # a killed process must not go on from beyond the limit
 
     return Prober()
-
-
-def _passes(rows: Sequence[EncodedRow], budget: int) -> list[list[EncodedRow]]:
-    """Rows in their order, in groups of at most `budget` tokens or one row."""
-    groups: list[list[EncodedRow]] = []
-    held = 0
-    for row in rows:
-        if not groups or held + len(row.input_ids) > budget:
-            groups.append([])
-            held = 0
-        groups[-1].append(row)
-        held += len(row.input_ids)
-    return groups
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def one_way(way: str, options: argparse.Namespace) -> dict:
     import torch
 
     from qcft.data.encode import Encoder
-    from qcft.data.pool import read_pool
+    from qcft.data.load import read_pool
     from qcft.events import Watch
     from qcft.models.generate import Sampling, answer_batches
     from qcft.models.load import evaluating, load_model, load_tokenizer, peak_memory, quiet_libraries
