@@ -9,7 +9,7 @@ from typing import Any
 from qcft.plan.plan import CIRCUMSTANCES, Live, Plan
 from qcft.plan.suite_steps import ability_steps
 from qcft.prepare.digests import Digests
-from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.recipe import Phase, Recipe
 from qcft.recipe.stages import BASE, BASE_16BIT, PROBES, kept_stage, merged_stage
 from qcft.steps.step import Kind, Step
 
@@ -176,7 +176,7 @@ class Planner:
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
         """What a freeze spec goes by: how much earlier phases changed each module, or its signal-to-noise ratio."""
-        measure = parse_freeze(phase.freeze).measure
+        measure = phase.freeze.measure
         if measure is None:
             return None
         stage = self.numbered("layers", phase.name)
@@ -204,7 +204,7 @@ class Planner:
             "quantize": self.quantize,
             "seed": self.recipe.seed,
             "lora": self.recipe.lora.model_dump(),
-            "freeze": phase.freeze,
+            "freeze": phase.freeze.text,
             "rows": self.digests.phases[phase.name],
             "limits": _limits(phase),
             "replay_system": self.recipe.phases[0].system if replay else None,

@@ -42,7 +42,7 @@ class TrainWork(StepWork):
             return self._work(step, folder)
 
     def _work(self, step: Step, folder: Path) -> dict[str, Any]:
-        from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
+        from qcft.layers import adapted_in, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.agreement import check_live
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
@@ -66,14 +66,14 @@ class TrainWork(StepWork):
         seed = self.recipe.seed
         batches = make_batches(rows, self.prepared.order(phase, extra), train)
         targets = self.recipe.lora.targets
-        modules = adapted_modules(self.prepared.meta_model, targets, phase.freeze, seed, self.measured(step))
+        modules = adapted_in(self.prepared.meta_model, self.recipe, phase, self.measured(step))
         frozen = frozen_in_words(self.prepared.meta_model, targets, modules)
         mixed = Mixed(
             phase.name,
             tuple(share for share, _ in shares),
             batches.steps,
             batches.rows / batches.steps,
-            phase.freeze if phase.freeze == "none" else f"{phase.freeze} ({frozen})",
+            "none" if phase.freeze.kind == "none" else f"{phase.freeze} ({frozen})",
         )
         self.watch.tell(mixed)
         free_memory()  # what loading left behind
