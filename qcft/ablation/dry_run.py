@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qcft.ablation.arms import prepare_arms
-from qcft.data.mix import replay_amount
 from qcft.events import Watch
 from qcft.recipe import ArmRun
+from qcft.replay.amount import replay_amount
 from qcft.runner.forecast import plan_phase
 from qcft.runner.libraries import quiet
 from qcft.runner.planned import PlannedRecipe
@@ -171,7 +171,7 @@ def _rows(step: Step, prepared: PlannedRecipe) -> float:
     assert step.phase is not None
     phase = prepared.recipe.phase(step.phase)
     new = sum(len(rows) for rows in prepared.rows[phase.name])
-    replay = float(replay_amount(new, phase.replay.ratio)) if phase.replay else 0.0
+    replay = float(replay_amount(phase.replay, new))
     if step.kind == "replay":
         return replay
     return phase.train.steps * phase.train.batch if phase.train.steps else (new + replay) * phase.train.epochs

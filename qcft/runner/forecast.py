@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.mix import replay_rows_needed
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase
+from qcft.replay.amount import replay_amount, rounded
 from qcft.steps.needs import bytes_written
 from qcft.steps.step import Step
 from qcft.store import Store
@@ -39,7 +39,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
 
     recipe, model = prepared.recipe, prepared.meta_model
     new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
-    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
+    extra = rounded(replay_amount(phase.replay, len(new)))
     rows = [*new, *(new[i % len(new)] for i in range(extra))]
     batches = make_batches(rows, prepared.order(phase, extra), phase.train)
     modules = adapted_in(model, recipe, phase)

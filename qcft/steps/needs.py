@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.mix import replay_rows_needed
 from qcft.measure.score import BATCH_TOKENS
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase
+from qcft.replay.amount import replay_amount, rounded
 from qcft.replay.generation import LARGEST
 from qcft.steps.step import Step
 from qcft.store.upkeep import size_of
@@ -87,7 +87,7 @@ def bytes_written(prepared: Prepared, step: Step, planned: Planned | None) -> in
     if step.kind == "adapter" and phase and phase.adapter:
         return size_of(Path(os.path.expanduser(phase.adapter)))
     if step.kind == "replay" and phase and phase.replay:
-        rows = replay_rows_needed(sum(map(len, prepared.rows[phase.name])), phase.replay.ratio)
+        rows = rounded(replay_amount(phase.replay, sum(map(len, prepared.rows[phase.name]))))
         return 2 * rows * (RECORD + TEXT * (phase.train.max_length // 2 + phase.replay.max_new_tokens))
     return SCORES * len(step.settings["scales"] if step.kind == "dial" else (1,))
 
