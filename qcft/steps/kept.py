@@ -10,7 +10,7 @@ from typing import Any
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.measure.distance import compare, predictions
-from qcft.measure.score import RowScore
+from qcft.measure.score import read_scores
 from qcft.measure.stats import kept
 from qcft.models.load import free_memory
 from qcft.recipe import Merge
@@ -24,12 +24,12 @@ class KeptWork(StepWork):
 
     def work(self, step: Step, folder: Path) -> dict[str, Any]:
         """Compare base, live adapters and merged model on the held-out rows of the phases they hold."""
-        base, live, merged = (self.store.opened(parent).json("scores.json") for parent in step.parents)
+        base, live, merged = (read_scores(self.store.opened(parent)) for parent in step.parents)
         groups = self.prepared.groups
         # An adapter made elsewhere has no rows of its own here: English stands for them.
         phases = step.settings["phases"]
         own = [g for g in groups if g.phase in phases] or [g for g in groups if g.lang == ENGLISH]
-        a, b, c = ([_score(s) for g in own for s in scores[g.name]] for scores in (base, live, merged))
+        a, b, c = ([s for g in own for s in scores[g.name]] for scores in (base, live, merged))
         rows = [row for group in own for row in self.prepared.held_out(group).encoded]
         live_step, merged_step = (self.steps[parent] for parent in step.parents[1:])
         seen = predictions(self.load(live_step), rows, self.watch, f"{step.title}: live")
@@ -62,7 +62,3 @@ def judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Wa
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
-
-
-def _score(entry: dict[str, Any]) -> RowScore:
-    return RowScore(entry["nll"], entry["tokens"], entry["correct"])

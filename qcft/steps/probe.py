@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.files import write_json
-from qcft.measure.score import score_rows
+from qcft.measure.score import RowScore, score_rows, write_scores
 from qcft.measure.stats import accuracy, mean_nll
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.steps.base import StepWork
@@ -26,12 +26,12 @@ class ProbeWork(StepWork):
 
     def measure(self, model: PreTrainedModel, step: Step, label: str, folder: Path) -> dict[str, Any]:
         """Score and answer with a loaded model; its scores and answers go into `folder`."""
-        scores: dict[str, list[dict[str, Any]]] = {}
+        scores: dict[str, list[RowScore]] = {}
         groups: dict[str, Any] = {}
         for group in self.prepared.groups:
             encoded = self.prepared.held_out(group)
             rows = score_rows(model, encoded.encoded, self.watch, f"{label}: {group.name}")
-            scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
+            scores[group.name] = [replace(s, key=r.key) for r, s in zip(encoded.rows, rows, strict=True)]
             groups[group.name] = {
                 "phase": group.phase,
                 "lang": group.lang,
@@ -42,7 +42,7 @@ class ProbeWork(StepWork):
                 "left_out": encoded.left_out,
             }
         answers = self._answers(model, step)
-        write_json(folder / "scores.json", scores)
+        write_scores(folder, scores)
         write_json(folder / "answers.json", answers)
         return {"groups": groups, "answers": _summary(answers)}
 
