@@ -19,7 +19,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.steps.needs import bytes_written
 from qcft.steps.step import Step
 from qcft.store import Store
-from qcft.store.opened import read_begun
+from qcft.store.opened import Record, read_begun
 
 if TYPE_CHECKING:
     from qcft.training.speed import Speed
@@ -113,7 +113,7 @@ def _done_steps(store: Store) -> list[Done]:
     return found
 
 
-def _worked_on(kind: str, record: Mapping[str, Any]) -> float:
+def _worked_on(kind: str, record: Record) -> float:
     metrics = record["metrics"]
     if kind == "probe":
         return float(sum(group["rows"] for group in metrics["groups"].values()))

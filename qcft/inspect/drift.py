@@ -37,6 +37,7 @@ from qcft.steps.step import Step
 from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import NamedRun, Store, read_run
 from qcft.store.holding import working
+from qcft.store.opened import Record
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _do(
     prepared: PreparedModel,
     store: Store,
     watch: Watch,
-) -> dict[str, Any]:
+) -> Record:
     """Measure under the step's lock; languages that a killed process has measured are kept."""
     before = store.state(step.id)
     with store.claim(step.id, step.inputs(), watch) as folder:
@@ -177,7 +178,7 @@ def _do(
             moved = parameter_difference(since, to, prepared, store, watch)
             shifts = _shifts(since, to, texts, prepared, store, folder, watch)
         trained = store.record(to.trained) if to.trained else None
-        frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
+        frozen = set(trained["metrics"].get("frozen_layers", ()) if trained else ())
         document = {
             "from": since.name,
             "to": to.name,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
@@ -26,6 +26,7 @@ from qcft.steps.step import Step
 from qcft.steps.summaries import summarise
 from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
+from qcft.store.opened import Record
 from qcft.store.results import Run
 from qcft.store.runs import NamedRun, held_run, link_stage
 from qcft.store.steps import writable
@@ -126,7 +127,7 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
 def _work(
     prepared: PlannedRecipe,
     steps: Sequence[Step],
-    records: dict[str, dict[str, Any] | None],
+    records: dict[str, Record | None],
     estimated: Mapping[str, float],
     run: NamedRun,
     store: Store,
@@ -186,9 +187,7 @@ def worker_for(prepared: PlannedRecipe, store: Store, watch: Watch) -> Callable[
     return worker
 
 
-def do_step(
-    step: Step, position: int, total: int, worker: Callable[[], Worker], store: Store, watch: Watch
-) -> dict[str, Any]:
+def do_step(step: Step, position: int, total: int, worker: Callable[[], Worker], store: Store, watch: Watch) -> Record:
     """Do one step under its lock; another process may have done it meanwhile."""
     before = store.state(step.id)
     with store.claim(step.id, step.inputs(), watch) as folder:
