@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +118,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)  # what a full disk left of it
 
 
-def write_sealed(path: Path, document: dict[str, Any]) -> None:
+def write_sealed(path: Path, document: Mapping[str, object]) -> None:
     """Write a JSON object with a digest of itself under `seal`."""
-    write_json(path, document | {"seal": _own_digest(document)})
+    write_json(path, {**document, "seal": _own_digest(document)})
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
@@ -135,7 +135,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     return document if seal is None or seal == _own_digest(document) else None
 
 
-def _own_digest(document: dict[str, Any]) -> str:
+def _own_digest(document: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 

@@ -78,9 +78,10 @@ def _may_pass(error: Exception) -> bool:
 
 def _client() -> Any:
     """The HTTP client that huggingface_hub is built on: httpx, or httpx2 from its version 2 on."""
-    from huggingface_hub.errors import HTTPError
+    import huggingface_hub.errors
 
-    return sys.modules[HTTPError.__module__]
+    errors: Any = huggingface_hub.errors
+    return sys.modules[errors.HTTPError.__module__]
 
 
 def _comes_of(error: BaseException | None, *kinds: type[BaseException]) -> bool:

@@ -83,7 +83,11 @@ def test_grids_are_crossed_and_every_value_is_in_the_arms_name(raw):
         "b-all-rslora-true", "b-low-rslora-true",
     ]  # fmt: skip
     low = arms[3].recipe
-    assert (low.phase("phase2").freeze, low.phase("phase2").replay.ratio, low.lora.rslora) == ("first:1", 0.2, True)
+    assert (str(low.phase("phase2").freeze), low.phase("phase2").replay.ratio, low.lora.rslora) == (
+        "first:1",
+        0.2,
+        True,
+    )
     assert low.name == "tiny-a-ratio-0.2-low-rslora-true-s3"
     assert low.seed == 3
     assert low.ablation is None
@@ -94,7 +98,7 @@ def test_without_seeds_the_recipes_own_is_taken_and_what_is_set_comes_before_the
     _, arms = expand_ablation(raw, {"seed": 7, "phase2.freeze": "last:1", "phase2.train.lr": 1e-3})
     assert {one.seed for one in arms} == {7}
     by_name = {one.arm: one.recipe.phase("phase2") for one in arms}
-    assert by_name["plain"].freeze == "none"
+    assert str(by_name["plain"].freeze) == "none"
     assert {phase.train.lr for phase in by_name.values()} == {1e-3}
 
 

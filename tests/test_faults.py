@@ -22,7 +22,7 @@ from qcft.files import read_json, read_sealed
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model
-from qcft.recipe import Lora, Model, load_recipe
+from qcft.recipe import Lora, Model, load_recipe, parse_freeze
 from qcft.store import Store
 from qcft.store.runs import read_run
 from qcft.training.batches import make_batches
@@ -217,7 +217,7 @@ def train_poisoned(folder, step, tokenizer, told, **changes):
     batches = make_batches(encoded, lambda _: list(range(24)), settings)
     model = load_model(folder, Model(name="tiny"))
     torch.manual_seed(0)
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "none", 0), Lora(r=4))
+    adapted = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("none"), 0), Lora(r=4))
     step.mkdir(exist_ok=True)
     return train_adapter(adapted, tokenizer, batches, settings, 0, step, Watch(told.append), "training")
 

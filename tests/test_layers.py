@@ -51,7 +51,7 @@ def test_every_family(name):
     assert len(modules) == 4 * FAMILIES[name]
     assert {m.layer for m in modules} == {0, 1, 2, 3}
     assert not any("head" in m.name or "embed" in m.name for m in modules)
-    free = adapted_modules(model, "all-linear", "layers:0,2", 0)
+    free = adapted_modules(model, "all-linear", parse_freeze("layers:0,2"), 0)
     assert len(free) == 2 * FAMILIES[name]
     assert frozen_whole(model, free) == [0, 2]
     assert lowest_adapted(model, free) == 1
@@ -61,7 +61,7 @@ def test_every_family(name):
     assert frozen_in_words(model, "all-linear", free) == "layers 0, 2"
     words = f"layers 0, 2 and 1 of {len(modules)} modules in other layers"
     assert frozen_in_words(model, "all-linear", free[1:]) == words
-    some = adapted_modules(model, "all-linear", "snr:0.5", 0, {m.name: m.layer for m in modules})
+    some = adapted_modules(model, "all-linear", parse_freeze("snr:0.5"), 0, {m.name: m.layer for m in modules})
     assert frozen_whole(model, some) == [0, 1]  # the lowest ratios
 
 
@@ -73,7 +73,7 @@ def test_adapters_go_onto_other_families_in_4_bits(name, tmp_path, tokenizer):
     config = AutoConfig.for_model(name, num_hidden_layers=3, vocab_size=len(tokenizer), head_dim=16, **sizes)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
     model = load_model(tmp_path, Model(name="tiny"))
-    modules = adapted_modules(model, "all-linear", "first:1", 0)
+    modules = adapted_modules(model, "all-linear", parse_freeze("first:1"), 0)
     adapted = add_lora(model, modules, Lora(r=2))
     ids = torch.tensor([[3, 4, 5]])
     adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -169,7 +169,9 @@ def test_snr_is_read_from_the_folder(tiny_model):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_change_from_the_factors_is_that_of_the_matrix(tiny_model, tmp_path, rslora):
     model = load_model(tiny_model, Model(name="tiny"), quantize="none")
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "first:1", 0), Lora(r=3, alpha=5, rslora=rslora))
+    adapted = add_lora(
+        model, adapted_modules(model, "all-linear", parse_freeze("first:1"), 0), Lora(r=3, alpha=5, rslora=rslora)
+    )
     torch.manual_seed(2)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

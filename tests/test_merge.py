@@ -16,7 +16,7 @@ from qcft.models.adapters import add_lora
 from qcft.models.deltas import read_adapter
 from qcft.models.load import load_model
 from qcft.models.merge import merge_adapters
-from qcft.recipe import Lora, Model
+from qcft.recipe import Lora, Model, parse_freeze
 
 from .helpers.tiny import make_llama
 
@@ -35,7 +35,7 @@ def adapter(request, tiny_model, tmp_path):
     options = dict(request.param)
     freeze, targets = options.pop("freeze", "none"), options.get("targets", "all-linear")
     model = load_model(tiny_model, Model(name="tiny"), quantize="none").float()
-    adapted = add_lora(model, adapted_modules(model, targets, freeze, 0), Lora(r=4, alpha=8, **options))
+    adapted = add_lora(model, adapted_modules(model, targets, parse_freeze(freeze), 0), Lora(r=4, alpha=8, **options))
     torch.manual_seed(1)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

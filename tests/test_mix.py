@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcft.data.encode import EncodedRow
-from qcft.data.mix import in_groups, mixed_order, replay_rows_needed
-from qcft.recipe import Train
+from qcft.data.mix import in_groups, mixed_order
+from qcft.recipe import Replay, Train
+from qcft.replay.amount import replay_amount, rounded
 from qcft.training.batches import make_batches
 
 
 @given(st.integers(0, 100_000), st.integers(0, 90))
 def test_the_share_is_exact_to_one_row(new, percent):
-    ratio = percent / 100
-    replay = replay_rows_needed(new, ratio)
+    replay = rounded(replay_amount(Replay(ratio=percent / 100), new))
     exact = Fraction(percent, 100 - percent) * new
     assert abs(replay - exact) <= Fraction(1, 2)
 
@@ -26,7 +26,7 @@ def test_the_share_is_exact_to_one_row(new, percent):
     ("new", "ratio", "replay"), [(300, 0.2, 75), (80, 0.1, 9), (1, 0.2, 0), (100, 0.5, 100), (7, 0, 0)]
 )
 def test_known_sizes(new, ratio, replay):
-    assert replay_rows_needed(new, ratio) == replay
+    assert rounded(replay_amount(Replay(ratio=ratio), new)) == replay
 
 
 @settings(max_examples=25, deadline=None)

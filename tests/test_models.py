@@ -24,7 +24,7 @@ from qcft.models.embedded import fetch_embedded
 from qcft.models.load import evaluating, load_model
 from qcft.models.sources import check_gguf, described_folder, resolve, weights_folder
 from qcft.models.switch import Switched
-from qcft.recipe import Lora, Model
+from qcft.recipe import Lora, Model, parse_freeze
 
 from .helpers.tiny import make_llama
 
@@ -211,7 +211,7 @@ def test_a_cached_folder_is_made_once_and_again_when_damaged(tmp_path, monkeypat
 )
 def test_adapters_lie_on_the_layers_left_free_and_nowhere_else(tiny_model, freeze, layers):
     model = load_model(tiny_model, Model(name="tiny"))
-    modules = adapted_modules(model, "all-linear", freeze, 0)
+    modules = adapted_modules(model, "all-linear", parse_freeze(freeze), 0)
     adapted = add_lora(model, modules, Lora(r=4))
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in trainable} == layers
@@ -220,12 +220,12 @@ def test_adapters_lie_on_the_layers_left_free_and_nowhere_else(tiny_model, freez
 
 def test_targets_are_checked_against_the_model(tiny_model):
     model = load_model(tiny_model, Model(name="tiny"), quantize="none")
-    assert len(adapted_modules(model, ["q_proj", "v_proj"], "none", 0)) == 6
+    assert len(adapted_modules(model, ["q_proj", "v_proj"], parse_freeze("none"), 0)) == 6
     with pytest.raises(InputError, match="no linear module 'q_porj'") as error:
-        adapted_modules(model, ["q_porj"], "none", 0)
+        adapted_modules(model, ["q_porj"], parse_freeze("none"), 0)
     assert "did you mean 'q_proj'" in error.value.hint
     with pytest.raises(InputError, match="names layer 7"):
-        adapted_modules(model, "all-linear", "layers:7", 0)
+        adapted_modules(model, "all-linear", parse_freeze("layers:7"), 0)
 
 
 def test_layers_are_found_from_the_model_in_several_families():
@@ -242,7 +242,7 @@ def test_layers_are_found_from_the_model_in_several_families():
             model = AutoModelForCausalLM.from_config(config)
         prefix, count = decoder_layers(model)
         assert count == 4, family
-        modules = adapted_modules(model, "all-linear", "first:3", 0)
+        modules = adapted_modules(model, "all-linear", parse_freeze("first:3"), 0)
         assert modules, family
         assert all(m.startswith(f"{prefix}.3.") for m in modules), family
 
@@ -254,7 +254,7 @@ def test_a_model_without_linear_layers_is_named():
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2))
     with pytest.raises(InputError, match="no linear modules"):
-        adapted_modules(model, "all-linear", "none", 0)
+        adapted_modules(model, "all-linear", parse_freeze("none"), 0)
 
 
 def test_the_4_bit_base_is_nf4_with_double_quantisation_and_not_packed(tiny_model):
@@ -272,7 +272,7 @@ def test_a_probe_leaves_training_as_it_was(tiny_model):
 
     model = add_lora(
         load_model(tiny_model, Model(name="tiny")),
-        adapted_modules(_plain(tiny_model), "all-linear", "none", 0),
+        adapted_modules(_plain(tiny_model), "all-linear", parse_freeze("none"), 0),
         Lora(r=4),
     )
     keep_adapters_in_fp32(model)
@@ -306,7 +306,7 @@ def test_adapters_are_trained_in_fp32_and_come_back_the_same(tiny_model, tmp_pat
     import torch
 
     model = _plain(tiny_model)
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "none", 0), Lora(r=4))
+    adapted = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("none"), 0), Lora(r=4))
     keep_adapters_in_fp32(adapted)
     trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trainable.values()} == {torch.float32}
@@ -323,7 +323,7 @@ def test_switched_adapters_give_the_same_numbers_before_and_after_an_evaluation(
 
     for name in ("one", "two"):
         model = _plain(tiny_model)
-        adapted = add_lora(model, adapted_modules(model, "all-linear", "none", 0), Lora(r=4))
+        adapted = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("none"), 0), Lora(r=4))
         for parameter in (p for p in adapted.parameters() if p.requires_grad):
             torch.nn.init.normal_(parameter)
         adapted.save_pretrained(tmp_path / name, save_embedding_layers=False)
@@ -346,4 +346,4 @@ def test_more_layers_than_asked_for(tmp_path, tokenizer):
     folder = make_llama(tmp_path / "two", tokenizer, layers=2)
     model = load_model(folder, Model(name="two"), quantize="none")
     with pytest.raises(InputError, match="freezes all 2 layers"):
-        adapted_modules(model, "all-linear", "first:2", 0)
+        adapted_modules(model, "all-linear", parse_freeze("first:2"), 0)

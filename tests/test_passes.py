@@ -12,7 +12,7 @@ from qcft.events import Note, Watch
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Lora, Model, Train, recipe_from
+from qcft.recipe import Lora, Model, Train, parse_freeze, recipe_from
 from qcft.training.batches import make_batches
 from qcft.training.memory import plan_training
 from qcft.training.passes import FILE, Fit, divided
@@ -55,7 +55,7 @@ def train(model_folder, folder, settings=TRAIN, watch=None, fit=None, **card):
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
     model = load_model(model_folder, Model(name="tiny"))
     torch.manual_seed(0)
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "none", 0), Lora(r=4))
+    adapted = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("none"), 0), Lora(r=4))
     on = Card(model, **card)
     folder.mkdir(exist_ok=True)
     trained = train_adapter(adapted, tokenizer, batches, settings, 0, folder, watch or Watch(), "training", fit=fit)

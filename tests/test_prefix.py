@@ -12,7 +12,7 @@ from qcft.events import Note, Progress, Watch
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Lora, Model
+from qcft.recipe import Lora, Model, parse_freeze
 from qcft.steps.prefix import open_prefix
 from qcft.store import Store
 from qcft.store.states import INDEX, STATES, RowStates
@@ -148,7 +148,7 @@ def test_nothing_is_saved_or_recomputed_under_the_boundary(model5, tmp_path):
     settings = set_to(TRAIN, steps=1, epochs=1, gradient_checkpointing=True, prefix_cache=False)
     batches = make_batches(rows, lambda epoch: mixed_order(4, 0, "0"), settings)
     model = load_model(model5, Model(name="tiny"))
-    modules = adapted_modules(model, "all-linear", "first:2", 0)
+    modules = adapted_modules(model, "all-linear", parse_freeze("first:2"), 0)
     adapted = add_lora(model, modules, Lora(r=4))
     attend_by_rows(model, 96)
     for i, layer in enumerate(model.model.layers):
@@ -243,7 +243,7 @@ def test_gradients_are_the_plain_ones_though_the_backward_pass_ends_earlier(mode
     tokenizer = load_tokenizer(model5, Model(name="tiny"))
     model = load_model(model5, Model(name="tiny"))
     torch.manual_seed(0)
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "first:2", 0), Lora(r=4))
+    adapted = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("first:2"), 0), Lora(r=4))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -22,7 +22,7 @@ from qcft.models.adapters import add_lora, load_adapter
 from qcft.models.load import load_model, load_tokenizer
 from qcft.plan import make_plan
 from qcft.prepare.digests import Digests
-from qcft.recipe import Forgetting, Lora, Model, Train, recipe_from
+from qcft.recipe import Forgetting, Lora, Model, Train, parse_freeze, recipe_from
 from qcft.steps.prefix import open_prefix
 from qcft.store import Store
 from qcft.training.attention import attend_by_rows
@@ -55,7 +55,7 @@ def train(model_folder, folder, probing=NEVER, watch=None, settings=TRAIN, prefi
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
     model = load_model(model_folder, Model(name="tiny"))
     torch.manual_seed(0)
-    modules = adapted_modules(model, "all-linear", "first:1", 0)
+    modules = adapted_modules(model, "all-linear", parse_freeze("first:1"), 0)
     adapted = add_lora(model, modules, Lora(r=4, dropout=0.1))
     below = lowest_adapted(model, modules)
     by_rows = by_rows and attend_by_rows(model, 64)

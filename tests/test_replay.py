@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from qcft.data.encode import EncodedRow, EncodedSet, Encoder
 from qcft.data.filters import AnswerFilter, repetition, speaks_another
 from qcft.data.formats import to_row
-from qcft.data.mix import mixed_order, repeated, split_amount, stratified, take_amount
+from qcft.data.mix import mixed_order, stratified
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError, QcftError
 from qcft.events import Note, Watch
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Filters, Phase, Replay, ReplayPart, Train, load_recipe, recipe_from
+from qcft.replay.amount import repeated, split_amount, take_amount
 from qcft.replay.pools import Pool
 from qcft.replay.rows import check_replay, make_replay, read_replay
 from qcft.training.batches import make_batches

@@ -13,7 +13,7 @@ from qcft.store.results import Stage
 
 
 def test_an_arm_that_gained_less_for_more_english_is_named_too():
-    measured = Stage("eval/phase1", "probe-1", {}, 1.0, Path())
+    measured = Stage("eval/phase1", "probe-1", {}, 1.0, Path(), {})
     best, other = (
         Standing(Arm(name, (), {}), (english,), (4.0,), Difference(0.5, 0.4, 0.6, 9), gained, (measured,))
         for name, english, gained in (

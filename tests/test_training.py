@@ -16,7 +16,7 @@ from qcft.files import seal
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model
-from qcft.recipe import Lora, Model
+from qcft.recipe import Lora, Model, parse_freeze
 from qcft.training.batches import Fed, make_batches
 from qcft.training.checkpoints import last_whole
 from qcft.training.settings import check_settings, sft_config
@@ -71,7 +71,7 @@ def test_every_entry_of_lora_a_moves(whole, tiny_model):
     folder, _, _ = whole
     model = load_model(tiny_model, Model(name="tiny"))
     torch.manual_seed(0)
-    fresh = add_lora(model, adapted_modules(model, "all-linear", "first:1", 0), Lora(r=4, dropout=0.1))
+    fresh = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("first:1"), 0), Lora(r=4, dropout=0.1))
     before = {n.replace(".default", ""): p for n, p in fresh.named_parameters() if "lora_A" in n}
     after = adapter_of(folder)
     # TRL rounds the fresh factors to bf16 once before they are held in fp32 again.

@@ -20,7 +20,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import raise_failed, run_prepared
 from qcft.steps.step import Step
 from qcft.store import Store, open_run
-from qcft.store.ablations import Ablation, open_ablation
+from qcft.store.ablations import Ablation, Fault, open_ablation
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
@@ -168,18 +168,19 @@ def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, s
             raise QcftError(f"it rests on {step.id} ({step.title}), which failed in {broken[step.id]}", "see there")
 
 
-def told(error: Exception, step: Step | None) -> dict[str, Any]:
+def told(error: Exception, step: Step | None) -> Fault:
     """What went wrong at a step, for the index: an unexpected error with its traceback."""
-    where = {"step": step.id, "title": step.title} if step else {"step": None, "title": None}
+    where, title = (step.id, step.title) if step else (None, None)
     if isinstance(error, QcftError):
-        return {"message": error.message, "hint": error.hint, **where}
+        return {"message": error.message, "hint": error.hint, "step": where, "title": title}
     if is_out_of_memory(error):
         hint = "try a smaller train.max_length or train.micro_batch, or more frozen layers"
-        return {"message": "memory ran out", "hint": hint, **where}
+        return {"message": "memory ran out", "hint": hint, "step": where, "title": title}
     return {
         "message": f"unexpected {type(error).__name__}: {short(error, 300)}",
         "hint": "the index holds the traceback; the same command tries it again",
-        **where,
+        "step": where,
+        "title": title,
         "traceback": traceback.format_exc(),
     }
 

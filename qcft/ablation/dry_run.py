@@ -10,15 +10,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qcft.ablation.arms import prepare_arms
-from qcft.data.mix import replay_amount
 from qcft.events import Watch
 from qcft.recipe import ArmRun
+from qcft.replay.amount import replay_amount
 from qcft.runner.forecast import plan_phase
 from qcft.runner.libraries import quiet
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.step import Bench, Step
 from qcft.store import Store
-from qcft.store.opened import read_begun
+from qcft.store.opened import Record, read_begun
 
 if TYPE_CHECKING:
     from qcft.training.speed import Speed
@@ -112,7 +112,7 @@ def _done_steps(store: Store) -> list[Done]:
     return found
 
 
-def _worked_on(kind: str, record: Mapping[str, Any]) -> float:
+def _worked_on(kind: str, record: Record) -> float:
     metrics = record["metrics"]
     if kind == "probe":
         return float(sum(group["rows"] for group in metrics["groups"].values()))
@@ -170,7 +170,7 @@ def _rows(step: Step, prepared: PlannedRecipe) -> float:
     assert step.phase is not None
     phase = prepared.recipe.phase(step.phase)
     new = sum(len(rows) for rows in prepared.rows[phase.name])
-    replay = float(replay_amount(new, phase.replay.ratio)) if phase.replay else 0.0
+    replay = float(replay_amount(phase.replay, new))
     if step.kind == "replay":
         return replay
     return phase.train.steps * phase.train.batch if phase.train.steps else (new + replay) * phase.train.epochs

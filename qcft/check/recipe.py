@@ -15,7 +15,7 @@ from qcft.models.cards import choose_card
 from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import has_weights
 from qcft.prepare.checks import check_prepared
-from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.recipe import Phase, Recipe
 from qcft.runner.forecast import plan_phase
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
@@ -106,7 +106,7 @@ def _phase(
         "pass_tokens": planned.largest.tokens,
         "pass_limit": planned.fit.limit,
         "gradient_checkpointing": planned.fit.recompute,
-        "freeze_is_known": parse_freeze(phase.freeze).measure is None,
+        "freeze_is_known": phase.freeze.measure is None,
         "steps": batches.steps,
         "rows": batches.rows,
         "tokens": tokens,
@@ -131,10 +131,9 @@ def _given(prepared: PlannedRecipe, phase: Phase, sets: list[EncodedSet]) -> dic
 
 def _adapted_share(prepared: PlannedRecipe, phase: Phase) -> float:
     """The share of the model's weights with adapters; as many where a freeze spec goes by what is not known yet."""
-    from qcft.layers import adapted_modules
+    from qcft.layers import adapted_in
 
-    recipe, model = prepared.recipe, prepared.meta_model
-    return share_of_weights(model, adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed))
+    return share_of_weights(prepared.meta_model, adapted_in(prepared.meta_model, prepared.recipe, phase))
 
 
 def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from qcft.events import Event, Progress, Watch
-from qcft.recipe import Phase, Recipe, parse_freeze, recipe_from
+from qcft.recipe import Phase, Recipe, recipe_from
 from qcft.runner.recipe import run_recipe
 
 WARM_UP, COUNTED = 1, 2  # optimizer steps
@@ -22,7 +22,7 @@ def seconds_a_step(recipe: Recipe, phase: Phase, watch: Watch) -> float:
     raw = recipe.model_dump(mode="json")
     one = next(p for p in raw["phases"] if p["name"] == phase.name)
     train = {**one["train"], "steps": WARM_UP + COUNTED, "checkpoint_steps": 100}
-    freeze = phase.freeze if parse_freeze(phase.freeze).measure is None else "none"
+    freeze = one["freeze"] if phase.freeze.measure is None else "none"
     raw["phases"] = [{**one, "replay": None, "start": "merged", "freeze": freeze, "train": train}]
     times: list[float] = []
 

@@ -168,7 +168,7 @@ def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]
             "stage": step.stage,
             "title": step.title,
             "state": states[step.id],
-            "seconds": (store.record(step.id) or {}).get("seconds"),
+            "seconds": record["seconds"] if (record := store.record(step.id)) else None,
         }
         for step in plan.steps
     ]

@@ -1,9 +1,8 @@
-"""Mixing replay into new rows: sized first, then interleaved, so that nothing is lost or repeated."""
+"""Mixing replay into new rows: shuffled, then interleaved, so that nothing is lost or repeated."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -13,55 +12,6 @@ from typing import TypeVar
 T = TypeVar("T")
 BLOCK = 5  # replay rows per interleaved block: keeps the share even along the training
 LANGUAGE_BLOCK = 50  # rows of the smallest language per interleaved block of languages
-
-
-def replay_amount(new: int, ratio: float) -> Fraction:
-    """How much replay makes up `ratio` of the final mix beside `new`, in the same unit: rows or answer tokens.
-
-    r / (1 - r) * new, exact in the decimal ratio that was written.
-    """
-    share = Fraction(str(ratio))
-    return share / (1 - share) * new
-
-
-def replay_rows_needed(new_rows: int, ratio: float) -> int:
-    """`replay_amount` to the nearest row, halves rounded up."""
-    return int(replay_amount(new_rows, ratio) + Fraction(1, 2))
-
-
-def take_amount(rows: Iterable[T], amount: Fraction, weigh: Callable[[T], int]) -> tuple[list[T], Fraction]:
-    """The first rows whose weights come nearest to `amount` in sum (half a row is rounded up), and how much
-    is missing where the rows run out before that, else 0.
-
-    With a weight of 1 each, that is `amount` to the nearest row; with their answer tokens, to half a row's
-    length. No more rows are asked for than it takes, so they may be made on the way.
-    """
-    taken: list[T] = []
-    total, last = 0, 0
-    source = iter(rows)
-    while total < amount:
-        row = next(source, None)
-        if row is None:
-            missing = amount - total
-            # Not missed: less than half of what another row like the last one holds.
-            return taken, missing if not last or missing * 2 >= last else Fraction(0)
-        last = weigh(row)
-        if total + last > amount and amount - total < total + last - amount:
-            break
-        taken.append(row)
-        total += last
-    return taken, Fraction(0)
-
-
-def split_amount(amount: Fraction, weights: Sequence[float]) -> list[Fraction]:
-    """An amount in parts proportional to the weights; they sum to it exactly."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    return [amount * weight / sum(exact) for weight in exact]
-
-
-def repeated(rows: Sequence[T], missing: Fraction, weigh: Callable[[T], int]) -> list[T]:
-    """Rows again from the first on, as often as it takes to make up what is missing."""
-    return take_amount(itertools.cycle(rows), missing, weigh)[0] if rows else []
 
 
 def stratified(items: Sequence[T], stratum: Callable[[T], Hashable], seed: str) -> list[T]:

@@ -181,7 +181,7 @@ class Drift(Work):
         moved = parameter_difference(since, to, prepared, store, bench.watch)
         shifts = _shifts(since, to, self.texts, prepared, store, folder, bench.watch)
         trained = store.record(to.trained) if to.trained else None
-        frozen = set((trained or {"metrics": {}})["metrics"].get("frozen_layers", ()))
+        frozen = set(trained["metrics"].get("frozen_layers", ()) if trained else ())
         document = {
             "from": since.name,
             "to": to.name,

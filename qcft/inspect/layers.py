@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.layers import LinearModule, adapted_modules, decoder_layers, linear_modules, lowest_adapted
+from qcft.layers import LinearModule, adapted_in, decoder_layers, linear_modules, lowest_adapted
 from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
 from qcft.models.load import quiet_libraries
 from qcft.models.meta import model_without_weights
 from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import resolve, weights_folder
-from qcft.recipe import Model, Recipe, parse_freeze
+from qcft.recipe import Model, Recipe
 from qcft.store import NamedRun, Store
 from qcft.store.steps import model_digest
 
@@ -56,10 +56,9 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
     Measures the signal-to-noise ratio only when asked, or when the freeze spec goes by it. Raises InputError.
     """
     phase = recipe.phases[-1]
-    spec = parse_freeze(phase.freeze)
+    spec = phase.freeze
     model = model_without_weights(weights.folder, recipe.model)
-    targets = recipe.lora.targets
-    adapted_modules(model, targets, phase.freeze, recipe.seed)  # a spec that doesn't fit is told before measuring
+    adapted_in(model, recipe, phase)  # a spec that doesn't fit is told before measuring
     change = None
     if weights.adapters:
         change = summed_changes(weights.adapters)
@@ -72,7 +71,7 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
         )
     snr = snr_of(weights.folder, weights.digest, model, watch) if with_snr or spec.measure == "snr" else None
     measured = snr if spec.measure == "snr" else change
-    chosen = set(adapted_modules(model, targets, phase.freeze, recipe.seed, measured))
+    chosen = set(adapted_in(model, recipe, phase, measured))
     modules = linear_modules(model)
     layers = [
         _layer(i, [m for m in modules if m.layer == i], chosen, recipe.lora.r, change, snr)
@@ -81,8 +80,8 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
     return {
         "weights": weights.name,
         "phase": phase.name,
-        "freeze": phase.freeze,
-        "targets": targets,
+        "freeze": spec.text,
+        "targets": recipe.lora.targets,
         "rank": recipe.lora.r,
         "adapted_modules": len(chosen),
         "linear_modules": len(modules),

@@ -2,6 +2,7 @@
 
 from qcft.layers.modules import (
     LinearModule,
+    adapted_in,
     adapted_modules,
     decoder_layers,
     frozen_in_words,
@@ -12,6 +13,7 @@ from qcft.layers.modules import (
 
 __all__ = [
     "LinearModule",
+    "adapted_in",
     "adapted_modules",
     "decoder_layers",
     "frozen_in_words",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, nearest
-from qcft.recipe import frozen_layers, frozen_modules, parse_freeze
+from qcft.recipe import FreezeSpec, Phase, Recipe, frozen_layers, frozen_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,7 @@ def _passed_by(model: nn.Module, name: str) -> bool:
 def adapted_modules(
     model: nn.Module,
     targets: str | list[str],
-    freeze: str,
+    freeze: FreezeSpec,
     seed: int,
     measured: Mapping[str, float] | None = None,
 ) -> list[str]:
@@ -124,19 +124,27 @@ def adapted_modules(
     Without it the right number of modules is chosen, but not yet the right ones. Raises InputError for a spec the
     model has no layers for, a target it lacks, or nothing left to train.
     """
-    spec = parse_freeze(freeze)
     _, layers = decoder_layers(model)
     modules = linear_modules(model, targets)
     values = {module.name: (measured or {}).get(module.name, 0.0) for module in modules}
-    if spec.kind == "snr":
-        frozen = frozen_modules(spec, values, {module.name: module.type for module in modules})
+    if freeze.kind == "snr":
+        frozen = frozen_modules(freeze, values, {module.name: module.type for module in modules})
         return [module.name for module in modules if module.name not in frozen]
     change = [sum(values[module.name] for module in modules if module.layer == i) for i in range(layers)]
-    out = frozen_layers(spec, layers, seed, change)
+    out = frozen_layers(freeze, layers, seed, change)
     chosen = [module.name for module in modules if module.layer not in out]
     if not chosen:
-        raise InputError(f"freeze: {freeze!r} leaves nothing to train", "freeze fewer layers or name more lora.targets")
+        raise InputError(
+            f"freeze: {freeze.text!r} leaves nothing to train", "freeze fewer layers or name more lora.targets"
+        )
     return chosen
+
+
+def adapted_in(
+    model: nn.Module, recipe: Recipe, phase: Phase, measured: Mapping[str, float] | None = None
+) -> list[str]:
+    """`adapted_modules` of a recipe's phase."""
+    return adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed, measured)
 
 
 def frozen_whole(model: nn.Module, adapted: list[str]) -> list[int]:

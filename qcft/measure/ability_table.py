@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from qcft.measure.catalog import ENGLISH, family_of
 from qcft.measure.continual import Change, backward_transfer, forgetting, paired_change
@@ -18,6 +18,49 @@ SIDES = ("EA", "MA")
 SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
 OWN = ("limit", "shots", "max_new_tokens", "data")  # of each task
 ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # of the language of answers
+
+
+class Found(TypedDict, total=False):
+    """What a `suite` step writes of a task of lm-eval; the language of answers and AlpacaEval have other keys."""
+
+    task: str
+    lang: str
+    metric: str
+    score: float
+    scores: dict[str, float]
+    paired: bool
+    higher_is_better: bool
+    generates: bool
+    prompts: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one stage came to on one task, and with which of the settings SHARED, OWN and ASKED."""
+
+    stage: str
+    name: str
+    precision: str
+    step: DoneStep
+    settings: Mapping[str, object]
+    own: Mapping[str, object]
+    asked: Mapping[str, object]
+    found: Found
+
+    @property
+    def side(self) -> str | None:
+        """The average that the score enters, EA or MA."""
+        if not (self.found["paired"] and self.found["higher_is_better"]):
+            return None
+        return "EA" if self.found["lang"] == ENGLISH else "MA"
+
+    @property
+    def average_of(self) -> str:
+        """What the task is averaged with before that: its other languages."""
+        return self.found["task"] if self.found["lang"] == ENGLISH else family_of(self.found["task"])
+
+
+Stages = Mapping[str, Mapping[str, Cell]]  # by stage and task
 
 
 def abilities_table(
@@ -33,13 +76,11 @@ def abilities_table(
     better when higher enter; a stage that lacks one of the table's tasks has no average.
     """
     cells = [_cell(stage, step, names) for stage, step in steps.items() if stage.startswith(ABILITIES)]
-    kinds = {kind: [cell for cell in cells if cell["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
+    kinds = {kind: [cell for cell in cells if cell.found["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
     return {
-        "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell])],
-        "fidelity": [{**_public(cell), "asked": cell["asked"]} for cell in kinds[FIDELITY]],
-        "alpaca_eval": [
-            {**_public(c), "file": str(c["step"].folder / "model_outputs.json")} for c in kinds[ALPACA_EVAL]
-        ],
+        "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell.found])],
+        "fidelity": [{**_public(cell), "asked": cell.asked} for cell in kinds[FIDELITY]],
+        "alpaca_eval": [{**_public(c), "file": str(c.step.folder / "model_outputs.json")} for c in kinds[ALPACA_EVAL]],
     }
 
 
@@ -62,13 +103,13 @@ def _mean_nll(groups: Sequence[Mapping[str, Any]]) -> float:
     return float(sum(g["nll"] * g["answer_tokens"] for g in groups) / sum(g["answer_tokens"] for g in groups))
 
 
-def _apart(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _apart(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells by table: in each one lm-eval, and of each task one way of asking it; what most stages share is first."""
-    ways: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    ways: dict[str, dict[str, dict[str, list[Cell]]]] = {}
     for cell in cells:
-        way = f"{cell['own']} {cell['prompts']}"
-        ways.setdefault(str(cell["settings"]), {}).setdefault(cell["task"], {}).setdefault(way, []).append(cell)
-    tables: list[list[dict[str, Any]]] = []
+        way = f"{cell.own} {cell.found['prompts']}"
+        ways.setdefault(str(cell.settings), {}).setdefault(cell.found["task"], {}).setdefault(way, []).append(cell)
+    tables: list[list[Cell]] = []
     for tasks in ways.values():
         ranked = [sorted(found.values(), key=len, reverse=True) for found in tasks.values()]
         for number in range(max(map(len, ranked))):
@@ -76,59 +117,60 @@ def _apart(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return sorted(tables, key=len, reverse=True)
 
 
-def _cell(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+def _cell(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> Cell:
     inputs = step.inputs["settings"]
     word = stage.split("/")[1]
     name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
     settings, own, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, OWN, ASKED))
-    where = {"stage": word, "name": name, "precision": precision, "step": step}
-    return {**where, "settings": settings, "own": own, "asked": asked, **step.metrics}
+    return Cell(word, name, precision, step, settings, own, asked, cast("Found", step.metrics))
 
 
-def _public(cell: Mapping[str, Any]) -> dict[str, Any]:
-    inner = {"step", "settings", "own", "asked"}
-    return {key: value for key, value in cell.items() if key not in inner and not key.startswith("peak_")}
+def _public(cell: Cell) -> dict[str, object]:
+    found = {key: value for key, value in cell.found.items() if not key.startswith("peak_")}
+    return {"stage": cell.stage, "name": cell.name, "precision": cell.precision, **found}
 
 
-def _table(recipe: Recipe, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    by_stage: dict[str, dict[str, dict[str, Any]]] = {}
-    tasks: dict[str, dict[str, Any]] = {}
+def _table(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
+    by_stage: dict[str, dict[str, Cell]] = {}
+    tasks: dict[str, Cell] = {}
     for cell in cells:
-        by_stage.setdefault(cell["stage"], {})[cell["task"]] = cell
-        tasks.setdefault(
-            cell["task"],
+        by_stage.setdefault(cell.stage, {})[cell.found["task"]] = cell
+        tasks.setdefault(cell.found["task"], cell)
+    stages = []
+    for stage, cells_of in by_stage.items():
+        first, scores = next(iter(cells_of.values())), {name: cell.found["score"] for name, cell in cells_of.items()}
+        stages.append(
             {
-                **{key: cell[key] for key in ("task", "lang", "metric", "items", "shots", "higher_is_better")},
-                **{key: cell["own"][key] for key in ("limit", "data")},
-                "prompts": cell["prompts"],
-                "max_new_tokens": cell["own"]["max_new_tokens"] if cell["generates"] else None,
-                "side": None if not (cell["paired"] and cell["higher_is_better"]) else _side(cell["lang"]),
-                "average_of": family_of(cell["task"]) if cell["lang"] != ENGLISH else cell["task"],
-            },
+                "stage": stage,
+                "name": first.name,
+                "precision": first.precision,
+                "scores": scores,
+                "all_scores": {name: cell.found["scores"] for name, cell in cells_of.items()},
+                **_averages(tasks, scores),
+            }
         )
-    stages = [
-        {
-            **{key: next(iter(found.values()))[key] for key in ("stage", "name", "precision")},
-            "scores": {name: cell["score"] for name, cell in found.items()},
-            "all_scores": {name: cell["scores"] for name, cell in found.items()},
-            **_averages(tasks, {name: cell["score"] for name, cell in found.items()}),
-        }
-        for found in by_stage.values()
-    ]
     return {
-        "settings": cells[0]["settings"],
-        "tasks": list(tasks.values()),
+        "settings": cells[0].settings,
+        "tasks": [_task(cell) for cell in tasks.values()],
         "stages": stages,
         "changes": [_change(by_stage[a], by_stage[b], tasks) for a, b in _pairs(recipe, by_stage)],
         "continual": _continual(recipe, by_stage, tasks),
     }
 
 
-def _side(lang: str) -> str:
-    return "EA" if lang == ENGLISH else "MA"
+def _task(cell: Cell) -> dict[str, object]:
+    found = dict(cell.found)
+    return {
+        **{key: found[key] for key in ("task", "lang", "metric", "items", "shots", "higher_is_better")},
+        **{key: cell.own[key] for key in ("limit", "data")},
+        "prompts": found["prompts"],
+        "max_new_tokens": cell.own["max_new_tokens"] if found["generates"] else None,
+        "side": cell.side,
+        "average_of": cell.average_of,
+    }
 
 
-def _averages(tasks: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float]) -> dict[str, float | None]:
+def _averages(tasks: Mapping[str, Cell], scores: Mapping[str, float]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for side in SIDES:
         families = _families(tasks, side)
@@ -140,16 +182,16 @@ def _averages(tasks: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float
     return found
 
 
-def _families(tasks: Mapping[str, Mapping[str, Any]], side: str) -> list[list[str]]:
+def _families(tasks: Mapping[str, Cell], side: str) -> list[list[str]]:
     """The tasks of one side, the languages of each together."""
     families: dict[str, list[str]] = {}
     for name, task in tasks.items():
-        if task["side"] == side:
-            families.setdefault(task["average_of"], []).append(name)
+        if task.side == side:
+            families.setdefault(task.average_of, []).append(name)
     return list(families.values())
 
 
-def _of_phases(recipe: Recipe, stages: Mapping[str, Any]) -> list[str]:
+def _of_phases(recipe: Recipe, stages: Stages) -> list[str]:
     """The stage that stands for each phase: as it was trained, else as it was merged; phases without one left out."""
     found = []
     for phase in recipe.phases:
@@ -158,7 +200,7 @@ def _of_phases(recipe: Recipe, stages: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _pairs(recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _pairs(recipe: Recipe, stages: Stages) -> list[tuple[str, str]]:
     """Which stages are compared: the last phase with the first and with the base, each with the one before it; of
     one precision."""
     phases = _of_phases(recipe, stages)
@@ -173,18 +215,16 @@ def _pairs(recipe: Recipe, stages: Mapping[str, Mapping[str, Any]]) -> list[tupl
     ]
 
 
-def _precision(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    return str(next(iter(cells.values()))["precision"])
+def _precision(cells: Mapping[str, Cell]) -> str:
+    return next(iter(cells.values())).precision
 
 
-def _change(
-    before: Mapping[str, dict[str, Any]], after: Mapping[str, dict[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _change(before: Mapping[str, Cell], after: Mapping[str, Cell], tasks: Mapping[str, Cell]) -> dict[str, Any]:
     start, end = next(iter(before.values())), next(iter(after.values()))
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, object]] = {}
     values: dict[str, tuple[list[float], list[float]]] = {}
     for name in tasks:
-        if name in before and name in after and before[name]["paired"] and after[name]["paired"]:
+        if name in before and name in after and before[name].found["paired"] and after[name].found["paired"]:
             values[name] = (_items(before[name]), _items(after[name]))
             found[name] = _told(paired_change([values[name][0]], [values[name][1]]))
     averages = {}
@@ -199,29 +239,27 @@ def _change(
         befores, afters = ([values[task][i] for task in weights] for i in (0, 1))
         averages[side] = _told(paired_change(befores, afters, list(weights.values())))
     return {
-        "from": start["stage"],
-        "from_name": start["name"],
-        "to": end["stage"],
-        "to_name": end["name"],
+        "from": start.stage,
+        "from_name": start.name,
+        "to": end.stage,
+        "to_name": end.name,
         "tasks": found,
         **averages,
     }
 
 
-def _told(change: Change) -> dict[str, Any]:
+def _told(change: Change) -> dict[str, object]:
     return {**asdict(change), "clear": change.is_clear}
 
 
-def _items(cell: Mapping[str, Any]) -> list[float]:
+def _items(cell: Cell) -> list[float]:
     """The main score, item by item."""
-    key = cell["metric"].partition(",")[0]
-    lines = cell["step"].file("items.jsonl").read_text(encoding="utf-8").splitlines()
+    key = cell.found["metric"].partition(",")[0]
+    lines = cell.step.file("items.jsonl").read_text(encoding="utf-8").splitlines()
     return [float(json.loads(line)["scores"][key]) for line in lines]
 
 
-def _continual(
-    recipe: Recipe, stages: Mapping[str, Mapping[str, dict[str, Any]]], tasks: Mapping[str, Mapping[str, Any]]
-) -> dict[str, float] | None:
+def _continual(recipe: Recipe, stages: Stages, tasks: Mapping[str, Cell]) -> dict[str, float] | None:
     """Backward transfer and forgetting: a phase taught the languages that it is the first to have data in; where
     there is one phase, the model as it came is the first."""
     names, chosen = [phase.name for phase in recipe.phases], _of_phases(recipe, stages)
@@ -232,9 +270,9 @@ def _continual(
         for source in phase.sources():
             taught.setdefault(str(source.lang).split("-")[0], phase.name)
     taught.setdefault(ENGLISH, names[0])
-    of = [[n for n, t in tasks.items() if t["side"] and taught.get(t["lang"]) == name] for name in names]
+    of = [[n for n, t in tasks.items() if t.side and taught.get(t.found["lang"]) == name] for name in names]
     whole = len(chosen) == len(names) and all(of)
     if not whole or any(name not in stages[stage] for stage in chosen for names in of for name in names):
         return None
-    matrix = [[sum(stages[s][name]["score"] for name in names) / len(names) for names in of] for s in chosen]
+    matrix = [[sum(stages[s][name].found["score"] for name in names) / len(names) for names in of] for s in chosen]
     return {"backward_transfer": backward_transfer(matrix), "forgetting": forgetting(matrix)}

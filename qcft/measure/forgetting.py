@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from qcft.measure.score import RowScore
+from qcft.measure.score import read_scores
 from qcft.measure.stats import difference
 from qcft.recipe import Recipe
 from qcft.recipe.stages import BASE, BASE_16BIT, KEPT, MERGED, PROBES, is_kept
@@ -74,10 +74,10 @@ def _stage(stage: str, step: DoneStep, recipe: Recipe) -> dict[str, Any]:
 
 
 def _change(start: dict[str, Any], end: dict[str, Any], steps: Mapping[str, DoneStep]) -> dict[str, Any]:
-    before, after = (steps[s["stage"]].json("scores.json") for s in (start, end))
+    before, after = (read_scores(steps[s["stage"]]) for s in (start, end))
     groups = {}
     for name in start["groups"]:
-        change = difference(*([_score(entry) for entry in scores[name]] for scores in (before, after)))
+        change = difference(before[name], after[name])
         groups[name] = {**asdict(change), "relative": change.value / start["groups"][name]["nll"]}
     return {
         "from": start["stage"],
@@ -86,7 +86,3 @@ def _change(start: dict[str, Any], end: dict[str, Any], steps: Mapping[str, Done
         "to_name": end["name"],
         "groups": groups,
     }
-
-
-def _score(entry: dict[str, Any]) -> RowScore:
-    return RowScore(entry["nll"], entry["tokens"], entry["correct"])

@@ -8,31 +8,46 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcft.data.encode import IGNORED, EncodedRow
 from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
+from qcft.files import write_json
 from qcft.models.halving import in_halves
 from qcft.models.load import evaluating
+from qcft.store.opened import DoneStep
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 1024  # padding counted
+FILE = "scores.json"
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """One row: the summed NLL of its answer tokens in nats, how many there are, how many were top-1."""
+    """One row: the summed NLL of its answer tokens in nats, how many there are, how many were top-1; and its key."""
 
     nll: float
     tokens: int
     correct: int
+    key: str = ""
+
+
+def write_scores(folder: Path, groups: Mapping[str, Sequence[RowScore]]) -> None:
+    """Write the scores of each group's rows into a step's folder."""
+    write_json(folder / FILE, {name: [{"key": s.key} | asdict(s) for s in rows] for name, rows in groups.items()})
+
+
+def read_scores(step: DoneStep) -> dict[str, list[RowScore]]:
+    """The scores that a step measured, group by group."""
+    return {name: [RowScore(**score) for score in rows] for name, rows in step.json(FILE).items()}
 
 
 def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch, label: str) -> list[RowScore]:

@@ -139,7 +139,7 @@ def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[di
 
 def _remedy(verdict: str, phase: Phase) -> str:
     has = [f"replay of {phase.replay.ratio:g}"] if phase.replay and phase.replay.ratio > 0 else []
-    has += [f"freeze {phase.freeze}"] if phase.freeze != "none" else []
+    has += [f"freeze {phase.freeze}"] if phase.freeze.kind != "none" else []
     if has:
         return f"{phase.name} has a remedy: {' and '.join(has)}."
     if verdict == "alike":

@@ -8,7 +8,7 @@ from qcft.plan.plan import Live, Plan
 from qcft.plan.suite_steps import ability_steps
 from qcft.prepare.digests import Digests
 from qcft.prepare.settings import ModelSettings, limits_of
-from qcft.recipe import Phase, Recipe, parse_freeze
+from qcft.recipe import Phase, Recipe
 from qcft.recipe.stages import BASE, BASE_16BIT, PROBES, kept_stage, merged_stage
 from qcft.steps.adapter import Adapter
 from qcft.steps.kept import Kept
@@ -167,7 +167,7 @@ class Planner:
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
         """What a freeze spec goes by: how much earlier phases changed each module, or its signal-to-noise ratio."""
-        measure = parse_freeze(phase.freeze).measure
+        measure = phase.freeze.measure
         if measure is None:
             return None
         stage = self.numbered("layers", phase.name)

@@ -19,7 +19,7 @@ from qcft.models.names import missing_weights, stored_names
 from qcft.models.size import quantised_share
 from qcft.models.tensors import stored_weights
 from qcft.prepare.prepared import Prepared
-from qcft.recipe import ALPACA_EVAL, Phase, parse_freeze
+from qcft.recipe import ALPACA_EVAL, Phase
 from qcft.replay.rows import check_replay
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ def check_tasks(prepared: Prepared, tasks: Iterable[str]) -> None:
 
 def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
     """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
-    from qcft.layers import adapted_modules, linear_modules
+    from qcft.layers import adapted_in, linear_modules
 
-    modules = adapted_modules(prepared.meta_model, prepared.recipe.lora.targets, phase.freeze, prepared.recipe.seed)
+    modules = adapted_in(prepared.meta_model, prepared.recipe, phase)
     full = max(min(module.shape) for module in linear_modules(prepared.meta_model, prepared.recipe.lora.targets))
     if prepared.recipe.lora.r > full:
         raise InputError(
@@ -166,7 +166,7 @@ def _check_adapter(prepared: Prepared, folder: Path) -> None:
     adapter = read_adapter(folder)
     if any(phase.start == "stacked" for phase in prepared.recipe.phases[1:]):
         check_stack([adapter, adapter])
-    if any(parse_freeze(phase.freeze).measure == "change" for phase in prepared.recipe.phases[1:]):
+    if any(phase.freeze.measure == "change" for phase in prepared.recipe.phases[1:]):
         check_factors(adapter)
     check_biases(adapter, weights)
     for name, change in adapter.changes.items():

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from qcft.data.template import Thinking
-from qcft.recipe import Phase
+from qcft.recipe import FreezeSpec, Phase
 
 # How a field takes part in the id, beside the plain way, as its own key.
 ADDED = {"id": "added"}  # later: left out at its default, so that ids made before stay
@@ -68,4 +68,6 @@ def _plain(value: Any, without: set[str] | None = None) -> Any:
         return value.model_dump(exclude=without)
     if isinstance(value, Settings):
         return value.settings()
+    if isinstance(value, FreezeSpec):
+        return value.text
     return [_plain(one) for one in value] if isinstance(value, (tuple, list)) else value

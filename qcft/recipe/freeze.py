@@ -25,13 +25,16 @@ HINT = (
 
 @dataclass(frozen=True)
 class FreezeSpec:
-    """A parsed spec; `amount` is an int (layers) or a float (share of the layers)."""
+    """A parsed spec; `amount` is an int (layers) or a float (share of the layers). As `text` it is told and hashed."""
 
     kind: str
     amount: int | float | None = None
     ranges: tuple[tuple[int, int], ...] = ()
     seed: int | None = None
     text: str = "none"
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def measure(self) -> Literal["change", "snr"] | None:
@@ -60,7 +63,7 @@ def parse_freeze(text: str) -> FreezeSpec:
     if kind == "none":
         if argument:
             raise InputError(f"freeze: {text!r}: 'none' takes nothing after it", HINT)
-        return FreezeSpec("none")
+        return FreezeSpec(kind, text=text)
     if kind == "layers":
         return FreezeSpec(kind, ranges=_ranges(text, argument), text=text)
     seed = None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from qcft.errors import InputError
 from qcft.recipe.ablation import Ablation
 from qcft.recipe.evaluate import Evaluate
-from qcft.recipe.freeze import parse_freeze
+from qcft.recipe.freeze import FreezeSpec, parse_freeze
 from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
 from qcft.recipe.replay import Replay, ratio_alone
 from qcft.recipe.stages import taken_for
@@ -104,6 +105,17 @@ def _balance(value: Any) -> Any:
     )
 
 
+def _freeze(value: Any) -> FreezeSpec:
+    if isinstance(value, FreezeSpec):
+        return value
+    if not isinstance(value, str):
+        raise PydanticKnownError("string_type")
+    try:
+        return parse_freeze(value)
+    except InputError as error:
+        raise ValueError(f"{error.message.removeprefix('freeze: ')} | {error.hint}") from None
+
+
 class Phase(Part):
     """One phase: data to train on, or an adapter made elsewhere.
 
@@ -117,20 +129,11 @@ class Phase(Part):
     adapter: Name | None = None
     start: Literal["merged", "stacked", "continue", "base"] = "merged"
     balance: Annotated[Literal["none", "equal"] | Temperature, BeforeValidator(_balance)] = "none"
-    freeze: str = "none"
+    freeze: Annotated[FreezeSpec, PlainValidator(_freeze), PlainSerializer(str)] = FreezeSpec("none")
     replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
     system: str | None = None
     thinking: Literal["auto", "on", "off"] = "auto"
     train: Train = Train()
-
-    @field_validator("freeze")
-    @classmethod
-    def _freeze_spec(cls, value: str) -> str:
-        try:
-            parse_freeze(value)
-        except InputError as error:
-            raise ValueError(f"{error.message.removeprefix('freeze: ')} | {error.hint}") from None
-        return value
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
@@ -258,14 +261,14 @@ class Recipe(Part):
         first = self.phases[0]
         if self.measures_change_since_base() and self.model.base is None:
             raise ValueError(
-                f"{first.name}.freeze: {first.freeze!r} goes by what an earlier phase changed, but {first.name!r} is "
-                "the first phase | set model.base to the model that this one was tuned from"
+                f"{first.name}.freeze: {first.freeze.text!r} goes by what an earlier phase changed, but {first.name!r} "
+                "is the first phase | set model.base to the model that this one was tuned from"
             )
         return self
 
     def measures_change_since_base(self) -> bool:
         """Whether the first phase freezes by what changed in the model before it came."""
-        return parse_freeze(self.phases[0].freeze).measure == "change"
+        return self.phases[0].freeze.measure == "change"
 
     def phase(self, name: str) -> Phase:
         """The phase of that name. Raises KeyError."""

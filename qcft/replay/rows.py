@@ -13,12 +13,12 @@ from typing import Any
 
 from qcft.data.encode import EncodedRow, EncodedSet, Encoder
 from qcft.data.filters import AnswerFilter, known_languages
-from qcft.data.mix import repeated, replay_amount, split_amount, take_amount
 from qcft.data.rows import Message, Row, message_from
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
 from qcft.files import write_text
 from qcft.recipe import Phase, Replay
+from qcft.replay.amount import repeated, replay_amount, rounded, split_amount, take_amount
 from qcft.replay.generation import Generated, Generation
 from qcft.replay.pools import Pool
 
@@ -105,8 +105,7 @@ def weigher(replay: Replay) -> Callable[[Candidate], int]:
 
 def wanted(replay: Replay, new: Sequence[EncodedSet]) -> list[Fraction]:
     """How much replay of each kind makes up the ratio beside the new rows, in the replay's unit."""
-    amount = replay_amount(_new(replay, new), replay.ratio)
-    return split_amount(amount, [part.weight for part in replay.parts()])
+    return split_amount(replay_amount(replay, _new(replay, new)), [part.weight for part in replay.parts()])
 
 
 def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet], encoder: Encoder) -> None:
@@ -173,9 +172,7 @@ def make_replay(
             raise QcftError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
         if missing:
             what = f"{len(again)} rows come again" if again else "the share is smaller"
-            watch.note(
-                f"replay: {_number(missing, replay)} {_unit(replay)} are missing ({pool.reason}): {what}", "warning"
-            )
+            watch.note(f"replay: {rounded(missing)} {_unit(replay)} are missing ({pool.reason}): {what}", "warning")
         carry = (
             amount - have - sum(map(weigh, again)) if replay.on_shortfall != "shrink" or not missing else Fraction(0)
         )
@@ -187,7 +184,7 @@ def make_replay(
                 "rows": len(rows) + len(again),
                 "answer_tokens": sum(c.answer_tokens for c in rows + again),
                 "repeated": len(again),
-                "missing": _number(missing, replay) if missing else 0,
+                "missing": rounded(missing) if missing else 0,
                 "reason": pool.reason,
                 "pool": len(pool.rows),
                 "left_out": dict(Counter(pool.left_out) + drawing.left_out),
@@ -291,15 +288,10 @@ def _unit(replay: Replay) -> str:
     return "rows" if replay.unit == "rows" else "answer tokens"
 
 
-def _number(amount: Fraction, replay: Replay) -> int:
-    """An amount as a whole number of rows or tokens, halves rounded up."""
-    return int(amount + Fraction(1, 2))
-
-
 def _shortfall(
     replay: Replay, new: Sequence[EncodedSet], amount: Fraction, have: int, pool: Pool, left_out: Counter[str]
 ) -> str:
-    unit, needed = _unit(replay), _number(amount, replay)
+    unit, needed = _unit(replay), rounded(amount)
     why = f"; left out {_counts(left_out)}" if left_out else ""
     at_most = "at most " if pool.part.kind == "generative" and replay.unit == "tokens" else ""
     return (

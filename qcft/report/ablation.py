@@ -7,7 +7,7 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import Ablation, Fault
 from qcft.store.results import Run
 
 
@@ -35,7 +35,7 @@ def outcome(ablation: Ablation, found: Mapping[str, Run]) -> dict[str, Any]:
     }
 
 
-def in_words(error: Mapping[str, Any]) -> str:
+def in_words(error: Fault) -> str:
     """What ended an arm, on one line."""
     where = f"{error['title']}: " if error.get("title") else ""
     return f"{where}{error['message']}" + (f" ({error['hint']})" if error["hint"] else "")

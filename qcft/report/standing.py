@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcft.measure.score import RowScore
+from qcft.measure.score import RowScore, read_scores
 from qcft.measure.stats import Difference, difference
 from qcft.report.arms import Arm, Evidence
 from qcft.store.results import Stage
@@ -122,7 +122,7 @@ def verdict(found: Sequence[Standing]) -> Verdict | None:
 def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
     """The English groups and the others whose rows, and their tokens, are the same at every arm's last stage."""
     seen = [
-        {name: [(entry["key"], entry["tokens"]) for entry in entries] for name, entries in _scores(run.last).items()}
+        {name: [(row.key, row.tokens) for row in rows] for name, rows in read_scores(run.last.opened).items()}
         for arm in arms
         for run in arm.runs
         if run.last
@@ -170,13 +170,9 @@ def _rows(stages: Sequence[Stage], groups: Sequence[str]) -> list[RowScore]:
     """Each row's score, its NLL the mean over the stages, which are those of an arm's runs."""
     found = []
     for stage in stages:
-        scores = _scores(stage)
-        found.append([entry for name in groups for entry in scores[name]])
-    return [RowScore(_mean([e["nll"] for e in row]), row[0]["tokens"], 0) for row in zip(*found, strict=True)]
-
-
-def _scores(stage: Stage) -> dict[str, list[dict[str, Any]]]:
-    return dict(stage.opened.json("scores.json"))
+        scores = read_scores(stage.opened)
+        found.append([score for name in groups for score in scores[name]])
+    return [RowScore(_mean([score.nll for score in row]), row[0].tokens, 0) for row in zip(*found, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -61,7 +61,7 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
                 record = do_step(step, position, len(steps), bench)
             else:
                 store.reuse(step.id, step.inputs(), watch)
-                record = dict(store.opened(step.id).record)
+                record = store.opened(step.id).record
                 watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
             link_stage(run, step.stage, store.folder(step.id))
             if step.kind == "kept":

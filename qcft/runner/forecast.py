@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.mix import replay_rows_needed
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase
+from qcft.replay.amount import replay_amount, rounded
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.step import Step
 from qcft.store import Store
@@ -30,7 +30,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
 
     Replay that is not made yet is taken to be like the phase's own rows.
     """
-    from qcft.layers import adapted_modules, lowest_adapted
+    from qcft.layers import adapted_in, lowest_adapted
     from qcft.training.attention import attend_by_rows
     from qcft.training.batches import make_batches
     from qcft.training.footprint import Shape
@@ -39,10 +39,10 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
 
     recipe, model = prepared.recipe, prepared.meta_model
     new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
-    extra = replay_rows_needed(len(new), phase.replay.ratio) if phase.replay else 0
+    extra = rounded(replay_amount(phase.replay, len(new)))
     rows = [*new, *(new[i % len(new)] for i in range(extra))]
     batches = make_batches(rows, prepared.order(phase, extra), phase.train)
-    modules = adapted_modules(model, recipe.lora.targets, phase.freeze, recipe.seed)
+    modules = adapted_in(model, recipe, phase)
     below = lowest_adapted(model, modules)
     config: Any = model.config.get_text_config()
     states = sum(len(row.input_ids) for row in rows) * config.hidden_size * 2
@@ -57,7 +57,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
 
 def _numbers_under(prepared: Prepared, phase: Phase) -> int:
     """Numbers in the adapters that lie live and frozen under a phase's own."""
-    from qcft.layers import adapted_modules, linear_modules
+    from qcft.layers import adapted_in, linear_modules
 
     recipe, model = prepared.recipe, prepared.meta_model
     by_name = {module.name: module.shape for module in linear_modules(model)}
@@ -65,7 +65,7 @@ def _numbers_under(prepared: Prepared, phase: Phase) -> int:
     while place > 0 and recipe.phases[place].start == "stacked":
         place -= 1
         if not recipe.phases[place].adapter:
-            modules = adapted_modules(model, recipe.lora.targets, recipe.phases[place].freeze, recipe.seed)
+            modules = adapted_in(model, recipe, recipe.phases[place])
             total += recipe.lora.r * sum(sum(by_name[name]) for name in modules)
     return total
 

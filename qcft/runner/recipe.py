@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
@@ -24,6 +24,7 @@ from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
 from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
+from qcft.store.opened import Record
 from qcft.store.results import Run
 from qcft.store.runs import NamedRun, held_run, link_stage
 from qcft.store.steps import writable
@@ -122,7 +123,7 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
 def _work(
     prepared: PlannedRecipe,
     steps: Sequence[Step],
-    records: dict[str, dict[str, Any] | None],
+    records: dict[str, Record | None],
     estimated: Mapping[str, float],
     run: NamedRun,
     store: Store,
@@ -169,7 +170,7 @@ def raise_failed(done: Run) -> None:
         )
 
 
-def do_step(step: Step, position: int, total: int, bench: Bench) -> dict[str, Any]:
+def do_step(step: Step, position: int, total: int, bench: Bench) -> Record:
     """Do one step under its lock; another process may have done it meanwhile."""
     store, watch = bench.store, bench.watch
     before = store.state(step.id)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.measure.distance import compare, predictions
-from qcft.measure.score import RowScore
+from qcft.measure.score import read_scores
 from qcft.measure.stats import kept
 from qcft.models.load import free_memory
 from qcft.recipe import Merge
@@ -34,12 +34,12 @@ class Kept(Work):
 
     def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
         """Compare; the parents are the measurements of the three."""
-        base, live, merged = (bench.store.opened(parent).json("scores.json") for parent in step.parents)
+        base, live, merged = (read_scores(bench.store.opened(parent)) for parent in step.parents)
         live_step, merged_step = (bench.steps[parent] for parent in step.parents[1:])
         groups = bench.rows.groups(live_step.settings["held_out"])
         # An adapter made elsewhere has no rows of its own here: English stands for them.
         own = [g for g in groups if g.phase in self.phases] or [g for g in groups if g.lang == ENGLISH]
-        a, b, c = ([_score(s) for g in own for s in scores[g.name]] for scores in (base, live, merged))
+        a, b, c = ([s for g in own for s in scores[g.name]] for scores in (base, live, merged))
         rows = [row for group in own for row in bench.rows.measured(group).encoded]
         model = bench.load(live_step, live_step.settings["quantize"])
         seen = predictions(model, rows, bench.watch, f"{step.title}: live")
@@ -85,7 +85,3 @@ def judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Wa
         )
     elif share < limits.warn_below:
         watch.note(f"merging {step.phase} kept only {share:.0%} of what it learned", "warning")
-
-
-def _score(entry: dict[str, Any]) -> RowScore:
-    return RowScore(entry["nll"], entry["tokens"], entry["correct"])

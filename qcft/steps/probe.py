@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcft.files import write_json
-from qcft.measure.score import score_rows
+from qcft.measure.score import RowScore, score_rows, write_scores
 from qcft.measure.stats import accuracy, mean_nll
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.prepare.rows import english_prompts
@@ -41,12 +41,12 @@ class Probe(Work):
 
     def measure(self, model: PreTrainedModel, bench: Bench, label: str, folder: Path) -> dict[str, Any]:
         """Score and answer with a loaded model; its scores and answers go into `folder`."""
-        scores: dict[str, list[dict[str, Any]]] = {}
+        scores: dict[str, list[RowScore]] = {}
         found: dict[str, Any] = {}
         for group in bench.rows.groups(self.held_out):
             encoded = bench.rows.measured(group)
             rows = score_rows(model, encoded.encoded, bench.watch, f"{label}: {group.name}")
-            scores[group.name] = [{"key": r.key, **asdict(s)} for r, s in zip(encoded.rows, rows, strict=True)]
+            scores[group.name] = [replace(s, key=r.key) for r, s in zip(encoded.rows, rows, strict=True)]
             found[group.name] = {
                 "phase": group.phase,
                 "lang": group.lang,
@@ -57,7 +57,7 @@ class Probe(Work):
                 "left_out": encoded.left_out,
             }
         answers = self._answers(model, bench, label)
-        write_json(folder / "scores.json", scores)
+        write_scores(folder, scores)
         write_json(folder / "answers.json", answers)
         return {"groups": found, "answers": _summary(answers)}
 

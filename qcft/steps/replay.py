@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from qcft.data.encode import Encoder
-from qcft.data.mix import replay_rows_needed
 from qcft.errors import QcftError
 from qcft.models.load import free_bytes
 from qcft.prepare.settings import ADDED, SPREAD, Limits, ModelSettings, Settings, kept_alive
 from qcft.recipe import Filters, Replay, ReplayPart
+from qcft.replay.amount import replay_amount, rounded
 from qcft.replay.generation import Answering, Generation
 from qcft.replay.rows import make_replay
 from qcft.steps.needs import answered_at_once, model_held
@@ -129,7 +129,7 @@ class ReplayRows(Work):
         new = sum(map(len, bench.rows.phase(step.phase, self.beside).rows))
         longest = max((how.max_new_tokens for how in self._answers(bench).values()), default=0)
         each = RECORD + TEXT * (self.limits.max_length // 2 + longest)
-        return 2 * replay_rows_needed(new, self.ratio) * each
+        return 2 * rounded(replay_amount(self._asked(None), new)) * each
 
     def _answers(self, bench: Bench) -> dict[str, Answers]:
         return {part.pool: cast("Answers", bench.steps[part.pool].work) for part in self.parts if part.pool}

@@ -18,7 +18,7 @@ from qcft.models.chat import write_chat
 from qcft.models.load import free_memory, load_model
 from qcft.prepare.rows import PhaseRows, order_of
 from qcft.prepare.settings import ADDED, CIRCUMSTANCE, SPREAD, Limits, ModelSettings, kept_alive
-from qcft.recipe import Forgetting, Lora, Train
+from qcft.recipe import Forgetting, FreezeSpec, Lora, Train
 from qcft.replay.rows import read_replay
 from qcft.steps.layers import FILE
 from qcft.steps.prefix import open_prefix
@@ -54,7 +54,7 @@ class Training(Work):
     quantize: str
     seed: int
     lora: Lora
-    freeze: str
+    freeze: FreezeSpec
     rows: str
     limits: Limits
     replay_system: str | None
@@ -121,7 +121,7 @@ class Training(Work):
             tuple(share for share, _ in shares),
             batches.steps,
             batches.rows / batches.steps,
-            self.freeze if self.freeze == "none" else f"{self.freeze} ({frozen})",
+            "none" if self.freeze.kind == "none" else f"{self.freeze} ({frozen})",
         )
         watch.tell(mixed)
         free_memory()  # what loading left behind

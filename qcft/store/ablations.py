@@ -1,10 +1,5 @@
 """An ablation on disk: `runs/NAME/ablation.json`, which arm with which seed is which named run.
 
-{"version": 1, "name": NAME, "created": ..., "recipe": the plain recipe with its ablation section,
- "runs": [{"arm": "gr10", "seed": 0, "run": "NAME-gr10-s0", "set": {what the arm changes}, "mixed": false,
-           "error": null or {"message", "hint", "step"}}, ...],
- "working": {RUN: {"pid", "host"}}}
-
 The file says what belongs together and what went wrong; whether a run is done is told by its steps alone.
 """
 
@@ -17,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from filelock import FileLock
 
@@ -28,8 +23,46 @@ from qcft.store.runs import read_run
 from qcft.store.steps import Store, check_layout
 
 INDEX = "ablation.json"
-ENTRY = {"arm", "seed", "run", "set", "mixed", "error"}
 State = Literal["done", "running", "failed", "to do"]
+
+
+class Fault(TypedDict):
+    """What went wrong with a run, and at which of its steps."""
+
+    message: str
+    hint: str | None
+    step: str | None
+    title: NotRequired[str | None]
+    traceback: NotRequired[str]
+
+
+class Entry(TypedDict):
+    """An arm with a seed, and its run; `set` is what the arm changes of the plain recipe."""
+
+    arm: str
+    seed: int
+    run: str
+    set: dict[str, Any]
+    mixed: bool
+    error: Fault | None
+
+
+class Process(TypedDict):
+    """What works on a run."""
+
+    pid: int
+    host: str
+
+
+class Index(TypedDict):
+    """What ablation.json holds: the plain recipe, its arms, and by run what works on it now."""
+
+    version: int
+    name: str
+    created: str
+    recipe: dict[str, Any]
+    runs: list[Entry]
+    working: dict[str, Process]
 
 
 @dataclass(frozen=True)
@@ -44,7 +77,7 @@ class ArmState:
     state: State
     done: int
     steps: int
-    error: Mapping[str, Any] | None
+    error: Fault | None
 
 
 class Ablation:
@@ -56,7 +89,7 @@ class Ablation:
         self.folder = runs / name
 
     @property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> Index:
         """The index as it is on disk. Raises InputError when there is none that can be read."""
         document = _read(self.folder)
         if document is None and (self.folder / INDEX).exists():
@@ -77,13 +110,7 @@ class Ablation:
         """Every arm and seed that was begun or is to do, in order."""
         document = self.document
         working = document.get("working", {})
-        return [
-            ArmState(
-                **{key: entry[key] for key in ("arm", "seed", "run", "set", "mixed", "error")},
-                **_progress(self.runs, entry, working.get(entry["run"])),
-            )
-            for entry in document["runs"]
-        ]
+        return [_state(self.runs, entry, working.get(entry["run"])) for entry in document["runs"]]
 
     def begin(self, run: str) -> None:
         """Note that this process works on a run."""
@@ -91,7 +118,7 @@ class Ablation:
             document["working"][run] = {"pid": os.getpid(), "host": socket.gethostname()}
             document["runs"] = [_with_error(e, run, None) for e in document["runs"]]
 
-    def end(self, run: str, error: Mapping[str, Any] | None = None) -> None:
+    def end(self, run: str, error: Fault | None = None) -> None:
         """Note that the work on a run ended, and what went wrong."""
         with self._changing() as document:
             document["working"].pop(run, None)
@@ -102,7 +129,7 @@ class Ablation:
         return [run for run, process in self.document["working"].items() if not _alive(process)]
 
     @contextmanager
-    def _changing(self, new: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    def _changing(self, new: Index | None = None) -> Iterator[Index]:
         """The index, written when its change is made; several processes may work on arms of one ablation."""
         with FileLock(self.folder / f".{INDEX}.lock"):
             document = self.document if new is None else _read(self.folder) or new
@@ -123,19 +150,20 @@ def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapp
     ablation = Ablation(runs, name)
     with telling_unwritable(runs):
         ablation.folder.mkdir(parents=True, exist_ok=True)
-    empty = {"version": 1, "name": name, "created": _now(), "recipe": recipe, "runs": [], "working": {}}
+    empty: Index = {"version": 1, "name": name, "created": _now(), "recipe": recipe, "runs": [], "working": {}}
     with ablation._changing(empty) as document:
         entries = {(e["arm"], e["seed"]): e for e in document["runs"]}
         for one in arms:
-            entry = entries.get((one.arm, one.seed), {"error": None})
-            entries[one.arm, one.seed] = entry | {
+            before = entries.get((one.arm, one.seed))
+            entries[one.arm, one.seed] = {
+                "error": before["error"] if before else None,
                 "arm": one.arm,
                 "seed": one.seed,
                 "run": names[one.arm, one.seed],
                 "set": dict(one.set),
                 "mixed": one.as_long_as is not None,
             }
-        document |= {"recipe": recipe, "runs": list(entries.values())}
+        document["recipe"], document["runs"] = recipe, list(entries.values())
     return ablation
 
 
@@ -162,7 +190,7 @@ def run_states(runs: Path) -> tuple[dict[str, State], dict[str, str]]:
     return {one.run: one.state for ablation in found for one in ablation.states()}, problems
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> Index | None:
     """The index in a folder; None where there is none, or none that can be read. Raises InputError for a newer one."""
     document = read_json(folder / INDEX)
     if not isinstance(document, dict):
@@ -171,11 +199,12 @@ def _read(folder: Path) -> dict[str, Any] | None:
     runs, working = document.get("runs"), document.get("working", {})
     if not (isinstance(runs, list) and isinstance(working, dict) and isinstance(document.get("recipe", {}), dict)):
         return None
-    return document if all(map(_is_entry, runs)) and all(map(_is_process, working.values())) else None
+    whole = all(map(_is_entry, runs)) and all(map(_is_process, working.values()))
+    return cast("Index", document) if whole else None
 
 
 def _is_entry(value: Any) -> bool:
-    if not (isinstance(value, dict) and value.keys() >= ENTRY and isinstance(value["run"], str)):
+    if not (isinstance(value, dict) and value.keys() >= Entry.__required_keys__ and isinstance(value["run"], str)):
         return False
     error = value["error"]
     return error is None or (isinstance(error, dict) and error.keys() >= {"message", "hint"})
@@ -185,7 +214,7 @@ def _is_process(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("pid"), int) and isinstance(value.get("host"), str)
 
 
-def _progress(runs: Path, entry: Mapping[str, Any], process: Mapping[str, Any] | None) -> dict[str, Any]:
+def _state(runs: Path, entry: Entry, process: Process | None) -> ArmState:
     store = Store(runs)
     try:
         steps: Iterable[str] = read_run(runs, entry["run"]).stages.values()
@@ -199,10 +228,13 @@ def _progress(runs: Path, entry: Mapping[str, Any], process: Mapping[str, Any] |
         state = "failed"
     elif done and all(done):
         state = "done"
-    return {"state": state, "done": sum(done), "steps": len(done)}
+    return ArmState(
+        entry["arm"], entry["seed"], entry["run"], entry["set"], entry["mixed"],
+        state, sum(done), len(done), entry["error"],
+    )  # fmt: skip
 
 
-def _alive(process: Mapping[str, Any]) -> bool:
+def _alive(process: Process) -> bool:
     """Whether a process lives; one of another host is taken to."""
     if process["host"] != socket.gethostname():
         return True
@@ -215,16 +247,16 @@ def _alive(process: Mapping[str, Any]) -> bool:
     return True
 
 
-def _goes_on(document: Any, recipe: dict[str, Any]) -> bool:
+def _goes_on(document: Index | None, recipe: dict[str, Any]) -> bool:
     """Whether there is no index yet, or one of the same recipe, whatever its arms and seeds."""
-    if not isinstance(document, dict):
+    if document is None:
         return True
     apart = {"ablation", "name"}
     before = document.get("recipe", {})
     return {k: v for k, v in before.items() if k not in apart} == {k: v for k, v in recipe.items() if k not in apart}
 
 
-def _with_error(entry: dict[str, Any], run: str, error: Mapping[str, Any] | None) -> dict[str, Any]:
+def _with_error(entry: Entry, run: str, error: Fault | None) -> Entry:
     return {**entry, "error": error} if entry["run"] == run else entry
 
 

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -21,6 +21,28 @@ ID = re.compile(r"[a-z]+-[0-9a-f]{10}")
 AGAIN = {"drift": "qcft drift {}", "dial": "qcft dial {}", "suite": "qcft eval {}"}  # for what a recipe's plan may lack
 
 
+class Record(TypedDict):
+    """What done.json holds: what the step measured, and the digests of its files and of its log."""
+
+    layout: int
+    step: str
+    metrics: dict[str, Any]
+    seconds: float
+    files: dict[str, str]
+    log: NotRequired[str | None]
+
+
+class Begun(TypedDict):
+    """What step.json holds: what the step is made of (its kind, weights, adapter, settings, parents), and with what."""
+
+    layout: int
+    step: str
+    inputs: dict[str, Any]
+    begun: str | None
+    versions: dict[str, str]
+    hardware: dict[str, object]
+
+
 @dataclass(frozen=True)
 class DoneStep:
     """A done step. Its methods check what they give against the step's digests, each file once in a process.
@@ -30,23 +52,23 @@ class DoneStep:
 
     step: str
     folder: Path
-    record: Mapping[str, Any]
+    record: Record
 
     @property
-    def metrics(self) -> Mapping[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What the step measured."""
         return dict(self.record["metrics"])
 
     @property
-    def begun(self) -> Mapping[str, Any]:
-        """Its step.json: inputs, versions, hardware."""
+    def begun(self) -> Begun:
+        """Its step.json."""
         found = read_begun(self.folder)
         if found is None:
             raise altered(self.folder, BEGUN)
         return found
 
     @property
-    def inputs(self) -> Mapping[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """What it was made of: kind, weights, adapter, settings, parents."""
         return dict(self.begun["inputs"])
 
@@ -112,7 +134,7 @@ def altered(folder: Path, name: str) -> InputError:
     return InputError(f"{folder.name}: {name} is missing or altered", _remedy(folder))
 
 
-def read_begun(folder: Path) -> dict[str, Any] | None:
+def read_begun(folder: Path) -> Begun | None:
     """A step's step.json; None where it is gone or not as it was written.
 
     Earlier versions did not seal it: there its inputs are held against the step's id, which is their digest.
@@ -122,7 +144,7 @@ def read_begun(folder: Path) -> dict[str, Any] | None:
     if not isinstance(inputs, dict):
         return None
     named = "kind" in inputs and ID.fullmatch(folder.name)  # else its id is of something else
-    return None if named and step_id(inputs) != folder.name else begun
+    return None if named and step_id(inputs) != folder.name else cast("Begun", begun)
 
 
 def step_id(inputs: Mapping[str, Any]) -> str:

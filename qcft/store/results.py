@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcft.store.opened import DoneStep
+from qcft.store.opened import DoneStep, Record
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Stage:
     metrics: Mapping[str, Any]
     seconds: float
     folder: Path
-    record: Mapping[str, Any] = field(default_factory=dict, repr=False)  # its done.json
+    record: Record = field(repr=False)
 
     @property
     def opened(self) -> DoneStep:

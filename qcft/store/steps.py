@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -31,7 +31,7 @@ from qcft.files import (
     write_json,
     write_sealed,
 )
-from qcft.store.opened import BEGUN, DONE, LOG, DoneStep, altered, first_altered, read_begun
+from qcft.store.opened import BEGUN, DONE, LOG, Begun, DoneStep, Record, altered, first_altered, read_begun
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
@@ -76,7 +76,7 @@ class Store:
         who = read_json(self.steps / f".{step}.holder") or {}
         return f"process {who.get('pid', '?')} on {who.get('host', '?')}"
 
-    def record(self, step: str) -> dict[str, Any] | None:
+    def record(self, step: str) -> Record | None:
         """The step's done.json, or None where it is not there or was altered; the files it lists are not looked at.
 
         Raises InputError when a newer qcft wrote it.
@@ -86,7 +86,7 @@ class Store:
             return None
         check_layout(record.get("layout", 1), LAYOUT, f"the step {step}")
         whole = all(isinstance(record.get(key), dict) for key in ("files", "metrics")) and "seconds" in record
-        return record if whole else None
+        return cast("Record", record) if whole else None
 
     def open(self, step: str) -> DoneStep | None:
         """A done step, whose files are checked as they are read; None where it is not done.
@@ -105,7 +105,7 @@ class Store:
             raise altered(self.folder(step), DONE)
         return found
 
-    def done(self, step: str, watch: Watch | None = None) -> dict[str, Any] | None:
+    def done(self, step: str, watch: Watch | None = None) -> Record | None:
         """The step's done.json if the step is done and its files are whole, else None.
 
         A file that is missing or was altered is named in a warning, and the step is made anew.
@@ -154,7 +154,7 @@ class Store:
                 write_sealed(folder / BEGUN, document)
             yield folder
 
-    def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> Record:
         """Mark a step done: digests of its files, its metrics and the seconds this process worked on it."""
         folder = self.folder(step)
         files = {
@@ -163,7 +163,8 @@ class Store:
             if path.is_file() and path.name not in UNSEALED and path.name[0] != "."
             if not SCRATCH.intersection((name := path.relative_to(folder)).parts)
         }
-        record = {"layout": LAYOUT, "step": step, "metrics": metrics, "seconds": round(seconds, 2), "files": files}
+        took = round(seconds, 2)
+        record: Record = {"layout": LAYOUT, "step": step, "metrics": metrics, "seconds": took, "files": files}
         if (folder / LOG).is_file():  # no part of the result, but shown
             record["log"] = known_digest(folder / LOG)
         write_sealed(folder / DONE, record)
@@ -251,7 +252,7 @@ def _circumstances() -> dict[str, Any]:
     }
 
 
-def _note_versions(step: str, begun: dict[str, Any], watch: Watch) -> None:
+def _note_versions(step: str, begun: Begun, watch: Watch) -> None:
     """Say which packages changed since a step that is resumed was begun."""
     before = begun.get("versions") or {}
     changed = [f"{k} {before[k]} -> {now}" for k, now in _versions().items() if before.get(k, now) != now]

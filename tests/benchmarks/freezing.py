@@ -279,8 +279,9 @@ def text_rows(tokenizer, count):
 
 def modules_of(model, frozen):
     from qcft.layers import adapted_modules
+    from qcft.recipe import parse_freeze
 
-    return adapted_modules(model, "all-linear", f"first:{frozen}", 0)
+    return adapted_modules(model, "all-linear", parse_freeze(f"first:{frozen}"), 0)
 
 
 def report(rounds, saved, ratios) -> None:

@@ -25,7 +25,7 @@ from qcft.measure.stats import kept, mean_nll
 from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.load import load_model
 from qcft.prepare.prepared import Prepared
-from qcft.recipe import recipe_from
+from qcft.recipe import parse_freeze, recipe_from
 
 
 def tell(event: object) -> None:
@@ -69,7 +69,7 @@ def one(lang: str, path: str, take: int, runs: Path, model: str, changes: dict) 
     seen = predictions(alone, rows, watch, "live")
     del alone
     bare = load_model(prepared.folder, recipe.model)
-    over = add_lora_over(bare, [adapter], adapted_modules(bare, "all-linear", "none", 0), recipe.lora)
+    over = add_lora_over(bare, [adapter], adapted_modules(bare, "all-linear", parse_freeze("none"), 0), recipe.lora)
     distance = compare(over, rows, seen, watch, "stacked")
     stacked = score_rows(over, rows, watch, "stacked")
     shares = {

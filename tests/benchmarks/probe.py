@@ -60,7 +60,7 @@ def train(options: argparse.Namespace, freeze: str, probed: bool) -> tuple[float
     from qcft.models.adapters import add_lora
     from qcft.models.load import load_model, load_tokenizer
     from qcft.models.sources import resolve, weights_folder
-    from qcft.recipe import Forgetting, HeldOut, Lora, Model, Source, Train
+    from qcft.recipe import Forgetting, HeldOut, Lora, Model, Source, Train, parse_freeze
     from qcft.training.attention import attend_by_rows
     from qcft.training.batches import make_batches
     from qcft.training.probe import lay_out
@@ -77,7 +77,7 @@ def train(options: argparse.Namespace, freeze: str, probed: bool) -> tuple[float
     settings = Train(batch=8)
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
     model = load_model(folder, Model(name=options.model))
-    modules = adapted_modules(model, "all-linear", freeze, 0)
+    modules = adapted_modules(model, "all-linear", parse_freeze(freeze), 0)
     adapted = add_lora(model, modules, Lora())
     below = lowest_adapted(model, modules)
     probing = lay_out(Forgetting(), english, batches, below / decoder_layers(model)[1]) if probed else None

@@ -12,7 +12,7 @@ from qcft.events import Watch
 from qcft.layers import adapted_modules, lowest_adapted
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Lora, Model, Train
+from qcft.recipe import Lora, Model, Train, parse_freeze
 from qcft.steps.prefix import open_prefix
 from qcft.training.attention import attend_by_rows
 from qcft.training.batches import make_batches
@@ -41,7 +41,7 @@ def train(model_folder, folder, store, settings=TRAIN, by_rows=True, watch=None,
     rows = rows_of(tokenizer) + rows_of(tokenizer, 6, seed=5)[:extra]
     batches = make_batches(rows, lambda epoch: mixed_order(18, extra, f"0:{epoch}"), settings)
     model = load_model(model_folder, Model(name="tiny"))
-    modules = adapted_modules(model, "all-linear", freeze, 0)
+    modules = adapted_modules(model, "all-linear", parse_freeze(freeze), 0)
     torch.manual_seed(0)
     adapted = add_lora(model, modules, Lora(r=4, dropout=0.1))
     below = lowest_adapted(model, modules)

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qcft.layers import adapted_modules
-from qcft.recipe import Lora
+from qcft.recipe import Lora, parse_freeze
 from qcft.training.footprint import Shape
 
 
@@ -19,5 +19,5 @@ def tiny_meta(**options):
 
 
 def shape_of(model, freeze="none", checkpointing=False, **options):
-    modules = tuple(adapted_modules(model, "all-linear", freeze, 0))
+    modules = tuple(adapted_modules(model, "all-linear", parse_freeze(freeze), 0))
     return Shape(modules, Lora(), options.pop("quantize", "nf4"), checkpointing, **options)

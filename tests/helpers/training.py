@@ -13,7 +13,7 @@ from qcft.events import Watch
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
-from qcft.recipe import Lora, Model, Train
+from qcft.recipe import Lora, Model, Train, parse_freeze
 from qcft.training.batches import make_batches
 from qcft.training.sft import train_adapter
 
@@ -37,7 +37,9 @@ def train(model_folder, folder, watch=None, settings=TRAIN, lora=None):
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
     model = load_model(model_folder, Model(name="tiny"))
     torch.manual_seed(0)
-    adapted = add_lora(model, adapted_modules(model, "all-linear", "first:1", 0), lora or Lora(r=4, dropout=0.1))
+    adapted = add_lora(
+        model, adapted_modules(model, "all-linear", parse_freeze("first:1"), 0), lora or Lora(r=4, dropout=0.1)
+    )
     folder.mkdir(exist_ok=True)
     return train_adapter(adapted, tokenizer, batches, settings, 0, folder, watch or Watch(), "training"), adapted
 
