@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qcft.data.formats import COLUMNS, PROMPT_COLUMNS, Record, column_names, detect_format, detect_prompts
+from qcft.data.formats import COLUMNS, FORMATS, PROMPT_COLUMNS, Record, column_names, detect_format
 from qcft.errors import InputError, nearest
 from qcft.recipe import Source
 
@@ -14,13 +14,6 @@ QUESTIONS = ("instruction", "question", "prompt", "query")
 ANSWERS = ("output", "response", "answer", "completion", "target")
 PAIRS = [*((q, a) for q in QUESTIONS for a in ANSWERS), ("text", "target"), ("input", "output"), ("source", "target")]
 OTHER_NAMES = {"conversations": "conversation", "system": "system_prompt", "input": "context"}
-# The columns that each format reads; `id` and columns in English, such as `instruction_en`, besides.
-READ = {
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "sharegpt": ("conversations", "system"),
-    "messages": ("messages", "system"),
-    "prompt-completion": ("prompt", "completion", "system"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ class Columns:
             return None
         format, stands_for = found
         names = {name: there[other] for name, other in stands_for.items()}
-        for name in (*READ[format], "id"):
+        for name in (*FORMATS[format].needs, *FORMATS[format].may_have, "id"):
             other = OTHER_NAMES.get(name, name) if self.aliases and name not in there else name
             if name not in names and other in there and there[other] not in names.values():
                 names[name] = there[other]
@@ -116,7 +109,7 @@ class Columns:
         """The format of a record, and the columns that stand for its question and answer."""
         if self.source.format != "auto":
             return self.source.format, {}
-        known = detect_format({*record}) or (None if self.answers else detect_prompts({*record}))
+        known = detect_format({*record}) or detect_format({*record}, self.answers)
         if known is not None or not self.aliases:
             return (known, {}) if known else None
         for question, answer in PAIRS:

@@ -6,7 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcft.data.rows import Message, Role, Row
@@ -42,29 +42,11 @@ class Unusable(ValueError):
     """A record that cannot train; its text is the reason it is counted under."""
 
 
-def detect_format(columns: set[str]) -> str | None:
-    """The format whose columns these are, or None."""
-    if "messages" in columns:
-        return "messages"
-    if "conversations" in columns:
-        return "sharegpt"
-    if {"instruction", "output"} <= columns:
-        return "alpaca"
-    if {"prompt", "completion"} <= columns:
-        return "prompt-completion"
-    return None
-
-
 def to_row(record: Record, format: str) -> Row:
     """The record in the one conversational form. Raises Unusable with the reason."""
     row = _row(_read(record, format), record)
     english = _english(record, format)
     return replace(row, english=english) if english else row
-
-
-def detect_prompts(columns: set[str]) -> str | None:
-    """The format of records that need no answers, or None."""
-    return next((format for format, column in PROMPT_COLUMNS.items() if column in columns), None)
 
 
 def to_prompt(record: Record, format: str) -> Row:
@@ -98,7 +80,7 @@ def _read(record: Record, format: str) -> list[Message]:
         for column in MEDIA_COLUMNS & record.keys():
             if record[column]:
                 raise Unusable(f"with {MEDIA[column.removesuffix('s')]}")
-    return _with_system(_text(record.get("system")), READERS[format](record))
+    return _with_system(_text(record.get("system")), FORMATS[format].read(record))
 
 
 def _alpaca(record: Record) -> list[Message]:
@@ -119,14 +101,6 @@ def _history(value: Any) -> list[Message]:
     return [_message(turn) for turn in turns]
 
 
-def _sharegpt(record: Record) -> list[Message]:
-    return _turns(record.get("conversations"))
-
-
-def _messages(record: Record) -> list[Message]:
-    return _turns(record.get("messages"))
-
-
 def _prompt_completion(record: Record) -> list[Message]:
     prompt, completion = _conversation(record.get("prompt")), _conversation(record.get("completion"))
     before = _turns(prompt) if isinstance(prompt, list) else [Message("user", _text(prompt))]
@@ -134,28 +108,33 @@ def _prompt_completion(record: Record) -> list[Message]:
     return [*(replace(m, train=False) if m.role == "assistant" else m for m in before), *after]
 
 
-READERS: dict[str, Callable[[Record], list[Message]]] = {
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "messages": _messages,
-    "prompt-completion": _prompt_completion,
-}
+@dataclass(frozen=True)
+class Format:
+    """One shape of records: what reads it, the columns it needs, that of its prompts first, and those it may have; and
+    what a person is told of them."""
 
-# The column that holds each format's prompts.
-PROMPT_COLUMNS = {
-    "messages": "messages",
-    "sharegpt": "conversations",
-    "alpaca": "instruction",
-    "prompt-completion": "prompt",
-}
+    read: Callable[[Record], list[Message]]
+    needs: tuple[str, ...]
+    may_have: tuple[str, ...] = ("system",)
+    told: str = ""
 
-# The columns each format needs, for the message when they are missing.
-COLUMNS = {
-    "alpaca": "instruction, input (optional), output",
-    "sharegpt": "conversations",
-    "messages": "messages",
-    "prompt-completion": "prompt, completion",
+
+FORMATS = {
+    "alpaca": Format(
+        _alpaca, ("instruction", "output"), ("input", "system", "history"), "instruction, input (optional), output"
+    ),
+    "sharegpt": Format(lambda record: _turns(record.get("conversations")), ("conversations",)),
+    "messages": Format(lambda record: _turns(record.get("messages")), ("messages",)),
+    "prompt-completion": Format(_prompt_completion, ("prompt", "completion")),
 }
+COLUMNS = {name: one.told or ", ".join(one.needs) for name, one in FORMATS.items()}
+PROMPT_COLUMNS = {name: FORMATS[name].needs[0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion")}
+
+
+def detect_format(columns: set[str], answers: bool = True) -> str | None:
+    """The format whose columns these are, those of its answers among them where they are wanted, or None."""
+    most = None if answers else 1
+    return next((name for name in PROMPT_COLUMNS if columns.issuperset(FORMATS[name].needs[:most])), None)
 
 
 def column_names(record: Mapping[str, Any]) -> str:

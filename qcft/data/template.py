@@ -67,17 +67,13 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> 
             "model: its tokenizer has no chat template",
             "name a built-in one with --set model.chat_template=chatml, or use an instruct model",
         )
-    named_templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
-    texts = [tokenizer.chat_template] if named_templates is None else named_templates.values()
-    if not all(isinstance(text, str) for text in texts):
+    template: Any = tokenizer.chat_template  # or several by name
+    if not all(isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template])):
         raise InputError(
             "model: its chat template is no text",
             "correct chat_template in tokenizer_config.json, or --set model.chat_template=chatml",
         )
-    if named_templates is not None:
-        tokenizer.chat_template = {name: _dated(text) for name, text in named_templates.items()}
-    else:
-        tokenizer.chat_template = _dated(tokenizer.chat_template)
+    tokenizer.chat_template = _dated(template)
 
 
 def unset_date(template: Any) -> Any:
@@ -94,7 +90,9 @@ def is_built_in(tokenizer: PreTrainedTokenizerBase) -> bool:
     return text.startswith(before) and text.endswith(after)
 
 
-def _dated(template: str) -> str:
+def _dated(template: Any) -> Any:
+    if isinstance(template, dict):
+        return {name: _dated(text) for name, text in template.items()}
     writes_date = "strftime_now" in template and not template.startswith(FIXED_DATE)
     return FIXED_DATE + template if writes_date else template
 

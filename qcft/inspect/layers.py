@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -19,9 +19,6 @@ from qcft.models.sources import resolve, weights_folder
 from qcft.recipe import Model, Recipe
 from qcft.store import NamedRun, Store
 from qcft.store.steps import model_digest
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

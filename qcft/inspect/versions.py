@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qcft.errors import InputError, nearest
 from qcft.models.deltas import read_adapter
@@ -41,7 +40,7 @@ def version_of(run: NamedRun, stage: str, store: Store) -> Version:
         raise InputError(f"drift: {stage} of {run.name} is not done", f"run it first: {run_again(run.folder)}")
     if step.startswith("merge-"):
         return Version(stage, step, ())
-    inputs = inputs_of(store, step)
+    inputs = store.opened(step).inputs
     return Version(stage, inputs["weights"], (*inputs.get("under", ()), step), step)
 
 
@@ -49,7 +48,7 @@ def start_of(run: NamedRun, to: Version, store: Store) -> Version:
     """The model that a phase started from, which is what its own training moved; for others, the model as it came."""
     if to.trained is None:
         return Version("base", None, ())
-    inputs = inputs_of(store, to.trained)
+    inputs = store.opened(to.trained).inputs
     stack = (*inputs.get("under", ()), *((inputs["adapter"],) if inputs["adapter"] else ()))
     newest = stack[-1] if stack else inputs["weights"]
     name = next((stage for stage, step in run.stages.items() if step == newest), "base")
@@ -63,7 +62,7 @@ def check_base(run: NamedRun, other: NamedRun, store: Store) -> None:
         step = next((step for step in one.stages.values() if store.open(step)), None)
         if step is None:
             raise InputError(f"drift: nothing of {one.name} is done", "run it first")
-        models.append(inputs_of(store, step)["settings"]["model"])
+        models.append(store.opened(step).inputs["settings"]["model"])
     if models[0] != models[1]:
         raise InputError(
             f"drift: {other.name} is of another base model than {run.name}: {other.recipe().model.name!r}, not "
@@ -72,17 +71,12 @@ def check_base(run: NamedRun, other: NamedRun, store: Store) -> None:
         )
 
 
-def inputs_of(store: Store, step: str) -> dict[str, Any]:
-    """What a step was made of, as its step.json has it."""
-    return dict(store.opened(step).inputs)
-
-
 def deltas_of(version: Version, store: Store) -> dict[str, float] | None:
     """How much of which adapters a version's weights hold beyond the base; None where they hold something else."""
     found: dict[str, float] = dict.fromkeys(version.stack, 1.0)
     weights = version.weights
     while weights is not None:
-        inputs = inputs_of(store, weights)
+        inputs = store.opened(weights).inputs
         settings = inputs["settings"]
         if settings.get("method") or settings.get("base") == "dequantised":
             return None

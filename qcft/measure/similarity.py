@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import islice, pairwise
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> dict[str
     source = find_encoder(encoder)
     embedder = _Embedder(source, watch)
     each_a, each_b = ([embedder.sums(one, side.column) for one in side.sources] for side in (a, b))
-    sums_a, sums_b = _total(each_a), _total(each_b)
+    sums_a, sums_b = reduce(add, each_a), reduce(add, each_b)
     found = similarity(sums_a, sums_b)
     by_language = [
         {"of": side.name, "lang": lang, **asdict(similarity(group, other))}
@@ -148,17 +150,10 @@ def _remedy(verdict: str, phase: Phase) -> str:
     return f"{word} --set {phase.name}.replay=0.2, or --set {phase.name}.freeze=first:0.5."
 
 
-def _total(sums: Sequence[EmbeddingSums]) -> EmbeddingSums:
-    total = sums[0]
-    for one in sums[1:]:
-        total = total + one
-    return total
-
-
 def _by_language(side: Side, sums: Sequence[EmbeddingSums]) -> Iterator[tuple[str, EmbeddingSums]]:
     langs = [str(source.lang or "?") for source in side.sources]
     for lang in dict.fromkeys(langs):
-        yield lang, _total([one for one, its in zip(sums, langs, strict=True) if its == lang])
+        yield lang, reduce(add, [one for one, its in zip(sums, langs, strict=True) if its == lang])
 
 
 def _described(side: Side, sums: EmbeddingSums) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Delta:
     """
 
     def __init__(self, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
-        self.value = change.value.read().reshape(_rows(shape)) if change.value else None
+        self.value = next(change.value.blocks(None)) if change.value else None
         self.bias = _fp32(change.bias) * change.scale if change.bias else None
         self.magnitude = _fp32(change.magnitude) if change.magnitude else None
         self.left: torch.Tensor | None = None
@@ -222,11 +222,6 @@ def _fp32(stored: Stored) -> torch.Tensor:
     import torch
 
     return stored.read().to(torch.float32)
-
-
-def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape as rows: a bias is one row."""
-    return shape if len(shape) == 2 else (1, -1)
 
 
 def _scaling(config: dict[str, object], module: str, rank: int) -> float:

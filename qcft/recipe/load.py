@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from qcft.errors import InputError, nearest
 from qcft.files import exists, oddity
@@ -202,28 +203,26 @@ def _apply(raw: dict[str, Any], key: str, value: Any) -> None:
 def _set_below(node: Any, path: list[str], value: Any, key: str) -> None:
     for i, part in enumerate(path):
         last = i == len(path) - 1
+        place: int | str = part
         if isinstance(node, list):
             if not re.fullmatch(r"[0-9]{1,9}", part) or int(part) >= len(node):
                 raise InputError(
                     f"--set {key}: {part!r} is not an entry of a list of {len(node)}",
                     f"use 0 to {len(node) - 1}" if node else "the list is empty: set it as a whole",
                 )
-            if last:
-                node[int(part)] = value
-            else:
-                node = node[int(part)]
+            place = int(part)
         elif isinstance(node, dict):
-            if last:
-                node[part] = value
-            else:
-                if node.get(part) is None:
-                    node[part] = {}
-                node = node[part]
+            if not last and node.get(part) is None:
+                node[part] = {}
         else:
             raise InputError(
                 f"--set {key}: nothing can be set below {'.'.join(path[:i])!r}, which is {node!r}",
                 "set the key itself",
             )
+        if last:
+            node[place] = value
+        else:
+            node = node[place]
 
 
 def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
@@ -231,7 +230,7 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
     location, kind, given = first["loc"], first["type"], first.get("input")
     where = _readable(location, raw)
     if kind == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = list(_fields_at(location[:-1]))
         return InputError(
             f"recipe: unknown key {where!r}", nearest(str(location[-1]), known) + f"known here: {', '.join(known)}"
         )
@@ -302,22 +301,18 @@ def _is_union_member(part: str) -> bool:
     return part in {"bool", "str", "int", "float"} or "[" in part
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(location: tuple[int | str, ...]) -> dict[str, FieldInfo]:
     """The keys the schema knows at a place."""
     model: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
             model = _model_in(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
+    return model.model_fields
 
 
 def _default_at(location: tuple[int | str, ...]) -> Any:
     """A key's default in the schema, or None."""
-    model: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        if isinstance(part, str) and part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation) or model
-    field = model.model_fields.get(str(location[-1])) if location else None
+    field = _fields_at(location[:-1]).get(str(location[-1])) if location else None
     default = field.default if field is not None else None
     return default if isinstance(default, (str, int, float)) else None
 
