@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,9 @@ def _phase(
     if speed and planned.unknown is None:
         seconds = speed.seconds(planned.cost) * tokens / planned.largest.tokens
     sources = prepared.sources[phase.name]
-    left_out = _summed([s.left_out for s in sources] + [s.left_out for s in sets])
+    left_out: Counter[str] = Counter()
+    for counts in (*(s.left_out for s in sources), *(s.left_out for s in sets)):
+        left_out.update(counts)
     return {
         "phase": phase.name,
         "memory": {**asdict(planned.memory), "total": planned.memory.total},
@@ -113,7 +116,7 @@ def _phase(
         "seconds": seconds,
         "measured": False,
         "rows_read": sum(map(len, prepared.rows[phase.name])) + sum(sum(s.left_out.values()) for s in sources),
-        "left_out": left_out,
+        "left_out": dict(left_out),
         "given": _given(prepared, phase, sets),
         "looks": look_at_rows(prepared, phase, sets),
         "truncated": sum(row.cut for s in sets for row in s.encoded),
@@ -123,10 +126,10 @@ def _phase(
 
 def _given(prepared: PlannedRecipe, phase: Phase, sets: list[EncodedSet]) -> dict[str, int]:
     """The rows that each language gives to an epoch."""
-    given: dict[str, int] = {}
+    given: Counter[str] = Counter()
     for source, one in zip(prepared.sources[phase.name], sets, strict=True):
-        given[source.lang] = given.get(source.lang, 0) + len(one.rows)
-    return given
+        given[source.lang] += len(one.rows)
+    return dict(given)
 
 
 def _adapted_share(prepared: PlannedRecipe, phase: Phase) -> float:
@@ -178,11 +181,3 @@ def _steps(
             }
         )
     return steps
-
-
-def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in counts:
-        for reason, n in one.items():
-            total[reason] = total.get(reason, 0) + n
-    return total

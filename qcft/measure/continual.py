@@ -14,18 +14,24 @@ Matrix = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Change:
-    """A difference of mean scores, with its 95% interval over items."""
+class Interval:
+    """A value with its 95% interval."""
 
     value: float
     low: float
     high: float
-    items: int
 
     @property
     def is_clear(self) -> bool:
         """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Change(Interval):
+    """A difference of mean scores, its interval over items."""
+
+    items: int
 
 
 def backward_transfer(results: Matrix) -> float:

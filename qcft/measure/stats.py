@@ -5,26 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qcft.measure.continual import RESAMPLES, Interval
 from qcft.measure.score import RowScore
 
-RESAMPLES = 2000
 MEASURABLE_GAIN = 0.05  # nats per answer token
 LOSS_ALLOWED = 0.02  # nats per answer token
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of mean NLLs in nats per answer token, with its 95% interval over rows."""
+class Difference(Interval):
+    """A difference of mean NLLs in nats per answer token, its interval over rows."""
 
-    value: float
-    low: float
-    high: float
     rows: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)

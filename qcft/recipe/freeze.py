@@ -122,7 +122,11 @@ def _frozen(spec: FreezeSpec, layers: int, seed: int, change: Sequence[float]) -
         return frozenset()
     if spec.kind == "layers":
         wanted = {i for low, high in spec.ranges for i in range(low, high + 1)}
-        _in_range(spec, max(wanted), layers)
+        if max(wanted) >= layers:
+            raise InputError(
+                f"freeze: {spec.text!r} names layer {max(wanted)}, but the model's layers are 0 to {layers - 1}",
+                "count layers from 0",
+            )
         return frozenset(wanted)
     if spec.kind == "every":
         assert spec.amount is not None
@@ -163,11 +167,3 @@ def _ranges(text: str, argument: str) -> tuple[tuple[int, int], ...]:
             raise InputError(f"freeze: {text!r}: the range {part.strip()!r} runs backwards", HINT)
         ranges.append((low, high))
     return tuple(ranges)
-
-
-def _in_range(spec: FreezeSpec, highest: int, layers: int) -> None:
-    if highest >= layers:
-        raise InputError(
-            f"freeze: {spec.text!r} names layer {highest}, but the model's layers are 0 to {layers - 1}",
-            "count layers from 0",
-        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from qcft.errors import InputError, nearest
 from qcft.files import read_json, telling_unwritable, write_json
 from qcft.recipe import ArmRun, Recipe
 from qcft.store.runs import read_run
-from qcft.store.steps import Store, check_layout
+from qcft.store.steps import Store, check_layout, now
 
 INDEX = "ablation.json"
 State = Literal["done", "running", "failed", "to do"]
@@ -150,7 +149,7 @@ def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapp
     ablation = Ablation(runs, name)
     with telling_unwritable(runs):
         ablation.folder.mkdir(parents=True, exist_ok=True)
-    empty: Index = {"version": 1, "name": name, "created": _now(), "recipe": recipe, "runs": [], "working": {}}
+    empty: Index = {"version": 1, "name": name, "created": now(), "recipe": recipe, "runs": [], "working": {}}
     with ablation._changing(empty) as document:
         entries = {(e["arm"], e["seed"]): e for e in document["runs"]}
         for one in arms:
@@ -258,7 +257,3 @@ def _goes_on(document: Index | None, recipe: dict[str, Any]) -> bool:
 
 def _with_error(entry: Entry, run: str, error: Fault | None) -> Entry:
     return {**entry, "error": error} if entry["run"] == run else entry
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from qcft.files import read_json, telling_full_disk, telling_unwritable, write_j
 from qcft.recipe import Recipe, recipe_from
 from qcft.recipe.stages import ABILITIES, DRIFT, is_measurement
 from qcft.store.holding import hold, runs_lock
-from qcft.store.steps import FREE, check_layout
+from qcft.store.steps import FREE, check_layout, now
 
 RUN = "run.json"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
@@ -92,7 +91,7 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     before = {stage: step for stage, step in already.items() if stage.startswith((ABILITIES, DRIFT))}
     stages = {**stages, **{stage: step for stage, step in before.items() if stage not in stages}}
     folder.mkdir(exist_ok=True)
-    created = (read_json(folder / RUN) or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    created = (read_json(folder / RUN) or {}).get("created") or now()
     write_json(folder / RUN, {"version": LAYOUT, "created": created, "stages": stages})  # first: it makes it a run
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))

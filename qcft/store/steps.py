@@ -201,7 +201,7 @@ class Store:
                     told = True
                 watch.check_stop()
         try:
-            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
             self._held.add(step)
             yield
         finally:
@@ -246,7 +246,7 @@ def package_versions() -> dict[str, str]:
 
 def _circumstances() -> dict[str, Any]:
     return {
-        "begun": _now(),
+        "begun": now(),
         "versions": _versions(),
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "device": _device_name()},
     }
@@ -273,7 +273,8 @@ def _device_name() -> str:
     return "cpu"
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as files tell it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
