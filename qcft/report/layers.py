@@ -155,12 +155,7 @@ def _table(
             record["snr"] = snr.get(layer)
         rows.append(tuple(cells))
         records.append(record)
-    return Table(
-        "layers",
-        "Norm of the change in each layer",
-        ("layer", *columns, *(("signal to noise",) if snr else ())),
-        tuple(rows),
-        tuple(records),
-        f"||s B A||_F over the layer's adapted modules.{note}"
-        + (" Signal to noise: the mean of the layer's modules, before the phase." if snr else ""),
-    )
+    head = ("layer", *columns, *(("signal to noise",) if snr else ()))
+    note = f"||s B A||_F over the layer's adapted modules.{note}"
+    note += " Signal to noise: the mean of the layer's modules, before the phase." if snr else ""
+    return Table("layers", "Norm of the change in each layer", head, tuple(rows), tuple(records), note)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qcft.report.arms import Arm, Evidence, shared_by
+from qcft.report.arms import Arm, Member, grouped, with_of
+from qcft.report.cells import left_out
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
 from qcft.report.training import Trained, trainings
@@ -21,7 +22,7 @@ def mix_section(arms: Sequence[Arm]) -> Section | None:
     found = trainings(arms)
     if not found:
         return None
-    mixes = list(_alike(found).values())
+    mixes = [_Mix(alike[0], [run for one in alike for run in one.runs]) for alike in grouped(found, _fed)]
     last = [mix for mix in mixes if mix.trained.phase == found[-1].phase]
     blocks: list[Block] = []
     if any(len(mix.trained.metrics["mix"]) > 1 for mix in last):
@@ -35,16 +36,12 @@ class _Mix:
     """A training that stands for all that were fed the same rows of the same sources."""
 
     trained: Trained
-    runs: list[tuple[Arm, Evidence]]
+    runs: list[Member]
 
 
-def _alike(found: Sequence[Trained]) -> dict[str, _Mix]:
-    mixes: dict[str, _Mix] = {}
-    for one in found:
-        fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
-        key = json.dumps([one.phase, one.metrics["mix"], fed])
-        mixes.setdefault(key, _Mix(one, [])).runs.extend(one.runs)
-    return mixes
+def _fed(one: Trained) -> str:
+    fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
+    return json.dumps([one.phase, one.metrics["mix"], fed])
 
 
 def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
@@ -94,9 +91,7 @@ def _names(mix: _Mix) -> str:
 
 
 def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
-    several = sum(len(arm.runs) for arm in arms) > 1
-    rows: list[tuple[str, ...]] = []
-    records: list[Mapping[str, Any]] = []
+    rows, records = [], []
     for alike in mixes:
         one = alike.trained
         mix = one.metrics["mix"]
@@ -104,26 +99,20 @@ def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
         total = {key: sum(share[key] for share in mix) for key in ("rows", "tokens")}
         for share in mix:
             seen = fed.get(share["source"], {"rows": 0, "tokens": 0, "answer_tokens": 0})
-            cells = [
-                one.phase,
-                share["source"],
-                f"{share['rows']:,} ({share['rows'] / total['rows']:.1%})",
-                f"{share['tokens']:,} ({share['tokens'] / total['tokens']:.1%})",
-                f"{share['answer_tokens']:,}",
-                f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
-                ", ".join(f"{n} {reason}" for reason, n in share["left_out"].items()) or "none",
-            ]
-            if several:
-                cells.insert(1, shared_by(alike.runs, arms))
-            rows.append(tuple(cells))
+            row = {
+                "phase": one.phase,
+                "source": share["source"],
+                **{key: f"{share[key]:,} ({share[key] / total[key]:.1%})" for key in ("rows", "tokens")},
+                "answer tokens": f"{share['answer_tokens']:,}",
+                "trained, all epochs": f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
+                "left out": left_out(share["left_out"], "none"),
+            }
+            rows.append(with_of(row, alike.runs, arms))
             records.append(
                 {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in alike.runs)}
                 | {"source": share["source"]}
                 | {key: share[key] for key in ("rows", "tokens", "answer_tokens")}
                 | {f"trained_{key}": seen[key] for key in ("rows", "tokens", "answer_tokens")}
             )
-    head = ["phase", "source", "rows", "tokens", "answer tokens", "trained, all epochs", "left out"]
-    if several:
-        head.insert(1, "of")
-    words = (0, 1, 2, 7) if several else (0, 1, 6)
-    return Table("mix", "Sources, and what was fed of them", tuple(head), tuple(rows), tuple(records), words=words)
+    words = ("source", "left out")
+    return Table.of("mix", "Sources, and what was fed of them", rows, records, words=words)
