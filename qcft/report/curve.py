@@ -9,7 +9,7 @@ from qcft.recipe.stages import DIAL, is_dial
 from qcft.report.arms import Arm, members
 from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, legend_below, look
+from qcft.report.plots import draw, label, look
 from qcft.report.standing import ENGLISH, mean_of
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
                     [scale for scale, _ in line], [nll for _, nll in line], label=word, color=own.colour,
                     marker=own.marker, linestyle=own.line,
                 )  # fmt: skip
-        axes.set_xlabel("scale of the delta")
-        axes.set_ylabel("NLL, nats per answer token")
-        legend_below(axes)
+        label(axes, "scale of the delta", "NLL, nats per answer token")
 
     return draw(
         name,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qcft.report.arms import Arm, Member, grouped, with_of
+from qcft.report.arms import Arm, grouped, with_of
 from qcft.report.cells import left_out
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
@@ -22,21 +22,14 @@ def mix_section(arms: Sequence[Arm]) -> Section | None:
     found = trainings(arms)
     if not found:
         return None
-    mixes = [_Mix(alike[0], [run for one in alike for run in one.runs]) for alike in grouped(found, _fed)]
-    last = [mix for mix in mixes if mix.trained.phase == found[-1].phase]
+    # A training stands for all that were fed the same rows of the same sources.
+    mixes = [replace(alike[0], runs=tuple(run for one in alike for run in one.runs)) for alike in grouped(found, _fed)]
+    last = [mix for mix in mixes if mix.phase == found[-1].phase]
     blocks: list[Block] = []
-    if any(len(mix.trained.metrics["mix"]) > 1 for mix in last):
+    if any(len(mix.metrics["mix"]) > 1 for mix in last):
         blocks.append(_bars(last, arms))
     blocks.append(_table(mixes, arms))
     return Section("mix", "What was trained on", tuple(blocks))
-
-
-@dataclass(frozen=True)
-class _Mix:
-    """A training that stands for all that were fed the same rows of the same sources."""
-
-    trained: Trained
-    runs: list[Member]
 
 
 def _fed(one: Trained) -> str:
@@ -44,13 +37,13 @@ def _fed(one: Trained) -> str:
     return json.dumps([one.phase, one.metrics["mix"], fed])
 
 
-def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
+def _bars(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
     """A bar of rows and one of answer tokens for each mix that an arm's first run had."""
     mixes = [mix for mix in mixes if _names(mix)]
-    phase = mixes[0].trained.phase
-    sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.trained.metrics["mix"]))
+    phase = mixes[0].phase
+    sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.metrics["mix"]))
     lines = [
-        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix.trained, key)
+        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix, key)
         for mix in mixes
         for key, word in (("rows", "rows"), ("answer_tokens", "answer tokens"))
     ]
@@ -86,14 +79,13 @@ def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
     )
 
 
-def _names(mix: _Mix) -> str:
+def _names(mix: Trained) -> str:
     return ", ".join(arm.name for arm, run in mix.runs if run is arm.runs[0])
 
 
-def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
+def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
     rows, records = [], []
-    for alike in mixes:
-        one = alike.trained
+    for one in mixes:
         mix = one.metrics["mix"]
         fed = {entry["source"]: entry for entry in one.metrics["exposure"]}
         total = {key: sum(share[key] for share in mix) for key in ("rows", "tokens")}
@@ -107,9 +99,9 @@ def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
                 "trained, all epochs": f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
                 "left out": left_out(share["left_out"], "none"),
             }
-            rows.append(with_of(row, alike.runs, arms))
+            rows.append(with_of(row, one.runs, arms))
             records.append(
-                {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in alike.runs)}
+                {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in one.runs)}
                 | {"source": share["source"]}
                 | {key: share[key] for key in ("rows", "tokens", "answer_tokens")}
                 | {f"trained_{key}": seen[key] for key in ("rows", "tokens", "answer_tokens")}

@@ -9,7 +9,7 @@ from qcft.measure.stats import Difference
 from qcft.report.arms import Arm, Evidence, members, whose
 from qcft.report.cells import conclusion, stage_name
 from qcft.report.document import Figure, Section, Table
-from qcft.report.plots import FAINT, INK, PAPER, draw, legend_below, look
+from qcft.report.plots import FAINT, INK, PAPER, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, front, mean_of, standings, verdict
 from qcft.report.suites import last_averages
 
@@ -123,9 +123,7 @@ def _pareto_of_tasks(places: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
         percent = {name: [(100 * ea, 100 * ma) for ea, ma in runs] for name, runs in places.items()}
         _scatter(axes, percent, front(means))
         axes.margins(0.12)
-        axes.set_xlabel("MA: tasks in other languages, %")
-        axes.set_ylabel("EA: English tasks, %")
-        legend_below(axes)
+        label(axes, "MA: tasks in other languages, %", "EA: English tasks, %")
 
     return draw(
         "pareto-tasks",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.report.arms import Arm, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, legend_below, look
+from qcft.report.plots import draw, label, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,9 +76,7 @@ def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figur
             name = "running mean" if len(logged) == 1 else _whose(one, arms)
             axes.plot(tokens, running_mean(losses), linewidth=1.8, label=name if name not in labelled else None, **line)
             labelled.add(name)
-        axes.set_xlabel("tokens, thousands")
-        axes.set_ylabel("loss, nats per token")
-        legend_below(axes)
+        label(axes, "tokens, thousands", "loss, nats per token")
 
     several = " A line for each run of an arm." if len(logged) > len({one.runs[0][0].name for one in logged}) else ""
     return draw(
@@ -110,9 +108,7 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
                 color=own.colour, linestyle=own.line, marker=own.marker,
                 markersize=4, label=arm.label(run),
             )  # fmt: skip
-        axes.set_xlabel("tokens, thousands")
-        axes.set_ylabel("English NLL, nats per token")
-        legend_below(axes)
+        label(axes, "tokens, thousands", "English NLL, nats per token")
 
     return draw(
         f"english-{phase}",

@@ -179,19 +179,14 @@ def print_layers(table: Mapping[str, Any]) -> None:
     per_layer = max(len(layer["modules"]) for layer in table["layers"])
     rows = []
     for layer in table["layers"]:
-        adapted = layer["adapted"]
-        on = ", ".join(_last(adapted)) if len(adapted) < per_layer else f"all {per_layer} linear modules"
-        rows.append(
-            {
-                "layer": str(layer["layer"]),
-                "adapters on": on or "frozen",
-                "trainable": f"{layer['trainable_parameters']:,}",
-                "changed by phase 1": _or_dash(layer["change"]),
-                "signal/noise": _or_dash(layer["snr"]),
-            }
-        )
+        on = ", ".join(_last(layer["adapted"])) or "frozen"
+        if len(layer["adapted"]) >= per_layer:
+            on = f"all {per_layer} linear modules"
+        measured = ("-" if layer[key] is None else f"{layer[key]:.3g}" for key in ("change", "snr"))
+        rows.append((str(layer["layer"]), on, f"{layer['trainable_parameters']:,}", *measured))
     styles = ["" if layer["adapted"] else "dim" for layer in table["layers"]]
-    print_records(rows, right={*rows[0]} - {"adapters on"}, styles=styles)
+    titles = ("layer", "adapters on", "trainable", "changed by phase 1", "signal/noise")
+    stdout().print(grid(titles, rows, {*titles} - {"adapters on"}, styles))
     share = table["trainable_parameters"] / table["parameters"]
     print_lines(
         [
@@ -212,10 +207,6 @@ def print_layers(table: Mapping[str, Any]) -> None:
     )
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
 def _last(modules: list[str]) -> list[str]:
     """The last parts of modules' names, where that tells them apart."""
     short = [module.rsplit(".", 1)[-1] for module in modules]
@@ -227,9 +218,9 @@ def print_rows(titles: list[str], rows: Iterable[Iterable[str]]) -> None:
     stdout().print(grid(titles, rows))
 
 
-def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = (), styles: Iterable[str] = ()) -> None:
+def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
     """Rows that say each cell's title, as a plain table on stdout."""
-    stdout().print(grid(list(rows[0]), [row.values() for row in rows], right, styles))
+    stdout().print(grid([*rows[0]], [row.values() for row in rows], right))
 
 
 def say(text: str, style: str = "") -> None:
