@@ -18,8 +18,9 @@ from qcft.measure.rouge import rouge_l, words
 from qcft.measure.squad import compute_exact, compute_f1
 from qcft.models.generate import Answer
 from qcft.recipe import recipe_from
+from qcft.report.arms import grouped
+from qcft.report.task_cells import way_of_asking
 from qcft.store.opened import DoneStep
-from qcft.terminal.ability_tables import asked_alike
 
 VALUES = st.floats(-5, 5)
 
@@ -206,9 +207,9 @@ def test_what_was_measured_otherwise_is_in_another_table(recipe, tmp_path, other
 
 def test_the_language_of_answers_asked_otherwise_is_in_another_table(recipe, tmp_path):
     alike = abilities_table(recipe, evaluations(tmp_path / "a"), {})["fidelity"]
-    assert [len(cells) for cells in asked_alike(alike)] == [2]
+    assert [len(cells) for cells in grouped(alike, way_of_asking)] == [2]
     apart = abilities_table(recipe, evaluations(tmp_path / "b", {"fidelity": {"data": "other"}}), {})["fidelity"]
-    assert [len(cells) for cells in asked_alike(apart)] == [1, 1]
+    assert [len(cells) for cells in grouped(apart, way_of_asking)] == [1, 1]
 
 
 @pytest.mark.parametrize(

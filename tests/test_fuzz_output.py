@@ -155,7 +155,7 @@ def test_documents_whose_every_label_is_anything(documents, name, text, terminal
         elif name == "replay":
             tables.print_replay(changed)
         else:
-            check_view.print_check(changed, check_view.check_lines(changed))
+            check_view.print_check(changed)
         tables.print_json(changed)
 
 

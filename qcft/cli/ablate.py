@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import As, DryRun, Json, Quiet, Runs, Set, app, watched
+from qcft.cli.options import As, DryRun, Json, Quiet, Runs, Set, app, show_work, watched
 
 
 @app.command()
@@ -45,9 +45,7 @@ def ablate(
     plain, every = load_ablation(recipe, changes)
     chosen = chosen_arms(every, words("--arms", arms), parse_seeds(seeds))
     if dry_run:
-        with watched(quiet) as watch:
-            plan = api.plan_ablation(chosen, runs, watch)
-        tables.print_json(plan) if json_ else ablation_view.print_plan(plan)
+        show_work(lambda watch: api.plan_ablation(chosen, runs, watch), ablation_view.print_plan, json_, quiet)
         return
     if not in_process and supervised is None and on is None:
         raise typer.Exit(supervise(sys.argv[1:], runs, ablation_view.tell_crash))
@@ -56,10 +54,8 @@ def ablate(
     outcome = api.ablation_outcome(done)
     with watched(quiet) as watch:
         page = api.report([done.name], runs, watch)
-    if json_:
-        tables.print_json(outcome)
-    else:
-        ablation_view.print_outcome(outcome)
+    tables.show(outcome, json_, ablation_view.print_outcome)
+    if not json_:
         tables.print_answer(page["question"], page["answer"])
         tables.say(f"report: {page['page']}")
     asked = {(one.arm, one.seed) for one in chosen}

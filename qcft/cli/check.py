@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import Json, Quiet, Runs, Set, app, watched
+from qcft.cli.options import Json, Quiet, Runs, Set, app, show_work
 
 
 @app.command()
@@ -31,16 +31,10 @@ def check(
     from qcft.check.recipe import check_recipe
     from qcft.cli.flags import size_of
     from qcft.recipe import load_recipe, parse_assignments
-    from qcft.terminal import check_view, tables
-    from qcft.terminal.check_view import check_lines
+    from qcft.terminal.check_view import print_check
 
     loaded, size = load_recipe(recipe, parse_assignments(set_ or [])), size_of(vram) if vram else None
-    with watched(quiet) as watch:
-        found = check_recipe(loaded, runs, watch, size, measure, rows, encoder)
-    if json_:
-        tables.print_json(found)
-    else:
-        check_view.print_check(found, check_lines(found))
+    show_work(lambda watch: check_recipe(loaded, runs, watch, size, measure, rows, encoder), print_check, json_, quiet)
 
 
 @app.command()
@@ -55,9 +49,8 @@ def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
     if json_:
         tables.print_json([asdict(one) for one in findings])
     else:
-        marks = ["ok" if one.ok else "BROKEN" if one.needed else "note" for one in findings]
-        rows = [[mark, one.name, one.found] for mark, one in zip(marks, findings, strict=True)]
-        tables.print_rows(["", "what", "found"], rows)
-        tables.print_lines([f"for the {one.name}: {one.mend}" for one in findings if not one.ok])
+        marks = {one.name: "ok" if one.ok else "BROKEN" if one.needed else "note" for one in findings}
+        tables.print_rows(["", "what", "found"], [[marks[one.name], one.name, one.found] for one in findings])
+        tables.print_lines(f"for the {one.name}: {one.mend}" for one in findings if not one.ok)
     if any(one.needed and not one.ok for one in findings):
         raise typer.Exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qcft.cli.options import Freeze, Json, Quiet, Runs, Set, Stage, app, watched
+from qcft.cli.options import Freeze, Json, Quiet, Runs, Set, Stage, app, show_work, watched
 
 if TYPE_CHECKING:
     from qcft.events import Watch
@@ -52,10 +52,7 @@ def replay(
     with watched(quiet) as watch:
         done = api.replay_watched(recipe, runs, watch, read_run(runs, run).name)
     shown = replay_shown(done.name, done.stages, show or 5 * left_out, left_out)
-    if json_:
-        tables.print_json(shown)
-    else:
-        tables.print_replay(shown)
+    tables.show(shown, json_, tables.print_replay)
 
 
 @app.command()
@@ -117,16 +114,13 @@ def dial(
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
 
-    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
-    with watched(quiet) as watch:
-        done = api.dial(run, scales, runs, watch, **how)
-    if json_:
-        tables.print_json(done)
-    else:
-        tables.print_rows(*curve_rows(done["points"]))
+    def printed(done: dict[str, Any]) -> None:
+        tables.print_records(curve_rows(done["points"]))
         tables.say(f"curve: {done['drawing']}", "dim")
-        if "merged" in done:
-            tables.print_lines([str(done["merged"]["folder"])])
+        tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
+
+    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
+    show_work(lambda watch: api.dial(run, scales, runs, watch, **how), printed, json_, quiet)
 
 
 @app.command()
@@ -148,17 +142,12 @@ def layers(
     from qcft.cli.listings import layers_table
     from qcft.terminal import tables
 
-    with watched(False) as watch:
-        table = layers_table(target, runs, freeze, base, set_ or [], snr, watch)
-    tables.print_json(table) if json_ else tables.print_layers(table)
+    show_work(
+        lambda watch: layers_table(target, runs, freeze, base, set_ or [], snr, watch), tables.print_layers, json_
+    )
 
 
 def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
     from qcft.terminal import tables
 
-    with watched(quiet) as watch:
-        done = work(watch)
-    if json_:
-        tables.print_json(done)
-    else:
-        tables.print_lines([str(done["folder"])])
+    show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from qcft.cli.options import Json, Quiet, Runs, app, watched
+from qcft.cli.options import Json, Quiet, Runs, app, show_work
 
 
 @app.command()
@@ -30,13 +30,11 @@ def similarity(
     from qcft.report.similarity_section import similarity_rows
     from qcft.terminal import tables
 
-    with watched(quiet) as watch:
-        found = similarity_table(a, b, runs, encoder, take, column, watch)
-    if json_:
-        tables.print_json(found)
-    else:
-        tables.print_rows(*similarity_rows(found))
+    def printed(found: dict[str, Any]) -> None:
+        tables.print_records(similarity_rows(found))
         tables.print_lines(found["says"])
+
+    show_work(lambda watch: similarity_table(a, b, runs, encoder, take, column, watch), printed, json_, quiet)
 
 
 @app.command()
@@ -65,12 +63,10 @@ def drift(
     from qcft.report.drift_section import NOTE, drift_rows, drift_says
     from qcft.terminal import tables
 
-    files = text_files(text or [])
-    with watched(quiet) as watch:
-        found = api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=files)
-    if json_:
-        tables.print_json(found)
-    else:
+    def printed(found: dict[str, Any]) -> None:
         tables.print_rows(*drift_rows(found))
         tables.print_lines([*drift_says(found), NOTE])
         tables.say(f"drawing: {found['drawing']}", "dim")
+
+    how: dict[str, Any] = {"since": since, "to": to, "against": against, "rows": rows, "texts": text_files(text or [])}
+    show_work(lambda watch: api.drift(run, runs, watch, **how), printed, json_, quiet)

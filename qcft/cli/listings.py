@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,8 @@ def recipes_listed() -> list[dict[str, str]]:
     """Built-in recipes with the comment that heads them."""
     listed = []
     for name, path in built_in_recipes().items():
-        comment = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.startswith("#"):
-                break
-            comment.append(line.lstrip("# ").strip())
-        listed.append({"name": name, "about": " ".join(comment)})
+        comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        listed.append({"name": name, "about": " ".join(line.lstrip("# ").strip() for line in comment)})
     return listed
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qcft.events import Watch
     from qcft.terminal.progress import Reporter
 
+Thing = TypeVar("Thing")
 STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 if SIGHUP is not None:
@@ -114,6 +115,17 @@ def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Wat
         yield watch
     finally:
         reporter.close()
+
+
+def show_work(
+    work: Callable[[Watch], Thing], printed: Callable[[Thing], None], json_: bool, quiet: bool = False
+) -> None:
+    """Do watched work; print what it comes to as JSON, or as `printed` does."""
+    from qcft.terminal import tables
+
+    with watched(quiet) as watch:
+        found = work(watch)
+    tables.show(found, json_, printed)
 
 
 def hear_signals(watch: Watch) -> None:

@@ -6,11 +6,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qcft.cli.options import As, Columns, Data, DryRun, Freeze, Json, Model, Quiet, Runs, Set, Take, Test, app, watched
+from qcft.cli.options import (
+    As,
+    Columns,
+    Data,
+    DryRun,
+    Freeze,
+    Json,
+    Model,
+    Quiet,
+    Runs,
+    Set,
+    Take,
+    Test,
+    app,
+    show_work,
+    watched,
+)
 
 if TYPE_CHECKING:
     from qcft.recipe import Recipe
@@ -104,11 +120,11 @@ def recipes(
     if show:
         sys.stdout.write(recipe_text(show))
         return
-    listed = recipes_listed()
-    if json_:
-        tables.print_json(listed)
-    else:
-        tables.print_rows(["name", "what it does"], [[r["name"], r["about"]] for r in listed])
+    tables.show(
+        recipes_listed(),
+        json_,
+        lambda listed: tables.print_rows(["name", "what it does"], [recipe.values() for recipe in listed]),
+    )
 
 
 @app.command()
@@ -121,7 +137,7 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     if json_:
         tables.print_json(listed)
     elif listed:
-        tables.print_rows(["run", "model", "phases", "steps done", "state"], [list(r.values()) for r in listed])
+        tables.print_records(listed)
     else:
         tables.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
 
@@ -144,7 +160,7 @@ def show(
         from qcft.terminal import ablation_view
 
         outcome = api.ablation_outcome(Ablation(runs, str(run)))
-        tables.print_json(outcome) if json_ else ablation_view.print_outcome(outcome)
+        tables.show(outcome, json_, ablation_view.print_outcome)
         return
     found = api.read(run, runs)
     cost = api.cost(found)
@@ -171,13 +187,11 @@ def report(
     from qcft import api
     from qcft.terminal import tables
 
-    with watched(False) as watch:
-        written = api.report(names or [], runs, watch, to)
-    if json_:
-        tables.print_json(written)
-    else:
+    def printed(written: dict[str, Any]) -> None:
         tables.print_answer(written["question"], written["answer"])
-        tables.print_lines([str(written["page"])])
+        tables.print_lines([written["page"]])
+
+    show_work(lambda watch: api.report(names or [], runs, watch, to), printed, json_)
 
 
 def run_and_show(
@@ -201,12 +215,7 @@ def run_and_show(
     from qcft.training.distributed.ranks import leave, rank, world
 
     if dry_run:
-        with watched(quiet) as watch:
-            steps = plan_listed(recipe, runs, watch)
-        if json_:
-            tables.print_json(steps)
-        else:
-            tables.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+        show_work(lambda watch: plan_listed(recipe, runs, watch), _print_steps, json_, quiet)
         return
     if rank() > 0:  # of several processes that `accelerate launch` began
         help_train(recipe, runs, Watch())
@@ -222,3 +231,9 @@ def run_and_show(
         tables.print_table(done.table)
         tables.say(f"report: {done.folder / 'report' / 'report.html'}", "dim")
     raise_failed(done)
+
+
+def _print_steps(steps: list[dict[str, Any]]) -> None:
+    from qcft.terminal import tables
+
+    tables.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])

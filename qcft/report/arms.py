@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel
 
 from qcft.recipe import Recipe
 from qcft.store.results import Run, Stage
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,59 @@ class Arm:
         return self.name if len(self.runs) == 1 else f"{self.name}, seed {evidence.recipe.seed}"
 
 
+Member = tuple[Arm, Evidence]
+
+
+def members(arms: Sequence[Arm]) -> list[Member]:
+    """Every run with its arm."""
+    return [(arm, run) for arm in arms for run in arm.runs]
+
+
+def grouped(things: Iterable[Thing], key: Callable[[Thing], str]) -> list[list[Thing]]:
+    """The things of each key together, in their order."""
+    found: dict[str, list[Thing]] = {}
+    for thing in things:
+        found.setdefault(key(thing), []).append(thing)
+    return list(found.values())
+
+
+def whose(arm: Arm, run: Evidence) -> dict[str, Any]:
+    """The keys by which a record tells its run."""
+    return {"arm": arm.name, "run": run.run.name, "seed": run.recipe.seed}
+
+
+def with_of(row: Mapping[str, str], runs: Sequence[Member], arms: Sequence[Arm]) -> dict[str, str]:
+    """A row with the runs that it stands for after its first cell, where the report is of several."""
+    (title, first), *more = row.items()
+    return {title: first, **({"of": shared_by(runs, arms)} if len(members(arms)) > 1 else {}), **dict(more)}
+
+
+def shared_once(rows: Iterable[tuple[str, str, dict[str, str], Member]], arms: Sequence[Arm]) -> list[dict[str, str]]:
+    """Rows (stage, key, cells, run) once for each key, with the runs that share it; those of a stage together."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    sharing: dict[str, list[Member]] = {}
+    for stage, key, cells, member in rows:
+        found.setdefault(stage, {}).setdefault(key, cells)
+        sharing.setdefault(key, []).append(member)
+    return [with_of(cells, sharing[key], arms) for keys in found.values() for key, cells in keys.items()]
+
+
 def arms_of(found: Sequence[Evidence], named: Mapping[str, str] | None = None) -> tuple[Arm, ...]:
     """Runs as arms, in their order; `named` gives the arm of each run, where an ablation made them."""
-    alike: dict[str, list[Evidence]] = {}
-    for evidence in found:
-        document = evidence.recipe.model_dump(mode="json", exclude={"name", "seed"})
-        key = named[evidence.run.name] if named else json.dumps(document, sort_keys=True)
-        alike.setdefault(key, []).append(evidence)
-    first = found[0].recipe
+
+    def alike(one: Evidence) -> str:
+        document = one.recipe.model_dump(mode="json", exclude={"name", "seed"})
+        return named[one.run.name] if named else json.dumps(document, sort_keys=True)
+
     return tuple(
-        Arm(key if named else _name(runs), tuple(runs), differences(first, runs[0].recipe))
-        for key, runs in alike.items()
+        Arm(alike(runs[0]) if named else _name(runs), tuple(runs), differences(found[0].recipe, runs[0].recipe))
+        for runs in grouped(found, alike)
     )
 
 
-def shared_by(runs: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm]) -> str:
+def shared_by(runs: Sequence[Member], arms: Sequence[Arm]) -> str:
     """Which of all runs these are, in a few words: `all`, `all but mixed, seed 0`, or the arms with their seeds."""
-    every = [(arm, run) for arm in arms for run in arm.runs]
+    every = members(arms)
     seeds = {run.recipe.seed for _, run in runs}
     alike = [(arm, run) for arm, run in every if run.recipe.seed in seeds]  # all there are with these seeds
     seed = f", seed {min(seeds)}" if len(seeds) == 1 and len(alike) < len(every) else ""

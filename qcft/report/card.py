@@ -10,7 +10,7 @@ import yaml
 
 from qcft.files import write_text
 from qcft.recipe import Recipe
-from qcft.report.cells import header, stage_rows
+from qcft.report.cells import stage_name, stage_rows
 from qcft.report.markdown import code, fenced, line, markdown_table
 from qcft.report.standing import mean_of
 from qcft.safe import plain
@@ -39,7 +39,7 @@ def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: st
         _abilities(table, stage),
         "\nMean NLL in nats per answer token over held-out rows, lower is better; compare stages of one precision "
         "only.\n\n## All stages and languages\n",
-        markdown_table(header(table), stage_rows(table)),
+        markdown_table(stage_rows(table)),
         "\nNLL and the share of answer tokens predicted right.\n\n## Recipe\n",
         fenced(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "yaml") + "\n",
     ]
@@ -51,13 +51,13 @@ def _abilities(table: Mapping[str, Any], last: str) -> str:
     for stage in table["stages"]:
         if stage["stage"] not in {"eval/base-16bit", "eval/base", last}:
             continue
-        means = []
-        for english in (True, False):
+        row = {"stage": stage_name(stage)}
+        for title, english in (("EA (English)", True), ("MA (other languages)", False)):
             scores = [stage["groups"][g["name"]] for g in table["groups"] if g["english"] is english]
             mean = mean_of(scores)
-            means.append("-" if mean is None else f"{mean:.3f} ({sum(s['rows'] for s in scores)} rows)")
-        rows.append([f"{stage['name']}, {stage['precision']}", *means])
-    return markdown_table(["stage", "EA (English)", "MA (other languages)"], rows)
+            row[title] = "-" if mean is None else f"{mean:.3f} ({sum(s['rows'] for s in scores)} rows)"
+        rows.append(row)
+    return markdown_table(rows)
 
 
 def _data(recipe: Recipe) -> list[str]:

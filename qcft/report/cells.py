@@ -8,47 +8,66 @@ from typing import Any
 Table = Mapping[str, Any]
 
 
-def header(table: Table) -> list[str]:
-    """Column titles: the stage, each group (English marked), the English answers."""
-    titles = ["stage"]
-    for group in table["groups"]:
-        rows = table["stages"][0]["groups"][group["name"]]["rows"]
-        titles.append(f"{group['name']}{' *' if group['english'] else ''}\n{rows} rows")
-    answers = _answers(table)
-    return [*titles, f"English answers\n{answers['rows']} prompts"] if answers else titles
-
-
-def stage_rows(table: Table) -> list[list[str]]:
-    """A line per stage: NLL and token accuracy of each group; mean length and finished share of answers."""
+def stage_rows(table: Table) -> list[dict[str, str]]:
+    """A row per stage: NLL and token accuracy of each group (English marked); length and finished share of answers."""
     lines = []
     for stage in table["stages"]:
-        line = [f"{stage['name']}, {stage['precision']}"]
+        line = {"stage": stage_name(stage)}
         for group in table["groups"]:
             score = stage["groups"][group["name"]]
-            line.append(f"{score['nll']:.3f}  {score['accuracy']:.0%}")
+            line[_title(table, group)] = f"{score['nll']:.3f}  {score['accuracy']:.0%}"
         if stage["answers"]:
-            line.append(f"{stage['answers']['mean_tokens']:.0f} tokens, {stage['answers']['finished']:.0%} done")
+            line[_answers_title(table)] = in_short(stage["answers"])
         lines.append(line)
     return lines
 
 
-def change_rows(table: Table) -> list[list[str]]:
-    """A line per comparison: NLL change with its 95% interval and in percent."""
+def change_rows(table: Table) -> list[dict[str, str]]:
+    """A row per comparison: NLL change with its 95% interval and in percent."""
     lines = []
     for change in table["changes"]:
-        line = [f"{change['to_name']} since {change['from_name']}"]
+        line = {"change": change_name(change)}
         for group in table["groups"]:
             entry = change["groups"][group["name"]]
             mark = " !" if group["english"] and entry["low"] > 0 else ""
-            line.append(
+            line[_title(table, group)] = (
                 f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n[{entry['low']:+.2f}, {entry['high']:+.2f}]"
             )
         if _answers(table):
             stages = {s["stage"]: s for s in table["stages"]}
             start, end = (stages[change[key]]["answers"]["mean_tokens"] for key in ("from", "to"))
-            line.append(f"{end - start:+.0f} tokens")
+            line[_answers_title(table)] = f"{end - start:+.0f} tokens"
         lines.append(line)
     return lines
+
+
+def stage_name(stage: Mapping[str, Any]) -> str:
+    """A stage with the precision it was measured in."""
+    return f"{stage['name']}, {stage['precision']}"
+
+
+def change_name(change: Mapping[str, Any]) -> str:
+    """Which stages a change is between."""
+    return f"{change['to_name']} since {change['from_name']}"
+
+
+def in_short(answers: Mapping[str, Any]) -> str:
+    """How long greedy answers are, and how many of them came to an end."""
+    return f"{answers['mean_tokens']:.0f} tokens, {answers['finished']:.0%} done"
+
+
+def _title(table: Table, group: Mapping[str, Any]) -> str:
+    rows = table["stages"][0]["groups"][group["name"]]["rows"]
+    return f"{group['name']}{' *' if group['english'] else ''}\n{rows} rows"
+
+
+def _answers_title(table: Table) -> str:
+    return f"English answers\n{table['stages'][0]['answers']['rows']} prompts"
+
+
+def left_out(reasons: Mapping[str, int], nothing: str) -> str:
+    """How many rows were left out, reason by reason."""
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or nothing
 
 
 def conclusion(table: Table) -> list[str]:

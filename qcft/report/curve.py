@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcft.recipe.stages import DIAL, is_dial
-from qcft.report.arms import Arm
+from qcft.report.arms import Arm, members
+from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, legend_below, look
+from qcft.report.plots import draw, label, look
 from qcft.report.standing import ENGLISH, mean_of
 
 if TYPE_CHECKING:
@@ -34,36 +35,30 @@ def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def curve_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The curve as a table: titles and rows."""
-    names = list(points[0]["groups"])
-    titles = ["scale", "EA", "MA", *(f"{name} ({points[0]['rows'][name]} rows)" for name in names), "English answers"]
-    rows = []
-    for point in points:
-        cells = [f"{point['scale']:g}", _cell(point["EA"]), _cell(point["MA"])]
-        cells += [f"{point['groups'][name]:.3f}" for name in names]
-        answers = point["answers"]
-        rows.append(
-            [*cells, f"{answers['mean_tokens']:.0f} tokens, {answers['finished']:.0%} done" if answers else "-"]
-        )
-    return titles, rows
+def curve_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The curve as the rows of a table."""
+    return [
+        {
+            "scale": f"{point['scale']:g}",
+            **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in ("EA", "MA")},
+            **{f"{name} ({points[0]['rows'][name]} rows)": f"{nll:.3f}" for name, nll in point["groups"].items()},
+            "English answers": in_short(point["answers"]) if point["answers"] else "-",
+        }
+        for point in points
+    ]
 
 
 def dial_section(arms: Sequence[Arm]) -> Section | None:
     """The curve of every dial that a run was asked for."""
     blocks: list[Block] = []
-    for arm in arms:
-        for run in arm.runs:
-            for name, stage in run.run.stages.items():
-                if not is_dial(name):
-                    continue
+    for arm, run in members(arms):
+        for name, stage in run.run.stages.items():
+            if is_dial(name):
                 what = name.removeprefix(f"{DIAL}-") + (f" of {arm.label(run)}" if len(arms) > 1 else "")
                 file = f"{run.run.name}-{name}" if len(arms) > 1 else name
                 points = curve_points(stage.metrics["points"])
-                titles, rows = curve_rows(points)
                 blocks.append(_curve(points, file, what))
-                cells, records = tuple(map(tuple, rows)), tuple(map(_flat, points))
-                blocks.append(Table(file, f"The dial of {what}", tuple(titles), cells, records))
+                blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), map(_flat, points)))
     return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
 
@@ -81,9 +76,7 @@ def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
                     [scale for scale, _ in line], [nll for _, nll in line], label=word, color=own.colour,
                     marker=own.marker, linestyle=own.line,
                 )  # fmt: skip
-        axes.set_xlabel("scale of the delta")
-        axes.set_ylabel("NLL, nats per answer token")
-        legend_below(axes)
+        label(axes, "scale of the delta", "NLL, nats per answer token")
 
     return draw(
         name,
@@ -92,7 +85,3 @@ def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
         "follows.",
         body,
     )
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,18 @@ class Table:
     note: str = ""
     words: tuple[int, ...] = (0,)
     strong: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(
+        cls, name: str, caption: str, rows: Sequence[Mapping[str, str]], records: Iterable[Mapping[str, Any]],
+        note: str = "", words: Iterable[str] = (), strong: Iterable[int] = (),
+    ) -> Table:  # fmt: skip
+        """A table of rows that say each cell's title; the first column, `of`, `change` and `words` hold text."""
+        head = tuple(rows[0]) if rows else ()
+        text = {*head[:1], "of", "change", *words}
+        places = tuple(i for i, title in enumerate(head) if title in text)
+        cells = tuple(tuple(row.values()) for row in rows)
+        return cls(name, caption, head, cells, tuple(records), note, places, frozenset(strong))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import Arm, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
 
@@ -26,9 +26,7 @@ def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         mpd = layer["mpd"]
         cells = [str(layer["layer"]), "frozen" if layer["frozen"] else "", "-" if mpd is None else f"{mpd:.3f}"]
         cells.append("█" * round(BAR * (mpd or 0.0) / largest))
-        for shift in layer["languages"].values():
-            cells.append(f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}")
-        rows.append(cells)
+        rows.append(cells + [_shift(shift) for shift in layer["languages"].values()])
     return titles, rows
 
 
@@ -72,10 +70,10 @@ NOTE = (
 def drift_section(arms: Sequence[Arm]) -> Section | None:
     """A plot and a table of every drift that was measured."""
     blocks: list[Block] = []
-    several = sum(len(arm.runs) for arm in arms) > 1
-    for arm in arms:
-        for run in arm.runs:
-            for stage, found in _drifts(run):
+    several = len(members(arms)) > 1
+    for arm, run in members(arms):
+        for stage, done in run.run.stages.items():
+            if stage.startswith("drift/") and (found := done.opened.json("drift.json")):
                 name = drift_name(stage) + (f"-{run.run.name}" if several else "")
                 what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
                 blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
@@ -85,14 +83,6 @@ def drift_section(arms: Sequence[Arm]) -> Section | None:
 def drift_name(stage: str) -> str:
     """The name of a drift's plot and table in the report of its run."""
     return stage.replace("/", "-")
-
-
-def _drifts(run: Evidence) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for name, stage in run.run.stages.items():
-        if name.startswith("drift/"):
-            found = stage.opened.json("drift.json")
-            if found:
-                yield name, found
 
 
 def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
@@ -138,19 +128,18 @@ def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
 def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
     rows, records = [], []
     for layer in found["layers"]:
-        cells = [f"{layer['layer']}{' frozen' if layer['frozen'] else ''}"]
-        cells.append("-" if layer["mpd"] is None else f"{layer['mpd']:.4f}")
-        for lang, shift in layer["languages"].items():
-            cells.append(f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}")
-            records.append(
-                {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"], "lang": lang, **shift}
-            )
-        rows.append(tuple(cells))
-    return Table(
-        name,
-        f"Drift {what}",
-        ("layer", "MPD", *(f"{lang}\nmean  cov  CKA" for lang in found["text"])),
-        tuple(rows),
-        tuple(records),
-        f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}.",
-    )
+        rows.append(
+            {
+                "layer": f"{layer['layer']}{' frozen' if layer['frozen'] else ''}",
+                "MPD": "-" if layer["mpd"] is None else f"{layer['mpd']:.4f}",
+                **{f"{lang}\nmean  cov  CKA": _shift(shift) for lang, shift in layer["languages"].items()},
+            }
+        )
+        own = {key: layer[key] for key in ("layer", "frozen", "mpd")}
+        records += [{**own, "lang": lang, **shift} for lang, shift in layer["languages"].items()]
+    note = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}."
+    return Table.of(name, f"Drift {what}", rows, records, note)
+
+
+def _shift(shift: Mapping[str, float]) -> str:
+    return f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import FAINT, INK, PAPER, draw, legend_below, look
+from qcft.report.plots import FAINT, INK, PAPER, draw, label, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,11 +41,15 @@ def layers_section(arms: Sequence[Arm]) -> Section | None:
 
 def by_layer(modules: Mapping[str, float]) -> dict[int, float]:
     """||s B A||_F of each decoder layer, from the squared norms of its modules; embeddings and heads left out."""
-    squares: dict[int, float] = {}
-    for name, square in modules.items():
-        if found := LAYER.search(name):
-            squares[int(found[1])] = squares.get(int(found[1]), 0.0) + square
-    return {layer: math.sqrt(square) for layer, square in squares.items()}
+    return {layer: math.sqrt(sum(squares)) for layer, squares in _of_layers(modules).items()}
+
+
+def _of_layers(modules: Mapping[str, float]) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for name, value in modules.items():
+        if place := LAYER.search(name):
+            found.setdefault(int(place[1]), []).append(value)
+    return found
 
 
 def frozen_layers(run: Evidence, phase: str) -> list[int]:
@@ -58,10 +62,7 @@ def _measured(run: Evidence) -> dict[int, float]:
     """The signal-to-noise ratio a freeze spec went by, where one did: the mean of a layer's modules."""
     for stage in run.run.stages.values():
         if stage.step.startswith("layers-") and stage.metrics.get("measure") == "snr":
-            found: dict[int, list[float]] = {}
-            for name, value in stage.opened.json("layers.json")["modules"].items():
-                if place := LAYER.search(name):
-                    found.setdefault(int(place[1]), []).append(value)
+            found = _of_layers(stage.opened.json("layers.json")["modules"])
             return {layer: sum(values) / len(values) for layer, values in found.items()}
     return {}
 
@@ -83,9 +84,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
             )  # fmt: skip
             shown.add(name)
         axes.set_xlim(-0.7, count - 0.3)
-        axes.set_xlabel("decoder layer")
-        axes.set_ylabel("norm of change")
-        legend_below(axes)
+        label(axes, "decoder layer", "norm of change")
 
     return draw(
         "layers",
@@ -155,12 +154,7 @@ def _table(
             record["snr"] = snr.get(layer)
         rows.append(tuple(cells))
         records.append(record)
-    return Table(
-        "layers",
-        "Norm of the change in each layer",
-        ("layer", *columns, *(("signal to noise",) if snr else ())),
-        tuple(rows),
-        tuple(records),
-        f"||s B A||_F over the layer's adapted modules.{note}"
-        + (" Signal to noise: the mean of the layer's modules, before the phase." if snr else ""),
-    )
+    head = ("layer", *columns, *(("signal to noise",) if snr else ()))
+    note = f"||s B A||_F over the layer's adapted modules.{note}"
+    note += " Signal to noise: the mean of the layer's modules, before the phase." if snr else ""
+    return Table("layers", "Norm of the change in each layer", head, tuple(rows), tuple(records), note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from qcft.report.document import Block, Document, Figure, Listing, Prose, Sample, Table
 
@@ -17,9 +17,12 @@ def to_markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    titles = list(titles)
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows that say each cell's title as a Markdown table."""
+    return _table(rows[0], [row.values() for row in rows])
+
+
+def _table(titles: Collection[str], rows: Iterable[Iterable[str]]) -> str:
     lines = ["| " + " | ".join(map(_cell, titles)) + " |", "|" + "---|" * len(titles)]
     return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])
 
@@ -27,8 +30,8 @@ def markdown_table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _block(block: Block) -> str:
     match block:
         case Table():
-            table = markdown_table(block.head, block.rows)
-            return "\n\n".join(filter(None, (f"**{line(block.caption)}**", table, line(block.note))))
+            parts = (f"**{line(block.caption)}**", _table(block.head, block.rows), line(block.note))
+            return "\n\n".join(filter(None, parts))
         case Figure():
             return f"![{line(block.alt)}](plots/{block.name}.svg)\n\n{line(block.caption)}"
         case Sample():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from qcft.report.arms import Arm, Evidence, shared_by
+from qcft.report.arms import Arm, grouped, with_of
+from qcft.report.cells import left_out
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
 from qcft.report.training import Trained, trainings
@@ -21,39 +22,28 @@ def mix_section(arms: Sequence[Arm]) -> Section | None:
     found = trainings(arms)
     if not found:
         return None
-    mixes = list(_alike(found).values())
-    last = [mix for mix in mixes if mix.trained.phase == found[-1].phase]
+    # A training stands for all that were fed the same rows of the same sources.
+    mixes = [replace(alike[0], runs=tuple(run for one in alike for run in one.runs)) for alike in grouped(found, _fed)]
+    last = [mix for mix in mixes if mix.phase == found[-1].phase]
     blocks: list[Block] = []
-    if any(len(mix.trained.metrics["mix"]) > 1 for mix in last):
+    if any(len(mix.metrics["mix"]) > 1 for mix in last):
         blocks.append(_bars(last, arms))
     blocks.append(_table(mixes, arms))
     return Section("mix", "What was trained on", tuple(blocks))
 
 
-@dataclass(frozen=True)
-class _Mix:
-    """A training that stands for all that were fed the same rows of the same sources."""
-
-    trained: Trained
-    runs: list[tuple[Arm, Evidence]]
+def _fed(one: Trained) -> str:
+    fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
+    return json.dumps([one.phase, one.metrics["mix"], fed])
 
 
-def _alike(found: Sequence[Trained]) -> dict[str, _Mix]:
-    mixes: dict[str, _Mix] = {}
-    for one in found:
-        fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
-        key = json.dumps([one.phase, one.metrics["mix"], fed])
-        mixes.setdefault(key, _Mix(one, [])).runs.extend(one.runs)
-    return mixes
-
-
-def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
+def _bars(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
     """A bar of rows and one of answer tokens for each mix that an arm's first run had."""
     mixes = [mix for mix in mixes if _names(mix)]
-    phase = mixes[0].trained.phase
-    sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.trained.metrics["mix"]))
+    phase = mixes[0].phase
+    sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.metrics["mix"]))
     lines = [
-        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix.trained, key)
+        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix, key)
         for mix in mixes
         for key, word in (("rows", "rows"), ("answer_tokens", "answer tokens"))
     ]
@@ -89,41 +79,32 @@ def _bars(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Figure:
     )
 
 
-def _names(mix: _Mix) -> str:
+def _names(mix: Trained) -> str:
     return ", ".join(arm.name for arm, run in mix.runs if run is arm.runs[0])
 
 
-def _table(mixes: Sequence[_Mix], arms: Sequence[Arm]) -> Table:
-    several = sum(len(arm.runs) for arm in arms) > 1
-    rows: list[tuple[str, ...]] = []
-    records: list[Mapping[str, Any]] = []
-    for alike in mixes:
-        one = alike.trained
+def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
+    rows, records = [], []
+    for one in mixes:
         mix = one.metrics["mix"]
         fed = {entry["source"]: entry for entry in one.metrics["exposure"]}
         total = {key: sum(share[key] for share in mix) for key in ("rows", "tokens")}
         for share in mix:
             seen = fed.get(share["source"], {"rows": 0, "tokens": 0, "answer_tokens": 0})
-            cells = [
-                one.phase,
-                share["source"],
-                f"{share['rows']:,} ({share['rows'] / total['rows']:.1%})",
-                f"{share['tokens']:,} ({share['tokens'] / total['tokens']:.1%})",
-                f"{share['answer_tokens']:,}",
-                f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
-                ", ".join(f"{n} {reason}" for reason, n in share["left_out"].items()) or "none",
-            ]
-            if several:
-                cells.insert(1, shared_by(alike.runs, arms))
-            rows.append(tuple(cells))
+            row = {
+                "phase": one.phase,
+                "source": share["source"],
+                **{key: f"{share[key]:,} ({share[key] / total[key]:.1%})" for key in ("rows", "tokens")},
+                "answer tokens": f"{share['answer_tokens']:,}",
+                "trained, all epochs": f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
+                "left out": left_out(share["left_out"], "none"),
+            }
+            rows.append(with_of(row, one.runs, arms))
             records.append(
-                {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in alike.runs)}
+                {"phase": one.phase, "runs": "; ".join(run.run.name for _, run in one.runs)}
                 | {"source": share["source"]}
                 | {key: share[key] for key in ("rows", "tokens", "answer_tokens")}
                 | {f"trained_{key}": seen[key] for key in ("rows", "tokens", "answer_tokens")}
             )
-    head = ["phase", "source", "rows", "tokens", "answer tokens", "trained, all epochs", "left out"]
-    if several:
-        head.insert(1, "of")
-    words = (0, 1, 2, 7) if several else (0, 1, 6)
-    return Table("mix", "Sources, and what was fed of them", tuple(head), tuple(rows), tuple(records), words=words)
+    words = ("source", "left out")
+    return Table.of("mix", "Sources, and what was fed of them", rows, records, words=words)

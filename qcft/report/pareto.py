@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcft.measure.stats import Difference
-from qcft.report.arms import Arm, Evidence
-from qcft.report.cells import conclusion
+from qcft.report.arms import Arm, Evidence, members, whose
+from qcft.report.cells import conclusion, stage_name
 from qcft.report.document import Figure, Section, Table
-from qcft.report.plots import FAINT, INK, PAPER, draw, legend_below, look
+from qcft.report.plots import FAINT, INK, PAPER, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, front, mean_of, standings, verdict
 from qcft.report.suites import last_averages
 
@@ -85,7 +85,7 @@ def _interval(change: Difference, sign: int = 1) -> str:
 
 
 def _languages(arms: Sequence[Arm]) -> str:
-    groups = [g["lang"] for arm in arms for run in arm.runs for g in run.run.table["groups"] if not g["english"]]
+    groups = [g["lang"] for _, run in members(arms) for g in run.run.table["groups"] if not g["english"]]
     names = [name for name in dict.fromkeys(groups) if name != "?"]
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
 
@@ -123,9 +123,7 @@ def _pareto_of_tasks(places: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
         percent = {name: [(100 * ea, 100 * ma) for ea, ma in runs] for name, runs in places.items()}
         _scatter(axes, percent, front(means))
         axes.margins(0.12)
-        axes.set_xlabel("MA: tasks in other languages, %")
-        axes.set_ylabel("EA: English tasks, %")
-        legend_below(axes)
+        label(axes, "MA: tasks in other languages, %", "EA: English tasks, %")
 
     return draw(
         "pareto-tasks",
@@ -170,7 +168,7 @@ def _path(evidence: Evidence) -> Figure:
     for stage in stages:
         groups = stage["groups"].values()
         english, others = (mean_of(g for g in groups if (g["lang"] == ENGLISH) is side) for side in (True, False))
-        places.append((f"{stage['name']}, {stage['precision']}", others, english))
+        places.append((stage_name(stage), others, english))
 
     def body(axes: Axes) -> None:
         axes.plot([p[1] for p in places], [p[2] for p in places], color=FAINT, linewidth=1, linestyle=":", zorder=1)
@@ -208,42 +206,32 @@ def _spread(values: Sequence[float]) -> list[list[float]]:
 
 def _table(found: Sequence[Standing]) -> Table:
     rows, records = [], []
-    for standing in found:
-        english, others = standing.place
-        lost, gained = standing.lost, standing.gained
+    for one in found:
         rows.append(
-            (
-                standing.arm.name + ("\u00a0*" if standing.front else ""),
-                str(len(standing.english)),
-                _level(english, standing.english),
-                _level(others, standing.others),
-                f"{lost.value:+.3f} since {standing.since}\n[{lost.low:+.3f}, {lost.high:+.3f}]",
-                f"{gained.value:+.3f}\n[{gained.low:+.3f}, {gained.high:+.3f}]",
-            )
+            {
+                "arm": one.arm.name + ("\u00a0*" if one.front else ""),
+                "runs": str(len(one.english)),
+                "EA: English": _level(one.place[0], one.english),
+                "MA: other languages": _level(one.place[1], one.others),
+                "change of English": _change(one.lost, f" since {one.since}"),
+                "change since the base": _change(one.gained),
+            }
         )
-        for run, ea, ma in zip(standing.arm.runs, standing.english, standing.others, strict=True):
-            records.append(
-                {"arm": standing.arm.name, "run": run.run.name, "seed": run.recipe.seed, "ea_nll": ea, "ma_nll": ma}
-                | {"front": standing.front}
-            )
-    return Table(
-        "abilities",
-        "EA and MA, arm by arm",
-        (
-            "arm",
-            "runs",
-            "EA: English",
-            "MA: other languages",
-            "change of English",
-            "change since the base",
-        ),
-        tuple(rows),
-        tuple(records),
+        records += [
+            {**whose(one.arm, run), "ea_nll": ea, "ma_nll": ma, "front": one.front}
+            for run, ea, ma in zip(one.arm.runs, one.english, one.others, strict=True)
+        ]
+    note = (
         f"Mean {UNIT}, lower is better; in brackets under a level its seeds, under a change its 95% interval (paired "
         f"bootstrap over {found[0].lost.rows} English and {found[0].gained.rows} other rows, the runs' mean). "
         f"* No other arm is better at both. The answer names the arm with the most English among those with at least "
-        f"{NEAR:.0%} of the largest gain.",
+        f"{NEAR:.0%} of the largest gain."
     )
+    return Table.of("abilities", "EA and MA, arm by arm", rows, records, note)
+
+
+def _change(change: Difference, since: str = "") -> str:
+    return f"{change.value:+.3f}{since}\n[{change.low:+.3f}, {change.high:+.3f}]"
 
 
 def _level(mean: float, runs: Sequence[float]) -> str:

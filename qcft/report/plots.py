@@ -114,6 +114,13 @@ def inline_svg(figure: Figure) -> str:
     return re.sub("|".join(ON_PAGE), lambda colour: ON_PAGE[colour[0]], svg)
 
 
+def label(axes: Axes, across: str, up: str) -> None:
+    """What the axes show, and the legend."""
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    legend_below(axes)
+
+
 def legend_below(axes: Axes, columns: int = 2) -> None:
     """A legend under the axes, where it hides nothing and takes nothing from them: the figure grows by it."""
     handles, labels = axes.get_legend_handles_labels()

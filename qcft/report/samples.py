@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcft.report.arms import Arm
+from qcft.report.cells import stage_name
 from qcft.report.document import Answer, Sample, Section
 from qcft.report.standing import ENGLISH
 
@@ -34,7 +35,7 @@ def _given(arms: Sequence[Arm]) -> dict[str, dict[str, Mapping[str, Any]]]:
         run = arm.runs[0]
         for row in run.run.table["stages"]:
             stage = run.run.stages[row["stage"]]
-            name = f"{row['name']}, {row['precision']}"
+            name = stage_name(row)
             if len(arms) > 1:
                 if stage == run.last:
                     name = arm.label(run)

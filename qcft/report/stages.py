@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qcft.report.arms import Arm, Evidence, shared_by
-from qcft.report.cells import change_rows, conclusion, continual_in_words, header, stage_rows
+from qcft.report.arms import Arm, Evidence, Member, grouped, members, shared_once, whose
+from qcft.report.cells import change_rows, conclusion, continual_in_words, stage_rows
 from qcft.report.document import Block, Prose, Section, Table
 
 NOTE = (
@@ -18,25 +18,20 @@ NOTE = (
 
 def stages_section(arms: Sequence[Arm]) -> Section | None:
     """A table for each set of runs that were measured on the same rows in the same way."""
-    runs = [(arm, run) for arm in arms for run in arm.runs if run.run.table["stages"]]
-    alike: dict[str, list[tuple[Arm, Evidence]]] = {}
-    for arm, run in runs:
-        alike.setdefault(_way_of_measuring(run), []).append((arm, run))
+    runs = [(arm, run) for arm, run in members(arms) if run.run.table["stages"]]
+    alike = grouped(runs, lambda member: _way_of_measuring(member[1]))
     blocks: list[Block] = []
-    for number, members in enumerate(alike.values(), start=1):
+    for number, measured in enumerate(alike, start=1):
         more = "" if number == 1 else f"-{number}"
         if len(runs) == 1:
-            blocks.append(_single(members[0][1]))
-            blocks.append(Prose((*conclusion(members[0][1].run.table), *_transfer(members[0][1]))))
+            table = runs[0][1].run.table
+            transfer = continual_in_words(table["continual"], "nats over the phases' own held-out rows")
+            blocks += [_single(*runs[0]), Prose((*conclusion(table), *transfer))]
         else:
-            blocks += [_levels(members, arms, more), *_changes(members, more)]
+            blocks += [_levels(measured, arms, more), *_changes(measured, more)]
     if len(alike) > 1:
         blocks.insert(0, Prose(("These runs were measured on different rows or in different ways: a table for each.",)))
     return Section("stages", "Stages and languages", tuple(blocks)) if blocks else None
-
-
-def _transfer(run: Evidence) -> list[str]:
-    return continual_in_words(run.run.table["continual"], "nats over the phases' own held-out rows")
 
 
 def _way_of_measuring(run: Evidence) -> str:
@@ -46,93 +41,51 @@ def _way_of_measuring(run: Evidence) -> str:
     settings = run.run.stages[stage].opened.inputs["settings"]
     tokens = [group["answer_tokens"] for group in run.run.table["stages"][0]["groups"].values()]
     ways = [settings[key] for key in ("held_out", "answers", "chat_template", "attn_implementation")]
-    return f"{header(run.run.table)} {tokens} {ways}"
+    return f"{[*stage_rows(run.run.table)[0]]} {tokens} {ways}"
 
 
-def _single(run: Evidence) -> Table:
-    table = run.run.table
-    stages, changes = stage_rows(table), change_rows(table)
-    return Table(
-        "stages",
-        "Stages and languages",
-        tuple(header(table)),
-        tuple(map(tuple, stages + changes)),
-        (*_level_records("", run), *_change_records("", run)),
-        NOTE,
-        strong=frozenset(range(len(stages), len(stages) + len(changes))),
-    )
+def _single(arm: Arm, run: Evidence) -> Table:
+    levels, changes = stage_rows(run.run.table), change_rows(run.run.table)
+    records = ({**record, "arm": run.run.name} for of in (_level_records, _change_records) for record in of(arm, run))
+    strong = range(len(levels), len(levels) + len(changes))
+    return Table.of("stages", "Stages and languages", [*levels, *changes], records, NOTE, strong=strong)
 
 
-def _levels(members: Sequence[tuple[Arm, Evidence]], arms: Sequence[Arm], more: str) -> Table:
+def _levels(measured: Sequence[Member], arms: Sequence[Arm], more: str) -> Table:
     """Every stage once, with the runs that share it; the same stage of different arms one under the other."""
-    found: dict[str, dict[str, list[str]]] = {}  # stage -> step -> cells
-    sharing: dict[str, list[tuple[Arm, Evidence]]] = {}
-    for arm, run in members:
-        for stage, cells in zip(run.run.table["stages"], stage_rows(run.run.table), strict=True):
-            step = run.run.stages[stage["stage"]].step
-            found.setdefault(stage["stage"], {}).setdefault(step, cells)
-            sharing.setdefault(step, []).append((arm, run))
-    titles = header(members[0][1].run.table)
-    return Table(
-        f"stages{more}",
-        "Stages and languages",
-        (titles[0], "of", *titles[1:]),
-        tuple(
-            (cells[0], shared_by(sharing[step], arms), *cells[1:])
-            for rows in found.values()
-            for step, cells in rows.items()
-        ),
-        tuple(record for arm, run in members for record in _level_records(arm.name, run)),
-        NOTE,
-        words=(0, 1),
-    )
+    rows = [
+        (stage["stage"], run.run.stages[stage["stage"]].step, cells, (arm, run))
+        for arm, run in measured
+        for stage, cells in zip(run.run.table["stages"], stage_rows(run.run.table), strict=True)
+    ]
+    records = (record for arm, run in measured for record in _level_records(arm, run))
+    return Table.of(f"stages{more}", "Stages and languages", shared_once(rows, arms), records, NOTE)
 
 
-def _changes(members: Sequence[tuple[Arm, Evidence]], more: str) -> Iterator[Table]:
-    rows = []
-    for arm, run in members:
-        for cells in change_rows(run.run.table)[:2]:  # since phase 1 and since the base
-            rows.append((arm.label(run), *cells))
+def _changes(measured: Sequence[Member], more: str) -> Iterator[Table]:
+    rows = [  # since phase 1 and since the base
+        {"arm": arm.label(run), **cells} for arm, run in measured for cells in change_rows(run.run.table)[:2]
+    ]
     if rows:
-        titles = header(members[0][1].run.table)
-        yield Table(
-            f"changes{more}",
-            "What changed, with 95% intervals",
-            ("arm", "change", *titles[1:]),
-            tuple(rows),
-            tuple(record for arm, run in members for record in _change_records(arm.name, run)),
-            words=(0, 1),
-        )
+        records = (record for arm, run in measured for record in _change_records(arm, run))
+        yield Table.of(f"changes{more}", "What changed, with 95% intervals", rows, records)
 
 
-def _level_records(arm: str, run: Evidence) -> Iterator[dict[str, Any]]:
+def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, Any]]:
     for stage in run.run.table["stages"]:
-        for group in run.run.table["groups"]:
-            score = stage["groups"][group["name"]]
-            yield {
-                **_whose(arm, run),
-                "stage": stage["name"],
-                "precision": stage["precision"],
-                "since": "",
-                "group": group["name"],
-                "lang": group["lang"],
-                **{key: score[key] for key in ("nll", "accuracy", "rows", "answer_tokens")},
-            }
+        own = {"stage": stage["name"], "precision": stage["precision"], "since": ""}
+        yield from _records(arm, run, own, stage["groups"], ("nll", "accuracy", "rows", "answer_tokens"))
 
 
-def _change_records(arm: str, run: Evidence) -> Iterator[dict[str, Any]]:
+def _change_records(arm: Arm, run: Evidence) -> Iterator[dict[str, Any]]:
     for change in run.run.table["changes"]:
-        for group in run.run.table["groups"]:
-            entry = change["groups"][group["name"]]
-            yield {
-                **_whose(arm, run),
-                "stage": change["to_name"],
-                "since": change["from_name"],
-                "group": group["name"],
-                "lang": group["lang"],
-                **{key: entry[key] for key in ("value", "low", "high", "relative", "rows")},
-            }
+        own = {"stage": change["to_name"], "since": change["from_name"]}
+        yield from _records(arm, run, own, change["groups"], ("value", "low", "high", "relative", "rows"))
 
 
-def _whose(arm: str, run: Evidence) -> dict[str, Any]:
-    return {"arm": arm or run.run.name, "run": run.run.name, "seed": run.recipe.seed}
+def _records(
+    arm: Arm, run: Evidence, own: dict[str, str], scores: Mapping[str, Any], keys: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    for group in run.run.table["groups"]:
+        of = {"group": group["name"], "lang": group["lang"]}
+        yield whose(arm, run) | own | of | {key: scores[group["name"]][key] for key in keys}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.report.arms import Arm, Evidence, shared_by
+from qcft.report.arms import Arm, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, legend_below, look
+from qcft.report.plots import draw, label, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ class Trained:
 
     phase: str
     step: str
-    runs: tuple[tuple[Arm, Evidence], ...]
+    runs: tuple[Member, ...]
     metrics: Mapping[str, Any]
     seconds: float
     log: tuple[Mapping[str, Any], ...]
@@ -33,18 +33,14 @@ class Trained:
 def trainings(arms: Sequence[Arm]) -> list[Trained]:
     """Every done training once, phase by phase."""
     found: dict[str, Trained] = {}
-    phases = dict.fromkeys(phase.name for arm in arms for run in arm.runs for phase in run.recipe.phases)
+    phases = dict.fromkeys(phase.name for _, run in members(arms) for phase in run.recipe.phases)
     for phase in phases:
-        for arm in arms:
-            for run in arm.runs:
-                stage = run.run.stages.get(phase)
-                if stage is None or not stage.step.startswith("train-"):
-                    continue
-                before = found.get(stage.step)
-                sharing = (*(before.runs if before else ()), (arm, run))
-                found[stage.step] = Trained(
-                    phase, stage.step, sharing, stage.metrics, stage.seconds, _log(stage.opened.log())
-                )
+        for member in members(arms):
+            stage = member[1].run.stages.get(phase)
+            if stage is None or not stage.step.startswith("train-"):
+                continue
+            runs = (*(found[stage.step].runs if stage.step in found else ()), member)
+            found[stage.step] = Trained(phase, stage.step, runs, stage.metrics, stage.seconds, _log(stage.opened.log()))
     return list(found.values())
 
 
@@ -80,9 +76,7 @@ def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figur
             name = "running mean" if len(logged) == 1 else _whose(one, arms)
             axes.plot(tokens, running_mean(losses), linewidth=1.8, label=name if name not in labelled else None, **line)
             labelled.add(name)
-        axes.set_xlabel("tokens, thousands")
-        axes.set_ylabel("loss, nats per token")
-        legend_below(axes)
+        label(axes, "tokens, thousands", "loss, nats per token")
 
     several = " A line for each run of an arm." if len(logged) > len({one.runs[0][0].name for one in logged}) else ""
     return draw(
@@ -114,9 +108,7 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
                 color=own.colour, linestyle=own.line, marker=own.marker,
                 markersize=4, label=arm.label(run),
             )  # fmt: skip
-        axes.set_xlabel("tokens, thousands")
-        axes.set_ylabel("English NLL, nats per token")
-        legend_below(axes)
+        label(axes, "tokens, thousands", "English NLL, nats per token")
 
     return draw(
         f"english-{phase}",
@@ -134,34 +126,23 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
-    several = sum(len(arm.runs) for arm in arms) > 1
     rows, records = [], []
     for one in found:
         m = one.metrics
-        cells = [
-            one.phase, f"{m['steps']:,}", f"{m['rows']:,}", f"{m['tokens']:,}", f"{m['trainable_parameters']:,}",
-            f"{m['loss']:.3f}", f"{one.seconds / 60:.1f}",
-        ]  # fmt: skip
-        if several:
-            cells.insert(1, shared_by(one.runs, arms))
-        rows.append(tuple(cells))
+        row = {
+            "phase": one.phase,
+            **{key: f"{m[key]:,}" for key in ("steps", "rows", "tokens")},
+            "trainable parameters": f"{m['trainable_parameters']:,}",
+            "mean loss": f"{m['loss']:.3f}",
+            "minutes": f"{one.seconds / 60:.1f}",
+        }
+        rows.append(with_of(row, one.runs, arms))
         records.append(
             {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
             | {key: m[key] for key in ("steps", "rows", "tokens", "trainable_parameters", "loss")}
             | {"seconds": one.seconds}
         )
-    head = ["phase", "steps", "rows", "tokens", "trainable parameters", "mean loss", "minutes"]
-    if several:
-        head.insert(1, "of")
-    return Table(
-        "training",
-        "Length of training",
-        tuple(head),
-        tuple(rows),
-        tuple(records),
-        "Rows and tokens as fed, epochs counted.",
-        words=(0, 1) if several else (0,),
-    )
+    return Table.of("training", "Length of training", rows, records, "Rows and tokens as fed, epochs counted.")
 
 
 def _log(path: Path | None) -> tuple[Mapping[str, Any], ...]:

@@ -18,7 +18,7 @@ from qcft.report.ablation import in_words
 from qcft.terminal.format import duration
 from qcft.terminal.progress import Reporter
 from qcft.terminal.streams import said, stderr, stdout
-from qcft.terminal.tables import print_rows
+from qcft.terminal.tables import grid, print_lines, print_records, say
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
 SHOWN = 0.2  # seconds between two paintings
@@ -93,14 +93,12 @@ class ArmsReporter(Reporter):
 
     def table(self) -> Table:
         """The arms as they stand."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in ("arm", "state", "time", ""):
-            table.add_column(title, justify="right" if title == "time" else "left", no_wrap=title != "")
+        rows, titles = [], ("arm", "state", "time")
         for run, line in self._window():
             seconds = time.monotonic() - line.begun if line.state == "running" else line.seconds
-            cells = (run, line.state, "" if seconds is None else duration(seconds), line.what)
-            table.add_row(*(said(cell, style=STYLES[line.state]) for cell in cells))
-        return table
+            rows.append((run, line.state, "" if seconds is None else duration(seconds), line.what))
+        styles = [STYLES[state] for _, state, *_ in rows]
+        return grid((*titles, ""), rows, ("time",), styles, no_wrap=titles)
 
     def _window(self) -> list[tuple[str, _Line]]:
         """The lines that the terminal has room for: around the running one."""
@@ -120,10 +118,17 @@ def tell_crash(text: str) -> None:
 def print_plan(plan: Mapping[str, Any]) -> None:
     """What an ablation would run: its runs, and what they need beyond what runs before them do."""
     rows = [
-        [run["run"], str(run["steps"]), str(run["own"]), str(run["done"]), _cost(run), _size(run)]
+        {
+            "run": run["run"],
+            "steps": str(run["steps"]),
+            "not shared with a run above": str(run["own"]),
+            "of these done": str(run["done"]),
+            "to do takes": _cost(run),
+            "and writes": _size(run),
+        }
         for run in plan["runs"]
     ]
-    print_rows(["run", "steps", "not shared with a run above", "of these done", "to do takes", "and writes"], rows)
+    print_records(rows)
     total = plan["total"]
     stdout().print(
         f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
@@ -136,22 +141,24 @@ def print_outcome(outcome: Mapping[str, Any]) -> None:
     """The arms side by side, their training's length with them; those that failed on stderr."""
     rows = []
     for arm in outcome["arms"]:
-        nats = [_nats(arm[key]) for key in ("english", "others")]
-        counts = ["-" if arm[key] is None else f"{arm[key]['mean']:,.0f}" for key in ("steps", "tokens")]
-        minutes = "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"])
-        rows.append([arm["arm"], f"{arm['done']} of {arm['seeds']}", *nats, *counts, minutes])
-    print_rows(
-        ["arm", "seeds done", "English", "other languages", "training steps", "tokens", "time of all steps"], rows
-    )
-    note = (
-        "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
-        "[least, most]"
-    )
-    stdout().print(said(note, style="dim"), soft_wrap=True)
+        counts = {key: "-" if arm[key] is None else f"{arm[key]['mean']:,.0f}" for key in ("steps", "tokens")}
+        rows.append(
+            {
+                "arm": arm["arm"],
+                "seeds done": f"{arm['done']} of {arm['seeds']}",
+                "English": _nats(arm["english"]),
+                "other languages": _nats(arm["others"]),
+                "training steps": counts["steps"],
+                "tokens": counts["tokens"],
+                "time of all steps": "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"]),
+            }
+        )
+    print_records(rows)
+    note = "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
+    print_lines([f"{note}[least, most]"], "dim")
     for run in outcome["runs"]:
         if run["state"] == "failed":
-            text = f"{run['run']} failed: {in_words(run['error'])}"
-            stderr().print(said(text, style="yellow"), soft_wrap=True)
+            say(f"{run['run']} failed: {in_words(run['error'])}", "yellow")
 
 
 def _cost(part: Mapping[str, Any]) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.text import Text
 
+from qcft.report.cells import left_out
+from qcft.terminal.format import gib, minutes
 from qcft.terminal.streams import said, stdout
-from qcft.terminal.tables import print_rows
+from qcft.terminal.tables import print_lines, print_records, print_rows
 
-GIB = 2**30
 PARTS = {
     "weights": "weights in NF4",
     "constants": "their constants",
@@ -25,20 +26,6 @@ PARTS = {
     "cache": "keys and values of answers",
     "total": "total",
 }
-
-
-def gib(count: float) -> str:
-    """`3.84 GiB`, `12 MiB`, `< 1 MiB`."""
-    if count < 2**20 - 1:
-        return "< 1 MiB" if count else "0 MiB"
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.0f} MiB"
-
-
-def minutes(seconds: float | None) -> str:
-    """`0.4 min`, `2.1 h`, `?` for what is not known."""
-    if seconds is None:
-        return "?"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def memory_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -83,9 +70,9 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"  about {minutes(phase['seconds'])} to train, {each:.2g} s a step ({paced})")
         elif not found["here"]:
             lines.append("  how long it trains is not known for a GPU that is not here")
-        left_out = ", ".join(f"{n} {reason}" for reason, n in phase["left_out"].items()) or "none"
         share = phase["truncated"] / max(1, phase["rows_read"])
-        lines.append(f"  of {phase['rows_read']:,} rows left out: {left_out}; cut: {phase['truncated']} ({share:.1%})")
+        dropped = left_out(phase["left_out"], "none")
+        lines.append(f"  of {phase['rows_read']:,} rows left out: {dropped}; cut: {phase['truncated']} ({share:.1%})")
         if len(phase["given"]) > 1:
             given = ", ".join(f"{lang} {rows:,}" for lang, rows in phase["given"].items())
             lines.append(f"  rows that each language gives to an epoch: {given}")
@@ -131,29 +118,29 @@ def _alike(found: Mapping[str, Any]) -> str:
     )
 
 
-def step_rows(found: Mapping[str, Any]) -> list[list[str]]:
+def step_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """A row for each step: what, state, time, memory it needs at most, bytes it writes."""
     return [
-        [
-            step["title"],
-            step["state"],
-            "" if step["seconds"] is None or step["state"] == "done" else minutes(step["seconds"]),
-            gib(step["memory"]["total"]) if step["memory"] else "",
-            gib(step["bytes"]),
-        ]
+        {
+            "step": step["title"],
+            "state": step["state"],
+            "training": "" if step["seconds"] is None or step["state"] == "done" else minutes(step["seconds"]),
+            "memory": gib(step["memory"]["total"]) if step["memory"] else "",
+            "writes": gib(step["bytes"]),
+        }
         for step in found["steps"]
     ]
 
 
-def print_check(found: Mapping[str, Any], lines: list[str]) -> None:
+def print_check(found: Mapping[str, Any]) -> None:
     """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
     console = stdout()
-    print_rows(["step", "state", "training", "memory", "writes"], step_rows(found))
+    print_records(step_rows(found))
     console.print()
     print_rows(*memory_table(found))
     console.print()
-    for line in lines:
-        console.print(said(line, style="bold red" if "DOES NOT FIT" in line else ""), soft_wrap=True)
+    for line in check_lines(found):
+        print_lines([line], "bold red" if "DOES NOT FIT" in line else "")
     for phase in found["phases"]:
         for number, sample in enumerate(phase["samples"], start=1):
             console.print(said(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))

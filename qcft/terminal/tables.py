@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from itertools import chain, repeat
+from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qcft.events import Mixed
-from qcft.report.cells import change_rows, conclusion, continual_in_words, header, stage_rows
+from qcft.report.arms import grouped
+from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, stage_rows
+from qcft.report.task_cells import FIDELITY, SCORES, change_row, fidelity_rows, score_row, sides_of, way_of_asking
 from qcft.safe import json_shown, shown
-from qcft.terminal.ability_tables import (
-    FIDELITY_NOTE,
-    NOTE,
-    asked_alike,
-    fidelity_table,
-    settings_in_words,
-    task_header,
-    task_rows,
-)
 from qcft.terminal.format import duration
 from qcft.terminal.streams import said, stderr, stdout
+
+Thing = TypeVar("Thing")
+NOTE = f"{SCORES} * a change whose 95% interval (paired bootstrap over items) excludes zero."
+
+
+def grid(
+    titles: Sequence[str],
+    rows: Iterable[Iterable[str]],
+    right: Container[str] = (),
+    styles: Iterable[str] = (),
+    title: str | None = None,
+    no_wrap: Container[str] = (),
+) -> Table:
+    """A plain table: the columns named in `right` are set right, the rows in `styles` as far as these go."""
+    heading = None if title is None else said(title)
+    table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in titles:
+        table.add_column(said(name), justify="right" if name in right else "left", no_wrap=name in no_wrap)
+    for row, style in zip(rows, chain(styles, repeat("")), strict=False):
+        table.add_row(*(said(cell, style) for cell in row))
+    return table
 
 
 def mix_table(mixed: Mixed) -> Table:
@@ -32,72 +46,74 @@ def mix_table(mixed: Mixed) -> Table:
     rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
     title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}"
-    table = Table(title=said(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("source", "rows", "share", "tokens", "share", "answer tokens", "left out"):
-        table.add_column(name, justify="left" if name in {"source", "left out"} else "right")
-    for share in mixed.shares:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in share.left_out.items()) or "-"
-        table.add_row(
-            said(share.source),
-            f"{share.rows:,}",
-            f"{share.rows / rows:.1%}",
-            f"{share.tokens:,}",
-            f"{share.tokens / tokens:.1%}",
-            f"{share.answer_tokens:,}",
-            said(left_out),
+    cells = [
+        (
+            *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.tokens:,}", f"{s.tokens / tokens:.1%}"),
+            *(f"{s.answer_tokens:,}", left_out(s.left_out, "-")),
         )
-    return table
+        for s in mixed.shares
+    ]
+    numbers = ("rows", "share", "tokens", "share", "answer tokens")
+    return grid(("source", *numbers, "left out"), cells, right=numbers, title=title)
 
 
 def print_table(table: Mapping[str, Any]) -> None:
     """The table of stages x languages, the change since phase 1, and what it says."""
-    console = stdout()
     if not table["stages"]:
-        console.print("nothing is measured yet")
+        stdout().print("nothing is measured yet")
         return
-    _print_blocks(console, header(table), [*stage_rows(table), *change_rows(table)], len(table["stages"]))
-    console.print(
+    _print_blocks([*stage_rows(table), *change_rows(table)], len(table["stages"]))
+    stdout().print(
         "NLL in nats per answer token (lower is better), share of answer tokens right; * English; "
         "! an English loss whose 95% interval excludes zero",
         style="dim",
     )
-    for sentence in conclusion(table):
-        console.print(said(sentence), soft_wrap=True)
-    for sentence in continual_in_words(table["continual"], "nats over the phases' own held-out rows"):
-        console.print(said(sentence), soft_wrap=True)
+    print_lines(conclusion(table))
+    print_lines(continual_in_words(table["continual"], "nats over the phases' own held-out rows"))
     print_abilities(table["abilities"])
 
 
 def print_abilities(abilities: Mapping[str, Any]) -> None:
     """What the stages were evaluated on: scores, averages and changes; the language of answers."""
-    console = stdout()
     for table in abilities["tables"]:
-        _print_blocks(console, task_header(table), task_rows(table), len(table["stages"]))
-        console.print(said(f"{settings_in_words(table)}. {NOTE}", style="dim"), soft_wrap=True)
-        for sentence in continual_in_words(table["continual"], "points", 100):
-            console.print(said(sentence), soft_wrap=True)
-    answers = asked_alike(abilities["fidelity"])
+        titles, sides = {task["task"]: _task_title(task) for task in table["tasks"]}, sides_of([table])
+        scores = [score_row(stage, titles, sides) for stage in table["stages"]]
+        _print_blocks([*scores, *(change_row(change, titles, sides) for change in table["changes"])], len(scores))
+        print_lines([f"{_settings(table)}. {NOTE}"], "dim")
+        print_lines(continual_in_words(table["continual"], "points", 100))
+    answers = grouped(abilities["fidelity"], way_of_asking)
     for cells in answers:
-        titles, rows = fidelity_table(cells)
-        _print_blocks(console, titles, rows, len(rows))
+        _print_blocks(fidelity_rows(cells), len(cells))
     if answers:
-        console.print(FIDELITY_NOTE, style="dim", soft_wrap=True)
+        print_lines([FIDELITY], "dim")
     if max(len(abilities["tables"]), len(answers)) > 1:
-        console.print("What stands in different tables was measured with other settings: do not compare it.")
-    for cell in abilities["alpaca_eval"]:
-        console.print(said(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}"), soft_wrap=True)
+        stdout().print("What stands in different tables was measured with other settings: do not compare it.")
+    print_lines(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}" for cell in abilities["alpaca_eval"])
 
 
-def _print_blocks(console: Console, titles: list[str], rows: list[list[str]], plain: int) -> None:
+def _task_title(task: Mapping[str, Any]) -> str:
+    shots = f", {task['shots']} shots" if task["shots"] else ""
+    return f"{task['task']}\n{task['metric']}, {task['items']} items{shots}"
+
+
+def _settings(table: Mapping[str, Any]) -> str:
+    """How the scores of a table were made."""
+    words = [f"lm-eval {table['settings']['lm_eval']}", "chat template applied"]
+    for task in table["tasks"]:
+        cuts = [f"limit {task['limit']}"] if task["limit"] else []
+        cuts += [f"answers of at most {task['max_new_tokens']} tokens"] if task["max_new_tokens"] else []
+        words += [f"{task['task']} {', '.join(cuts)}"] if cuts else []
+    return "; ".join(words)
+
+
+def _print_blocks(found: Sequence[Mapping[str, str]], plain: int) -> None:
     """A table, in blocks of columns that fit side by side; rows after the first `plain` are bold."""
+    console, titles, rows = stdout(), list(found[0]), [list(row.values()) for row in found]
+    styles = [""] * plain + ["bold"] * (len(rows) - plain)
     console.print()
     for columns in _blocks(titles, rows, console.width):
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for i in columns:
-            shown.add_column(said(titles[i]), justify="right" if i else "left", no_wrap=True)
-        for number, row in enumerate(rows):
-            shown.add_row(*(said(row[i], style="bold" if number >= plain else "") for i in columns))
-        console.print(shown)
+        names = [titles[i] for i in columns]
+        console.print(grid(names, ([row[i] for i in columns] for row in rows), names[1:], styles, no_wrap=names))
         console.print()
 
 
@@ -108,44 +124,42 @@ def print_cost(cost: Mapping[str, float]) -> None:
         f"{cost['steps']} steps done in {duration(cost['seconds'])}{tokens}; "
         f"peak memory {cost['peak_bytes'] / 2**30:.2f} GiB; {cost['disk_bytes'] / 1e6:,.0f} MB on disk."
     )
-    stdout().print(said(text), soft_wrap=True)
+    print_lines([text])
 
 
 def print_answer(question: str, answer: str) -> None:
     """A report's question and answer, beside its path."""
-    console = stderr()
-    console.print(said(question, style="dim"), soft_wrap=True)
-    console.print(said(answer), soft_wrap=True)
+    say(question, "dim")
+    say(answer)
 
 
 def print_replay(shown: Mapping[str, Any]) -> None:
     """A replay set: what it is made of, what was left out, and samples of it."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("kind", "rows", "answer tokens", "drawn from", "left out"):
-        table.add_column(name, justify="right" if name in {"rows", "answer tokens"} else "left")
-    for part in shown["parts"]:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in part["left_out"].items()) or "-"
-        rows = f"{part['rows']:,}" + (f" ({part['repeated']:,} again)" if part["repeated"] else "")
-        drawn = said(f"{part['pool']:,}: {part['reason']}")
-        table.add_row(said(part["kind"]), rows, f"{part['answer_tokens']:,}", drawn, said(left_out))
     console = stdout()
-    console.print(table)
+    rows = [
+        {
+            "kind": part["kind"],
+            "rows": f"{part['rows']:,}" + (f" ({part['repeated']:,} again)" if part["repeated"] else ""),
+            "answer tokens": f"{part['answer_tokens']:,}",
+            "drawn from": f"{part['pool']:,}: {part['reason']}",
+            "left out": left_out(part["left_out"], "-"),
+        }
+        for part in shown["parts"]
+    ]
+    print_records(rows, right=("rows", "answer tokens"))
     console.print(
         f"{shown['share_of_rows']:.1%} of the mix's rows, {shown['share_of_answer_tokens']:.1%} of its answer tokens"
     )
-    for part in shown["parts"]:
-        cost = part["generation"]
-        if cost:
-            console.print(
-                f"generated {cost['answers']:,} answers, {cost['tokens']:,} tokens in {duration(cost['seconds'])}: "
-                f"{cost['tokens_per_second']:,.0f} tokens/s in batches of at most {cost['batch']}"
-            )
+    for cost in (part["generation"] for part in shown["parts"] if part["generation"]):
+        console.print(
+            f"generated {cost['answers']:,} answers, {cost['tokens']:,} tokens in {duration(cost['seconds'])}: "
+            f"{cost['tokens_per_second']:,.0f} tokens/s in batches of at most {cost['batch']}"
+        )
     for sample in shown["samples"]:
         reason = f", left out: {sample['reason']}" if "reason" in sample else ""
         console.print(said(f"\n{sample['provenance']['kind']}{reason}", style="bold"))
-        for turn in (*sample["prompt"], *sample["completion"]):
-            console.print(said(f"{turn['role']}: {turn['content']}"), soft_wrap=True)
-    console.print(said(f"\n{shown['file']}", style="dim"), soft_wrap=True)
+        print_lines(f"{turn['role']}: {turn['content']}" for turn in (*sample["prompt"], *sample["completion"]))
+    print_lines([f"\n{shown['file']}"], "dim")
 
 
 def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
@@ -163,38 +177,33 @@ def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[i
 def print_layers(table: Mapping[str, Any]) -> None:
     """The layers of a phase: what carries adapters, what phase 1 changed, signal to noise."""
     per_layer = max(len(layer["modules"]) for layer in table["layers"])
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("layer", "adapters on", "trainable", "changed by phase 1", "signal/noise"):
-        shown.add_column(title, justify="left" if title == "adapters on" else "right")
+    rows = []
     for layer in table["layers"]:
-        adapted = layer["adapted"]
-        on = ", ".join(_last(adapted)) if len(adapted) < per_layer else f"all {per_layer} linear modules"
-        cells = [
-            str(layer["layer"]),
-            on or "frozen",
-            f"{layer['trainable_parameters']:,}",
-            *("-" if layer[key] is None else f"{layer[key]:.3g}" for key in ("change", "snr")),
-        ]
-        shown.add_row(*(said(cell, style="" if adapted else "dim") for cell in cells))
-    console = stdout()
-    console.print(shown)
+        on = ", ".join(_last(layer["adapted"])) or "frozen"
+        if len(layer["adapted"]) >= per_layer:
+            on = f"all {per_layer} linear modules"
+        measured = ("-" if layer[key] is None else f"{layer[key]:.3g}" for key in ("change", "snr"))
+        rows.append((str(layer["layer"]), on, f"{layer['trainable_parameters']:,}", *measured))
+    styles = ["" if layer["adapted"] else "dim" for layer in table["layers"]]
+    titles = ("layer", "adapters on", "trainable", "changed by phase 1", "signal/noise")
+    stdout().print(grid(titles, rows, {*titles} - {"adapters on"}, styles))
     share = table["trainable_parameters"] / table["parameters"]
-    console.print(
-        said(
+    print_lines(
+        [
             f"{table['phase']} with freeze {table['freeze']}: adapters of rank {table['rank']} on "
             f"{table['adapted_modules']} of {table['linear_modules']} linear modules, "
             f"{table['trainable_parameters']:,} trainable parameters ({share:.2%} of {table['parameters']:,}); "
             f"the backward pass stops at layer {table['frozen_below']}. Of the weights without "
             f"embeddings and head, {table['adapted_share']:.0%} carry adapters and {table['quantised_share']:.0%} are "
             "held in 4 bits"
-        ),
-        soft_wrap=True,
+        ]
     )
-    console.print(
-        f"Measured on {table['weights']}. Changed: sum of squared Frobenius norms of the deltas; signal/noise: mean of "
-        "the layer's modules.",
-        style="dim",
-        soft_wrap=True,
+    print_lines(
+        [
+            f"Measured on {table['weights']}. Changed: sum of squared Frobenius norms of the deltas; signal/noise: "
+            "mean of the layer's modules."
+        ],
+        "dim",
     )
 
 
@@ -204,14 +213,14 @@ def _last(modules: list[str]) -> list[str]:
     return short if len(set(short)) == len(short) else modules
 
 
-def print_rows(titles: list[str], rows: list[list[str]]) -> None:
+def print_rows(titles: list[str], rows: Iterable[Iterable[str]]) -> None:
     """A plain table on stdout."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:
-        table.add_column(said(title))
-    for row in rows:
-        table.add_row(*(said(cell) for cell in row))
-    stdout().print(table)
+    stdout().print(grid(titles, rows))
+
+
+def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
+    """Rows that say each cell's title, as a plain table on stdout."""
+    stdout().print(grid([*rows[0]], [row.values() for row in rows], right))
 
 
 def say(text: str, style: str = "") -> None:
@@ -219,10 +228,15 @@ def say(text: str, style: str = "") -> None:
     stderr().print(said(text, style), soft_wrap=True)
 
 
-def print_lines(lines: Sequence[str]) -> None:
+def print_lines(lines: Iterable[str], style: str = "") -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
-        stdout().print(said(line), soft_wrap=True)
+        stdout().print(said(line, style), soft_wrap=True)
+
+
+def show(document: Thing, json_: bool, printed: Callable[[Thing], None]) -> None:
+    """Print a document for scripts, or as `printed` does."""
+    print_json(document) if json_ else printed(document)
 
 
 def print_json(document: Any) -> None:
