@@ -241,7 +241,6 @@ def test_a_stopped_evaluation_goes_on_from_the_last_finished_task(recipe_file, s
     runs = shutil.copytree(shared_runs, tmp_path / "runs", symlinks=True)
     for step in (runs / ".steps").glob("suite-*"):
         shutil.rmtree(step)
-    watch = Watch()
     finished, states = [], {}
 
     def stop_after_two(event):
@@ -250,7 +249,7 @@ def test_a_stopped_evaluation_goes_on_from_the_last_finished_task(recipe_file, s
             if len(finished) == 2:
                 watch.ask_to_stop()
 
-    watch._listener = stop_after_two
+    watch = Watch(stop_after_two)
     with pytest.raises(Interrupted):
         api.run_watched(load_recipe(recipe_file), runs, watch)
     assert len(finished) == 2

@@ -108,13 +108,11 @@ def test_a_continued_adapter_starts_from_the_same_numbers_not_rounded_to_bf16(ch
 
 
 def interrupted(recipe, runs, label, step):
-    watch = Watch()
-
     def stop(event):
         if isinstance(event, Progress) and event.label == label and event.done == step:
             watch.ask_to_stop()
 
-    watch._listener = stop
+    watch = Watch(stop)
     with pytest.raises(qcft.Interrupted):
         api.run_watched(recipe, runs, watch)
 

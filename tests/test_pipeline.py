@@ -229,7 +229,6 @@ def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):
         "phase1.train.epochs": 12,
     }
     whole, _ = run(recipe_file, tmp_path / "whole", changes)
-    watch = Watch()
     seen = []
 
     def stop(event):
@@ -237,7 +236,7 @@ def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):
             seen.append(event)
             watch.ask_to_stop()
 
-    watch._listener = stop
+    watch = Watch(stop)
     with pytest.raises(qcft.Interrupted):
         api.run_watched(load_recipe(recipe_file, changes), tmp_path / "cut", watch)
     assert seen
