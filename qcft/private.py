@@ -26,6 +26,7 @@ NAMES = {
     "transformers:AutoModelForCausalLM._model_mapping": "the class of a model",
     "transformers:AutoModelForImageTextToText._model_mapping": "the class of a model with an image encoder",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": "attention row by row",
+    "transformers.utils.chat_template_utils:render_jinja_template": "chat templates",
     "transformers.quantizers.base:get_keys_to_not_convert": "which modules are loaded in 4 bits",
     "transformers.quantizers.quantizers_utils:should_convert_module": "which modules are loaded in 4 bits",
     "transformers.conversion_mapping:get_model_conversion_mapping": "the names of stored weights",

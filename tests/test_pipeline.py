@@ -373,7 +373,7 @@ def test_the_report_holds_the_table_and_what_repeats_it(recipe_file, shared_runs
     text = (done.folder / "report" / "report.md").read_text()
     scores = [s["groups"]["phase2 es"]["nll"] for s in done.table["stages"]]
     assert all(f"{score:.3f}" in text for score in scores)
-    assert "phase1 en *" in text
+    assert "phase1 en \\*" in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe_from(recipe) == load_recipe(recipe_file)
 

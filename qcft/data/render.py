@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError
+from qcft.private import private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,6 +107,7 @@ class _Worker:
             assert process.stdin is not None
             assert process.stdout is not None
             if not self._ready and process.stdout.readline() != b"ready\n":
+                private("transformers.utils.chat_template_utils:render_jinja_template")  # what it imports
                 raise QcftError(
                     f"the process that renders chat templates ends at once, with code {process.wait()}",
                     "see whether `python -c 'import transformers'` works",
