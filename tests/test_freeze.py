@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcft import InputError
-from qcft.recipe import frozen_layers, parse_freeze
+from qcft.recipe import Phase, frozen_layers, parse_freeze
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,13 @@ def test_out_of_range(spec):
 def test_freezing_all(spec):
     with pytest.raises(InputError, match="freezes all 4 layers"):
         frozen_layers(parse_freeze(spec), 4)
+
+
+def test_a_recipe_holds_a_spec_parsed_and_writes_it_as_it_was_given():
+    phase = Phase(name="phase1", data=["rows.jsonl"], freeze="random:0.50@3")
+    assert phase.freeze == parse_freeze("random:0.50@3")
+    for mode in ("json", "python"):
+        written = phase.model_dump(mode=mode)
+        assert written["freeze"] == "random:0.50@3"
+        assert Phase.model_validate(written) == phase
+    assert Phase(name="phase1", data=["rows.jsonl"]).model_dump()["freeze"] == "none"

@@ -27,22 +27,31 @@ def sealing() -> Any:
                 PartialState().wait_for_everyone()  # each process writes the state of its generators
             if rank():
                 return
-            checkpoints = Path(args.output_dir)
-            seal(checkpoints / f"checkpoint-{state.global_step}")
-            for old in _newest_first(checkpoints)[KEPT:]:
-                shutil.rmtree(old)
+            seal_newest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Sealing()
 
 
-def _newest_first(checkpoints: Path) -> list[Path]:
-    """The checkpoints by their steps."""
-    return sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+def seal_newest(folder: Path) -> None:
+    """Seal a folder `KIND-STEP`, and remove all but the last ones of its kind."""
+    seal(folder)
+    for old in newest_first(folder.parent, folder.name.split("-")[0])[KEPT:]:
+        shutil.rmtree(old)
+
+
+def newest_first(checkpoints: Path, kind: str = "checkpoint") -> list[Path]:
+    """The folders of a kind by their steps."""
+    return sorted(checkpoints.glob(f"{kind}-*"), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a folder is of, by its name."""
+    return int(folder.name.split("-")[1])
 
 
 def last_whole(checkpoints: Path, watch: Watch) -> Path | None:
     """The newest checkpoint that is whole; those that are not are removed, and named unless a kill cut them short."""
-    for checkpoint in _newest_first(checkpoints):
+    for checkpoint in newest_first(checkpoints):
         if is_whole(checkpoint):
             return checkpoint
         if (checkpoint / SEAL).exists():

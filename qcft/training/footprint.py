@@ -21,6 +21,7 @@ from qcft.recipe import Lora
 from qcft.training.attention import attend_by_rows
 from qcft.training.checkpointing import recompute_activations
 from qcft.training.head import HEAD_WORDS, first_word
+from qcft.training.prefix import take_out
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,7 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
         reduced.set_attn_implementation("sdpa")  # whose kernel keeps what flash attention keeps
     by_rows = one.by_rows and attend_by_rows(reduced, max(one.lengths))
     modules = [m for m in shape.modules if int(m[len(prefix) + 1 :].split(".")[0]) in layers]
-    _without(reduced, prefix, [i for i in range(count) if i not in layers])
+    take_out(reduced, [i for i in range(count) if i not in layers])
     if shape.quantize == "nf4":
         _stand_in(reduced)
     adapted = add_lora(reduced, modules, shape.lora)
@@ -196,19 +197,6 @@ def _score(states: torch.Tensor, head: Any, device: str) -> None:
                 width = min(HEAD_WORDS, words - first)
                 torch.mm(rows, head.weight[first : first + width].t(), out=block[:, :width])
     states.grad = torch.zeros(states.shape).to(states.dtype)
-
-
-def _without(model: PreTrainedModel, prefix: str, layers: Sequence[int]) -> None:
-    """Take layers out, the others keeping their places and names."""
-    from torch import nn
-
-    class PassThrough(nn.Module):
-        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            return hidden_states
-
-    modules: Any = model.get_submodule(prefix)
-    for i in layers:
-        modules[i] = PassThrough()
 
 
 def _stand_in(model: PreTrainedModel) -> None:

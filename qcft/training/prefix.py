@@ -76,20 +76,11 @@ class Prefix:
             def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
                 return self.current
 
-        class PassThrough(nn.Module):
-            """Stands where a frozen layer was, so that the layers above keep their places and names."""
-
-            def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-                return hidden_states
-
         self.below = below
         self.states = states
         self.device = model.device
         self.stored = StoredStates()
-        path, _ = decoder_layers(model)
-        layers: Any = model.get_submodule(path)
-        for i in range(below):
-            layers[i] = PassThrough()
+        take_out(model, range(below))
         model.set_input_embeddings(self.stored)  # a head tied to the embedding keeps the weights
         free_memory()
 
@@ -102,6 +93,19 @@ class Prefix:
         states = [torch.from_numpy(self.states.read(row_key(row))).view(compute_dtype()) for row in rows]
         joined = pad_sequence(states, batch_first=True) if padded else torch.cat(states)[None]
         self.stored.current = joined.to(self.device)
+
+
+def take_out(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """Take layers out of a model, the others keeping their places and names."""
+    from torch import nn
+
+    class PassThrough(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return hidden_states
+
+    modules: Any = model.get_submodule(decoder_layers(model)[0])
+    for i in layers:
+        modules[i] = PassThrough()
 
 
 def _run_prefix(model: PreTrainedModel, below: int, together: bool, rows: Sequence[EncodedRow]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,13 @@ from qcft.data.encode import IGNORED, EncodedRow
 from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
-from qcft.files import is_whole, seal, write_text
+from qcft.files import is_whole, write_text
 from qcft.models.adapters import read_trained, save_trained
 from qcft.models.halving import in_halves
 from qcft.models.load import compute_dtype, evaluating
 from qcft.recipe import Forgetting
 from qcft.training.batches import Batches
+from qcft.training.checkpoints import newest_first, seal_newest, step_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,10 +107,9 @@ class EnglishProbe:
     def begin(self, model: PeftModel, step: int) -> None:
         """Take up the probes until `step`; measure the start where that is step 0."""
         self._begun = time.monotonic()
-        self.found = [entry for entry in _read(self.folder / FILE) if entry["step"] <= step]
-        write_text(self.folder / FILE, "".join(json.dumps(entry) + "\n" for entry in self.found))
-        for kept in self._kept():
-            if _step_of(kept) > step:
+        self.found = log_until(self.folder / FILE, step)
+        for kept in newest_first(self.folder / "checkpoints", "kept"):
+            if step_of(kept) > step:
                 shutil.rmtree(kept)
         if not self.found:
             if step:
@@ -146,15 +147,15 @@ class EnglishProbe:
     def go_back(self, model: PeftModel) -> int:
         """Put the adapter that is kept in the place of the one that went too far; the step it is of."""
         last = self.found[-1]
-        kept = [folder for folder in self._kept() if is_whole(folder)]
-        if not kept:
+        kept = next(filter(is_whole, newest_first(self.folder / "checkpoints", "kept")), None)
+        if kept is None:
             raise QcftError(
                 f"English NLL rose {last['change']:+.0%} by step {last['step']}, the first probe: over forgetting.stop "
                 f"({self.probing.stop:.0%}), so nothing can be kept",
                 "lower train.lr, freeze layers, add replay, or set forgetting.every to fewer steps",
             )
-        read_trained(model, kept[-1])
-        step = _step_of(kept[-1])
+        read_trained(model, kept)
+        step = step_of(kept)
         where = f"step {last['step']} of {self.batches.steps}"
         self.watch.note(
             f"stopped at {where}: English NLL {last['change']:+.0%} since the phase began, forgetting.stop is "
@@ -193,12 +194,7 @@ class EnglishProbe:
         folder = self.folder / "checkpoints" / f"kept-{step}"
         shutil.rmtree(folder, ignore_errors=True)
         save_trained(model, folder)
-        seal(folder)
-        for old in self._kept()[:-2]:
-            shutil.rmtree(old)
-
-    def _kept(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("kept-*"), key=_step_of)
+        seal_newest(folder)
 
 
 def english_nll(model: PeftModel, rows: Sequence[EncodedRow], nll: SummedNll, together: bool) -> float:
@@ -233,18 +229,14 @@ def probe_callback(english: EnglishProbe) -> Any:
     return Prober()
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are whole."""
-    if not file.is_file():
-        return []
+def log_until(file: Path, step: int) -> list[dict[str, Any]]:
+    """The entries of a log up to a step; those after it, and a line that a kill cut short, are removed: the training
+    comes to them again."""
     found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(dict(json.loads(line)))
-        except ValueError:
-            break  # cut short by a kill
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if entry["step"] <= step:
+                found.append(entry)
+    write_text(file, "".join(json.dumps(entry) + "\n" for entry in found))
     return found
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.split("-")[1])

@@ -7,19 +7,16 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError
 from qcft.events import Progress, Watch
-from qcft.files import write_text
 from qcft.models.load import peak_memory
 from qcft.training.batches import Batches
 from qcft.training.checkpointing import only_above
 from qcft.training.distributed.ranks import any_stops, rank
-
-if TYPE_CHECKING:
-    from qcft.training.probe import EnglishProbe
+from qcft.training.probe import EnglishProbe, log_until
 
 EXPLODED = 1e4  # a norm of gradients; trainings that learn stay orders of magnitude below
 NAMED = 4  # rows of each source in a message
@@ -39,9 +36,8 @@ def reporter(
             self.begun, self.first = time.monotonic(), state.global_step
             if args.gradient_checkpointing:
                 only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer ask otherwise
-            if rank() == 0 and log.is_file():  # steps after the checkpoint are trained, and logged, again
-                lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_text(log, "".join(line for line in lines if _step_of(line) <= state.global_step))
+            if rank() == 0:
+                log_until(log, state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if any_stops(watch.stop_code is not None):
@@ -107,11 +103,3 @@ def _named(rows: Sequence[EncodedRow]) -> str:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         parts.append(f"{source}: {', '.join(repr(name) for name in names[:NAMED])}{more}")
     return f"{len(rows)} rows ({'; '.join(parts)})"
-
-
-def _step_of(line: str) -> float:
-    """The step a line of log.jsonl is about; a line cut short by a kill is after every step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

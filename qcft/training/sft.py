@@ -15,7 +15,7 @@ from qcft.events import Watch
 from qcft.models.adapters import keep_adapters_in_fp32, save_trained
 from qcft.recipe import Train
 from qcft.training.batches import Batches
-from qcft.training.checkpoints import last_whole
+from qcft.training.checkpoints import last_whole, step_of
 from qcft.training.distributed import shards
 from qcft.training.distributed.ranks import rank, sharded, shared_out, world
 from qcft.training.passes import Fit, Passes
@@ -126,7 +126,7 @@ def train_adapter(
         rows=sum(entry["rows"] for entry in exposure),
         tokens=batches.tokens_until(steps),
         loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
-        resumed_from=int(last.name.split("-")[1]) if last else 0,
+        resumed_from=step_of(last) if last else 0,
         pass_limit=passes.limit,
         recomputed=passes.recompute,
         processes=world(),
