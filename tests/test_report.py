@@ -26,6 +26,8 @@ from qcft.report.standing import front
 from qcft.report.suites import last_averages
 from qcft.report.training import running_mean
 
+from .helpers.runs import seal_again
+
 ARMS = {
     "plain": {"phase2.replay": None, "phase2.freeze": "none"},
     "frozen": {"phase2.replay": None, "phase2.freeze": "first:2"},
@@ -301,6 +303,7 @@ def test_what_a_model_says_stays_text(arms, runs, tmp_path):
     answers[0]["text"] = evil
     answers[1]["text"] = "مرحبا بالعالم"
     write_json(file, answers)
+    seal_again(file.parent)
     done = copy / ".steps" / stages["phase2"] / "done.json"
     record = read_sealed(done)
     for share in record["metrics"]["mix"]:
@@ -322,9 +325,12 @@ def test_what_a_model_says_stays_text(arms, runs, tmp_path):
 
 
 def test_an_ablation_stands_for_its_runs(arms, runs, qcft):
-    entries = [{"arm": "one", "seed": s, "run": f"plain-s{s}", "set": {}, "error": None} for s in (0, 1)]
-    entries.append({"arm": "two", "seed": 0, "run": "frozen", "set": {}, "error": None})
-    entries.append({"arm": "two", "seed": 1, "run": "never-begun", "set": {}, "error": {"message": "out of memory"}})
+    entries = [
+        {"arm": "one", "seed": s, "run": f"plain-s{s}", "set": {}, "mixed": False, "error": None} for s in (0, 1)
+    ]
+    entries.append({"arm": "two", "seed": 0, "run": "frozen", "set": {}, "mixed": False, "error": None})
+    wrong = {"message": "out of memory", "hint": "free some"}
+    entries.append({"arm": "two", "seed": 1, "run": "never-begun", "set": {}, "mixed": False, "error": wrong})
     (runs / "study").mkdir(exist_ok=True)
     write_json(runs / "study" / "ablation.json", {"version": 1, "name": "study", "runs": entries})
     code, out, error = qcft("report", "study", "--runs", runs, "--json")
@@ -357,7 +363,10 @@ def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
     step.mkdir()
     write_json(step / "drift.json", found)
     write_json(step / "step.json", {"inputs": {"settings": {}}, "versions": {}, "hardware": {}})
-    write_json(step / "done.json", {"step": step.name, "metrics": {"mpd": 0.5}, "seconds": 1.0, "files": {}})
+    write_json(
+        step / "done.json", {"step": step.name, "metrics": {"mpd": 0.5}, "seconds": 1.0, "files": {"drift.json": ""}}
+    )
+    seal_again(step)
     run = read_json(copy / "frozen" / "run.json")
     run["stages"]["drift/merged-phase2"] = step.name
     write_json(copy / "frozen" / "run.json", run)
@@ -445,6 +454,7 @@ def test_the_live_probe_is_drawn(arms, runs, tmp_path):
     for entry in lines[::2]:
         entry |= {"english_nll": 2.0, "english_change": 0.01}
     log.write_text("".join(json.dumps(entry) + "\n" for entry in lines) + '{"cut')
+    seal_again(log.parent)
     api.report(["frozen"], copy, Watch(), tmp_path / "out")
     assert (tmp_path / "out" / "plots" / "english-phase2.svg").is_file()
 
