@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qcft.measure.stats import Difference
 from qcft.report.arms import Arm
-from qcft.report.document import Answer, Document, Sample, Section
+from qcft.report.document import Answer, Document, Sample, Section, Table
 from qcft.report.pareto import _told
 from qcft.report.plots import look
 from qcft.report.standing import Standing, Verdict
@@ -41,3 +41,15 @@ def test_control_characters_of_an_answer_are_shown_and_not_written(tmp_path):
         text = (tmp_path / name).read_text()
         assert not [c for c in text if (ord(c) < 32 and c != "\n") or c == "\u202e"]
         assert "a\\x00b\\x1b" in text.replace("\\\\", "\\")
+
+
+def test_a_table_takes_its_head_from_its_rows_and_knows_which_columns_are_text():
+    rows = [
+        {"stage": "base", "of": "all", "NLL": "1.23", "why": "so"},
+        {"stage": "in all", "of": "", "NLL": "", "why": ""},
+    ]
+    table = Table.of("t", "T", rows, ({"nll": n} for n in (1.234, None)), words=("why",), strong=(1,))
+    assert table.head == ("stage", "of", "NLL", "why")
+    assert table.rows == (("base", "all", "1.23", "so"), ("in all", "", "", ""))
+    assert (table.words, table.strong) == ((0, 1, 3), {1})
+    assert table.records == ({"nll": 1.234}, {"nll": None})

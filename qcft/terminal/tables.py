@@ -220,7 +220,7 @@ def print_rows(titles: list[str], rows: Iterable[Iterable[str]]) -> None:
 
 def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
     """Rows that say each cell's title, as a plain table on stdout."""
-    stdout().print(grid([*rows[0]], [row.values() for row in rows], right))
+    stdout().print(grid([*rows[0]] if rows else [], [row.values() for row in rows], right))
 
 
 def say(text: str, style: str = "") -> None:
