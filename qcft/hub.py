@@ -78,9 +78,9 @@ def _may_pass(error: Exception) -> bool:
 
 def _client() -> Any:
     """The HTTP client that huggingface_hub is built on: httpx, or httpx2 from its version 2 on."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return sys.modules[HTTPError.__module__]
+    return sys.modules[HfHubHTTPError.__mro__[1].__module__]
 
 
 def _comes_of(error: BaseException | None, *kinds: type[BaseException]) -> bool:
