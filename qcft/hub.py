@@ -78,10 +78,9 @@ def _may_pass(error: Exception) -> bool:
 
 def _client() -> Any:
     """The HTTP client that huggingface_hub is built on: httpx, or httpx2 from its version 2 on."""
-    import huggingface_hub.errors
+    from huggingface_hub.errors import HfHubHTTPError
 
-    errors: Any = huggingface_hub.errors
-    return sys.modules[errors.HTTPError.__module__]
+    return sys.modules[HfHubHTTPError.__mro__[1].__module__]
 
 
 def _comes_of(error: BaseException | None, *kinds: type[BaseException]) -> bool:

@@ -136,7 +136,8 @@ def test_gradients_before_and_after_a_probe_are_equal(tiny_model, tmp_path, monk
         decoder = model.get_base_model().model
         hooks = dict(decoder._forward_hooks)  # the training's own, which picks the answers of its last batch
         decoder._forward_hooks.clear()
-        states = decoder(inputs_embeds=embedded, position_ids=torch.arange(6)[None], row_lengths=(6,)).last_hidden_state
+        positions = torch.arange(6)[None]
+        states = decoder(inputs_embeds=embedded, position_ids=positions, row_lengths=(6,)).last_hidden_state
         decoder._forward_hooks.update(hooks)
         states.float().pow(3).mean().backward()
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
