@@ -30,7 +30,7 @@ def main() -> NoReturn:
         _fail("the working folder is no more", "go to one that is there", 2)
     hear(stop_at_once)  # until work begins, which hears them itself
     try:
-        _refuse_empty(sys.argv[1:])
+        _check_words(sys.argv[1:])
         give_home()
         code = app(standalone_mode=False)
     except QcftError as error:
@@ -55,12 +55,14 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _refuse_empty(arguments: list[str]) -> None:
+def _check_words(arguments: list[str]) -> None:
     """Refuse what names nothing, of every command: what a shell makes of a variable that is not set would mean the
-    working folder to one flag, and all there is to another. Raises InputError."""
+    working folder to one flag, and all there is to another; and what is no text. Raises InputError."""
     from qcft.errors import InputError
 
     for before, argument in zip(["", *arguments], arguments, strict=False):
+        if any("\ud800" <= one <= "\udfff" for one in argument):
+            raise InputError(f"{ascii(argument)} is no UTF-8 text", "give it in UTF-8; rename a file of such a name")
         flag, equals, value = argument.partition("=")
         if equals and flag.startswith("--") and not value.strip():
             before = flag
