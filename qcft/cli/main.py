@@ -62,7 +62,7 @@ def _check_words(arguments: list[str]) -> None:
 
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if any("\ud800" <= one <= "\udfff" for one in argument):
-            raise InputError(f"{ascii(argument)} is no UTF-8 text", "give it in UTF-8; rename a file of such a name")
+            raise InputError(f"{argument!a} is no UTF-8 text", "give it in UTF-8; rename a file of such a name")
         flag, equals, value = argument.partition("=")
         if equals and flag.startswith("--") and not value.strip():
             before = flag
