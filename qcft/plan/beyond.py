@@ -15,8 +15,9 @@ from qcft.prepare.settings import ModelSettings
 from qcft.recipe import Answers, Dial, Goal, Recipe
 from qcft.recipe.stages import BASE, PROBES, amount, dial_stage, goal_stage, kept_stage
 from qcft.steps.dial import DialPoints
+from qcft.steps.kept import Kept
 from qcft.steps.probe import Probe
-from qcft.steps.step import Step
+from qcft.steps.step import Step, Work
 
 MODEL = ("model", "attn_implementation", "chat_template", "template")  # settings that every step of a run shares
 
@@ -77,17 +78,20 @@ class _Planner(Planner):
             if any(step.stage == stage for step in self.steps):  # made otherwise, and others may depend on it
                 stage = f"{stage}-{goal.dtype or 'alone'}"
             merged = self.add(work, stage, f"merge {title}", goal.phase, live.weights, live.adapter, under=live.under)
+        merged = _with_work(merged, work, f"merge {title}", goal.phase)
         stages = {step.stage: step for step in self.steps}
         measured = stages.get(f"{PROBES}{merged.stage}")
+        probe = replace(self.measuring, quantize=quantize)
         if measured is None or measured.weights != merged.id:
-            probe = replace(self.measuring, quantize=quantize)
             measured = self.add(probe, f"{PROBES}{merged.stage}", f"measure {title}", None, merged.id)
+        measured = _with_work(measured, probe, f"measure {title}", None)
         if way:
             return merged, measured
         kept = stages.get(kept_stage(merged.stage))
         if kept is None or measured.id not in kept.parents:
             kept = self.kept(merged.stage, live, merged, measured)
-        return merged, measured, kept
+        said = f"check what merging {' and '.join(live.phases)} kept"
+        return merged, measured, _with_work(kept, Kept(live.phases, quantize), said, goal.phase)
 
     def dial(self, dial: Dial) -> tuple[Step, ...]:
         """The measurement of a phase's delta at several scales, added."""
@@ -109,6 +113,12 @@ class _Planner(Planner):
             if alone and step.settings["quantize"] == self.quantize:
                 return step
         raise KeyError(f"{PROBES}{BASE}")
+
+
+def _with_work(step: Step, work: Work, title: str, phase: str | None) -> Step:
+    """A step of the run with its work, should it have to be done again; as it is where another version made it."""
+    found = Step(work, step.stage, title, phase, step.weights, step.adapter, step.parents, step.under)
+    return found if found.id == step.id else step
 
 
 def _phases_until(recipe: Recipe, phase: str) -> tuple[str, ...]:
