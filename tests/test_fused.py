@@ -89,5 +89,5 @@ def test_on_a_cpu_nothing_is_tried(card, watch, notes):
 
 def test_a_trl_that_has_changed_is_named(card, monkeypatch):
     monkeypatch.delattr(chunked_logprob, "_TRITON_AVAILABLE")
-    with pytest.raises(QcftError, match="has no _TRITON_AVAILABLE .* needs for training without Triton"):
+    with pytest.raises(QcftError, match=r"has no _TRITON_AVAILABLE .* needs for training without Triton"):
         fused.without_triton()

@@ -62,6 +62,8 @@ def test_kernels_are_near_to_plain_arithmetic(lines):
     assert 0 < rows["values_off"] < 1e-2
     assert 0 < rows["query_gradient_off"] < 1e-2
     assert rows["equal_twice"] == rows["equal_twice_deterministic"] == [True] * 3
+    together = found(lines, "env", "attention by one kernel")  # which a CPU has not: rows beside rows
+    assert (together["kernel"], together["values_off"], together["rows_see_each_other"]) == (False, 0, False)
     products = found(lines, "env", "products with 4-bit weights")
     assert all(0 < products[f"{n} tokens"]["off"] < 1e-2 for n in (1, 16))
 
@@ -75,7 +77,7 @@ def test_a_saved_optimizer_continues_to_the_same_weights(lines):
 
 def test_a_killed_training_resumes_to_the_same_adapter(lines):
     assert 14 <= found(lines, "resume", "killed")["at_step"] < 24
-    resumed = found(lines, "resume", "deterministic algorithms: killed and resumed")
+    resumed = found(lines, "resume", "deterministic: true: killed and resumed")
     assert (resumed["adapter_equal"], resumed["losses_equal"]) == (True, True)
     assert 12 <= resumed["resumed_from"] < resumed["steps"] == 24
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import platform
 import re
@@ -57,6 +58,7 @@ def env(part: Part) -> None:
     part.attempt("fused head", lambda: fused_head(where))
     part.attempt("attention by rows", lambda: attention(where))
     part.attempt("products with 4-bit weights", lambda: four_bits(where))
+    part.attempt("attention by one kernel", one_kernel)
 
 
 def _version(name: str) -> str | None:
@@ -171,6 +173,16 @@ def _kernels(work: Any) -> list[str] | str:
         return sorted({event.key[:100] for event in seen.key_averages()})[:24]
     except Exception as error:  # what the profiler needs may be missing; the rest was found all the same
         return f"{type(error).__name__}: {error}"[:200]
+
+
+def one_kernel() -> dict[str, Any]:
+    """PyTorch's attention of variable lengths beside attention row by row; in a process of its own."""
+    line = [sys.executable, "-m", "tests.gpu.insides", "varlen"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def four_bits(where: str) -> dict[str, Any]:

@@ -13,18 +13,15 @@ from typing import Any
 from tests.gpu.common import Ended, Part, Runs, gib, peak, qcft, run_recipe, share_of_cores, write_recipe, write_rows
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-# Code that runs before qcft, and environment: what makes kernels deterministic, one step further each time.
-WAYS: dict[str, tuple[str, dict[str, str]]] = {
-    "as qcft trains": ("", {}),
+# Code that runs before qcft, and words of its command line: kernels that are deterministic, one step further each time.
+WAYS: dict[str, tuple[str, list[str]]] = {
+    "as qcft trains": ("", []),
     "attention by plain arithmetic": (
         "from torch.backends import cuda\n"
         "cuda.enable_flash_sdp(False); cuda.enable_mem_efficient_sdp(False); cuda.enable_cudnn_sdp(False)",
-        {},
+        [],
     ),
-    "deterministic algorithms": (
-        "import torch\ntorch.use_deterministic_algorithms(True)",
-        {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-    ),
+    "deterministic: true": ("", ["--set", "deterministic=true"]),
 }
 LABELS = {"killed": "killed and resumed", "second": "left alone twice"}
 STEPS = 24
@@ -45,13 +42,13 @@ def resume(part: Part) -> None:
     processes = min(len(ways) * len(names), os.cpu_count() or 1)
 
     def train(way: str, name: str, kill: bool) -> Runs:
-        before, environment = ways[way]
+        before, changes = ways[way]
         runs = Runs(place / way.replace(" ", "-") / name, "resume")
-        options = {"before": before, "environment": {**share_of_cores(processes), **environment}}
+        options = {"before": before, "environment": share_of_cores(processes)}
         if kill:
-            killed = run_killed(recipe, runs, "phase1", STEPS * 7 // 12, **options)
+            killed = run_killed(recipe, runs, "phase1", STEPS * 7 // 12, *changes, **options)
             part.report("killed", way=way, **killed)
-        run_recipe(recipe, runs, until="phase1", **options).check()
+        run_recipe(recipe, runs, until="phase1", changes=changes, **options).check()
         return runs
 
     with ThreadPoolExecutor(processes) as pool:
