@@ -68,9 +68,8 @@ def varlen() -> None:
         return round(1000 * sorted(times)[len(times) // 2], 3)
 
     one, rows = run(True, given), run(False, given)
-    others = [
-        torch.cat([torch.randn_like(part[:, :, : lengths[0]]), part[:, :, lengths[0] :]], dim=2) for part in given
-    ]
+    first = lengths[0]
+    others = [torch.cat([torch.randn_like(part[:, :, :first]), part[:, :, first:]], dim=2) for part in given]
     found = {
         "kernel": kernel,
         "values_off": off(one[0], rows[0]),
