@@ -7,6 +7,7 @@ from qcft.cli.flags import phase1_recipe
 from qcft.events import Note, Watch
 from qcft.plan import make_plan
 from qcft.prepare.prepared import Prepared
+from qcft.prepare.rows import english_prompts
 from qcft.recipe import recipe_from
 
 from .helpers.tiny import ASK, write_rows
@@ -83,7 +84,7 @@ def test_it_may_be_the_english_that_stages_are_judged_by(raw_recipe, tmp_path):
     raw = {**raw_recipe, "phases": [{**raw_recipe["phases"][1], "replay": None}]}
     prepared = prepare(raw, **{"heldout.data": [{"path": str(english), "lang": "en"}]})
     assert [*by_name(prepared)] == ["phase2 es", "phase2 pt", "test en"]  # not what ships with qcft
-    assert {group.phase for group, _ in prepared.english_prompts()} == {"test"}
+    assert {group.phase for group, _ in english_prompts(prepared.for_steps, prepared.held_out_digest(), 3)} == {"test"}
 
 
 def test_every_arm_of_an_ablation_measures_it(raw_recipe, own_rows):
