@@ -77,5 +77,5 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _told(text: str) -> str:
-    """A text as it may be shown, without the rest of a word that is longer than any path."""
-    return re.sub(r"(\S{80})\S{220,}", r"\1...", shown(text))
+    """A text as it may be shown, on one line, without the rest of a word that is longer than any path."""
+    return re.sub(r"(\S{80})\S{220,}", r"\1...", shown(text)).replace("\n", "\\n")

@@ -38,7 +38,8 @@ def test_every_path_may_hold_brackets(qcft, tmp_path, tiny_model, color_data):
     _, err = ok("run", place / "recipe [r].yaml", *where)
     assert f"report: {runs / 'tiny' / 'report' / 'report.html'}" in err
     assert json.loads(ok("ls", *where, "--json")[0])[0]["state"] == "done"
-    assert f"{place / 'model [m]'}" in ok("ls", *where)[0].replace("\n", "")
+    assert json.loads(ok("ls", *where, "--json")[0])[0]["model"] == str(place / "model [m]")
+    assert "[m]" in ok("ls", *where)[0]
     ok("show", *where)
     assert ok("report", *where)[0].strip().endswith(str(runs / "tiny" / "report" / "report.html"))
     ok("phase2", "tiny", "--data", f"es={place / 'data [d]' / 'es.jsonl'}", "--take", "12", *where, "--dry-run")

@@ -26,6 +26,7 @@ from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Evaluate, Model, recipe_from
 from qcft.safe import without_tokens
 
+from .helpers.runs import seal_again
 from .helpers.tiny import write_rows
 from .helpers.training import train
 
@@ -168,6 +169,7 @@ def test_model_output_stays_text_in_the_report(raw_recipe, tmp_path):
     folder = done.stages["eval/phase1"].folder
     answers = read_json(folder / "answers.json")
     write_json(folder / "answers.json", [a | {"text": "<script>alert(2)</script> [x](javascript:1)"} for a in answers])
+    seal_again(folder)
     api.report([done.name], done.folder.parent, Watch(), tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
     shown = page.split("```yaml")[0]  # the recipe is in a block of code

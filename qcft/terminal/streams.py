@@ -86,7 +86,7 @@ def clean_streams() -> None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-            if stream.isatty() and isinstance(stream.buffer, io.BufferedWriter):  # a real one
+            if stream.isatty() and isinstance(stream.buffer, io.BufferedWriter | io.FileIO):  # a real one
                 raw = io.BufferedWriter(Terminal(stream.fileno(), "w", closefd=False))
                 stream = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
         if not isinstance(stream, CleanStream):
