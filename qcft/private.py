@@ -83,8 +83,12 @@ def check_training() -> None:
 
 def _gone(path: str) -> QcftError:
     library = path.partition(":")[0].partition(".")[0].replace("_", "-")
+    try:
+        found = version(library)
+    except PackageNotFoundError:
+        return QcftError(f"{library} is not installed", f"pip install '{_bounds(library)}'")
     return QcftError(
-        f"{library} {version(library)} has no {path.partition(':')[2]} as qcft knows it, which it needs for "
+        f"{library} {found} has no {path.partition(':')[2]} as qcft knows it, which it needs for "
         f"{(NAMES | ATTRIBUTES)[path].removeprefix('training: ')}",
         f"install a version that qcft was run with: pip install '{_bounds(library)}'",
     )
