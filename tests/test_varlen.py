@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 from qcft.training import attention
 
 LENGTHS = (7, 30, 1, 12)
-HAS_KERNEL = {"enable_gqa", "num_splits"} <= signature(varlen_attn).parameters.keys()  # from torch 2.13 on
+HAS_KERNEL = {"enable_gqa", "num_splits"} <= signature(varlen_attn).parameters.keys()  # torch 2.11 lacks it
 
 
 class Layer(torch.nn.Module):
