@@ -57,42 +57,33 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class SeenFile:
-    """A file as it was when its digest was taken; its stamp is what changes when it is written."""
-
-    path: Path
-    stamp: tuple[int, ...] | None
-    digest: str
-
-
-def see_file(path: Path) -> SeenFile:
-    """A file's digest, and its stamp before that was taken."""
-    return SeenFile(path, stamp_of(path), file_digest(path))
-
-
-def stamp_of(path: Path) -> tuple[int, ...] | None:
-    """What the system says of a file's size, times and identity; None where there is none."""
-    try:
-        told = path.stat()
-    except OSError:
-        return None
-    return (told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev)
-
-
 _known: dict[tuple[int, ...], str] = {}
 
 
 def known_digest(path: Path) -> str:
     """`file_digest`, of a file that did not change since this process read it without reading it again."""
-    before = stamp_of(path)
-    if before is None or before not in _known:
+    before = _stamp(path)
+    if before not in _known:
         digest = file_digest(path)
-        _, written, changed, *_ = before or (0, 0, 0)
-        if before is None or stamp_of(path) != before or time.time_ns() - max(written, changed) < SETTLED:
+        _, written, changed, *_ = before
+        if _stamp(path) != before or time.time_ns() - max(written, changed) < SETTLED:
             return digest
         _known[before] = digest
     return _known[before]
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What the system says of a file's size, times and identity, which is another once it is written."""
+    told = path.stat()
+    return told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev
+
+
+@dataclass(frozen=True)
+class SeenFile:
+    """A file as it was when its digest was taken."""
+
+    path: Path
+    digest: str
 
 
 def write_json(path: Path, document: Any) -> None:

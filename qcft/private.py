@@ -8,11 +8,12 @@ give other results. The upper bounds in pyproject.toml are the newest minor vers
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from typing import Any
 
 from qcft.errors import QcftError
+from qcft.installing import install
 
 NAMES = {
     "trl.kernels:ChunkedLogProbFunction": "the estimate of the head's cost and the first step on a card",
@@ -86,19 +87,9 @@ def _gone(path: str) -> QcftError:
     try:
         found = version(library)
     except PackageNotFoundError:
-        return QcftError(f"{library} is not installed", f"pip install '{_bounds(library)}'")
+        return QcftError(f"{library} is not installed", install([library]))
     return QcftError(
         f"{library} {found} has no {path.partition(':')[2]} as qcft knows it, which it needs for "
         f"{(NAMES | ATTRIBUTES)[path].removeprefix('training: ')}",
-        f"install a version that qcft was run with: pip install '{_bounds(library)}'",
+        f"install a version that qcft was run with: {install([library])}",
     )
-
-
-def _bounds(library: str) -> str:
-    """The versions of a library that qcft's own metadata admits."""
-    try:
-        admitted = requires("qcft") or []
-    except PackageNotFoundError:  # a checkout that is not installed
-        admitted = []
-    names = (one.partition(";")[0].strip() for one in admitted)
-    return next((one for one in names if one.startswith(library)), library)

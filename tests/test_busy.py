@@ -18,15 +18,21 @@ def watch(told):
     return Watch(lambda event: told.append(event.text) if isinstance(event, Note) else None)
 
 
-@pytest.mark.parametrize(("load", "threads", "warned"), [(7.5, 2, True), (1.5, 2, False), (7.5, 1, False)])
-def test_a_busy_machine(watch, told, monkeypatch, load, threads, warned):
+@pytest.mark.parametrize(
+    ("load", "used", "threads", "warned"),
+    [(7.5, 90, 2, True), (1.5, 90, 2, False), (7.5, 90, 1, False), (7.5, 5, 2, False)],  # the last: what was before
+)
+def test_a_busy_machine(watch, told, monkeypatch, load, used, threads, warned):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: used)
     monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for _ in range(2):
         busy.warn_if_busy(watch)
     assert len(told) == warned, "once at most"
-    assert all("load 7.5 on 2 cores" in line and "OMP_NUM_THREADS=1" in line for line in told)
+    assert all(
+        "use 90% of this machine's CPUs (load 7.5 on 2 cores)" in line and "OMP_NUM_THREADS=1" in line for line in told
+    )
 
 
 @pytest.mark.parametrize(("estimated", "seconds", "warned"), [(100, 500, True), (100, 300, False), (None, 500, False)])

@@ -96,3 +96,22 @@ def test_its_id_is_made_of_its_settings_alone():
     assert plain.settings == {"held_out": "rows", "times": 1}
     assert Step.stored(plain.id, "count", plain.inputs()).settings == plain.settings
     assert isinstance(Step.stored(plain.id, "count", plain.inputs()).work, Stored)
+
+
+def test_a_step_sees_the_rows_of_its_digests_and_no_recipe(raw_recipe, tmp_path):
+    from qcft import QcftError
+
+    prepared = planned.PlannedRecipe(recipe_from(raw_recipe), Watch())
+    bench = prepared.bench(Store(tmp_path), Watch())
+    assert not [name for place in (bench, bench.model, bench.rows) for name in vars(place) if "recipe" in name]
+    assert bench.rows.groups(prepared.held_out_digest()) == prepared.groups
+    own = prepared.rows_digest(prepared.recipe.phases[0])
+    assert bench.rows.phase("phase1", own).rows == tuple(prepared.rows["phase1"])
+    for asked in (
+        lambda: bench.rows.groups("another"),
+        lambda: bench.rows.phase("phase1", "another"),
+        lambda: bench.rows.phase("phase2", own),
+        lambda: bench.rows.pool("phase2", 0, "another"),
+    ):
+        with pytest.raises(QcftError, match="not those that the step was planned with"):
+            asked()

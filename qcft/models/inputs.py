@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qcft.errors import ChangedInput, InputError
-from qcft.files import SeenFile, file_digest, stamp_of
+from qcft.files import file_digest, known_digest
 from qcft.models.folders import digested_files
 from qcft.models.sources import ModelSource
 
@@ -17,18 +17,19 @@ class Inputs:
     def __init__(self, sources: Iterable[ModelSource | None]) -> None:
         # Of a GGUF file, nothing is read once it is converted.
         folders = (source for source in sources if source is not None and source.kind == "folder")
-        self._files = {file.path: file for source in folders for file in source.files}
+        self._files = {file.path: file.digest for source in folders for file in source.files}
 
     def check(self, thorough: bool = False) -> None:
         """Compare the files with what they were: by size and times, by their digests where those differ or where it is
         to be `thorough`. Raises ChangedInput."""
-        for file in list(self._files.values()):
-            stamp = stamp_of(file.path)
-            if stamp == file.stamp and not thorough:
-                continue
-            if stamp is None or file_digest(file.path) != file.digest:
-                raise _changed(file.path)
-            self._files[file.path] = SeenFile(file.path, stamp, file.digest)  # written as it was
+        digest = file_digest if thorough else known_digest
+        for path, before in self._files.items():
+            try:
+                same = digest(path) == before
+            except OSError:
+                same = False
+            if not same:
+                raise _changed(path)
         for folder in dict.fromkeys(path.parent for path in self._files):
             known = {path for path in self._files if path.parent == folder}
             try:

@@ -20,9 +20,9 @@ from qcft.files import (
     exists,
     file_digest,
     is_whole_safetensors,
+    known_digest,
     oddity,
     read_sealed,
-    see_file,
     write_sealed,
     write_text,
 )
@@ -60,10 +60,10 @@ def resolve(model: Model) -> ModelSource:
         if path.suffix.lower() != ".gguf":
             raise InputError(f"model: {name!r} is a file, but no .gguf file", f"give {WHAT}")
         check_gguf(path)
-        seen = see_file(path.resolve())
+        seen = SeenFile(path.resolve(), known_digest(path))
         return ModelSource(name, "gguf", str(seen.path), f"gguf:{seen.digest}:{CONVERTED}", (seen,))
     if there and path.is_dir():
-        files = tuple(map(see_file, digested_files(path.resolve())))
+        files = tuple(SeenFile(file, known_digest(file)) for file in digested_files(path.resolve()))
         return ModelSource(name, "folder", str(path.resolve()), _folder_digest(files), files)
     if (odd := oddity(path)) is not None:
         raise InputError(f"model: {name!r} is {odd}", f"give {WHAT}")

@@ -24,13 +24,12 @@ from qcft.replay.pools import ENGLISH, Pool
 
 @dataclass(frozen=True)
 class PhaseRows:
-    """A phase's training rows, source by source, or the folder of its adapter; and their digest."""
+    """A phase's training rows, source by source, and their digest."""
 
     phase: str
     digest: str
     sources: tuple[LoadedSource, ...]
     rows: tuple[tuple[Row, ...], ...]
-    adapter: Path | None = None
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Rows:
         return self.catalog.evaluate.local.get(task) if self.catalog else None
 
     def phase(self, name: str | None, digest: str) -> PhaseRows:
-        """A phase's rows, or its adapter. Raises QcftError where they are not those of the digest."""
+        """A phase's rows. Raises QcftError where they are not those of the digest."""
         found = self.phases.get(name or "")
         return found if found and found.digest == digest else _others(f"the rows of {name}")
 

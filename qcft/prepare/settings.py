@@ -12,20 +12,21 @@ from qcft.recipe import FreezeSpec, Phase
 
 # How a field takes part in the id, beside the plain way, as its own key.
 ADDED = {"id": "added"}  # later: left out at its default, so that ids made before stay
-SPREAD = {"id": "spread"}  # settings of its own, which stand beside the others
+SPREAD = {"id": "spread"}  # settings, or keys and values, which stand beside the others
 CIRCUMSTANCE = {"id": "circumstance"}  # changes how the work is done, not what comes of it: no part of the id
 
 
+@dataclass(frozen=True)
 class Settings:
     """A frozen dataclass that an id is made of."""
 
     def settings(self) -> dict[str, Any]:
         """Its fields as JSON has them."""
         found: dict[str, Any] = {}
-        for one in fields(self):  # type: ignore[arg-type]
+        for one in fields(self):
             value, way = getattr(self, one.name), one.metadata.get("id")
             if way == "spread":
-                found |= value.settings()
+                found |= value.settings() if isinstance(value, Settings) else value
             elif way != "circumstance" and not (way == "added" and value == one.default):
                 found[one.name] = _plain(value, one.metadata.get("without"))
         return found

@@ -14,6 +14,8 @@ from qcft.events import Event, Progress, Watch
 
 SLOWER = 4  # times what was estimated: more than an estimate is wrong by
 PATIENCE = 60  # seconds
+LOOK = 0.3  # seconds
+BUSY = 0.4  # share of all CPUs that others use while this process waits
 FEWER = "OMP_NUM_THREADS=1 before the command (or as many threads as cores are idle) avoids most of it"
 
 
@@ -26,10 +28,14 @@ def warn_if_busy(watch: Watch) -> None:
     from qcft.models.load import device
 
     load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
-    if device() == "cpu" and torch.get_num_threads() > 1 and load > cores:
+    if device() != "cpu" or torch.get_num_threads() == 1 or load <= cores:
+        return
+    # The load is a mean over a minute, in which this process loaded its libraries, or a run before it ended.
+    used = psutil.cpu_percent(LOOK) / 100
+    if used > BUSY:
         watch.note(
-            f"other programs keep this machine busy (load {load:.1f} on {cores} cores), which can make training many "
-            f"times slower; {FEWER}",
+            f"other programs use {used:.0%} of this machine's CPUs (load {load:.1f} on {cores} cores), which can make "
+            f"training many times slower; {FEWER}",
             "warning",
         )
 

@@ -12,11 +12,10 @@ from qcft.errors import ChangedInput
 from qcft.models.adapter_config import CONFIG, WEIGHTS
 from qcft.prepare.prepared import adapter_digest
 from qcft.prepare.settings import CIRCUMSTANCE, SPREAD, ModelSettings
-from qcft.steps.step import Step, Work
+from qcft.steps.step import Bench, Step, Work
 from qcft.store.upkeep import size_of
 
 if TYPE_CHECKING:
-    from qcft.steps.step import Bench
     from qcft.training.memory import Planned
 
 

@@ -11,13 +11,12 @@ from qcft.files import read_sealed, write_sealed
 from qcft.models.adapters import combine_live, set_scale
 from qcft.prepare.settings import ADDED
 from qcft.steps.probe import Probe
-from qcft.steps.step import SCORES, Step
+from qcft.steps.step import SCORES, Bench, Step
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from qcft.steps.step import Bench
     from qcft.training.memory import Planned
 
 

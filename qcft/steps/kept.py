@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -16,10 +16,7 @@ from qcft.models.load import free_memory
 from qcft.recipe import Merge
 from qcft.replay.pools import ENGLISH
 from qcft.steps.needs import answers_held
-from qcft.steps.step import Step, Work
-
-if TYPE_CHECKING:
-    from qcft.steps.step import Bench
+from qcft.steps.step import Bench, Step, Work
 
 
 @dataclass(frozen=True)

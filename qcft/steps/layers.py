@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from qcft.files import write_json
 from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
 from qcft.prepare.settings import ADDED
-from qcft.steps.step import Step, Work
-
-if TYPE_CHECKING:
-    from qcft.steps.step import Bench
+from qcft.steps.step import Bench, Step, Work
 
 FILE = "layers.json"
 NOT_ASKED = "not asked"

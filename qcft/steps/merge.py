@@ -12,12 +12,11 @@ from qcft.models.adapters import combine_live
 from qcft.models.chat import write_chat
 from qcft.models.merge import Target, merge_adapters
 from qcft.prepare.settings import ADDED, SPREAD, ModelSettings
-from qcft.steps.step import Step, Work
+from qcft.steps.step import Bench, Step, Work
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from qcft.steps.step import Bench
     from qcft.training.memory import Planned
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qcft.data.encode import Encoder
 from qcft.data.rows import Row
@@ -12,9 +12,7 @@ from qcft.measure.score import BATCH_TOKENS
 from qcft.prepare.groups import Group
 from qcft.prepare.model import PreparedModel
 from qcft.replay.generation import LARGEST, Answering
-
-if TYPE_CHECKING:
-    from qcft.steps.step import Bench
+from qcft.steps.step import Bench
 
 TOGETHER = 16  # prompts that a measured model answers at once
 LOOKED_AT = 64  # prompts of a pool whose lengths stand for all

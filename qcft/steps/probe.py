@@ -15,12 +15,10 @@ from qcft.prepare.rows import english_prompts
 from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import Answers
 from qcft.steps.needs import answers_held
-from qcft.steps.step import Step, Work
+from qcft.steps.step import Bench, Step, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qcft.steps.step import Bench
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from qcft.replay.amount import replay_amount, rounded
 from qcft.replay.generation import Answering, Generation
 from qcft.replay.rows import make_replay
 from qcft.steps.needs import answered_at_once, model_held
-from qcft.steps.step import Step, Work
+from qcft.steps.step import Bench, Step, Work
 
 if TYPE_CHECKING:
-    from qcft.steps.step import Bench
     from qcft.training.memory import Planned
 
 TEXT, RECORD = 6, 300  # bytes of a token as text and of a row's record around it, roughly

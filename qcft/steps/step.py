@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,9 +47,9 @@ class Work(Settings, ABC):
         if "kind" in vars(cls):
             Work.kinds[cls.kind] = cls
 
-    def name(self) -> str:
-        """The kind, as ids begin with it."""
-        return self.kind
+    def version(self) -> tuple[str, int]:
+        """The kind, as ids begin with it, and its format."""
+        return self.kind, self.format
 
     @abstractmethod
     def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
@@ -77,11 +76,11 @@ class Work(Settings, ABC):
 class Stored(Work):
     """The work of a done step as its step.json has it, whichever version did it. It is looked at, not done again."""
 
-    stored: str  # its kind
+    stored: tuple[str, int]  # its kind and format
     found: Mapping[str, Any]
 
-    def name(self) -> str:
-        """The kind that was stored."""
+    def version(self) -> tuple[str, int]:
+        """The kind and the format that were stored."""
         return self.stored
 
     def settings(self) -> dict[str, Any]:
@@ -90,7 +89,10 @@ class Stored(Work):
 
     def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
         """Refuse. Raises QcftError."""
-        raise QcftError(f"{step.id} is not done any more", "run the recipe again")
+        raise QcftError(
+            f"{step.id} is damaged, and was made by a version of qcft whose {self.stored[0]} steps had other results",
+            "run its recipe again: what depends on it is made anew",
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Step:
     @classmethod
     def stored(cls, id: str, stage: str, inputs: Mapping[str, Any]) -> Step:
         """A step as its step.json has it, under its own id, whichever version made it."""
-        work = Stored(inputs["kind"], inputs["settings"])
+        work = Stored((inputs["kind"], inputs["format"]), inputs["settings"])
         places = (inputs["weights"], inputs["adapter"], tuple(inputs["parents"]), tuple(inputs.get("under", ())))
         step = cls(work, stage, stage, None, *places)
         object.__setattr__(step, "id", id)
@@ -124,7 +126,7 @@ class Step:
     @property
     def kind(self) -> str:
         """The kind of its work."""
-        return self.work.name()
+        return self.work.version()[0]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -143,9 +145,10 @@ class Step:
 
     def inputs(self) -> dict[str, Any]:
         """Everything that changes the step's result."""
+        kind, form = self.work.version()
         return {
-            "kind": self.kind,
-            "format": self.work.format,
+            "kind": kind,
+            "format": form,
             "weights": self.weights,
             "adapter": self.adapter,
             "settings": self.settings,
@@ -174,15 +177,11 @@ class Bench:
         if self.shared is not None and not self.shared.serves(step):
             self.shared = None
             free_memory()
-        with self.unchanged():
+        with inputs_unchanged(self._inputs, self.store):
             try:
                 return step.work.do(step, self, folder)
             finally:
                 free_memory()
-
-    def unchanged(self) -> AbstractContextManager[None]:
-        """Work during which the model's files must not change. Raises ChangedInput."""
-        return inputs_unchanged(self._inputs, self.store)
 
     def adapter(self, step: str) -> Path:
         """The folder of a step's adapter."""

@@ -18,13 +18,12 @@ from qcft.measure.fidelity import judge_answer, summarise_answers
 from qcft.models.generate import Answer, Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.switch import Switched, can_switch
-from qcft.prepare.settings import CIRCUMSTANCE, SPREAD, ModelSettings
+from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import ALPACA_EVAL, FIDELITY
-from qcft.steps.step import Step, Work
+from qcft.steps.step import Bench, Step, Work
 
 if TYPE_CHECKING:
     from qcft.measure.suites import Scorer
-    from qcft.steps.step import Bench
 
 ITEMS, OUTPUTS = "items.jsonl", "model_outputs.json"
 ALPACA_TOKENS = 512  # of an answer, unless evaluate.max_new_tokens says otherwise
@@ -70,11 +69,7 @@ class Suite(Work):
     quantize: str
     task: str
     data: str
-    asked: Mapping[str, Any] = field(metadata=CIRCUMSTANCE)  # of the task's kind; in the id as keys of its own
-
-    def settings(self) -> dict[str, Any]:
-        """The settings, the task's own with them."""
-        return super().settings() | dict(self.asked)
+    asked: Mapping[str, Any] = field(metadata=SPREAD)
 
     def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
         """Evaluate. Raises QcftError, whatever a task's own code raises."""

@@ -22,13 +22,12 @@ from qcft.recipe import Forgetting, FreezeSpec, Lora, Train
 from qcft.replay.rows import read_replay
 from qcft.steps.layers import FILE
 from qcft.steps.prefix import open_prefix
-from qcft.steps.step import Step, Work
+from qcft.steps.step import Bench, Step, Work
 from qcft.training.distributed.ranks import rank, sharded, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qcft.steps.step import Bench
     from qcft.training.agreement import Agreement
     from qcft.training.batches import Batches
     from qcft.training.memory import Planned

@@ -8,18 +8,16 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-from qcft.store.steps import PACKAGES
-
 
 def bounds() -> dict[str, str]:
-    """The versions that qcft asks for of the packages that results rest on."""
+    """The versions that qcft asks for, by package; those of its extras with them."""
     from packaging.requirements import Requirement
 
     try:
         asked = [Requirement(text) for text in requires("qcft") or []]
     except PackageNotFoundError:  # a folder of sources that was not installed
         return {}
-    return {one.name: str(one.specifier) for one in asked if one.name in PACKAGES and one.marker is None}
+    return {one.name: str(one.specifier) for one in asked if one.specifier}
 
 
 def install(packages: Iterable[str], *options: str) -> str:
