@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qcft import InputError, Interrupted, QcftError
+from qcft.data.encode import IGNORED
 from qcft.events import Progress, Watch
 from qcft.files import seal
 from qcft.layers import adapted_modules
@@ -62,8 +63,24 @@ def test_what_is_trained_is_counted_by_source(whole, tokenizer):
 def test_a_pass_other_than_the_one_laid_out_is_an_error(tokenizer):
     rows = rows_of(tokenizer)
     fed = Fed(make_batches(rows, lambda epoch: list(range(len(rows))), TRAIN))
-    with pytest.raises(QcftError, match="was fed 1 answer tokens at step 1"):
-        fed.take(0, 1)
+    with pytest.raises(QcftError, match=r"was fed items \[1\] at step 1, where the mix has \[0\]"):
+        fed.take(0, [1])
+
+
+def test_a_label_that_is_lost_on_the_way_to_the_loss_is_an_error(tiny_model, tmp_path, monkeypatch):
+    """As by a collator that masks more than it did."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    plain = DataCollatorForLanguageModeling.torch_call
+
+    def masking(self, examples):
+        batch = plain(self, examples)
+        batch["labels"][0, (batch["labels"][0] != IGNORED).nonzero()[-1]] = IGNORED
+        return batch
+
+    monkeypatch.setattr(DataCollatorForLanguageModeling, "torch_call", masking)
+    with pytest.raises(QcftError, match=r"\d+ tokens of \d+ rows would bear loss, where the rows have \d+"):
+        train(tiny_model, tmp_path / "step")
 
 
 def test_every_entry_of_lora_a_moves(whole, tiny_model):

@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from qcft.data.encode import EncodedRow
+from qcft.data.encode import IGNORED, EncodedRow
 from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.recipe import Train
@@ -66,8 +66,8 @@ class Fed:
         self.rank = rank
         self.world = world
 
-    def take(self, step: int, answer_tokens: int) -> None:
-        """One pass of optimizer step `step` (from 0) with so many tokens that bear loss.
+    def take(self, step: int, items: Sequence[int]) -> None:
+        """One pass of optimizer step `step` (from 0), of items by their numbers.
 
         Raises QcftError when the pass is not the one laid out: then the mix is not what was trained.
         """
@@ -75,11 +75,10 @@ class Fed:
         if self.items < begin:  # gone on from a checkpoint: what came before was counted, and checked, then
             self.items = begin
         own = self.items + self.rank * self.batches.per_pass
-        items = self.batches.items[own : own + self.batches.per_pass]
-        expected = sum(row.answer_tokens for item in items for row in item)
-        if answer_tokens != expected:
+        wanted = list(range(own, min(own + self.batches.per_pass, len(self.batches.items))))
+        if list(items) != wanted:
             raise QcftError(
-                f"the training was fed {answer_tokens} answer tokens at step {step + 1}, where the mix has {expected}",
+                f"the training was fed items {list(items)} at step {step + 1}, where the mix has {wanted}",
                 "please report this",
             )
         self.items = min(len(self.batches.items), self.items + self.world * self.batches.per_pass)
@@ -97,6 +96,15 @@ class Fed:
             entry["tokens"] += len(row.input_ids)
             entry["answer_tokens"] += row.answer_tokens
         return list(found.values())
+
+
+def check_collated(labels: Any, rows: Sequence[EncodedRow]) -> None:
+    """Check that as many tokens bear loss in a pass as its rows have. Raises QcftError."""
+    found, wanted = int((labels != IGNORED).sum()), sum(row.answer_tokens for row in rows)
+    if found != wanted:
+        raise QcftError(
+            f"{found} tokens of {len(rows)} rows would bear loss, where the rows have {wanted}", "please report this"
+        )
 
 
 def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], train: Train) -> Batches:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.data.encode import IGNORED, EncodedRow
+from qcft.data.encode import EncodedRow
 from qcft.models.adapters import read_trained, read_weights, save_trained
 from qcft.private import check_training
-from qcft.training.batches import Batches, Fed
+from qcft.training.batches import Batches, Fed, check_collated
 from qcft.training.checkpoints import sealing
 from qcft.training.distributed import shards
 from qcft.training.distributed.ranks import rank, sharded, world
@@ -66,12 +66,14 @@ def make_trainer(
         fed = Fed(batches, rank(), world())
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.fed.take(self.state.global_step, int((inputs["labels"] != IGNORED).sum()))
+            self.fed.take(self.state.global_step, inputs[ITEM])
             step = super().training_step
 
             def run(rows: list[EncodedRow]) -> Any:
                 examples = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-                return step(model, {**collate(examples), ROWS: tuple(rows)}, *args, **kwargs)
+                collated = collate(examples)
+                check_collated(collated["labels"], rows)
+                return step(model, {**collated, ROWS: tuple(rows)}, *args, **kwargs)
 
             rows = [row for item in inputs[ITEM] for row in batches.items[item]]
             if world() > 1:  # a process that divides its passes would wait for the others, and they for it
