@@ -56,13 +56,13 @@ def _of_layers(modules: Mapping[str, float]) -> dict[int, list[float]]:
 def frozen_layers(run: Evidence, phase: str) -> list[int]:
     """The layers without any adapter in a phase."""
     stage = run.run.stages.get(phase)
-    return stage.training["frozen_layers"] if stage and stage.training else []
+    return stage.training.get("frozen_layers", []) if stage and stage.training else []
 
 
 def _measured(run: Evidence) -> dict[int, float]:
     """The signal-to-noise ratio a freeze spec went by, where one did: the mean of a layer's modules."""
     for stage in run.run.stages.values():
-        if stage.step.startswith("layers-") and cast("LayersMetrics", stage.metrics)["measure"] == "snr":
+        if stage.step.startswith("layers-") and cast("LayersMetrics", stage.metrics).get("measure") == "snr":
             found = _of_layers(cast("LayersFile", stage.opened.json("layers.json"))["modules"])
             return {layer: sum(values) / len(values) for layer, values in found.items()}
     return {}
