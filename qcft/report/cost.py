@@ -61,15 +61,7 @@ def cost_section(arms: Sequence[Arm]) -> Section | None:
     costs = [replace(cost, runs="; ".join(run.run.name for _, run in sharing[cost.step])) for cost in found.values()]
     peak = f"peak {' or '.join(dict.fromkeys(cost.memory for cost in costs))}, GiB"
     rows = [
-        with_of(
-            {
-                "stage": cost.stage,
-                "step": cost.step,
-                **_figures(cost, peak),
-            },
-            sharing[cost.step],
-            arms,
-        )
+        with_of({"stage": cost.stage, "step": cost.step, **_figures(cost, peak)}, sharing[cost.step], arms)
         for cost in costs
     ]
     rows.append(dict.fromkeys(rows[0], "") | {"stage": "in all"} | _figures(in_all(costs), peak))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
 from qcft.report.ablation import Outcome, Spread, in_words
-from qcft.terminal.format import duration
+from qcft.terminal.format import duration, size
 from qcft.terminal.progress import Reporter
 from qcft.terminal.streams import said, stderr, stdout
 from qcft.terminal.tables import grid, print_lines, print_records, say
@@ -170,10 +170,7 @@ def _cost(part: Sums) -> str:
 
 
 def _size(part: Sums) -> str:
-    count = part["bytes"]
-    if part["unknown"] and not count:
-        return "unknown"
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return "unknown" if part["unknown"] and not part["bytes"] else size(part["bytes"])
 
 
 def _count(figure: Spread | None) -> str:
