@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from qcft.files import read_sealed
 from qcft.report.arms import Arm, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
+from qcft.store.opened import DoneStep
 
 MOST_ROWS = 12  # of a table; --json and drift.json have every layer
 BAR = 10
 SHIFTS = {"mean_shift": "mean shift", "covariance_shift": "covariance shift", "cka": "CKA"}
+
+
+def floor_file(run: Path, stage: str) -> Path:
+    """Where a run's folder keeps the floor of a drift's MPD: it depends on which other runs there are."""
+    return run / "report" / f"{drift_name(stage)}-floor.json"
+
+
+def found_drift(done: DoneStep, run: Path, stage: str) -> dict[str, Any]:
+    """A done drift's drift.json, and as `floor` that of its MPD (see qcft/inspect/floor.py; None: never looked for)."""
+    return {**done.json("drift.json"), "floor": read_sealed(floor_file(run, stage))}
 
 
 def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -50,6 +63,7 @@ def drift_says(found: Mapping[str, Any]) -> list[str]:
             f"MPD, the mean over {moved['matrices']} weight matrices of the L2 norm of their difference "
             f"(in parentheses: relative to the largest): {each}; L2 norm of all {moved['norm']:.3f}."
         )
+        sentences.append(_floor(found))
     for lang, text in found["text"].items():
         shifts = [layer["languages"][lang] for layer in found["layers"]]
         covariances, ckas = ([shift[key] for shift in shifts] for key in ("covariance_shift", "cka"))
@@ -61,10 +75,32 @@ def drift_says(found: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-NOTE = (
-    "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
-    "(Frobenius norm); CKA: linear, 1 where states are alike up to turning and scaling"
-)
+def _floor(found: Mapping[str, Any]) -> str:
+    """What MPD two seeds of one training have, in a sentence."""
+    floor = found["floor"]
+    if floor is None:
+        return "Its floor, the MPD of two seeds of one training, was not measured; `qcft drift` looks for it."
+    what = f"the MPD of two seeds of {floor['phase']}'s training" if floor["phase"] else "the MPD of two seeds"
+    if floor["mpd"] is not None:
+        runs = floor["runs"]
+        of = f"; against {runs[0]}" if len(runs) == 1 else f"; mean against {len(runs)} runs: {', '.join(runs)}"
+        return f"Its floor, {what}, is {floor['mpd']:.3f}: data or phases account for what is above it{of}."
+    if floor["measure"]:
+        return f"Its floor, {what}, was not measured: run `{floor['measure']}`, then `qcft drift` again."
+    return f"Its floor, {what}, is not known: there is no training of plain LoRA here to repeat."
+
+
+def note(found: Mapping[str, Any]) -> str:
+    """What the columns mean."""
+    cka = (
+        "debiased and linear, 1 where states are alike up to turning and scaling, 0 where they are unrelated"
+        if found.get("cka") == "debiased"
+        else "linear, not debiased: far above 0 for unrelated states where tokens are few; `qcft drift` measures it anew"
+    )
+    return (
+        "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
+        f"(Frobenius norm); CKA: {cka}"
+    )
 
 
 def drift_section(arms: Sequence[Arm]) -> Section | None:
@@ -73,7 +109,7 @@ def drift_section(arms: Sequence[Arm]) -> Section | None:
     several = len(members(arms)) > 1
     for arm, run in members(arms):
         for stage, done in run.run.stages.items():
-            if stage.startswith("drift/") and (found := done.opened.json("drift.json")):
+            if stage.startswith("drift/") and (found := found_drift(done.opened, run.run.folder, stage)):
                 name = drift_name(stage) + (f"-{run.run.name}" if several else "")
                 what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
                 blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
@@ -137,8 +173,8 @@ def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
         )
         own = {key: layer[key] for key in ("layer", "frozen", "mpd")}
         records += [{**own, "lang": lang, **shift} for lang, shift in layer["languages"].items()]
-    note = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}."
-    return Table.of(name, f"Drift {what}", rows, records, note)
+    meaning = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {note(found)}."
+    return Table.of(name, f"Drift {what}", rows, records, meaning)
 
 
 def _shift(shift: Mapping[str, float]) -> str:
