@@ -95,7 +95,7 @@ def note(found: Mapping[str, Any]) -> str:
     cka = (
         "debiased and linear, 1 where states are alike up to turning and scaling, 0 where they are unrelated"
         if found.get("cka") == "debiased"
-        else "linear, not debiased: far above 0 for unrelated states where tokens are few; `qcft drift` measures it anew"
+        else "linear, not debiased: far above 0 for unrelated states if tokens are few; `qcft drift` measures it anew"
     )
     return (
         "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
