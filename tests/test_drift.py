@@ -268,6 +268,48 @@ def test_a_text_file_and_another_run(done, qcft, raw_recipe, tmp_path):
     assert found["parameters"]["mpd"] == pytest.approx(sum(moved) / 21, rel=1e-6)
 
 
+def apart(one, other):
+    """MPD of what two trainings added, from their adapters' files."""
+    found = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other)]
+    names = {key.removesuffix(".lora_A.weight") for each in found for key in each if key.endswith(".lora_A.weight")}
+    total = 0.0
+    for name in names:
+        a, b = (
+            2.0 * f[f"{name}.lora_B.weight"].double() @ f[f"{name}.lora_A.weight"].double()
+            if f"{name}.lora_A.weight" in f
+            else 0.0
+            for f in found
+        )
+        total += float(torch.linalg.norm(a - b))
+    return total / 21
+
+
+def test_mpd_stands_beside_its_floor_and_the_papers_form_is_one_command(done, qcft):
+    """Two seeds of one training are the floor: not measured, then by the command that is given."""
+    command = f"qcft run {done}/two/recipe.yaml --runs {done} --set seed=1 --as two-seed1"
+    found = drift_of(qcft, done, "--rows", "1")
+    assert found["floor"] == {"phase": "phase2", "mpd": None, "runs": [], "measure": command}
+    assert f"was not measured: run `{command}`" in " ".join((done / "two" / "report" / "report.md").read_text().split())
+    assert qcft(*command.split()[1:], "-q")[0] == 0
+    floor = drift_of(qcft, done, "--rows", "1")["floor"]
+    assert floor["runs"] == ["two-seed1"]
+    assert floor["mpd"] == pytest.approx(apart(done / "two" / "phase2", done / "two-seed1" / "phase2"), rel=1e-6)
+
+    found = drift_of(qcft, done, "--apart", "--rows", "1")
+    assert (found["from"], found["to"]) == ("two-apart.phase2", "phase1")
+    alone = yaml.safe_load((done / "two-apart" / "recipe.yaml").read_text())
+    assert [phase["freeze"] for phase in alone["phases"]] == ["none"]  # the run's phase 2 freezes a layer
+    own = done / "two" / "phase1"
+    assert found["parameters"]["mpd"] == pytest.approx(apart(own, done / "two-apart" / "phase2"), rel=1e-6)
+    assert found["floor"]["mpd"] == pytest.approx(apart(own, done / "two-seed1" / "phase1"), rel=1e-6)
+    code, out, error = qcft("drift", "two", "--apart", "--rows", "1", "--runs", done)
+    assert code == 0, error
+    assert "training" not in error
+    assert f"Its floor, the MPD of two seeds of phase1's training, is {found['floor']['mpd']:.3f}" in " ".join(
+        out.split()
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -275,9 +317,12 @@ def test_a_text_file_and_another_run(done, qcft, raw_recipe, tmp_path):
         (["--from", "phase2"], "the same model"),
         (["--text", "nowhere.txt"], "no file 'nowhere.txt'"),
         (["--against", "nobody"], "no run 'nobody'"),
+        (["--apart", "--to", "phase2"], "--apart chooses both models"),
+        (["--text", "short.txt"], "has 2 tokens beside the first of each row, and CKA needs 4"),
     ],
 )
-def test_bad_comparisons_are_refused(done, qcft, flags, says):
+def test_bad_comparisons_are_refused(done, qcft, tmp_path, flags, says):
+    (tmp_path / "short.txt").write_text("the cat runs\n")
     code, out, error = qcft("drift", "two", *flags, "--runs", done)
     assert code == 2
     assert out == ""
@@ -295,3 +340,6 @@ def test_a_run_of_another_base_is_refused(done, qcft, raw_recipe, tmp_path, toke
     code, _, error = qcft("drift", "two", "--against", "elsewhere", "--runs", done)
     assert code == 2
     assert "elsewhere is of another base model than two" in error
+    code, _, error = qcft("drift", "elsewhere", "--apart", "--runs", done)
+    assert code == 2
+    assert "--apart: elsewhere has one phase, phase1" in error

@@ -166,7 +166,7 @@ def test_matrices_without_noise_come_before_all_others_and_by_their_signal():
             "3": [2.0, 2.0, 2.0, 2.0],
         }.items()
     }
-    assert ratios["2"] < 1 < ratios["0"] < ratios["1"] < ratios["3"] < float("inf")
+    assert ratios["2"] < 10 < ratios["0"] < ratios["1"] < ratios["3"] < float("inf")
     assert frozen_modules(parse_freeze("snr:2"), ratios, dict.fromkeys(ratios, "q_proj")) == {"2", "0"}
     assert (noise_ratio(ratios["2"]), noise_ratio(ratios["3"])) == (f"{ratios['2']:.3g}", "no noise")
 
