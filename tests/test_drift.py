@@ -305,9 +305,8 @@ def test_mpd_stands_beside_its_floor_and_the_papers_form_is_one_command(done, qc
     code, out, error = qcft("drift", "two", "--apart", "--rows", "1", "--runs", done)
     assert code == 0, error
     assert "training" not in error
-    assert f"Its floor, the MPD of two seeds of phase1's training, is {found['floor']['mpd']:.3f}" in " ".join(
-        out.split()
-    )
+    floor = f"Its floor, the MPD of two seeds of phase1's training, is {found['floor']['mpd']:.3f}"
+    assert floor in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
