@@ -84,7 +84,7 @@ def _floor(found: Mapping[str, Any]) -> str:
     if floor["mpd"] is not None:
         runs = floor["runs"]
         of = f"; against {runs[0]}" if len(runs) == 1 else f"; mean against {len(runs)} runs: {', '.join(runs)}"
-        return f"Its floor, {what}, is {floor['mpd']:.3f}: data or phases account for what is above it{of}."
+        return f"Its floor, {what}, is {floor['mpd']:.3f}: so much comes of the seed alone{of}."
     if floor["measure"]:
         return f"Its floor, {what}, was not measured: run `{floor['measure']}`, then `qcft drift` again."
     return f"Its floor, {what}, is not known: there is no training of plain LoRA here to repeat."
