@@ -395,9 +395,9 @@ def test_every_recipe_that_ships_is_in_these_tests():
 
 @pytest.mark.parametrize("command", ["ablate", "run"])
 @pytest.mark.parametrize("name", ON_SHIPPED_DATA)
-def test_a_recipe_on_shipped_data_is_planned_as_it_ships(qcft, tiny_model, name, command):
-    """With another model alone: the arms' data, freezing and rows are theirs."""
-    smaller = ["--set", f"model.name={tiny_model}"]
+def test_a_recipe_on_shipped_data_is_planned_as_it_ships(qcft, tokenizer, tmp_path, name, command):
+    """With another model alone, as deep as theirs: the arms' data, freezing and rows are theirs."""
+    smaller = ["--set", f"model.name={make_llama(tmp_path / 'deep', tokenizer, num_hidden_layers=30)}"]
     code, out, err = qcft(command, name, *smaller, "--dry-run", "--json", "-q")
     assert code == 0, err
     planned = json.loads(out)

@@ -318,11 +318,11 @@ def test_mpd_stands_beside_its_floor_and_the_papers_form_is_one_command(done, qc
         (["--text", "nowhere.txt"], "no file 'nowhere.txt'"),
         (["--against", "nobody"], "no run 'nobody'"),
         (["--apart", "--to", "phase2"], "--apart chooses both models"),
-        (["--text", "short.txt"], "has 2 tokens beside the first of each row, and CKA needs 4"),
+        (["--text", "short.txt"], "has 3 tokens beside the first of each row, and CKA needs 4"),
     ],
 )
 def test_bad_comparisons_are_refused(done, qcft, tmp_path, flags, says):
-    (tmp_path / "short.txt").write_text("the cat runs\n")
+    (tmp_path / "short.txt").write_text("the cat\n")
     code, out, error = qcft("drift", "two", *flags, "--runs", done)
     assert code == 2
     assert out == ""
