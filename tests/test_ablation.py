@@ -20,7 +20,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.store.ablations import Ablation, run_states
 from qcft.terminal import ablation_view
 
-from .helpers.tiny import make_recipe
+from .helpers.tiny import make_llama, make_recipe
 
 ARMS = [
     {"name": "plain", "set": {"phase2.replay": None, "phase2.freeze": "none"}},
@@ -397,7 +397,7 @@ def test_every_recipe_that_ships_is_in_these_tests():
 @pytest.mark.parametrize("name", ON_SHIPPED_DATA)
 def test_a_recipe_on_shipped_data_is_planned_as_it_ships(qcft, tokenizer, tmp_path, name, command):
     """With another model alone, as deep as theirs: the arms' data, freezing and rows are theirs."""
-    smaller = ["--set", f"model.name={make_llama(tmp_path / 'deep', tokenizer, num_hidden_layers=30)}"]
+    smaller = ["--set", f"model.name={make_llama(tmp_path / 'deep', tokenizer, layers=30)}"]
     code, out, err = qcft(command, name, *smaller, "--dry-run", "--json", "-q")
     assert code == 0, err
     planned = json.loads(out)
