@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
@@ -13,14 +13,16 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
 from qcft.files import telling_full_disk, telling_unwritable, write_sealed
 from qcft.measure.results import finished_run
+from qcft.measure.similarity import SimilarityFound
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
-from qcft.report.ablation import outcome
+from qcft.report.ablation import Outcome, outcome
 from qcft.report.arms import Evidence, arms_of
 from qcft.report.build import build_report
 from qcft.report.card import write_card
-from qcft.report.cost import costs_of, in_all
+from qcft.report.cost import RunCost, costs_of, in_all
 from qcft.report.curve import curve_points
 from qcft.report.drift_section import drift_name
+from qcft.report.shown import Dialled, DriftShown, Exported, Merged, ReportWritten
 from qcft.report.write import write_report
 from qcft.runner.beyond import reach
 from qcft.runner.recipe import Check, run_recipe
@@ -30,6 +32,9 @@ from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import FREE
+
+if TYPE_CHECKING:
+    from qcft.ablation.dry_run import AblationPlan
 
 
 def run(
@@ -96,14 +101,14 @@ def ablate_watched(
     return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
 
 
-def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
+def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
     """What running these arms would do, and what that would take; nothing is written."""
     from qcft.ablation.dry_run import ablation_plan
 
     return ablation_plan(arms, runs, watch)
 
 
-def ablation_outcome(ablation: Ablation) -> dict[str, Any]:
+def ablation_outcome(ablation: Ablation) -> Outcome:
     """What an ablation's arms came to so far, side by side."""
     runs = ablation.runs
     return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
@@ -117,12 +122,11 @@ def _report(done: Run, runs: Path) -> Run:
     return whole.run
 
 
-def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
+def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> ReportWritten:
     """Write the report of a run (None: the latest), or of several compared as arms.
 
     An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
-    report/ here for several runs. Returns the page's path, the question and the answer, and the tables' numbers.
-    Raises QcftError.
+    report/ here for several runs. Raises QcftError.
     """
     made = _ablation(names, runs)
     wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
@@ -157,10 +161,17 @@ def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
     return begun
 
 
-def cost(run: Run) -> dict[str, float]:
-    """What a run's done steps took: their number, seconds, tokens, the highest peak and the disk in bytes."""
-    steps = costs_of(run)
-    return {"steps": len(steps), **in_all(steps)}
+def cost(run: Run) -> RunCost:
+    """What a run's done steps took."""
+    costs = costs_of(run)
+    whole = in_all(costs)
+    return {
+        "steps": len(costs),
+        "seconds": whole.seconds,
+        "tokens": whole.tokens,
+        "peak_bytes": whole.peak_bytes,
+        "disk_bytes": whole.disk_bytes,
+    }
 
 
 def evidence(name: str | None, runs: Path) -> Evidence:
@@ -195,10 +206,10 @@ def merge(
     scale: float = 1.0,
     method: str | None = None,
     density: float = 1.0,
-) -> dict[str, Any]:
+) -> Merged:
     """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
 
-    Returns the folder, the step's stage, and what was kept. Raises QcftError.
+    Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.export import deliver_model, goal_for
@@ -227,10 +238,10 @@ def merge(
     return {"folder": str(folder), "stage": done.goal, "kept": whole.table["kept"].get(done.goal)}
 
 
-def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phase: str | None = None) -> dict[str, Any]:
+def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phase: str | None = None) -> Exported:
     """Write a run's phase (the last by default) as one PEFT adapter of the model as it came, with a model card.
 
-    Returns the folder and the phase. Raises QcftError.
+    Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.export import deliver_adapter, goal_for
@@ -266,10 +277,10 @@ def dial(
     density: float = 1.0,
     merge_at: float | None = None,
     to: Path | None = None,
-) -> dict[str, Any]:
+) -> Dialled:
     """Measure EA and MA at each scale of a phase's delta and draw the curve; merge one point when asked to.
 
-    Returns the points, the drawing's path, and what `merge` returns. Raises QcftError.
+    Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.export import dial_for
@@ -281,10 +292,10 @@ def dial(
         check_place(to)
     done = reach(named, recipe, wanted, runs, watch)
     assert done.goal is not None
-    points = curve_points(done.stages[done.goal].metrics["points"])
+    points = curve_points(done.stages[done.goal].metrics)
     _report(done, runs)
     drawing = done.folder / "report" / "plots" / f"{done.goal}.svg"
-    found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
+    found: Dialled = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
     if merge_at is not None:
         found["merged"] = merge(
             named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
@@ -303,11 +314,10 @@ def drift(
     rows: int = 16,
     texts: Mapping[str, Path] | None = None,
     apart: bool = False,
-) -> dict[str, Any]:
+) -> DriftShown:
     """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
 
-    `apart` compares the paper's way: phase 1, and the last phase's data trained from the same base.
-    Returns what the step's drift.json holds, and the drawing's path. Raises QcftError.
+    `apart` compares the paper's way: phase 1, and the last phase's data trained from the same base. Raises QcftError.
     """
     from qcft.inspect.drift import Asked, measure_drift
 
@@ -317,7 +327,7 @@ def drift(
     return {"run": named.name, **found, "drawing": str(drawing)}
 
 
-def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
+def keep_similarity(name: str, found: SimilarityFound, runs: Path) -> None:
     """Keep how alike a run's phases are beside its report, and in it."""
     place = runs / name / "report"
     with working(runs, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from qcft.cli.options import Freeze, Json, Quiet, Runs, Set, Stage, app, show_wo
 
 if TYPE_CHECKING:
     from qcft.events import Watch
+    from qcft.report.shown import Delivered, Dialled
 
 
 class Base(StrEnum):
@@ -114,13 +115,15 @@ def dial(
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
 
-    def printed(done: dict[str, Any]) -> None:
+    def printed(done: Dialled) -> None:
         tables.print_records(curve_rows(done["points"]))
         tables.say(f"curve: {done['drawing']}", "dim")
         tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
 
-    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
-    show_work(lambda watch: api.dial(run, scales, runs, watch, **how), printed, json_, quiet)
+    def work(watch: Watch) -> Dialled:
+        return api.dial(run, scales, runs, watch, phase=stage, method=method, density=density, merge_at=merge_at, to=to)
+
+    show_work(work, printed, json_, quiet)
 
 
 @app.command()
@@ -147,7 +150,7 @@ def layers(
     )
 
 
-def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
+def _deliver(work: Callable[[Watch], Delivered], json_: bool, quiet: bool) -> None:
     from qcft.terminal import tables
 
     show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)

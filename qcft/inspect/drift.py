@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -40,6 +40,7 @@ from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
 from qcft.steps.step import Bench, Step, Work
 from qcft.store import NamedRun, Store, read_run
 from qcft.store.holding import working
+from qcft.store.metrics import DriftFile, DriftFound, StateShift, TrainMetrics
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Asked:
     apart: bool = False
 
 
-def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, dict[str, Any]]:
+def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFound]:
     """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content with the
     `floor` of its MPD, which is also kept beside the run's report.
 
@@ -134,7 +135,7 @@ def _measured_before(run: NamedRun, since: Version, to: Version, stored: Sequenc
     return None
 
 
-def _as_setting(version: Version) -> dict[str, Any]:
+def _as_setting(version: Version) -> dict[str, object]:
     return {"weights": version.weights, "stack": list(version.stack)}
 
 
@@ -183,8 +184,12 @@ def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int
     return Step(work, f"{DRIFT}{since.name}-{to.name}", title, parents=parents)
 
 
+# Between which models; the parameters' part of it.
+DriftMetrics = TypedDict("DriftMetrics", {"from": str, "to": str, "mpd": float | None})
+
+
 @dataclass(frozen=True)
-class Drift(Work):
+class Drift(Work[DriftMetrics]):
     """Compares two models on texts; languages that a killed process has measured are kept."""
 
     kind: ClassVar[str] = "drift"
@@ -208,33 +213,37 @@ class Drift(Work):
             "text": hashlib.sha256(json.dumps(self.texts).encode()).hexdigest(),
         }
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> DriftMetrics:
         """Measure, and write drift.json."""
         since, to, prepared, store = self.since, self.to, bench.model, bench.store
-        moved = parameter_difference(since, to, prepared, store, bench.watch)
+        moved, layers = parameter_difference(since, to, prepared, store, bench.watch)
         shifts = _shifts(since, to, self.texts, prepared, store, folder, bench.watch)
         trained = store.record(to.trained) if to.trained else None
-        frozen = set(trained["metrics"].get("frozen_layers", ()) if trained else ())
-        document = {
+        frozen = set(cast("TrainMetrics", trained["metrics"]).get("frozen_layers", ()) if trained else ())
+        document: DriftFile = {
             "from": since.name,
             "to": to.name,
             "cka": "debiased",
             "text": {
                 lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in self.texts.items()
             },
-            "parameters": {key: value for key, value in moved.items() if key != "layers"},
+            "parameters": moved,
             "layers": [
                 {
                     "layer": number,
                     "frozen": number in frozen,
-                    **moved["layers"][number],
-                    "languages": {lang: asdict(each[number]) for lang, each in shifts.items()},
+                    **layer,
+                    "languages": {lang: _as_record(each[number]) for lang, each in shifts.items()},
                 }
-                for number in range(len(moved["layers"]))
+                for number, layer in enumerate(layers)
             ],
         }
         write_json(folder / "drift.json", document)
         return {"from": since.name, "to": to.name, "mpd": moved["mpd"]}
+
+
+def _as_record(shift: Shift) -> StateShift:
+    return {"mean_shift": shift.mean_shift, "covariance_shift": shift.covariance_shift, "cka": shift.cka}
 
 
 def _shifts(
@@ -257,7 +266,7 @@ def _shifts(
         for lang in missing:
             label = f"drift of the layers' states: {lang}"
             shifts = layer_shifts(first, second, texts[lang], layers, width, watch, label)
-            write_json(files[lang], [asdict(shift) for shift in shifts])
+            write_json(files[lang], [_as_record(shift) for shift in shifts])
         del first, second
         free_memory()
     return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}

@@ -14,10 +14,11 @@ from qcft.layers import linear_modules
 from qcft.prepare.model import PreparedModel
 from qcft.recipe import Recipe
 from qcft.store import NamedRun, Store, list_runs
+from qcft.store.metrics import SeedFloor
 from qcft.store.opened import run_again
 
 
-def seed_floor(run: NamedRun, to: Version, prepared: PreparedModel, store: Store, watch: Watch) -> dict[str, Any]:
+def seed_floor(run: NamedRun, to: Version, prepared: PreparedModel, store: Store, watch: Watch) -> SeedFloor:
     """MPD between the last training in `to` and the same training with another seed, over all runs that have one.
 
     What is compared is what each training added. `mpd` is the mean over `runs`; where there are none it is None, and
@@ -26,7 +27,7 @@ def seed_floor(run: NamedRun, to: Version, prepared: PreparedModel, store: Store
     step = to.trained or (store.opened(to.weights).inputs["adapter"] if to.weights else None)
     recipe = run.recipe()
     phase = next((one.name for one in recipe.phases if run.stages.get(one.name) == step), None)
-    found: dict[str, Any] = {"phase": phase, "mpd": None, "runs": [], "measure": None}
+    found: SeedFloor = {"phase": phase, "mpd": None, "runs": [], "measure": None}
     if phase is None or step is None or not step.startswith("train-"):
         return found
     names = [module.name for module in linear_modules(prepared.meta_model)]

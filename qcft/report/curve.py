@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from qcft.recipe.stages import DIAL, is_dial
 from qcft.report.arms import Arm, members
@@ -11,16 +11,31 @@ from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import draw, label, look
 from qcft.report.standing import ENGLISH, mean_of
+from qcft.store.metrics import AnswerLengths, DialMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each scale with EA and MA: mean NLL per answer token of the English groups and of the others (None where there
-    are none), beside each group's own and the English answers."""
-    found = []
-    for point in points:
+class CurvePoint(TypedDict):
+    """One scale of the curve; mean NLL per answer token, and rows by group."""
+
+    scale: float
+    EA: float | None
+    MA: float | None
+    groups: dict[str, float]
+    rows: dict[str, int]
+    answers: AnswerLengths | None
+
+
+AVERAGES: dict[Literal["EA", "MA"], str] = {"EA": "EA: English", "MA": "MA: other languages"}
+
+
+def curve_points(metrics: Mapping[str, object]) -> list[CurvePoint]:
+    """A `dial` step's scales with EA and MA: mean NLL per answer token of the English groups and of the others (None
+    where there are none), beside each group's own and the English answers."""
+    found: list[CurvePoint] = []
+    for point in cast("DialMetrics", metrics)["points"]:
         groups = point["groups"]
         found.append(
             {
@@ -35,12 +50,12 @@ def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def curve_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def curve_rows(points: Sequence[CurvePoint]) -> list[dict[str, str]]:
     """The curve as the rows of a table."""
     return [
         {
             "scale": f"{point['scale']:g}",
-            **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in ("EA", "MA")},
+            **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in AVERAGES},
             **{f"{name} ({points[0]['rows'][name]} rows)": f"{nll:.3f}" for name, nll in point["groups"].items()},
             "English answers": in_short(point["answers"]) if point["answers"] else "-",
         }
@@ -56,24 +71,25 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
             if is_dial(name):
                 what = name.removeprefix(f"{DIAL}-") + (f" of {arm.label(run)}" if len(arms) > 1 else "")
                 file = f"{run.run.name}-{name}" if len(arms) > 1 else name
-                points = curve_points(stage.metrics["points"])
+                points = curve_points(stage.metrics)
                 blocks.append(_curve(points, file, what))
                 blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), map(_flat, points)))
     return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
 
-def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{key: point[key] for key in ("scale", "EA", "MA")}, **point["groups"], **(point["answers"] or {})}
+def _flat(point: CurvePoint) -> dict[str, object]:
+    own = {"scale": point["scale"], "EA": point["EA"], "MA": point["MA"]}
+    return {**own, **point["groups"], **(point["answers"] or {})}
 
 
-def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
+def _curve(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
     def body(axes: Axes) -> None:
-        for i, (key, word) in enumerate((("EA", "EA: English"), ("MA", "MA: other languages"))):
-            line = [(p["scale"], p[key]) for p in points if p[key] is not None]
+        for i, key in enumerate(AVERAGES):
+            line = [(p["scale"], nll) for p in points if (nll := p[key]) is not None]
             if line:
                 own = look(i)
                 axes.plot(
-                    [scale for scale, _ in line], [nll for _, nll in line], label=word, color=own.colour,
+                    [scale for scale, _ in line], [nll for _, nll in line], label=AVERAGES[key], color=own.colour,
                     marker=own.marker, linestyle=own.line,
                 )  # fmt: skip
         label(axes, "scale of the delta", "NLL, nats per answer token")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from qcft.files import read_sealed
+from qcft.measure.shifts import read_drift
 from qcft.report.arms import Arm, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
+from qcft.store.metrics import DriftFile, DriftFound, Pair, SeedFloor, StateShift
 from qcft.store.opened import DoneStep
 
 MOST_ROWS = 12  # of a table; --json and drift.json have every layer
 BAR = 10
-SHIFTS = {"mean_shift": "mean shift", "covariance_shift": "covariance shift", "cka": "CKA"}
+SHIFTS: dict[Literal["mean_shift", "covariance_shift", "cka"], str] = {
+    "mean_shift": "mean shift",
+    "covariance_shift": "covariance shift",
+    "cka": "CKA",
+}
 
 
 def floor_file(run: Path, stage: str) -> Path:
@@ -22,12 +28,12 @@ def floor_file(run: Path, stage: str) -> Path:
     return run / "report" / f"{drift_name(stage)}-floor.json"
 
 
-def found_drift(done: DoneStep, run: Path, stage: str) -> dict[str, Any]:
-    """A done drift's drift.json, and as `floor` that of its MPD (see qcft/inspect/floor.py; None: never looked for)."""
-    return {**done.json("drift.json"), "floor": read_sealed(floor_file(run, stage))}
+def found_drift(done: DoneStep, run: Path, stage: str) -> DriftFound:
+    """What a done drift found, and the floor of its MPD, which is beside the run's report."""
+    return {**read_drift(done), "floor": cast("SeedFloor | None", read_sealed(floor_file(run, stage)))}
 
 
-def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def drift_rows(found: DriftFile) -> tuple[list[str], list[list[str]]]:
     """Titles and rows: MPD and its bar, and for each language mean shift, covariance shift and CKA."""
     layers = found["layers"]
     step = -(-len(layers) // MOST_ROWS)
@@ -43,14 +49,14 @@ def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-def drift_says(found: Mapping[str, Any]) -> list[str]:
+def drift_says(found: DriftFound) -> list[str]:
     """What the table says, in sentences."""
     moved = found["parameters"]
     sentences = []
     if moved["mpd"] is None:
         sentences.append(f"No MPD: {moved['reason']}.")
     else:
-        words = {
+        words: dict[Pair, str] = {
             "from-to": f"{found['from']} to {found['to']}",
             "base-from": f"base to {found['from']}",
             "base-to": f"base to {found['to']}",
@@ -63,10 +69,10 @@ def drift_says(found: Mapping[str, Any]) -> list[str]:
             f"MPD, the mean over {moved['matrices']} weight matrices of the L2 norm of their difference "
             f"(in parentheses: relative to the largest): {each}; L2 norm of all {moved['norm']:.3f}."
         )
-        sentences.append(_floor(found))
+        sentences.append(_floor(found["floor"]))
     for lang, text in found["text"].items():
         shifts = [layer["languages"][lang] for layer in found["layers"]]
-        covariances, ckas = ([shift[key] for shift in shifts] for key in ("covariance_shift", "cka"))
+        covariances, ckas = [shift["covariance_shift"] for shift in shifts], [shift["cka"] for shift in shifts]
         worst, least = covariances.index(max(covariances)), ckas.index(min(ckas))
         sentences.append(
             f"{lang}: largest covariance shift {shifts[worst]['covariance_shift']:.3f} in layer {worst}, least CKA "
@@ -75,9 +81,8 @@ def drift_says(found: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _floor(found: Mapping[str, Any]) -> str:
+def _floor(floor: SeedFloor | None) -> str:
     """What MPD two seeds of one training have, in a sentence."""
-    floor = found["floor"]
     if floor is None:
         return "Its floor, the MPD of two seeds of one training, was not measured; `qcft drift` looks for it."
     what = f"the MPD of two seeds of {floor['phase']}'s training" if floor["phase"] else "the MPD of two seeds"
@@ -90,7 +95,7 @@ def _floor(found: Mapping[str, Any]) -> str:
     return f"Its floor, {what}, is not known: there is no training of plain LoRA here to repeat."
 
 
-def note(found: Mapping[str, Any]) -> str:
+def note(found: DriftFile) -> str:
     """What the columns mean."""
     cka = (
         "debiased and linear, 1 where states are alike up to turning and scaling, 0 where they are unrelated"
@@ -109,7 +114,8 @@ def drift_section(arms: Sequence[Arm]) -> Section | None:
     several = len(members(arms)) > 1
     for arm, run in members(arms):
         for stage, done in run.run.stages.items():
-            if stage.startswith("drift/") and (found := found_drift(done.opened, run.run.folder, stage)):
+            if stage.startswith("drift/"):
+                found = found_drift(done.opened, run.run.folder, stage)
                 name = drift_name(stage) + (f"-{run.run.name}" if several else "")
                 what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
                 blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
@@ -121,7 +127,7 @@ def drift_name(stage: str) -> str:
     return stage.replace("/", "-")
 
 
-def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
+def _plot(found: DriftFile, name: str, what: str) -> Figure:
     layers, languages = found["layers"], list(found["text"])
     numbers = [layer["layer"] for layer in layers]
     with_mpd = found["parameters"]["mpd"] is not None
@@ -161,7 +167,7 @@ def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
     )
 
 
-def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
+def _table(found: DriftFile, name: str, what: str) -> Table:
     rows, records = [], []
     for layer in found["layers"]:
         rows.append(
@@ -171,11 +177,11 @@ def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
                 **{f"{lang}\nmean  cov  CKA": _shift(shift) for lang, shift in layer["languages"].items()},
             }
         )
-        own = {key: layer[key] for key in ("layer", "frozen", "mpd")}
+        own = {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"]}
         records += [{**own, "lang": lang, **shift} for lang, shift in layer["languages"].items()]
     meaning = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {note(found)}."
     return Table.of(name, f"Drift {what}", rows, records, meaning)
 
 
-def _shift(shift: Mapping[str, float]) -> str:
+def _shift(shift: StateShift) -> str:
     return f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}"

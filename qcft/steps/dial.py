@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from qcft.files import read_sealed, write_sealed
 from qcft.models.adapters import combine_live, set_scale
 from qcft.prepare.settings import ADDED
-from qcft.steps.probe import Probe
+from qcft.steps.probe import Measuring
 from qcft.steps.step import SCORES, Bench, Step
+from qcft.store.metrics import DialMetrics, DialPoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DialPoints(Probe):
+class DialPoints(Measuring[DialMetrics]):
     """Measures the phase's delta at each scale, in one load; what a killed process measured is kept."""
 
     kind: ClassVar[str] = "dial"
@@ -32,12 +32,13 @@ class DialPoints(Probe):
     method: str | None = field(default=None, metadata=ADDED)
     density: float | None = field(default=None, metadata=ADDED)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> DialMetrics:
         """Measure the scales that are missing."""
-        model, points = cast("PeftModel", bench.load(step, self.quantize)), []
+        model = cast("PeftModel", bench.load(step, self.quantize))
+        points: list[DialPoint] = []
         for scale in self.scales:
             place = folder / f"{scale:g}"
-            point = read_sealed(place / "point.json")
+            point = cast("DialPoint | None", read_sealed(place / "point.json"))
             if point is None:
                 place.mkdir(exist_ok=True)
                 if self.method and self.density is not None:
@@ -50,7 +51,7 @@ class DialPoints(Probe):
             points.append(point)
         return {"points": points}
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: DialMetrics) -> str:
         """How many scales were measured."""
         return f"{len(metrics['points'])} scales"
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 from qcft.models.adapters import combine_live
 from qcft.models.chat import write_chat
@@ -20,8 +19,14 @@ if TYPE_CHECKING:
     from qcft.training.memory import Planned
 
 
+class MergeMetrics(TypedDict):
+    """How many weights the adapters changed."""
+
+    merged_weights: int
+
+
 @dataclass(frozen=True)
-class Merge(Work):
+class Merge(Work[MergeMetrics]):
     """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, or combined by one of
     PEFT's methods, which draw by `seed`."""
 
@@ -36,7 +41,7 @@ class Merge(Work):
     density: float | None = field(default=None, metadata=ADDED)
     seed: int = field(default=0, metadata=ADDED)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> MergeMetrics:
         """Merge into `folder/model`."""
         work, done = folder / "model.partial", folder / "model"
         for place in (work, done):
@@ -53,7 +58,7 @@ class Merge(Work):
         work.rename(done)
         return {"merged_weights": changed}
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: MergeMetrics) -> str:
         """How many weights were changed."""
         return f"{metrics['merged_weights']} weights changed"
 
