@@ -313,14 +313,15 @@ def drift(
     against: str | None = None,
     rows: int = 16,
     texts: Mapping[str, Path] | None = None,
+    apart: bool = False,
 ) -> DriftShown:
     """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
 
-    Raises QcftError.
+    `apart` compares the paper's way: phase 1, and the last phase's data trained from the same base. Raises QcftError.
     """
     from qcft.inspect.drift import Asked, measure_drift
 
-    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts), runs, watch)
+    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts, apart), runs, watch)
     _report(read(named.name, runs), runs)
     drawing = named.folder / "report" / "plots" / f"{drift_name(stage)}.svg"
     return {"run": named.name, **found, "drawing": str(drawing)}

@@ -15,12 +15,12 @@ from qcft.events import ArmChanged, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.meta import model_without_weights
 from qcft.prepare.checks import check_prepared
-from qcft.recipe import expand_ablation, recipe_from
+from qcft.recipe import built_in_recipes, expand_ablation, load_recipe, recipe_from
 from qcft.runner.planned import PlannedRecipe
 from qcft.store.ablations import Ablation, run_states
 from qcft.terminal import ablation_view
 
-from .helpers.tiny import make_recipe
+from .helpers.tiny import make_llama, make_recipe
 
 ARMS = [
     {"name": "plain", "set": {"phase2.replay": None, "phase2.freeze": "none"}},
@@ -376,7 +376,35 @@ def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
 
 # --- the recipes that ship
 
-ARMS_OF = {"quick-ablation-cpu": 6, "ablation-8gb": 27, "paper-mistral-7b": 58, "paper-llama3-8b": 58}
+ARMS_OF = {
+    "quick-ablation-cpu": 6,
+    "free-remedies": 7,
+    "lora-baseline": 12,
+    "ablation-8gb": 27,
+    "paper-small": 10,
+    "paper-mistral-7b": 58,
+    "paper-llama3-8b": 58,
+}
+ON_SHIPPED_DATA = ["quick-ablation-cpu", "free-remedies", "lora-baseline"]
+
+
+def test_every_recipe_that_ships_is_in_these_tests():
+    assert {name for name in built_in_recipes() if load_recipe(name).ablation} == ARMS_OF.keys()
+    assert {name for name in ARMS_OF if "qcft:" in built_in_recipes()[name].read_text()} == {*ON_SHIPPED_DATA}
+
+
+@pytest.mark.parametrize("command", ["ablate", "run"])
+@pytest.mark.parametrize("name", ON_SHIPPED_DATA)
+def test_a_recipe_on_shipped_data_is_planned_as_it_ships(qcft, tokenizer, tmp_path, name, command):
+    """With another model alone, as deep as theirs: the arms' data, freezing and rows are theirs."""
+    smaller = ["--set", f"model.name={make_llama(tmp_path / 'deep', tokenizer, layers=30)}"]
+    code, out, err = qcft(command, name, *smaller, "--dry-run", "--json", "-q")
+    assert code == 0, err
+    planned = json.loads(out)
+    if command == "ablate":
+        assert len(planned["runs"]) == ARMS_OF[name]
+    else:
+        assert "train phase2" in {step["title"] for step in planned}
 
 
 @pytest.mark.parametrize("name", ARMS_OF)
@@ -388,7 +416,8 @@ def test_a_recipe_that_ships_expands(name):
     assert len(arms) == ARMS_OF[name]
     assert all(one.recipe.ablation is None for one in arms)
     assert all(one.recipe.name == f"{name}-{one.arm}-s{one.seed}" for one in arms)
-    assert {m.name for m in arms[0].recipe.heldout.of} == {phase.name for phase in plain.phases}
+    others = {phase.name for phase in plain.phases} if any(one.as_long_as for one in arms) else set()
+    assert {m.name for m in arms[0].recipe.heldout.of} == others  # arms on other data measure all arms' rows
     assert len({json.dumps([m.model_dump() for m in one.recipe.heldout.of]) for one in arms}) == 1
 
 

@@ -69,6 +69,8 @@ CASES = {
     "seeds below nothing": (command("ablate", "ablation.yaml", "--seeds", "-1"), "--seeds"),
     "seeds with 400 digits": (command("ablate", "ablation.yaml", "--seeds", HUGE), "seed"),
     "seeds in other digits": (command("ablate", "ablation.yaml", "--seeds", "²"), "--seeds"),
+    "two models chosen twice": (command("drift", "tiny", "--apart", "--to", "phase1"), "--apart chooses both models"),
+    "apart from a phase that is not done": (command("drift", "tiny", "--apart"), "phase1 of tiny is not done"),
     "a drift of no rows": (command("drift", "tiny", "--rows", "0"), "--rows"),
     "replay shown below nothing": (command("replay", "tiny", "--show", "-1"), "--show"),
 }  # fmt: skip

@@ -141,6 +141,11 @@ CASES = {
     "a schedule nobody has": (setting("phase1.train.scheduler=cosin"), "no scheduler 'cosin'"),
     "an optimizer nobody has": (setting("phase1.train.optimizer=adamm"), "no optimizer 'adamm'"),
     "a field TRL lacks": (setting("phase1.train.sft={max_grad_nrom: 1}"), "no field 'max_grad_nrom'"),
+    "a loss TRL lacks": (setting("phase1.train.sft={loss_type: dtf}"), "no loss_type 'dtf'"),
+    "a loss that TRL does not smooth": (
+        setting("phase1.train.sft={loss_type: dft, label_smoothing_factor: 0.1}"),
+        "loss_type dft and label_smoothing_factor",
+    ),
     "a field qcft sets": (setting("phase1.train.sft={output_dir: x}"), "output_dir is set by qcft itself"),
     "a token in a field": (setting("phase1.train.sft={hub_token: abc}"), "hub_token is set by qcft itself"),
     "a token in a value": (setting(f"model.revision=hf_{'a' * 34}"), "holds an access token"),

@@ -42,20 +42,29 @@ def test_a_delta_less_itself_is_nothing():
 
 
 def cka(x, y):
-    """Linear CKA as Kornblith et al. 2019 define it (eq. 3): HSIC of the centred Gram matrices of the examples."""
+    """Debiased linear CKA from Gram matrices, with Song et al.'s unbiased HSIC (2012, eq. 5) as they write it."""
     n = len(x)
-    centring = np.eye(n) - np.ones((n, n)) / n
 
     def hsic(k, m):
-        return np.trace(k @ centring @ m @ centring) / (n - 1) ** 2
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        one = np.ones(n)
+        inner = np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2))
+        return (inner - 2 / (n - 2) * one @ k @ m @ one) / (n * (n - 3))
 
     k, m = x @ x.T, y @ y.T
     return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
 
 
+def moments(x, y, parts=1):
+    sums = Moments(x.shape[1])
+    for rows in np.array_split(np.arange(len(x)), parts):
+        sums.add(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]))
+    return sums.shift()
+
+
 @settings(deadline=None, max_examples=40)
 @given(
-    tokens=st.integers(3, 60),
+    tokens=st.integers(6, 60),
     width=st.integers(1, 12),
     offset=st.floats(-50, 50),
     parts=st.integers(1, 5),
@@ -65,30 +74,39 @@ def test_moments_are_those_of_numpy_however_the_tokens_come(tokens, width, offse
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, width)) + offset
     y = x @ rng.normal(size=(width, width)) + 0.3 * rng.normal(size=(tokens, width))
-    sums = Moments(width)
-    for rows in np.array_split(np.arange(tokens), parts):
-        sums.add(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]))
-    found = sums.shift()
+    found = moments(x, y, parts)
     cov_x, cov_y = (np.atleast_2d(np.cov(states, rowvar=False, bias=True)) for states in (x, y))
     mean = np.linalg.norm(y.mean(0) - x.mean(0)) / np.sqrt(np.trace(cov_x))
     assert found.mean_shift == pytest.approx(mean, rel=1e-6, abs=1e-9)
     assert found.covariance_shift == pytest.approx(np.linalg.norm(cov_y - cov_x) / np.linalg.norm(cov_x), rel=1e-6)
-    assert found.cka == pytest.approx(cka(x, y), rel=1e-6)
+    assert found.cka == pytest.approx(cka(x, y), rel=1e-6, abs=1e-6)
 
 
-def test_cka_sees_no_rotation_and_no_scale_and_little_of_what_is_unrelated():
+def test_cka_sees_no_rotation_and_no_scale():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 16)) * np.arange(1, 17)
     turned = 3 * x @ np.linalg.qr(rng.normal(size=(16, 16)))[0] + 7
-    for y, wanted in ((turned, 1.0), (rng.normal(size=(2000, 16)), 0.0)):
-        sums = Moments(16)
-        sums.add(torch.from_numpy(x), torch.from_numpy(y))
-        assert sums.shift().cka == pytest.approx(wanted, abs=0.02)
+    assert moments(x, turned).cka == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [40, 300])
+def test_cka_of_independent_states_is_nothing_however_few_the_tokens(tokens):
+    """The plain estimate is 0.6 to 0.9 here; the mean over several draws, as one draw of few tokens is noisy."""
+    rng = np.random.default_rng(1)
+    draws = [moments(rng.normal(size=(tokens, 256)), rng.normal(size=(tokens, 256))).cka for _ in range(8)]
+    assert np.mean(draws) == pytest.approx(0, abs=0.03)
+    assert max(map(abs, draws)) < 0.15
+    assert len({draw > 0 for draw in draws}) == 2
+
+
+def test_cka_of_three_tokens_is_not_defined():
+    with pytest.raises(QcftError, match="CKA needs 4 tokens, and the probe text has 3"):
+        moments(np.eye(3), np.eye(3))
 
 
 def test_states_that_are_not_finite_are_told():
     sums = Moments(2)
-    sums.add(torch.tensor([[1.0, 2.0], [3.0, float("nan")]]), torch.ones(2, 2))
+    sums.add(torch.tensor([[1.0, 2.0], [3.0, float("nan")]] * 2), torch.ones(4, 2))
     with pytest.raises(QcftError, match="not finite"):
         sums.shift()
 
@@ -250,6 +268,48 @@ def test_a_text_file_and_another_run(done, qcft, raw_recipe, tmp_path):
     assert found["parameters"]["mpd"] == pytest.approx(sum(moved) / 21, rel=1e-6)
 
 
+def apart(one, other):
+    """MPD of what two trainings added, from their adapters' files."""
+    found = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other)]
+    names = {key.removesuffix(".lora_A.weight") for each in found for key in each if key.endswith(".lora_A.weight")}
+    total = 0.0
+    for name in names:
+        a, b = (
+            2.0 * f[f"{name}.lora_B.weight"].double() @ f[f"{name}.lora_A.weight"].double()
+            if f"{name}.lora_A.weight" in f
+            else 0.0
+            for f in found
+        )
+        total += float(torch.linalg.norm(a - b))
+    return total / 21
+
+
+def test_mpd_stands_beside_its_floor_and_the_papers_form_is_one_command(done, qcft):
+    """Two seeds of one training are the floor: not measured, then by the command that is given."""
+    command = f"qcft run {done}/two/recipe.yaml --runs {done} --set seed=1 --as two-seed1"
+    found = drift_of(qcft, done, "--rows", "1")
+    assert found["floor"] == {"phase": "phase2", "mpd": None, "runs": [], "measure": command}
+    report = " ".join((done / "two" / "report" / "report.md").read_text().split())
+    assert "Its floor, the MPD of two seeds of phase2's training, was not measured" in report
+    assert qcft(*command.split()[1:], "-q")[0] == 0
+    floor = drift_of(qcft, done, "--rows", "1")["floor"]
+    assert floor["runs"] == ["two-seed1"]
+    assert floor["mpd"] == pytest.approx(apart(done / "two" / "phase2", done / "two-seed1" / "phase2"), rel=1e-6)
+
+    found = drift_of(qcft, done, "--apart", "--rows", "1")
+    assert (found["from"], found["to"]) == ("two-apart.phase2", "phase1")
+    alone = yaml.safe_load((done / "two-apart" / "recipe.yaml").read_text())
+    assert [phase["freeze"] for phase in alone["phases"]] == ["none"]  # the run's phase 2 freezes a layer
+    own = done / "two" / "phase1"
+    assert found["parameters"]["mpd"] == pytest.approx(apart(own, done / "two-apart" / "phase2"), rel=1e-6)
+    assert found["floor"]["mpd"] == pytest.approx(apart(own, done / "two-seed1" / "phase1"), rel=1e-6)
+    code, out, error = qcft("drift", "two", "--apart", "--rows", "1", "--runs", done)
+    assert code == 0, error
+    assert "training" not in error
+    floor = f"Its floor, the MPD of two seeds of phase1's training, is {found['floor']['mpd']:.3f}"
+    assert floor in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -257,9 +317,12 @@ def test_a_text_file_and_another_run(done, qcft, raw_recipe, tmp_path):
         (["--from", "phase2"], "the same model"),
         (["--text", "nowhere.txt"], "no file 'nowhere.txt'"),
         (["--against", "nobody"], "no run 'nobody'"),
+        (["--apart", "--to", "phase2"], "--apart chooses both models"),
+        (["--text", "short.txt"], "has 3 tokens beside the first of each row, and CKA needs 4"),
     ],
 )
-def test_bad_comparisons_are_refused(done, qcft, flags, says):
+def test_bad_comparisons_are_refused(done, qcft, tmp_path, flags, says):
+    (tmp_path / "short.txt").write_text("the cat\n")
     code, out, error = qcft("drift", "two", *flags, "--runs", done)
     assert code == 2
     assert out == ""
@@ -277,3 +340,6 @@ def test_a_run_of_another_base_is_refused(done, qcft, raw_recipe, tmp_path, toke
     code, _, error = qcft("drift", "two", "--against", "elsewhere", "--runs", done)
     assert code == 2
     assert "elsewhere is of another base model than two" in error
+    code, _, error = qcft("drift", "elsewhere", "--apart", "--runs", done)
+    assert code == 2
+    assert "--apart: elsewhere has one phase, phase1" in error

@@ -13,10 +13,11 @@ from qcft import InputError
 from qcft.events import Watch
 from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, linear_modules, lowest_adapted
 from qcft.layers.change import change_between, change_by_adapter
-from qcft.layers.snr import measure_snr, signal_to_noise, singular_values
+from qcft.layers.snr import NO_NOISE, measure_snr, signal_to_noise, singular_values
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model
 from qcft.recipe import Lora, Model, frozen_layers, frozen_modules, parse_freeze
+from qcft.report.cells import noise_ratio
 
 from .helpers.tiny import make_llama
 
@@ -148,11 +149,26 @@ def test_the_ratio_is_spectrums():
         expected = (
             values[values > edge].sum() / values[values <= edge].sum() / values.max()
             if (values <= edge).any()
-            else np.inf
+            else values.sum() / values.max() / NO_NOISE
         )
         assert signal_to_noise(torch.from_numpy(values), rows, columns) == pytest.approx(expected, rel=1e-12)
     assert signal_to_noise(torch.zeros(4), 4, 4) == 0
-    assert signal_to_noise(torch.ones(4), 4, 4) == float("inf")
+
+
+def test_matrices_without_noise_come_before_all_others_and_by_their_signal():
+    """In Spectrum's order: it takes 1 for a noise that is none. Ties went to the lower layer before."""
+    ratios = {
+        name: signal_to_noise(torch.tensor(values, dtype=torch.float64), 4, 4)
+        for name, values in {
+            "0": [9.0, 8.9, 8.8, 5.0],  # none at or below the edge
+            "1": [9.0, 8.9, 8.8, 8.7],
+            "2": [1e6, 0.2, 0.1, 0.1],  # one value of signal, three of noise
+            "3": [2.0, 2.0, 2.0, 2.0],
+        }.items()
+    }
+    assert ratios["2"] < 10 < ratios["0"] < ratios["1"] < ratios["3"] < float("inf")
+    assert frozen_modules(parse_freeze("snr:2"), ratios, dict.fromkeys(ratios, "q_proj")) == {"2", "0"}
+    assert (noise_ratio(ratios["2"]), noise_ratio(ratios["3"])) == (f"{ratios['2']:.3g}", "no noise")
 
 
 def test_snr_is_read_from_the_folder(tiny_model):

@@ -153,6 +153,28 @@ def test_phases_of_a_recipe_and_a_run_by_name(qcft, encoder, raw_recipe, cache, 
     assert json.loads((run / "report" / "similarity.json").read_text())["des"] == found["des"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_an_instruct_model_as_it_came_has_data_taken_for_it(
+    qcft, encoder, raw_recipe, color_data, cache, tmp_path, own
+):
+    """What ships with qcft, or the English that its phase replays; and it is said so, with the number of rows."""
+    phase = raw_recipe["phases"][1]
+    phase["replay"] = {"ratio": 0.2, **({"data": str(color_data / "en.jsonl")} if own else {})}
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**raw_recipe, "phases": [phase]}))
+    (run / "run.json").write_text(json.dumps({"stages": {}}))
+    code, out, error = qcft("similarity", "tiny", "--encoder", encoder, "--json")
+    assert code == 0, error
+    found = json.loads(out)
+    taken = str(color_data / "en.jsonl") if own else "qcft:instructions/en"
+    assert (found["a"]["name"], found["b"]["name"]) == (taken, "tiny:phase2")
+    rows = 60 if own else 164
+    assert found["des"]["rows"] == [rows, 24]
+    assert f"is not known to qcft: {rows} instructions of {taken} are taken for it" in found["says"][-1]
+    assert json.loads((run / "report" / "similarity.json").read_text())["says"] == found["says"]
+
+
 def test_instructions_need_no_answers_and_may_be_any_column(tmp_path, qcft, encoder, cache):
     plain = write_rows(tmp_path / "p.jsonl", [{"prompt": " one "}, {"prompt": ""}, {"prompt": "two"}])
     assert list(instructions(Source(path=str(plain)))) == ["one", "two"]

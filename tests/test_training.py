@@ -21,6 +21,7 @@ from qcft.recipe import Lora, Model, parse_freeze
 from qcft.training.batches import Fed, make_batches
 from qcft.training.checkpoints import last_whole
 from qcft.training.settings import check_settings, sft_config
+from qcft.training.trainer import Shortcuts
 
 from .helpers.training import TRAIN, adapter_of, log_of, rows_of, same, train
 
@@ -46,6 +47,24 @@ def test_lora_trains_in_fp32_on_a_4_bit_base(whole):
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("lora" in n for n in trainable)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dft_weighs_each_token_by_its_probability(tiny_model, tokenizer, tmp_path, fused):
+    """Through TRL's head, and from the model's own logits, for which TRL takes no loss but its own."""
+    settings = TRAIN.model_copy(update={"sft": {"loss_type": "dft"}, "steps": 1, "batch": 24})
+    train(tiny_model, tmp_path / "dft", settings=settings, lora=Lora(r=4), shortcuts=Shortcuts(fused=fused))
+    model = load_model(tiny_model, Model(name="tiny"))  # what the first step sees: its adapter adds nothing yet
+    each = []
+    for row in rows_of(tokenizer):
+        with torch.no_grad():
+            logits = model(torch.tensor([row.input_ids])).logits[0, :-1].float()
+        labels = torch.tensor(row.labels[1:])
+        each.append(logits.log_softmax(dim=-1)[labels != IGNORED].gather(1, labels[labels != IGNORED][:, None]))
+    logs = torch.cat(each)
+    (entry,) = log_of(tmp_path / "dft")
+    assert entry["loss"] == pytest.approx(float(-(logs.exp() * logs).mean()), rel=0.02)
+    assert entry["loss"] < 0.5 * float(-logs.mean())
 
 
 def test_what_is_trained_is_counted_by_source(whole, tokenizer):

@@ -53,6 +53,12 @@ def drift(
     against: Annotated[
         str | None, typer.Option("--against", metavar="RUN", help="Compare with another run's last phase, or --from.")
     ] = None,
+    apart: Annotated[
+        bool,
+        typer.Option(
+            "--apart", help="Train the last phase's data from the base, apart from phase 1, and compare the two models."
+        ),
+    ] = False,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each language.")] = 16,
     text: Annotated[
         list[str] | None,
@@ -65,17 +71,17 @@ def drift(
     """Show how far a phase moved the model, layer by layer: its weights (MPD) and what it makes of the same text."""
     from qcft import api
     from qcft.cli.flags import text_files
-    from qcft.report.drift_section import NOTE, drift_rows, drift_says
+    from qcft.report.drift_section import drift_rows, drift_says, note
     from qcft.terminal import tables
 
     def printed(found: DriftShown) -> None:
         tables.print_rows(*drift_rows(found))
-        tables.print_lines([*drift_says(found), NOTE])
+        tables.print_lines([*drift_says(found), note(found)])
         tables.say(f"drawing: {found['drawing']}", "dim")
 
     texts = text_files(text or [])
 
     def work(watch: Watch) -> DriftShown:
-        return api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=texts)
+        return api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=texts, apart=apart)
 
     show_work(work, printed, json_, quiet)

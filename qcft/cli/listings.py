@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
@@ -22,7 +23,7 @@ from qcft.store.results import Stage
 
 if TYPE_CHECKING:
     from qcft.inspect.layers import LayersTable
-    from qcft.measure.similarity import SimilarityFound
+    from qcft.measure.similarity import Side, SimilarityFound
     from qcft.replay.rows import ReplayShown
 
 
@@ -82,31 +83,46 @@ def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: boo
 def similarity_table(
     a: str, b: str | None, runs: Path, encoder: str | None, take: int | None, column: str | None, watch: Watch
 ) -> SimilarityFound:
-    """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named.
+    """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named; of
+    a run with one phase, DES of what is taken for its model's own data and that phase.
 
     Two phases of one run are also kept beside its report. Raises InputError.
     """
     from qcft.api import keep_similarity
-    from qcft.measure.similarity import Side, measure_similarity
+    from qcft.measure.similarity import instruct_side, measure_similarity
     from qcft.models.encoders import LABSE
 
+    run = a
     if b is None:
-        phases = [phase.name for phase in read_run(runs, a).recipe().phases]
-        if len(phases) < 2:
-            raise InputError(f"the run {a!r} has one phase, {phases[0]}", "name another data set, or phase, as B")
-        a, b = (f"{a}:{phase}" for phase in phases[-2:])
-    sides = []
-    for text in (a, b):
-        sources = _phase_sources(text, runs)
-        if sources is None:
-            sources = [one for raw in sources_of(text.split(",")) for one in Source(**raw).expanded()]
-        limited = (one.model_copy(update={"take": take}) if take else one for one in sources)
-        sides.append(Side(text, tuple(limited), column))
+        recipe = read_run(runs, run).recipe()
+        phases = [f"{run}:{phase.name}" for phase in recipe.phases[-2:]]
+        sides = [_side(phase, runs, column) for phase in phases]
+        if len(phases) == 1:
+            sides = [instruct_side(recipe), *sides]
+        kept = True
+    else:
+        sides = [_side(text, runs, column) for text in (a, b)]
+        run = a.rpartition(":")[0]
+        kept = run == b.rpartition(":")[0] and (runs / run / "run.json").is_file() and bool(_phase_sources(a, runs))
+    if take:
+        sides = [
+            replace(side, sources=tuple(one.model_copy(update={"take": take}) for one in side.sources))
+            for side in sides
+        ]
     found = measure_similarity(sides[0], sides[1], LABSE if encoder is None else encoder, watch)
-    names = [text.rpartition(":")[0] for text in (a, b)]
-    if names[0] == names[1] and (runs / names[0] / "run.json").is_file() and _phase_sources(a, runs):
-        keep_similarity(names[0], found, runs)
+    if kept:
+        keep_similarity(run, found, runs)
     return found
+
+
+def _side(text: str, runs: Path, column: str | None) -> Side:
+    """The data that `RUN:PHASE`, or a list of data sets, names."""
+    from qcft.measure.similarity import Side
+
+    sources = _phase_sources(text, runs)
+    if sources is None:
+        sources = [one for raw in sources_of(text.split(",")) for one in Source(**raw).expanded()]
+    return Side(text, tuple(sources), column)
 
 
 def recipes_listed() -> list[dict[str, str]]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import oddity, read_json, write_json
+from qcft.files import oddity, read_json, write_json, write_sealed
+from qcft.inspect.apart import train_apart
+from qcft.inspect.floor import seed_floor
 from qcft.inspect.mpd import parameter_difference
 from qcft.inspect.versions import (
     Version,
@@ -23,7 +25,7 @@ from qcft.inspect.versions import (
     weights_folder_of,
 )
 from qcft.layers import decoder_layers
-from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts, read_drift
+from qcft.measure.shifts import FEWEST_TOKENS, Shift, States, layer_outputs, layer_shifts
 from qcft.models.load import free_memory, load_model, quiet_libraries
 from qcft.models.switch import Adapters
 from qcft.prepare.model import PreparedModel
@@ -31,13 +33,14 @@ from qcft.prepare.prepared import Prepared
 from qcft.prepare.rows import Rows
 from qcft.recipe.stages import DRIFT
 from qcft.replay.pools import ENGLISH
+from qcft.report.drift_section import floor_file, found_drift
 from qcft.runner.libraries import set_environment
 from qcft.runner.recipe import do_step
 from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
 from qcft.steps.step import Bench, Step, Work
 from qcft.store import NamedRun, Store, read_run
 from qcft.store.holding import working
-from qcft.store.metrics import DriftFile, StateShift, TrainMetrics
+from qcft.store.metrics import DriftFile, DriftFound, StateShift, TrainMetrics
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -49,7 +52,8 @@ TEXT_TOKENS = 512  # of a line of a text file that are looked at
 @dataclass(frozen=True)
 class Asked:
     """What is compared: stages of a run (`base`, a phase, a merge), against another run's where one is named, on how
-    many held-out rows of each language, or on the lines of text files by language."""
+    many held-out rows of each language, or on the lines of text files by language. `apart`: the first phase and the
+    last one's data, each trained from the model as it came."""
 
     run: str | None = None
     since: str | None = None
@@ -57,16 +61,25 @@ class Asked:
     against: str | None = None
     rows: int = 16
     texts: Mapping[str, Path] | None = None
+    apart: bool = False
 
 
-def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFile]:
-    """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content.
+def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFound]:
+    """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content with the
+    `floor` of its MPD, which is also kept beside the run's report.
 
     Raises InputError before any model is loaded when the two can't be compared.
     """
     set_environment()
     quiet_libraries()
     store, named = Store(runs), read_run(runs, asked.run)
+    if asked.apart:
+        if asked.since or asked.to or asked.against:
+            raise InputError(
+                "--apart chooses both models", "leave out --from, --to and --against, or leave out --apart"
+            )
+        other_run, since_phase, to_phase = train_apart(named, runs, watch)
+        asked = replace(asked, against=other_run, since=since_phase, to=to_phase)
     recipe = named.recipe()
     last = recipe.phases[-1].name
     to = version_of(named, asked.to or last, store)
@@ -92,7 +105,8 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         if before is None:
             raise
         watch.note(f"as it was measured before, since {error.message}", "warning")
-        return named, before.stage, read_drift(store.opened(before.id))
+        return named, before.stage, found_drift(store.opened(before.id), named.folder, before.stage)
+    _check_length(texts)
     step = _step(since, to, texts, prepared)
     if store.done(step.id) is None:
         check_parents([step], store, watch)
@@ -102,14 +116,21 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         store.reuse(step.id, step.inputs(), watch)
         add_stage(named, step.stage, step.id)
         link_stage(named, step.stage, store.folder(record["step"]))
-    return named, step.stage, read_drift(store.opened(step.id))
+        floor = floor_file(named.folder, step.stage)
+        floor.parent.mkdir(exist_ok=True)
+        write_sealed(floor, seed_floor(named, to, prepared, store, watch))
+    return named, step.stage, found_drift(store.opened(step.id), named.folder, step.stage)
 
 
 def _measured_before(run: NamedRun, since: Version, to: Version, stored: Sequence[Step], store: Store) -> Step | None:
     """The run's comparison of these two models that is done and whole, on whichever rows."""
     pair = {"from": _as_setting(since), "to": _as_setting(to)}
     for step in stored:
-        if step.kind == "drift" and pair.items() <= step.settings.items() and store.done(step.id) is not None:
+        if (
+            step.work.version() == (Drift.kind, Drift.format)
+            and pair.items() <= step.settings.items()
+            and store.done(step.id) is not None
+        ):
             return step
     return None
 
@@ -125,6 +146,17 @@ def _held_out_texts(prepared: Prepared, rows: int) -> dict[str, list[list[int]]]
         if group.lang not in texts:
             texts[group.lang] = [row.input_ids for row in prepared.held_out(group).encoded[:rows]]
     return texts
+
+
+def _check_length(texts: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Check that there are tokens enough for CKA. Raises InputError."""
+    for lang, rows in texts.items():
+        if (tokens := sum(len(row) - 1 for row in rows)) < FEWEST_TOKENS:
+            raise InputError(
+                f"drift: the text in {lang} has {tokens} tokens beside the first of each row, and CKA needs "
+                f"{FEWEST_TOKENS}",
+                "give more of it: more --rows, or a longer --text",
+            )
 
 
 def _file_texts(files: Mapping[str, Path], prepared: PreparedModel) -> dict[str, list[list[int]]]:
@@ -161,6 +193,7 @@ class Drift(Work[DriftMetrics]):
     """Compares two models on texts; languages that a killed process has measured are kept."""
 
     kind: ClassVar[str] = "drift"
+    format: ClassVar[int] = 2  # CKA is debiased
 
     model: str
     quantize: str
@@ -190,6 +223,7 @@ class Drift(Work[DriftMetrics]):
         document: DriftFile = {
             "from": since.name,
             "to": to.name,
+            "cka": "debiased",
             "text": {
                 lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in self.texts.items()
             },

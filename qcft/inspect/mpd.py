@@ -41,7 +41,7 @@ def parameter_difference(
     reason = None
     for key, pair in pairs.items():
         try:
-            each = _module_norms(*pair, names, prepared, store, watch)
+            each = module_norms(*pair, names, prepared, store, watch)
             found[key] = sum(each.values()) / len(names)
             if key == "from-to":
                 norms = each
@@ -69,7 +69,7 @@ def parameter_difference(
     ]
 
 
-def _module_norms(
+def module_norms(
     since: Version, to: Version, names: Sequence[str], prepared: PreparedModel, store: Store, watch: Watch
 ) -> dict[str, float]:
     """||W - W'||_F of each linear module. Raises InputError where that can't be told."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_BYTES = 2**26  # of a matrix, in fp64, held at once
-SNR_FORMAT = 1  # raised when the way the ratio is computed changes
+SNR_FORMAT = 2  # raised when the way the ratio is computed changes
+NO_NOISE = 1e-300  # stands for the noise of a matrix without any: its ratio is above every other, and finite
 
 
 def signal_to_noise(singular: torch.Tensor, rows: int, columns: int) -> float:
@@ -30,7 +31,9 @@ def signal_to_noise(singular: torch.Tensor, rows: int, columns: int) -> float:
     Signal is the sum of the singular values above the Marchenko-Pastur edge sigma (1 + sqrt(beta)), noise the sum
     of the others; beta is the shorter side over the longer, sigma the interquartile range of the singular values
     over 1.349, that of a normal distribution (section 3 of the paper). `singular` is of shape (min(rows, columns),)
-    in any order. A matrix without noise has the ratio infinity, one of zeros 0.
+    in any order. A matrix of zeros has the ratio 0. One without noise has its signal over NO_NOISE in place of noise:
+    such matrices come before all others, and among themselves in the order of their signal over their largest singular
+    value. That is the order Spectrum's code gives them (noise 1 where there is none, commit 0ed1756).
     """
     import torch
 
@@ -40,7 +43,7 @@ def signal_to_noise(singular: torch.Tensor, rows: int, columns: int) -> float:
     low, high = torch.quantile(singular, torch.tensor([0.25, 0.75], dtype=singular.dtype)).tolist()
     edge = (high - low) / 1.349 * (1 + math.sqrt(min(rows, columns) / max(rows, columns)))
     signal, noise = float(singular[singular > edge].sum()), float(singular[singular <= edge].sum())
-    return signal / noise / largest if noise else math.inf
+    return signal / noise / largest if noise else signal / largest / NO_NOISE
 
 
 def singular_values(matrix: Any, rows: int, columns: int) -> torch.Tensor:

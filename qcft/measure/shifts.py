@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+FEWEST_TOKENS = 4  # that the unbiased HSIC is defined for
 SUM_BYTES = 10**9  # that the sums of the layers measured in one pass over the text may take
 
 States = Callable[[Sequence[int], Sequence[int]], "list[torch.Tensor]"]  # token ids, layers -> (tokens, width) each
@@ -27,8 +28,10 @@ class Shift:
 
     mean_shift        ||mean Y - mean X|| / sqrt(tr cov X): in units of the states' own spread in X
     covariance_shift  ||cov Y - cov X||_F / ||cov X||_F
-    cka               linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 3 with linear kernels): for centred
-                      states ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F); 1 where Y is X turned or scaled
+    cka               debiased linear CKA (Kornblith et al. 2019, arXiv 1905.00414; Nguyen et al. 2021, arXiv
+                      2010.15327, eq. 2): HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with the unbiased HSIC of Song et
+                      al. 2012 (JMLR 13, eq. 5). 1 where Y is X turned or scaled, 0 on average where the two are
+                      independent, however few the tokens; the plain estimate is far above 0 there
     """
 
     mean_shift: float
@@ -37,47 +40,75 @@ class Shift:
 
 
 class Moments:
-    """Running sums over tokens, in fp64, of the states of two models and of their products."""
+    """Running sums over tokens, in fp64, of the states of two models and of their products.
+
+    A state u is kept as (u - o, |u - o|^2, 1), o being the mean of the first ones: so the products hold the sums, the
+    squared norms and their products too, which the unbiased HSIC needs.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         import torch
 
         self.tokens = 0
-        self.sums = torch.zeros(2, width, dtype=torch.float64, device=device)
-        self.products = torch.zeros(3, width, width, dtype=torch.float64, device=device)  # X'X, Y'Y, Y'X
+        self.origins = torch.zeros(2, width, dtype=torch.float64, device=device)
+        self.products = torch.zeros(3, width + 2, width + 2, dtype=torch.float64, device=device)  # X'X, Y'Y, Y'X
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the states (tokens, width) that both models have for the same tokens."""
         import torch
 
-        x, y = x.to(self.sums), y.to(self.sums)
+        states = [one.to(self.products) for one in (x, y)]
+        if not self.tokens and len(x):
+            self.origins = torch.stack([one.mean(dim=0) for one in states])
         self.tokens += len(x)
-        self.sums += torch.stack([x.sum(dim=0), y.sum(dim=0)])
+        near = [one - origin for one, origin in zip(states, self.origins, strict=True)]
+        x, y = (torch.cat([u, u.square().sum(dim=1, keepdim=True), torch.ones_like(u[:, :1])], dim=1) for u in near)
         for product, left, right in zip(self.products, (x, y, y), (x, y, x), strict=True):
             product.addmm_(left.T, right)
 
     def shift(self) -> Shift:
-        """What the sums come to. Raises QcftError where states are not finite, or all alike."""
+        """What the sums come to. Raises QcftError for fewer than 4 tokens, and for states not finite or all alike."""
         import torch
 
-        means = self.sums / self.tokens
-        mean_x, mean_y = means
-        cov_x, cov_y, cross = (
-            product / self.tokens - torch.outer(left, right)
-            for product, left, right in zip(
-                self.products, (mean_x, mean_y, mean_y), (mean_x, mean_y, mean_x), strict=True
+        if self.tokens < FEWEST_TOKENS:
+            raise QcftError(
+                f"CKA needs {FEWEST_TOKENS} tokens, and the probe text has {self.tokens} beside the first of each row",
+                "give more text",
             )
-        )
+        (cov_x, hsic_x), (cov_y, hsic_y), (_, hsic) = (_covariance_and_hsic(one) for one in self.products)
         norm_x, norm_y = float(torch.linalg.norm(cov_x)), float(torch.linalg.norm(cov_y))
-        if not norm_x * norm_y > 0:  # nan, too
+        if not (norm_x * norm_y > 0 and hsic_x * hsic_y > 0):  # nan, too
             raise QcftError(
                 "a model's hidden states on the probe text are not finite, or all alike", "look at its losses"
             )
+        mean_x, mean_y = (
+            origin + product[-1, :-2] / self.tokens
+            for origin, product in zip(self.origins, self.products, strict=False)
+        )
         return Shift(
             float(torch.linalg.norm(mean_y - mean_x)) / float(torch.trace(cov_x)) ** 0.5,
             float(torch.linalg.norm(cov_y - cov_x)) / norm_x,
-            float(torch.linalg.norm(cross)) ** 2 / (norm_x * norm_y),
+            hsic / (hsic_x * hsic_y) ** 0.5,
         )
+
+
+def _covariance_and_hsic(product: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The covariance (width, width) of two models' states, and the unbiased HSIC of their linear kernels.
+
+    From the product of the states as `Moments` keeps them. With centred states u, v of n tokens, Song et al.'s eq. 5
+    comes to (||sum u v'||_F^2 - n/(n-2) sum |u|^2 |v|^2 + sum |u|^2 sum |v|^2 / ((n-1)(n-2))) / (n (n-3)), as the
+    centred kernels' rows sum to 0.
+    """
+    import torch
+
+    n = float(product[-1, -1])
+    mean_u, mean_v = product[:-2, -1] / n, product[-1, :-2] / n
+    scatter = product[:-2, :-2] - n * torch.outer(mean_u, mean_v)
+    # |u - mean|^2 is the product of (u, |u|^2, 1) and (-2 mean, 1, |mean|^2).
+    to_u, to_v = (torch.cat([-2 * m, m.new_ones(1), m.square().sum()[None]]) for m in (mean_u, mean_v))
+    squares_u, squares_v = to_u @ product[:, -1], product[-1] @ to_v
+    total = scatter.square().sum() - n / (n - 2) * (to_u @ product @ to_v) + squares_u * squares_v / ((n - 1) * (n - 2))
+    return scatter / n, float(total) / (n * (n - 3))
 
 
 def layer_shifts(
@@ -89,7 +120,7 @@ def layer_shifts(
     any others, which would be all that one saw. Layers are taken together as far as their sums fit into a gigabyte;
     the text is run once more for each such group.
     """
-    together = max(1, SUM_BYTES // (3 * 8 * width**2))
+    together = max(1, SUM_BYTES // (3 * 8 * (width + 2) ** 2))
     groups = [range(i, min(i + together, layers)) for i in range(0, layers, together)]
     found: list[Shift] = []
     done = 0

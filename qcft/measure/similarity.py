@@ -30,11 +30,25 @@ OWN = {
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two data sets: what it is called, and its sources, one per language."""
+    """One of the two data sets: what it is called, and its sources, one per language. `stands_for`: whose data it is
+    taken for, where that is not known."""
 
     name: str
     sources: tuple[Source, ...]
     column: str | None = None
+    stands_for: str | None = None
+
+
+def instruct_side(recipe: Recipe) -> Side:
+    """What is taken for the data of an instruct model that is phase 1 as it came, which qcft cannot know.
+
+    It is what replay keeps that model's English alive with: the phase's replay.data, else the English instructions that
+    ship with qcft.
+    """
+    replay = recipe.phases[0].replay
+    data = [source for part in (replay.parts() if replay else ()) for source in part.data]
+    sources = [one for source in data for one in source.expanded()] or [Source(path=OWN["similar"][0], lang="en")]
+    return Side(",".join(one.path for one in sources), tuple(sources), stands_for=recipe.model.name)
 
 
 class SimilarityRecord(TypedDict):
@@ -168,6 +182,7 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> Similari
         word: _as_record(similarity(*(embedder.sums(Source(path=path), None) for path in pair)))
         for word, pair in OWN.items()
     }
+    verdict, says = _judged(found, [entry["value"] for entry in by_language], source, own_pairs)
     return {
         "a": _described(a, sums_a),
         "b": _described(b, sums_b),
@@ -175,7 +190,8 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> Similari
         "des": _as_record(found),
         "languages": by_language,
         "scale": {"paper": PAPER if source.name == LABSE else None, "qcft": own_pairs},
-        **_judged(found, [entry["value"] for entry in by_language], source, own_pairs),
+        "verdict": verdict,
+        "says": [*says, *(_stands_for(side, sums) for side, sums in ((a, sums_a), (b, sums_b)) if side.stands_for)],
     }
 
 
@@ -217,6 +233,13 @@ def _remedy(verdict: str, phase: Phase) -> str:
     return f"{word} --set {phase.name}.replay=0.2, or --set {phase.name}.freeze=first:0.5."
 
 
+def _stands_for(side: Side, sums: EmbeddingSums) -> str:
+    return (
+        f"What {side.stands_for} was tuned on is not known to qcft: {sums.rows:,} instructions of {side.name} are "
+        "taken for it, the English that replay uses without a phase 1. The paper's Instruct data is not public either."
+    )
+
+
 def _by_language(side: Side, sums: Sequence[EmbeddingSums]) -> Iterator[tuple[str, EmbeddingSums]]:
     langs = [str(source.lang or "?") for source in side.sources]
     for lang in dict.fromkeys(langs):
@@ -229,8 +252,8 @@ def _described(side: Side, sums: EmbeddingSums) -> SideOf:
 
 def _judged(
     found: Similarity, languages: Sequence[float], source: EncoderSource, own: Mapping[str, SimilarityRecord]
-) -> Judged:
-    """What the value implies for phase 2, and how sure that is: a `verdict` and sentences."""
+) -> tuple[str, list[str]]:
+    """What the value implies for phase 2, and how sure that is: a verdict and sentences."""
     if source.name == LABSE:
         like, unlike = PAPER.values()
         scale = (
@@ -264,4 +287,4 @@ def _judged(
         f"How sure: two points make that scale, so it is a hint and no threshold; the live probe and the table measure "
         f"English itself.{few}",
     ]
-    return {"verdict": word.split(":")[0], "says": says}
+    return word.split(":")[0], says

@@ -48,8 +48,8 @@ def expand_ablation(
         for seed in plain.ablation.seeds or [plain.seed]
         for name, settings, mixed in plain.ablation.variants()
     ]
-    measured = _measured_of([plain, *(one.recipe for one in arms)])
-    if all(_measured_of([one.recipe]) == measured for one in arms):
+    measured = measured_of([plain, *(one.recipe for one in arms)])
+    if all(measured_of([one.recipe]) == measured for one in arms):
         return plain, arms
     return plain, [
         replace(
@@ -104,7 +104,7 @@ def _without_replay(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"phases": phases})
 
 
-def _measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
+def measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
     """What is held out by the phases of all recipes: each source once, under the first phase that has it."""
     found: dict[str, Measured] = {}
     seen: set[str] = set()

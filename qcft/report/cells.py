@@ -125,3 +125,10 @@ def continual_in_words(continual: Transfer | None, unit: str, scale: float = 1.0
         return []
     transfer, lost = continual["backward_transfer"] * scale, continual["forgetting"] * scale
     return [f"Backward transfer {transfer:+.3f}, forgetting {lost:+.3f} {unit}."]
+
+
+def noise_ratio(ratio: float | None) -> str:
+    """A signal-to-noise ratio, or a mean of some, in a table; that of matrices without noise is beyond any other's."""
+    if ratio is None:
+        return "-"
+    return f"{ratio:.3g}" if ratio < 1e250 else "no noise"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
+from qcft.files import read_sealed
 from qcft.measure.shifts import read_drift
 from qcft.report.arms import Arm, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
-from qcft.store.metrics import DriftFile, Pair, StateShift
+from qcft.store.metrics import DriftFile, DriftFound, Pair, SeedFloor, StateShift
+from qcft.store.opened import DoneStep
 
 MOST_ROWS = 12  # of a table; --json and drift.json have every layer
 BAR = 10
@@ -18,6 +21,16 @@ SHIFTS: dict[Literal["mean_shift", "covariance_shift", "cka"], str] = {
     "covariance_shift": "covariance shift",
     "cka": "CKA",
 }
+
+
+def floor_file(run: Path, stage: str) -> Path:
+    """Where a run's folder keeps the floor of a drift's MPD: it depends on which other runs there are."""
+    return run / "report" / f"{drift_name(stage)}-floor.json"
+
+
+def found_drift(done: DoneStep, run: Path, stage: str) -> DriftFound:
+    """What a done drift found, and the floor of its MPD, which is beside the run's report."""
+    return {**read_drift(done), "floor": cast("SeedFloor | None", read_sealed(floor_file(run, stage)))}
 
 
 def drift_rows(found: DriftFile) -> tuple[list[str], list[list[str]]]:
@@ -36,7 +49,7 @@ def drift_rows(found: DriftFile) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-def drift_says(found: DriftFile) -> list[str]:
+def drift_says(found: DriftFound) -> list[str]:
     """What the table says, in sentences."""
     moved = found["parameters"]
     sentences = []
@@ -56,6 +69,7 @@ def drift_says(found: DriftFile) -> list[str]:
             f"MPD, the mean over {moved['matrices']} weight matrices of the L2 norm of their difference "
             f"(in parentheses: relative to the largest): {each}; L2 norm of all {moved['norm']:.3f}."
         )
+        sentences.append(_floor(found["floor"]))
     for lang, text in found["text"].items():
         shifts = [layer["languages"][lang] for layer in found["layers"]]
         covariances, ckas = [shift["covariance_shift"] for shift in shifts], [shift["cka"] for shift in shifts]
@@ -67,10 +81,31 @@ def drift_says(found: DriftFile) -> list[str]:
     return sentences
 
 
-NOTE = (
-    "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
-    "(Frobenius norm); CKA: linear, 1 where states are alike up to turning and scaling"
-)
+def _floor(floor: SeedFloor | None) -> str:
+    """What MPD two seeds of one training have, in a sentence."""
+    if floor is None:
+        return "Its floor, the MPD of two seeds of one training, was not measured; `qcft drift` looks for it."
+    what = f"the MPD of two seeds of {floor['phase']}'s training" if floor["phase"] else "the MPD of two seeds"
+    if floor["mpd"] is not None:
+        runs = floor["runs"]
+        of = f"; against {runs[0]}" if len(runs) == 1 else f"; mean against {len(runs)} runs: {', '.join(runs)}"
+        return f"Its floor, {what}, is {floor['mpd']:.3f}: so much comes of the seed alone{of}."
+    if floor["measure"]:
+        return f"Its floor, {what}, was not measured: run `{floor['measure']}`, then `qcft drift` again."
+    return f"Its floor, {what}, is not known: there is no training of plain LoRA here to repeat."
+
+
+def note(found: DriftFile) -> str:
+    """What the columns mean."""
+    cka = (
+        "debiased and linear, 1 where states are alike up to turning and scaling, 0 where they are unrelated"
+        if found.get("cka") == "debiased"
+        else "linear, not debiased: far above 0 for unrelated states if tokens are few; `qcft drift` measures it anew"
+    )
+    return (
+        "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
+        f"(Frobenius norm); CKA: {cka}"
+    )
 
 
 def drift_section(arms: Sequence[Arm]) -> Section | None:
@@ -80,7 +115,7 @@ def drift_section(arms: Sequence[Arm]) -> Section | None:
     for arm, run in members(arms):
         for stage, done in run.run.stages.items():
             if stage.startswith("drift/"):
-                found = read_drift(done.opened)
+                found = found_drift(done.opened, run.run.folder, stage)
                 name = drift_name(stage) + (f"-{run.run.name}" if several else "")
                 what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
                 blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
@@ -144,8 +179,8 @@ def _table(found: DriftFile, name: str, what: str) -> Table:
         )
         own = {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"]}
         records += [{**own, "lang": lang, **shift} for lang, shift in layer["languages"].items()]
-    note = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}."
-    return Table.of(name, f"Drift {what}", rows, records, note)
+    meaning = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {note(found)}."
+    return Table.of(name, f"Drift {what}", rows, records, meaning)
 
 
 def _shift(shift: StateShift) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from qcft.report.arms import Arm, Evidence
+from qcft.report.cells import noise_ratio
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import FAINT, INK, PAPER, draw, label, look
 from qcft.store.metrics import LayersFile, LayersMetrics
@@ -151,7 +152,7 @@ def _table(
             cells.append("frozen" if layer in frozen[name] else f"{changes.get(layer, 0.0):.{places}f}")
             record |= {f"{name} change": changes.get(layer, 0.0), f"{name} frozen": layer in frozen[name]}
         if snr:
-            cells.append(f"{snr[layer]:.3g}" if layer in snr else "-")
+            cells.append(noise_ratio(snr.get(layer)))
             record["snr"] = snr.get(layer)
         rows.append(tuple(cells))
         records.append(record)

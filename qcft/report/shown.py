@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NotRequired, TypedDict
 
 from qcft.report.curve import CurvePoint
-from qcft.store.metrics import DriftFile, KeptMetrics
+from qcft.store.metrics import DriftFound, KeptMetrics
 
 
 class ReportWritten(TypedDict):
@@ -47,8 +47,8 @@ class Dialled(TypedDict):
     merged: NotRequired[Merged]
 
 
-class DriftShown(DriftFile):
-    """What drift.json holds, of which run, and the drawing's path."""
+class DriftShown(DriftFound):
+    """What a drift found, of which run, and the drawing's path."""
 
     run: str
     drawing: str

@@ -71,7 +71,7 @@ def check_same_data(run: NamedRun, prepared: Prepared, phases: Sequence[str], st
         if phase.name in phases and any(_reads_alike(phase, other) for other in now.phases)
     ]
     if found := changed_phases(prepared, before.model_copy(update={"phases": same}), steps):
-        raise _changed(run, found)
+        raise data_changed(run, found)
     if len(same) == len(now.phases):
         _check_held_out(run, prepared, steps)
 
@@ -102,10 +102,11 @@ def _check_model(run: NamedRun, prepared: PreparedModel, steps: Sequence[Step]) 
 def _check_held_out(run: NamedRun, prepared: Prepared, steps: Sequence[Step]) -> None:
     wanted = {step.settings["held_out"] for step in steps if step.kind == "probe"}
     if wanted and prepared.held_out_digest() not in wanted:
-        raise _changed(run, changed_phases(prepared, run.recipe(), steps))
+        raise data_changed(run, changed_phases(prepared, run.recipe(), steps))
 
 
-def _changed(run: NamedRun, phases: Sequence[Phase]) -> InputError:
+def data_changed(run: NamedRun, phases: Sequence[Phase]) -> InputError:
+    """The error for phases whose data is not what the run was made with; held-out rows where none is named."""
     named = [f"{one.name} ({one.adapter or ', '.join(source.path for source in one.sources())})" for one in phases]
     what = f"the data of {' and '.join(named)} changed" if named else "its held-out rows changed"
     return InputError(

@@ -23,11 +23,16 @@ class Layers(Work[LayersMetrics]):
     step's parents, or `since` the model that this one was tuned from."""
 
     kind: ClassVar[str] = "layers"
+    format: ClassVar[int] = 2  # of signal to noise: matrices without noise are ranked by their signal
     streams: ClassVar[bool] = True
 
     model: str
     measure: str
     since: str | None = field(default=NOT_ASKED, metadata=ADDED)  # of signal to noise
+
+    def version(self) -> tuple[str, int]:
+        """The kind and its format; how change is measured is as it was."""
+        return self.kind, self.format if self.measure == "snr" else 1
 
     def do(self, step: Step, bench: Bench, folder: Path) -> LayersMetrics:
         """Measure every module."""

@@ -6,7 +6,7 @@ The metrics of a kind that nothing else reads stand beside the kind. `done.json`
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 
 class Paired(TypedDict):
@@ -280,5 +280,27 @@ class TextSize(TypedDict):
 # What drift.json holds: names of two models, the text they read by language, how far apart they are.
 DriftFile = TypedDict(
     "DriftFile",
-    {"from": str, "to": str, "text": dict[str, TextSize], "parameters": Difference, "layers": list[LayerDrift]},
+    {
+        "from": str,
+        "to": str,
+        "cka": NotRequired[Literal["debiased"]],
+        "text": dict[str, TextSize],
+        "parameters": Difference,
+        "layers": list[LayerDrift],
+    },
 )
+
+
+class SeedFloor(TypedDict):
+    """MPD of two seeds of one training, of `phase`: the mean over other `runs`, or the command that measures it."""
+
+    phase: str | None
+    mpd: float | None
+    runs: list[str]
+    measure: str | None
+
+
+class DriftFound(DriftFile):
+    """What a drift found, with the floor of its MPD; None where none was looked for."""
+
+    floor: SeedFloor | None

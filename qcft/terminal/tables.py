@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qcft.events import Mixed
 from qcft.report.arms import grouped
-from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, stage_rows
+from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, noise_ratio, stage_rows
 from qcft.report.cost import RunCost
 from qcft.report.task_cells import FIDELITY, SCORES, change_row, fidelity_rows, score_row, sides_of, way_of_asking
 from qcft.safe import json_shown, shown
@@ -188,7 +188,7 @@ def print_layers(table: LayersTable) -> None:
         on = ", ".join(_last(layer["adapted"])) or "frozen"
         if len(layer["adapted"]) >= per_layer:
             on = f"all {per_layer} linear modules"
-        measured = ("-" if layer[key] is None else f"{layer[key]:.3g}" for key in ("change", "snr"))
+        measured = ("-" if layer["change"] is None else f"{layer['change']:.3g}", noise_ratio(layer["snr"]))
         rows.append((str(layer["layer"]), on, f"{layer['trainable_parameters']:,}", *measured))
     styles = ["" if layer["adapted"] else "dim" for layer in table["layers"]]
     titles = ("layer", "adapters on", "trainable", "changed by phase 1", "signal/noise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED
@@ -54,15 +55,30 @@ def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return total
 
 
-def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """The loss of a pass from the model's own logits, where TRL's head would give another."""
-    total = summed_nll(outputs.logits, labels)
-    return total / ((labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+def own_loss(loss_type: str) -> Callable[..., torch.Tensor]:
+    """The loss of a pass from the model's own logits, where TRL's head would give another: `nll` or `dft`."""
+    summed = summed_dft if loss_type == "dft" else summed_nll
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        total = summed(outputs.logits, labels)
+        return total / ((labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
 
 
 def summed_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """-sum ln p over the tokens that bear loss, in nats; logits (rows, tokens, vocabulary), labels (rows, tokens)."""
+    return _nll(logits, labels, "sum")
+
+
+def summed_dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-sum p ln p, p in front of the logarithm without gradient: DFT's loss (Wu et al. 2025, arXiv 2508.05629)."""
+    each = _nll(logits, labels, "none")
+    return (each * (-each).exp().detach()).sum()
+
+
+def _nll(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
     from torch.nn.functional import cross_entropy
 
     chosen = labels[:, 1:] != IGNORED
-    return cross_entropy(logits[:, :-1][chosen].float(), labels[:, 1:][chosen], reduction="sum")
+    return cross_entropy(logits[:, :-1][chosen].float(), labels[:, 1:][chosen], reduction=reduction)

@@ -17,6 +17,7 @@ from qcft.training.distributed.ranks import sharded, world
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+LOSSES = ("nll", "dft", "chunked_nll")  # of TRL; the last is an older name of the first
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -36,6 +37,13 @@ def check_settings(train: Train) -> None:
                 f"train.sft: SFTConfig has no field {key!r}",
                 nearest(key, known) + "see TRL's documentation of SFTConfig",
             )
+    if (loss := train.sft.get("loss_type", "nll")) not in LOSSES:
+        raise InputError(f"train.sft: there is no loss_type {loss!r}", f"use {' or '.join(LOSSES)}")
+    if loss == "dft" and train.sft.get("label_smoothing_factor"):
+        raise InputError(
+            "train.sft: loss_type dft and label_smoothing_factor do not go together: TRL leaves the smoothing out",
+            "leave one of them out",
+        )
     if train.sft.get("activation_offloading") and device() == "cpu":
         raise InputError(
             "train.sft: activation_offloading moves activations from a GPU to main memory, and no GPU is used here",

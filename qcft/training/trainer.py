@@ -147,12 +147,15 @@ def make_trainer(
         return {ITEM: items, "labels": torch.tensor(labels)}  # by which the Trainer counts a step's answer tokens
 
     answers = AnswerTokens(model.get_base_model())
+    loss = None
+    if not shortcuts.fused:  # TRL, which takes a loss of ours in the place of `nll` only, is told of no other
+        loss, config.loss_type = own_loss(config.loss_type), "nll"
     trainer = PhaseTrainer(
         model=model,
         args=config,
         train_dataset=Dataset.from_dict({ITEM: range(len(batches.items))}),
         processing_class=tokenizer,
-        compute_loss_func=None if shortcuts.fused else own_loss,
+        compute_loss_func=loss,
     )
     collate, trainer.data_collator = trainer.data_collator, items_of
     trainer.remove_callback(PrinterCallback)

@@ -16,6 +16,7 @@ from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, Train, parse_freeze
 from qcft.training.batches import make_batches
 from qcft.training.sft import train_adapter
+from qcft.training.trainer import NO_SHORTCUTS
 
 TRAIN = Train(lr=1e-2, batch=4, epochs=3, max_length=64, checkpoint_steps=2)
 
@@ -31,7 +32,7 @@ def rows_of(tokenizer, count=24):
     return [replace(row, source="odd" if i % 2 else "even") for i, row in enumerate(encoded)]
 
 
-def train(model_folder, folder, watch=None, settings=TRAIN, lora=None):
+def train(model_folder, folder, watch=None, settings=TRAIN, lora=None, shortcuts=NO_SHORTCUTS):
     tokenizer = load_tokenizer(model_folder, Model(name="tiny"))
     rows = rows_of(tokenizer)
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
@@ -41,7 +42,9 @@ def train(model_folder, folder, watch=None, settings=TRAIN, lora=None):
         model, adapted_modules(model, "all-linear", parse_freeze("first:1"), 0), lora or Lora(r=4, dropout=0.1)
     )
     folder.mkdir(exist_ok=True)
-    return train_adapter(adapted, tokenizer, batches, settings, 0, folder, watch or Watch(), "training"), adapted
+    return train_adapter(
+        adapted, tokenizer, batches, settings, 0, folder, watch or Watch(), "training", shortcuts
+    ), adapted
 
 
 def log_of(folder):
