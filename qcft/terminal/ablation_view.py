@@ -159,7 +159,7 @@ def print_outcome(outcome: Outcome) -> None:
     note = (
         "English, other languages: NLL since the base in nats per answer token of all rows (lower is better), mean of"
     )
-    print_lines([f"{note} the seeds; the answer below says what can be told apart"], "dim")
+    print_lines([f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"], "dim")
     for run in outcome["runs"]:
         if run["state"] == "failed" and run["error"]:
             say(f"{run['run']} failed: {in_words(run['error'])}", "yellow")
