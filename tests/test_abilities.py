@@ -185,7 +185,7 @@ def test_the_table(done):
     for task in TASKS:
         entry = change["tasks"][task]
         assert entry["value"] == pytest.approx(last["scores"][task] - first["scores"][task])
-        assert entry["clear"] == (entry["low"] > 0 or entry["high"] < 0)
+        assert entry["clear"] == (entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0))
     assert change["EA"]["value"] == pytest.approx(last["EA"] - first["EA"])
     transfer = sum(last["scores"][t] - first["scores"][t] for t in TASKS[:3]) / 3
     assert table["continual"]["backward_transfer"] == pytest.approx(transfer)

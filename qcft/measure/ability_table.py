@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from qcft.measure.catalog import ENGLISH, family_of
-from qcft.measure.continual import Change, backward_transfer, forgetting, paired_change
+from qcft.measure.clusters import item_clusters
+from qcft.measure.continual import Items, backward_transfer, forgetting, paired_changes
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Recipe
 from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
 from qcft.store.metrics import AlpacaMetrics, FidelityMetrics, GroupScore, TaskMetrics
@@ -257,42 +258,45 @@ def _precision(cells: Mapping[str, Cell]) -> str:
 
 def _change(before: Mapping[str, Cell], after: Mapping[str, Cell], tasks: Mapping[str, Cell]) -> TaskChange:
     start, end = next(iter(before.values())), next(iter(after.values()))
-    found: dict[str, ScoreChange] = {}
-    values: dict[str, tuple[list[float], list[float]]] = {}
-    for name in tasks:
-        if name in before and name in after and before[name].found["paired"] and after[name].found["paired"]:
-            values[name] = (_items(before[name]), _items(after[name]))
-            found[name] = _told(paired_change([values[name][0]], [values[name][1]]))
+    names = [name for name in tasks if all(name in cells and cells[name].found["paired"] for cells in (before, after))]
     sides: dict[Side, dict[str, float]] = {}
     for side in SIDES:
         families = _families(tasks, side)
-        if families and all(task in values for family in families for task in family):
+        if families and all(task in names for family in families for task in family):
             sides[side] = {task: 1 / (len(families) * len(family)) for family in families for task in family}
     if len(sides) == len(SIDES):
         sides["overall"] = {task: weight / 2 for weights in sides.values() for task, weight in weights.items()}
+    made: list[ScoreChange] = []
+    if names:
+        items = {name: _items(before[name]) for name in names}
+        clusters = item_clusters({name: (family_of(name), items[name]) for name in names})
+        pairs = [
+            Items(_scores(before[name], items[name]), _scores(after[name], _items(after[name])), clusters[name])
+            for name in names
+        ]
+        weights = [[own.get(name, 0.0) for name in names] for own in sides.values()]
+        made = [cast("ScoreChange", asdict(one) | {"clear": one.is_clear}) for one in paired_changes(pairs, weights)]
     change: TaskChange = {
         "from": start.stage,
         "from_name": start.name,
         "to": end.stage,
         "to_name": end.name,
-        "tasks": found,
+        "tasks": dict(zip(names, made, strict=False)),
     }
-    for average, weights in sides.items():
-        befores, afters = ([values[task][i] for task in weights] for i in (0, 1))
-        change[average] = _told(paired_change(befores, afters, list(weights.values())))
+    for average, found in zip(sides, made[len(names) :], strict=True):
+        change[average] = found
     return change
 
 
-def _told(change: Change) -> ScoreChange:
-    low, high = change.low, change.high
-    return {"value": change.value, "low": low, "high": high, "items": change.items, "clear": change.is_clear}
+def _items(cell: Cell) -> list[dict[str, Any]]:
+    lines = cell.step.file("items.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def _items(cell: Cell) -> list[float]:
+def _scores(cell: Cell, items: Sequence[Mapping[str, Any]]) -> list[float]:
     """The main score, item by item."""
     key = cell.found["metric"].partition(",")[0]
-    lines = cell.step.file("items.jsonl").read_text(encoding="utf-8").splitlines()
-    return [float(json.loads(line)["scores"][key]) for line in lines]
+    return [float(item["scores"][key]) for item in items]
 
 
 def _continual(recipe: Recipe, stages: Stages, tasks: Mapping[str, Cell]) -> Transfer | None:

@@ -83,13 +83,7 @@ def _change(start: StageScores, end: StageScores, steps: Mapping[str, DoneStep])
     groups: dict[str, GroupChange] = {}
     for name in start["groups"]:
         change = difference(before[name], after[name])
-        groups[name] = {
-            "value": change.value,
-            "low": change.low,
-            "high": change.high,
-            "rows": change.rows,
-            "relative": change.value / start["groups"][name]["nll"],
-        }
+        groups[name] = {**change.as_dict(), "relative": change.value / start["groups"][name]["nll"]}
     return {
         "from": start["stage"],
         "from_name": start["name"],

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, cast
 
-from qcft.measure.continual import RESAMPLES, Interval
+from qcft.measure.intervals import Bounds, Interval, by_cluster, one_interval, ratio, together, with_seeds
 from qcft.measure.score import RowScore
+from qcft.store.metrics import Paired
+
+if TYPE_CHECKING:
+    from qcft.measure.intervals import Array
 
 MEASURABLE_GAIN = 0.05  # nats per answer token
 LOSS_ALLOWED = 0.02  # nats per answer token
 
 
-@dataclass(frozen=True)
+Runs = Mapping[int, Sequence[RowScore]]  # an arm's scores of the same rows, by seed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Difference(Interval):
-    """A difference of mean NLLs in nats per answer token, its interval over rows."""
+    """A difference of mean NLLs in nats per answer token, its interval over rows, and over seeds where there are."""
 
     rows: int
+
+    def as_dict(self) -> Paired:
+        """The difference as plain data."""
+        return cast("Paired", asdict(self))
 
 
 @dataclass(frozen=True)
@@ -43,20 +56,111 @@ def accuracy(scores: Sequence[RowScore]) -> float:
 
 
 def difference(a: Sequence[RowScore], b: Sequence[RowScore]) -> Difference:
-    """mean_nll(b) - mean_nll(a) on the same rows, with a paired bootstrap over rows.
+    """mean_nll(b) - mean_nll(a) on the same rows, with a paired 95% interval over rows (`intervals.one_interval`).
 
-    Percentile interval (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3), rows drawn for both
-    models alike (Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation").
-    The same 2,000 resamples every time, so that the same scores give the same interval.
+    Both models are compared row by row (Koehn 2004, "Statistical Significance Tests for Machine Translation
+    Evaluation"). Rows with one key, the translations of one row, are one observation. The same scores give the same
+    interval. Raises ValueError where the rows differ in number.
+    """
+    return changes([({0: a}, {0: b})])[0]
+
+
+def changes(arms: Sequence[tuple[Runs, Runs]]) -> list[Difference]:
+    """Each arm's change of its mean NLL, the mean over its runs: arms are scores before and after, by seed.
+
+    Each interval holds by itself. It is over rows, and where any arm has several runs over seeds too, whose variance is
+    pooled over the arms: one run each leaves it unmeasured (`seeds` is 1). All scores are of the same rows.
     """
     import numpy as np
 
-    tokens = np.array([s.tokens for s in a], dtype=float)
-    change = np.array([y.nll - x.nll for x, y in zip(a, b, strict=True)])
-    draws = np.random.default_rng(0).integers(0, len(tokens), size=(RESAMPLES, len(tokens)))
-    means = change[draws].sum(axis=1) / tokens[draws].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Difference(float(change.sum() / tokens.sum()), float(low), float(high), len(tokens))
+    for before, after in arms:
+        if {len(rows) for rows in (*before.values(), *after.values())} != {len(next(iter(before.values())))}:
+            raise ValueError("scores of different rows cannot be compared")
+    sums = [_sums([after[seed] for seed in before]) - _sums([*before.values()]) for before, after in arms]
+    rows = next(iter(arms[0][1].values()))
+    tokens = _tokens(rows)
+    means = [one.sum(axis=1) / tokens.sum() for one in sums]
+    found = []
+    for at, one in enumerate(sums):
+        value, influence = ratio(one.mean(axis=0)[:, None], tokens[:, None])
+        bounds = one_interval(influence[:, 0], tokens / tokens.sum())
+        if any(len(runs) > 1 for runs in means):
+            bounds = with_seeds(bounds, means, np.eye(len(arms))[at : at + 1], paired=False)
+        low, high, method = bounds.around(float(value[0]))
+        counts = {"clusters": len(tokens), "seeds": len(one), "rows": len(rows)}
+        found.append(Difference(float(value[0]), low, high, method=method, **counts))
+    return found
+
+
+def pairwise(arms: Mapping[str, Runs]) -> dict[tuple[str, str], Difference]:
+    """mean NLL of the second less that of the first for every ordered pair of arms, means over their runs.
+
+    The 95% intervals of all pairs hold together, so that the best of many arms is no better than it seems: where all
+    arms are equal, the chance that any interval excludes zero is 5%. They are over rows, and over seeds where an arm
+    has several runs, paired by seed where all arms have the same seeds. All scores are of the same rows.
+    """
+    rows = next(iter(next(iter(arms.values())).values()))
+    seeds = [sorted(runs) for runs in arms.values()]
+    ordered = [_sums([runs[seed] for seed in own]) for runs, own in zip(arms.values(), seeds, strict=True)]
+    tokens = _tokens(rows)
+    values, bounds = compare_arms(ordered, tokens, paired=all(own == seeds[0] for own in seeds))
+    found: dict[tuple[str, str], Difference] = {}
+    pairs = list(combinations(zip(arms, seeds, strict=True), 2))
+    for at, ((one, own), (other, others)) in enumerate(pairs):
+        value = float(values[at])
+        low, high, method = bounds.around(value, at)
+        counts = {"clusters": len(tokens), "seeds": min(len(own), len(others)), "rows": len(rows)}
+        there = Difference(value, low, high, method=method, compared=len(pairs), **counts)
+        back = Difference(
+            -value, None if high is None else -high, None if low is None else -low,
+            method=method, compared=len(pairs), **counts,
+        )  # fmt: skip
+        found |= {(one, other): there, (other, one): back}
+    return found
+
+
+def compare_arms(sums: Sequence[Array], tokens: Array, *, paired: bool) -> tuple[Array, Bounds]:
+    """The differences of all pairs of arms (first with second, first with third ...) and bounds that hold together.
+
+    `sums` holds each arm's summed NLLs (runs x clusters), `tokens` the clusters' answer tokens; with `paired`, run i of
+    every arm has the same seed.
+    """
+    import numpy as np
+
+    pairs = list(combinations(range(len(sums)), 2))
+    contrasts = np.zeros((len(pairs), len(sums)))
+    for at, (one, other) in enumerate(pairs):
+        contrasts[at, one], contrasts[at, other] = -1, 1
+    means = np.array([one.mean(axis=0) for one in sums])
+    values, influence = ratio((contrasts @ means).T, tokens[:, None])
+    clusters = len(tokens)
+    if len(pairs) == 1:
+        bounds = one_interval(influence[:, 0], tokens / tokens.sum())
+    else:
+        bounds = together(influence * np.sqrt(clusters / max(clusters - 1, 1)), clusters - 1)
+    if any(len(one) > 1 for one in sums):
+        by_run = [one.sum(axis=1) / tokens.sum() for one in sums]
+        bounds = with_seeds(bounds, by_run, contrasts, paired=paired)
+    return values, bounds
+
+
+def _sums(runs: Sequence[Sequence[RowScore]]) -> Array:
+    """Summed NLLs of clusters: runs x clusters. Raises ValueError where runs differ in their number of rows."""
+    import numpy as np
+
+    columns = np.array([[score.nll for score in rows] for rows in runs]).T
+    return by_cluster(_keys(runs[0]), columns).T
+
+
+def _tokens(rows: Sequence[RowScore]) -> Array:
+    import numpy as np
+
+    return by_cluster(_keys(rows), np.array([[float(score.tokens)] for score in rows]))[:, 0]
+
+
+def _keys(rows: Sequence[RowScore]) -> list[str | int]:
+    """What tells observations apart: a row's key, where scores have none its place."""
+    return [score.key or place for place, score in enumerate(rows)]
 
 
 def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[RowScore]) -> Kept:
@@ -67,6 +171,6 @@ def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[Ro
     loaded alike, so reloading the base costs nothing by itself.
     """
     gain, loss = difference(live, base), difference(live, merged)
-    measurable = gain.value >= MEASURABLE_GAIN and gain.low > 0
+    measurable = gain.value >= MEASURABLE_GAIN and gain.is_clear
     share = (gain.value - loss.value) / gain.value if measurable else None
     return Kept(share, gain, loss, worse=not measurable and loss.value > LOSS_ALLOWED)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from qcft.data.render import TemplateRefused, render
 from qcft.errors import QcftError
 from qcft.events import Watch
+from qcft.measure.clusters import CONTEXT, PARALLEL
 from qcft.models.halving import attempt
 from qcft.models.load import device
 
@@ -176,6 +177,7 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
             "doc": sample["doc_hash"],
             "prompt": sample["prompt_hash"],
             "scores": {key: sample[key] for key in sample["metrics"]},
+            **_kin(sample["doc"]),
             **({"answer": sample["resps"][0][0]} if tasks[task].OUTPUT_TYPE == "generate_until" else {}),
         }
         for task, samples in found["samples"].items()
@@ -196,6 +198,14 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
         is_mean,
         _texts([sample["doc"] for samples in found["samples"].values() for sample in samples]),
     )
+
+
+def _kin(doc: Mapping[str, Any]) -> dict[str, str]:
+    """What an item shares with others, where it is a question on a text: the text's digest, and the question's id."""
+    if not isinstance(doc.get("context"), str):
+        return {}
+    text = hashlib.sha256(doc["context"].encode()).hexdigest()[:16]
+    return {CONTEXT: text, **({PARALLEL: str(doc["id"])} if "id" in doc else {})}
 
 
 def _texts(docs: Sequence[Mapping[str, Any]]) -> list[str]:

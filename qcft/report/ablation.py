@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, TypedDict, cast
 
+from qcft.report.standing import mean_of
 from qcft.store.ablations import Ablation, Fault, State
 from qcft.store.results import Run
+from qcft.store.table import RunTable
 
 
 class Spread(TypedDict):
@@ -60,8 +62,8 @@ def outcome(ablation: Ablation, found: Mapping[str, Run]) -> Outcome:
     """The ablation as plain data: `arms`, each with the mean, least and most over its seeds, and every run's state.
 
     Changes are of the last stage's NLL since the base as it is loaded, which all arms share, in nats per answer token:
-    `english` over the English groups, `others` over the rest, each group weighing the same. `steps` and `tokens` are
-    the training of all phases. `found` holds the runs by name, as far as they are done.
+    `english` over all rows of the English groups, `others` over those of the rest, every token weighing the same.
+    `steps` and `tokens` are the training of all phases. `found` holds the runs by name, as far as they are done.
     """
     states = ablation.states()
     arms: list[ArmFigures] = []
@@ -105,19 +107,24 @@ class _Figures:
 
 
 def _figures(run: Run) -> _Figures:
-    last = next((c["groups"] for c in run.table["changes"] if c["from"] == "eval/base"), {})
-    english = {group["name"]: group["english"] for group in run.table["groups"]}
     return _Figures(
-        english=_mean([c["value"] for name, c in last.items() if english[name]]),
-        others=_mean([c["value"] for name, c in last.items() if not english[name]]),
+        english=_since_base(run.table, english=True),
+        others=_since_base(run.table, english=False),
         steps=sum(m["steps"] for m in run.trainings()),
         tokens=sum(m["tokens"] for m in run.trainings()),
         seconds=sum(stage.seconds for stage in run.stages.values()),
     )
 
 
-def _mean(values: list[float]) -> float | None:
-    return fmean(values) if values else None
+def _since_base(table: RunTable, *, english: bool) -> float | None:
+    """How far the mean NLL per answer token moved from the base to the last stage, over all rows of these groups."""
+    change = next((c for c in table["changes"] if c["from"] == "eval/base"), None)
+    if change is None:
+        return None
+    stages = {stage["stage"]: stage["groups"] for stage in table["stages"]}
+    groups = [group["name"] for group in table["groups"] if group["english"] is english]
+    before, after = (mean_of(stages[end][name] for name in groups) for end in (change["from"], change["to"]))
+    return None if before is None or after is None else after - before
 
 
 def _spread(found: Sequence[float | None]) -> Spread | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from qcft.store.metrics import AnswerLengths
+from qcft.measure.stats import Difference
+from qcft.report.languages import language_name
+from qcft.store.metrics import AnswerLengths, Paired
 from qcft.store.table import Between, GroupOf, Named, StageChange, StagesTable, Transfer
 
 
@@ -23,15 +25,15 @@ def stage_rows(table: StagesTable) -> list[dict[str, str]]:
 
 
 def change_rows(table: StagesTable) -> list[dict[str, str]]:
-    """A row per comparison: NLL change with its 95% interval and in percent."""
+    """A row per comparison: NLL change with its 95% interval over rows and in percent."""
     lines, answers = [], _answers(table)
     for change in table["changes"]:
-        line = {"change": change_name(change)}
+        line = {"change": f"{change_name(change)}\n[95% interval over rows]"}
         for group in table["groups"]:
             entry = change["groups"][group["name"]]
-            mark = " !" if group["english"] and entry["low"] > 0 else ""
+            mark = " !" if group["english"] and entry["low"] is not None and entry["low"] > 0 else ""
             line[_title(table, group)] = (
-                f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n[{entry['low']:+.2f}, {entry['high']:+.2f}]"
+                f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n{bracket(entry['low'], entry['high'])}"
             )
         if answers:
             start, end = answers[change["from"]]["mean_tokens"], answers[change["to"]]["mean_tokens"]
@@ -74,33 +76,58 @@ def left_out(reasons: Mapping[str, int], nothing: str) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or nothing
 
 
+def bracket(low: float | None, high: float | None, digits: int = 2) -> str:
+    """An interval as a table's cell has it."""
+    return "[no interval]" if low is None or high is None else f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def listed(things: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(things[:-1]), *things[-1:])))
+
+
+def counted(change: Paired | Difference) -> str:
+    """What an interval is over: `48 rows (16 without translations), 3 seeds`."""
+    change = change.as_dict() if isinstance(change, Difference) else change
+    text = f"{change['rows']:,} row{'s' * (change['rows'] != 1)}"
+    if change["clusters"] < change["rows"]:
+        text += f" ({change['clusters']:,} without translations)"
+    return text + (f", {change['seeds']} seeds" if change["seeds"] > 1 else "")
+
+
+def moved(change: Paired | Difference) -> str:
+    """A change of a loss in words: `rose by 0.158 nats per token (95% interval 0.107 to 0.208, 16 rows)`.
+
+    The interval has the direction of the words; where it includes zero, its bounds have signs, and more is said.
+    """
+    change = change.as_dict() if isinstance(change, Difference) else change
+    value, low, high = change["value"], change["low"], change["high"]
+    text = f"{'rose' if value > 0 else 'fell'} by {abs(value):.3f} nats per token"
+    if low is None or high is None:
+        return f"{text} ({change['method']}, {counted(change)})"
+    if low > 0 or high < 0:
+        low, high = sorted((abs(low), abs(high)))
+        return f"{text} (95% interval {low:.3f} to {high:.3f}, {counted(change)})"
+    return (
+        f"{text} (95% interval of the change {low:+.3f} to {high:+.3f}, {counted(change)}; a change below "
+        f"{(high - low) / 2:.3f}, half the interval's width, could not have been seen)"
+    )
+
+
 def conclusion(table: StagesTable) -> list[str]:
     """What the table says, in sentences: what was gained, what English lost."""
     if not table["changes"]:
         return []
     english = [g["name"] for g in table["groups"] if g["english"]]
-    others = [g["name"] for g in table["groups"] if not g["english"]]
+    others = [g for g in table["groups"] if not g["english"]]
     base = next((c for c in table["changes"] if c["from"] == "eval/base"), table["changes"][0])
     since = table["changes"][0]
-    sentences = []
+    sentences = [_english(since, name, len(english)) for name in english]
     if others:
-        gains = ", ".join(f"{name} {base['groups'][name]['relative']:+.0%}" for name in others)
-        sentences.append(f"NLL since the {_start(table, base)}: {gains}.")
-    for name in english:
-        entry = since["groups"][name]
-        clear = "" if entry["low"] > 0 or entry["high"] < 0 else "; the interval includes zero"
-        word = "lost" if entry["value"] > 0 else "gained"
-        sentences.append(
-            f"English ({name}) {word} {abs(entry['value']):.3f} nats since {since['from_name']}, "
-            f"95% interval {entry['low']:+.3f} to {entry['high']:+.3f}, {entry['rows']} rows{clear}."
-        )
+        sentences.append(_others(table, base, others))
     answers = _answers(table)
     if answers:
-        start, end = answers[since["from"]], answers[since["to"]]
-        sentences.append(
-            f"Greedy English answers went from {start['mean_tokens']:.0f} to {end['mean_tokens']:.0f} tokens, "
-            f"finished {start['finished']:.0%} to {end['finished']:.0%}, {end['rows']} prompts."
-        )
+        sentences.append(_length(answers[since["from"]], answers[since["to"]]))
     for stage, kept in table["kept"].items():
         share = kept["share"]
         if share is None:
@@ -114,9 +141,48 @@ def conclusion(table: StagesTable) -> list[str]:
     return sentences
 
 
-def _start(table: StagesTable, change: StageChange) -> str:
-    stage = next(s for s in table["stages"] if s["stage"] == change["from"])
-    return f"{stage['name']} in {stage['precision']}"
+def _english(since: StageChange, name: str, groups: int) -> str:
+    entry = since["groups"][name]
+    low, high = entry["low"], entry["high"]
+    clear = low is not None and high is not None and (low > 0 or high < 0)
+    if not clear:
+        word = "It cannot be told whether English got worse"
+    else:
+        word = "English got worse" if entry["value"] > 0 else "English did not get worse"
+    where = "since the base model" if since["from"] == "eval/base" else f"after {since['from_name']}"
+    loss = moved(entry).replace(" nats per token", f" nats per token {where}", 1)
+    return f"{word}{f' ({name})' if groups > 1 else ''}: its loss {loss}."
+
+
+def _others(table: StagesTable, base: StageChange, groups: Sequence[GroupOf]) -> str:
+    """How far the loss of the other languages fell or rose, in percent of where it began."""
+    langs = [group["lang"] for group in groups]
+    ways: dict[str, list[str]] = {}
+    unclear = []
+    for group in groups:
+        name = (
+            language_name(group["lang"]) if langs.count(group["lang"]) == 1 and group["lang"] != "?" else group["name"]
+        )
+        entry = base["groups"][group["name"]]
+        ways.setdefault("fell" if entry["value"] <= 0 else "rose", []).append(f"{abs(entry['relative']):.0%} in {name}")
+        if entry["low"] is None or entry["high"] is None or entry["low"] <= 0 <= entry["high"]:
+            unclear.append(name)
+    stage = next(s for s in table["stages"] if s["stage"] == base["from"])
+    bits = {"NF4": "4-bit", "16 bit": "16-bit"}.get(stage["precision"], stage["precision"])
+    whom = f"the {bits} base model" if base["from"] == "eval/base" else f"{stage['name']} in {stage['precision']}"
+    text = f"Compared with {whom}, held-out loss (NLL) {' and '.join(f'{w} by {listed(s)}' for w, s in ways.items())}"
+    return f"{text}{f'; in {listed(unclear)} the change cannot be told from none' if unclear else ''}."
+
+
+def _length(start: AnswerLengths, end: AnswerLengths) -> str:
+    before, after = (round(one["mean_tokens"]) for one in (start, end))
+    if before == after:
+        text = f"English answers kept their length: {after} tokens on average"
+    else:
+        word = "shorter" if after < before else "longer"
+        text = f"English answers became {word}: {after} tokens on average instead of {before}"
+    done = f"{end['finished']:.0%} of them end by themselves (before: {start['finished']:.0%})"
+    return f"{text}; {done}. {end['rows']} prompts."
 
 
 def continual_in_words(continual: Transfer | None, unit: str, scale: float = 1.0) -> list[str]:

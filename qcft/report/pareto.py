@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qcft.measure.stats import Difference
 from qcft.report.arms import Arm, Evidence, members, whose
-from qcft.report.cells import conclusion, stage_name
+from qcft.report.cells import bracket, conclusion, counted, listed, stage_name
 from qcft.report.document import Figure, Section, Table
 from qcft.report.plots import FAINT, INK, PAPER, draw, label, legend_below, look
-from qcft.report.standing import ENGLISH, NEAR, Standing, Verdict, front, mean_of, standings, verdict
+from qcft.report.standing import ENGLISH, NEAR, Standing, english_pairs, front, mean_of, standings, verdict
 from qcft.report.suites import last_averages
+from qcft.report.verdict import ONE_RUN, became, verdict_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +30,7 @@ def question_and_answer(arms: Sequence[Arm]) -> tuple[str, str]:
         if len(arms[0].runs) == 1:
             told = " ".join(conclusion(arms[0].runs[0].run.table)[:2])
         else:
-            told = " ".join(f"{_became(one)}, the mean of {len(one.english)} seeds." for one in standings(arms))
+            told = " ".join(f"{became(one)}; means over {len(one.english)} seeds." for one in standings(arms))
         return asked, told or "Not known yet: its last phase is not measured."
     asked = f"Which of {len(arms)} arms kept the most English for the most {gain}?"
     found = standings(arms)
@@ -36,7 +38,7 @@ def question_and_answer(arms: Sequence[Arm]) -> tuple[str, str]:
     if said is None:
         why = "no arm gained in the other languages" if found else "too few arms are measured on the same rows"
         return asked, f"None can be named: {why}."
-    return asked, _told(said, len(found))
+    return asked, verdict_in_words(said, len(found))
 
 
 def ability_section(arms: Sequence[Arm]) -> Section | None:
@@ -48,46 +50,15 @@ def ability_section(arms: Sequence[Arm]) -> Section | None:
         return Section("abilities", "English against the other languages", (_path(arms[0].runs[0]),))
     tasks = last_averages(arms)
     first = (_pareto_of_tasks(tasks),) if tasks else ()
-    return Section("abilities", "English against the other languages", (*first, _pareto(found), _table(found)))
-
-
-def _told(said: Verdict, arms: int) -> str:
-    best = said.best
-    text = f"{best.arm.name}: {_became(best)}"
-    if said.behind:
-        equal = [name for name, d in said.behind.items() if d.low <= 0]
-        beaten = [name for name in said.behind if name not in equal]
-        text += f"; more English than {', '.join(beaten)}" if beaten else ""
-        text += f"; not told apart from {', '.join(equal)}" if equal else ""
-    far = arms - len(said.near)
-    text += f"; {far} gained less than {NEAR:.0%} of the most" if far else ""
-    if said.beyond:
-        other, share, less = said.beyond
-        more = f"{-less.value:.3f} nats {_interval(less, -1)} more English"
-        text += f"; of these {other.arm.name} ({share:.0%}) kept {more}"
-    return f"{text}."
-
-
-def _became(one: Standing) -> str:
-    return f"English {_moved(one.lost)} since {one.since}, the other languages {_moved(one.gained)} since the base"
-
-
-def _moved(change: Difference) -> str:
-    """A change of NLL as a loss or a gain, with its 95% interval in the same direction."""
-    if change.value > 0:
-        return f"lost {change.value:.3f} nats {_interval(change)}"
-    return f"gained {-change.value:.3f} nats {_interval(change, -1)}"
-
-
-def _interval(change: Difference, sign: int = 1) -> str:
-    low, high = sorted((sign * change.low, sign * change.high))
-    return f"[{low:.3f}, {high:.3f}]"
+    return Section(
+        "abilities", "English against the other languages", (*first, _pareto(found), _table(found), *_pairs(found))
+    )
 
 
 def _languages(arms: Sequence[Arm]) -> str:
     groups = [g["lang"] for _, run in members(arms) for g in run.run.table["groups"] if not g["english"]]
     names = [name for name in dict.fromkeys(groups) if name != "?"]
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
+    return listed(names)
 
 
 def _pareto(found: Sequence[Standing]) -> Figure:
@@ -205,33 +176,59 @@ def _spread(values: Sequence[float]) -> list[list[float]]:
 
 
 def _table(found: Sequence[Standing]) -> Table:
+    several = any(len(s.english) > 1 for s in found)
+    seeds, interval = ("\n[least to most of the seeds]", "rows and seeds") if several else ("", "rows")
     rows, records = [], []
     for one in found:
         rows.append(
             {
                 "arm": one.arm.name + ("\u00a0*" if one.front else ""),
                 "runs": str(len(one.english)),
-                "EA: English": _level(one.place[0], one.english),
-                "MA: other languages": _level(one.place[1], one.others),
-                "change of English": _change(one.lost, f" since {one.since}"),
-                "change since the base": _change(one.gained),
+                f"EA: English{seeds}": _level(one.place[0], one.english),
+                f"MA: other languages{seeds}": _level(one.place[1], one.others),
+                f"change of English\n[95% interval over {interval}]": _change(one.lost, f" since {one.since}"),
+                f"change since the base\n[95% interval over {interval}]": _change(one.gained),
             }
         )
+        changes = {f"{key}_{part}": value for key, change in (("english", one.lost), ("others", one.gained))
+                   for part, value in change.as_dict().items()}  # fmt: skip
         records += [
-            {**whose(one.arm, run), "ea_nll": ea, "ma_nll": ma, "front": one.front}
+            {**whose(one.arm, run), "ea_nll": ea, "ma_nll": ma, "front": one.front, "since": one.since, **changes}
             for run, ea, ma in zip(one.arm.runs, one.english, one.others, strict=True)
         ]
     note = (
-        f"Mean {UNIT}, lower is better; in brackets under a level its seeds, under a change its 95% interval (paired "
-        f"bootstrap over {found[0].lost.rows} English and {found[0].gained.rows} other rows, the runs' mean). "
-        f"* No other arm is better at both. The answer names the arm with the most English among those with at least "
-        f"{NEAR:.0%} of the largest gain."
+        f"Mean {UNIT}, over all tokens of all rows, lower is better. Changes are means over an arm's runs, each "
+        f"interval by itself: English {counted(found[0].lost)}, other languages {counted(found[0].gained)}. "
+        f"{'' if several else f'{ONE_RUN.capitalize()}. '}* No other arm is better at both. The answer is about the "
+        f"arm with the most English among those with at least {NEAR:.0%} of the largest gain."
     )
     return Table.of("abilities", "EA and MA, arm by arm", rows, records, note)
 
 
+def _pairs(found: Sequence[Standing]) -> Iterator[Table]:
+    """English, arm against arm."""
+    pairs = english_pairs(found)
+    once = {(a.arm.name, b.arm.name): pairs[a.arm.name, b.arm.name] for a, b in combinations(found, 2)}
+    if not once:
+        return
+    several = any(len(s.english) > 1 for s in found)
+    title = f"English NLL of the second less the first\n[95% interval over rows{' and seeds' if several else ''}]"
+    rows = [
+        {"arms": f"{a}, {b}", title: _change(d),
+         "told apart": ("yes" if d.is_clear else "no") if several else "not tested"}
+        for (a, b), d in once.items()
+    ]  # fmt: skip
+    records = ({"arm": b, "against": a, **d.as_dict()} for (a, b), d in once.items())
+    some = next(iter(once.values()))
+    note = (
+        f"{UNIT}; {counted(some)}. The {some.compared} intervals hold together: where all arms are equal, the chance "
+        f"that any of them excludes zero is 5%. {'' if several else f'{ONE_RUN.capitalize()}.'}"
+    )
+    yield Table.of("comparisons", "English, arm against arm", rows, records, note.strip(), words=("told apart",))
+
+
 def _change(change: Difference, since: str = "") -> str:
-    return f"{change.value:+.3f}{since}\n[{change.low:+.3f}, {change.high:+.3f}]"
+    return f"{change.value:+.3f}{since}\n{bracket(change.low, change.high, 3)}"
 
 
 def _level(mean: float, runs: Sequence[float]) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcft.measure.score import RowScore, read_scores
-from qcft.measure.stats import Difference, difference
+from qcft.measure.score import read_scores
+from qcft.measure.stats import Difference, Runs, changes, pairwise
 from qcft.report.arms import Arm, Evidence
 from qcft.store.results import Stage
 
 ENGLISH = "en"
 NEAR = 0.9  # arms with at least this share of the largest gain compete for the most English
+UNEQUAL = 0.05  # arms whose trained answer tokens differ by a larger share are not trained alike
 
 
 def mean_of(groups: Iterable[Mapping[str, Any]]) -> float | None:
@@ -26,9 +27,9 @@ def mean_of(groups: Iterable[Mapping[str, Any]]) -> float | None:
 class Standing:
     """An arm at its last stage: mean NLL per answer token of English and of the others, run by run; lower is better.
 
-    The changes are means over the arm's runs, with 95% intervals over rows: `lost` (English) since each run's stage of
-    `before`, `gained` (the others; below zero is a gain) since the base as it is loaded. `front`: no other arm is
-    better at both.
+    The changes are means over the arm's runs, with 95% intervals over rows, and over seeds where any arm has several
+    runs: `lost` (English) since each run's stage of `before`, `gained` (the others; below zero is a gain) since the
+    base as it is loaded. `front`: no other arm is better at both.
     """
 
     arm: Arm
@@ -52,15 +53,19 @@ class Standing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The arm that kept the most English among those `near` the largest gain; `behind` holds, of the others near it,
-    how much more English NLL they have, with a paired 95% interval over the same rows. `beyond`: of the arms that
-    gained less, the one with the most English, where that is more than `best` has; with it the share of the largest
-    gain that it had, and its English NLL less that of `best`."""
+    """The arm with the most English among those `near` the largest gain; `behind` holds, of the others near it, how
+    much more English NLL they have. `beyond`: of the arms that gained less, the one with the most English, where that
+    is more than `best` has; with it the share of the largest gain that it had, and its English NLL less that of `best`.
+
+    The intervals are those of `english_pairs`. `tested` is false where every arm has one run: then nothing is known of
+    the differences between runs of one arm, and no arm can be called the better one.
+    """
 
     best: Standing
     near: tuple[Standing, ...]
     behind: Mapping[str, Difference]
     beyond: tuple[Standing, float, Difference] | None
+    tested: bool = True
 
 
 def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
@@ -69,7 +74,7 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
     english, others = common_groups(done)
     if not english or not others:
         return ()
-    found = []
+    measured: list[tuple[Arm, tuple[Stage, ...], list[Stage]]] = []
     for arm in done:
         before = tuple(stage for run in arm.runs if (stage := _before(run, done)))
         base = [stage for run in arm.runs if (stage := run.run.stages.get("eval/base"))]
@@ -77,16 +82,22 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
             continue
         if len({stage.name for stage in before}) > 1:
             before = tuple(base)
-        found.append(
-            Standing(
-                arm,
-                tuple(_level(run, english) for run in arm.runs),
-                tuple(_level(run, others) for run in arm.runs),
-                difference(_rows(before, english), _rows(_last(arm), english)),
-                difference(_rows(base, others), _rows(_last(arm), others)),
-                before,
-            )
+        measured.append((arm, before, base))
+    if not measured:
+        return ()
+    lost = changes([(_scores(arm, since, english), _last(arm, english)) for arm, since, _ in measured])
+    gained = changes([(_scores(arm, base, others), _last(arm, others)) for arm, _, base in measured])
+    found = [
+        Standing(
+            arm,
+            tuple(_level(run, english) for run in arm.runs),
+            tuple(_level(run, others) for run in arm.runs),
+            less,
+            more,
+            before,
         )
+        for (arm, before, _), less, more in zip(measured, lost, gained, strict=True)
+    ]
     best = front({s.arm.name: s.place for s in found})
     return tuple(replace(s, front=s.arm.name in best) for s in found)
 
@@ -109,14 +120,34 @@ def verdict(found: Sequence[Standing]) -> Verdict | None:
         return None
     near = tuple(s for s in found if -s.gained.value >= NEAR * most)
     best = min(near, key=lambda s: s.place)
-    english, _ = common_groups([s.arm for s in found])
-    rows = _rows(_last(best.arm), english)
-    behind = {s.arm.name: difference(rows, _rows(_last(s.arm), english)) for s in near if s is not best}
+    pairs = english_pairs(found)
+    behind = {s.arm.name: pairs[best.arm.name, s.arm.name] for s in near if s is not best}
+    tested = any(len(s.english) > 1 for s in found)
     far = min((s for s in found if s not in near), key=lambda s: s.place, default=None)
     if far is None or far.place[0] >= best.place[0]:
-        return Verdict(best, near, behind, None)
-    less = difference(rows, _rows(_last(far.arm), english))
-    return Verdict(best, near, behind, (far, -far.gained.value / most, less))
+        return Verdict(best, near, behind, None, tested)
+    less = pairs[best.arm.name, far.arm.name]
+    return Verdict(best, near, behind, (far, -far.gained.value / most, less), tested)
+
+
+def english_pairs(found: Sequence[Standing]) -> dict[tuple[str, str], Difference]:
+    """The English NLL of the second arm less that of the first, for all pairs of arms; the intervals hold together."""
+    english, _ = common_groups([s.arm for s in found])
+    return pairwise({s.arm.name: _last(s.arm, english) for s in found}) if len(found) > 1 else {}
+
+
+def answer_tokens(arm: Arm) -> float:
+    """The answer tokens that an arm's phases were trained on, epochs counted; the mean over its runs."""
+    fed = [source for run in arm.runs for training in run.run.trainings() for source in training["exposure"]]
+    return sum(source["answer_tokens"] for source in fed) / len(arm.runs)
+
+
+def unequal_training(best: Arm, others: Sequence[Arm]) -> dict[str, float]:
+    """By how much more answer tokens `best` was trained on than each of the others (0.42: 42% more), where the two
+    differ by more than 5%."""
+    own = answer_tokens(best)
+    shares = {arm.name: own / tokens - 1 for arm in others if (tokens := answer_tokens(arm))}
+    return {name: share for name, share in shares.items() if abs(share) > UNEQUAL}
 
 
 def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
@@ -162,17 +193,17 @@ def _before(run: Evidence, arms: Sequence[Arm]) -> Stage | None:
     return next(iter(shared.values())) if len(shared) == 1 else base
 
 
-def _last(arm: Arm) -> list[Stage]:
-    return [run.last for run in arm.runs if run.last]
+def _last(arm: Arm, groups: Sequence[str]) -> Runs:
+    return _scores(arm, [run.last for run in arm.runs if run.last], groups)
 
 
-def _rows(stages: Sequence[Stage], groups: Sequence[str]) -> list[RowScore]:
-    """Each row's score, its NLL the mean over the stages, which are those of an arm's runs."""
-    found = []
-    for stage in stages:
+def _scores(arm: Arm, stages: Sequence[Stage], groups: Sequence[str]) -> Runs:
+    """The scores of the groups' rows by seed, at the stages that are those of the arm's runs."""
+    found = {}
+    for run, stage in zip(arm.runs, stages, strict=True):
         scores = read_scores(stage.opened)
-        found.append([score for name in groups for score in scores[name]])
-    return [RowScore(_mean([score.nll for score in row]), row[0].tokens, 0) for row in zip(*found, strict=True)]
+        found[run.recipe.seed] = [score for name in groups for score in scores[name]]
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from qcft.report.cells import continual_in_words
 from qcft.report.document import Block, Prose, Section, Table
 from qcft.report.task_cells import (
     FIDELITY,
+    INTERVALS,
     SCORES,
     SIDES,
     change_row,
@@ -20,7 +21,7 @@ from qcft.report.task_cells import (
 )
 from qcft.store.table import FidelityOf, TasksTable
 
-NOTE = f"{SCORES} In brackets 95% intervals (paired bootstrap over items); * excludes zero."
+NOTE = f"{SCORES} {INTERVALS}"
 Scored = tuple[Arm, Evidence, TasksTable]  # a run with one of its tables
 Answered = tuple[Arm, Evidence, FidelityOf]  # a run with the answers of one of its stages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from qcft.report.cells import change_name, stage_name
+from qcft.report.cells import bracket, change_name, stage_name
 from qcft.store.metrics import AnsweredIn
 from qcft.store.table import FidelityOf, ScoreChange, Side, TaskChange, TaskScores, TasksTable
 
@@ -13,6 +13,10 @@ SIDES: tuple[Side, ...] = ("EA", "MA", "overall")
 SCORES = (
     "Scores in percent. EA: mean over English tasks; MA: over tasks in other languages, a task's languages averaged "
     "first; overall: the mean of the two."
+)
+INTERVALS = (
+    "In brackets 95% intervals of changes, over items (questions on one text, and translations of one question, count "
+    "once). Those of a row hold together: where nothing changed, the chance of any * is 5%. * It excludes zero."
 )
 FIDELITY = "Greedy answers to held-out prompts: the share in the prompt's language, of those long enough to tell."
 
@@ -34,7 +38,7 @@ def score_row(stage: TaskScores, titles: Mapping[str, str], sides: Iterable[Side
 def change_row(change: TaskChange, titles: Mapping[str, str], sides: Iterable[Side]) -> dict[str, str]:
     """A change of scores, with its 95% intervals."""
     return {
-        "change": change_name(change),
+        "change": f"{change_name(change)}\n[95% intervals{_together(change)}]",
         **{title: _changed(change["tasks"].get(task)) for task, title in titles.items()},
         **{side: _changed(change.get(side)) for side in sides},
     }
@@ -72,4 +76,11 @@ def _changed(change: ScoreChange | None) -> str:
     if change is None:
         return "-"
     star = " *" if change["clear"] else ""
-    return f"{100 * change['value']:+.1f}{star}\n[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]"
+    low, high = (None if end is None else 100 * end for end in (change["low"], change["high"]))
+    return f"{100 * change['value']:+.1f}{star}\n{bracket(low, high, 1)}"
+
+
+def _together(change: TaskChange) -> str:
+    """How many intervals of a row hold together."""
+    counts = [entry["compared"] for entry in change["tasks"].values() if entry["compared"] > 1]
+    return f", {counts[0]} together" if counts else ""

@@ -25,7 +25,7 @@ class Kept(Work[KeptMetrics]):
     """Compares base, live adapters and merged model on the held-out rows of the phases that the adapters hold."""
 
     kind: ClassVar[str] = "kept"
-    format: ClassVar[int] = 2
+    format: ClassVar[int] = 3
 
     phases: tuple[str, ...]
     quantize: str

@@ -9,12 +9,23 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypedDict
 
 
-class Paired(TypedDict):
-    """A difference of mean NLLs in nats per answer token, with its paired 95% interval over rows."""
+class IntervalOf(TypedDict):
+    """A difference with its interval: measure.intervals.Interval. Steps of earlier formats have `value`, `low` and
+    `high` only."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    level: float
+    clusters: int
+    seeds: int
+    method: str
+    compared: int
+
+
+class Paired(IntervalOf):
+    """A difference of mean NLLs in nats per answer token, with its paired 95% interval over rows."""
+
     rows: int
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NotRequired, TypedDict
 
-from qcft.store.metrics import AlpacaMetrics, AnswerLengths, FidelityMetrics, GroupScore, KeptMetrics, Paired
+from qcft.store.metrics import (
+    AlpacaMetrics,
+    AnswerLengths,
+    FidelityMetrics,
+    GroupScore,
+    IntervalOf,
+    KeptMetrics,
+    Paired,
+)
 
 
 class GroupOf(TypedDict):
@@ -90,12 +98,9 @@ class TaskScores(Named, Averages):
     all_scores: dict[str, dict[str, float]]
 
 
-class ScoreChange(TypedDict):
+class ScoreChange(IntervalOf):
     """A change of mean scores, with its paired 95% interval over items; `clear` where that excludes zero."""
 
-    value: float
-    low: float
-    high: float
     items: int
     clear: bool
 

@@ -142,21 +142,24 @@ def print_plan(plan: AblationPlan) -> None:
 def print_outcome(outcome: Outcome) -> None:
     """The arms side by side, their training's length with them; those that failed on stderr."""
     rows = []
+    title = "\n[least, most of the seeds]" if any(arm["done"] > 1 for arm in outcome["arms"]) else ""
     for arm in outcome["arms"]:
         rows.append(
             {
                 "arm": arm["arm"],
                 "seeds done": f"{arm['done']} of {arm['seeds']}",
-                "English": _nats(arm["english"]),
-                "other languages": _nats(arm["others"]),
+                f"English{title}": _nats(arm["english"]),
+                f"other languages{title}": _nats(arm["others"]),
                 "training steps": _count(arm["steps"]),
                 "tokens": _count(arm["tokens"]),
                 "time of all steps": "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"]),
             }
         )
     print_records(rows)
-    note = "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
-    print_lines([f"{note}[least, most]"], "dim")
+    note = (
+        "English, other languages: NLL since the base in nats per answer token of all rows (lower is better), mean of"
+    )
+    print_lines([f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"], "dim")
     for run in outcome["runs"]:
         if run["state"] == "failed" and run["error"]:
             say(f"{run['run']} failed: {in_words(run['error'])}", "yellow")

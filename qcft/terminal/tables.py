@@ -15,7 +15,16 @@ from qcft.events import Mixed
 from qcft.report.arms import grouped
 from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, noise_ratio, stage_rows
 from qcft.report.cost import RunCost
-from qcft.report.task_cells import FIDELITY, SCORES, change_row, fidelity_rows, score_row, sides_of, way_of_asking
+from qcft.report.task_cells import (
+    FIDELITY,
+    INTERVALS,
+    SCORES,
+    change_row,
+    fidelity_rows,
+    score_row,
+    sides_of,
+    way_of_asking,
+)
 from qcft.safe import json_shown, shown
 from qcft.store.table import Abilities, RunTable, TaskOf, TasksTable
 from qcft.terminal.format import duration
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from qcft.replay.rows import ReplayShown
 
 Thing = TypeVar("Thing")
-NOTE = f"{SCORES} * a change whose 95% interval (paired bootstrap over items) excludes zero."
+NOTE = f"{SCORES} {INTERVALS}"
 
 
 def grid(
@@ -71,7 +80,7 @@ def print_table(table: RunTable) -> None:
     _print_blocks([*stage_rows(table), *change_rows(table)], len(table["stages"]))
     stdout().print(
         "NLL in nats per answer token (lower is better), share of answer tokens right; * English; "
-        "! an English loss whose 95% interval excludes zero",
+        "! an English loss whose interval excludes zero; each interval by itself, over rows",
         style="dim",
     )
     print_lines(conclusion(table))
