@@ -161,7 +161,7 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
             {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
             | {"steps": m["steps"], "rows": m["rows"], "tokens": m["tokens"]}
             | {"trainable_parameters": m["trainable_parameters"], "loss": m["loss"]}
-            | {key: own.get(key) for key in shown}
+            | {key: cast("object", own.get(key)) for key in shown}
             | {"seconds": one.seconds}
         )
     note = "Rows and tokens as fed, epochs counted."
