@@ -30,6 +30,7 @@ from qcft.runner.stored import check_same_data, not_done
 from qcft.store import Store, read_run
 from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.holding import working
+from qcft.store.metrics import LossTerms
 from qcft.store.results import Run
 from qcft.store.steps import FREE
 
@@ -172,6 +173,12 @@ def cost(run: Run) -> RunCost:
         "peak_bytes": whole.peak_bytes,
         "disk_bytes": whole.disk_bytes,
     }
+
+
+def terms(run: Run) -> dict[str, LossTerms]:
+    """What the terms of each phase's loss came to, of phases that have some."""
+    trained = {name: stage.training for name, stage in run.stages.items()}
+    return {name: terms for name, one in trained.items() if one and (terms := one.get("terms"))}
 
 
 def evidence(name: str | None, runs: Path) -> Evidence:

@@ -68,13 +68,14 @@ class SourceShare:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What a phase trains on, shown before it does."""
+    """What a phase trains on, shown before it does; `terms`, of its loss beside cross-entropy."""
 
     phase: str
     shares: tuple[SourceShare, ...]
     steps: int
     rows_per_step: float
     frozen: str
+    terms: str = ""
 
 
 @dataclass(frozen=True)

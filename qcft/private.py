@@ -43,6 +43,7 @@ NAMES = {
 ATTRIBUTES = {
     "transformers:PreTrainedModel.all_tied_weights_keys": "weights that are tied",
     "transformers:BaseModelOutput.last_hidden_state": "a head that scores answer tokens only",
+    "peft:BaseTunerLayer._active_adapter": "the model that a phase starts from, beside the one that it trains",
 }
 TRAINING = [path for path, needed in NAMES.items() if needed.startswith("training: ")]
 

@@ -84,6 +84,22 @@ CASES = {
         command("phase2", "x", "--model", "tiny", "--data", "en=good.jsonl", "--replay", "1"),
         "outside [0, 0.9]",
     ),
+    "an anchor nobody has": (
+        command("phase2", "x", "--model", "tiny", "--data", "en=good.jsonl", "--anchor", "kll"),
+        "there is no anchor 'kll'",
+    ),
+    "an anchor that pushes away": (
+        command("phase1", "x", "--model", "tiny", "--data", "good.jsonl", "--anchor", "kl:-1"),
+        "-1 is below 0",
+    ),
+    "a loss of replay nobody has": (
+        command("phase2", "x", "--model", "tiny", "--data", "en=good.jsonl", "--replay", "0.1", "--replay-loss", "x"),
+        "phase2.replay.loss: 'x'",
+    ),
+    "a loss of replay without replay": (
+        command("phase2", "x", "--model", "tiny", "--data", "en=good.jsonl", "--replay-loss", "distil"),
+        "--replay-loss: there is no replay",
+    ),
     "a phase 1 without a model": (command("phase1", "x", "--data", "good.jsonl"), "phase1 needs a model"),
     "a phase 1 without data": (command("phase1", "x", "--model", "tiny"), "phase1 has no data"),
     "a phase 2 without a run": (command("phase2"), "there is no run with a phase 1"),
@@ -164,6 +180,8 @@ CASES = {
         "'merged' would be taken for a stage that qcft makes itself",
     ),
     "no phases": (setting("phases=[]"), "phases"),
+    "an anchor that is a number": (setting("phase1.anchor=0.5"), "phase1.anchor: 0.5 is no anchor"),
+    "distilling on no rows": (setting("phase1.replay={ratio: 0, loss: distil}"), "has no rows to distil on"),
     "replay of a file without one": (setting("phase1.replay={ratio: 0.1, kind: file}"), "needs path: FILE"),
     "replay of a phase there is not": (
         setting("phase1.replay={ratio: 0.1, kind: phase1, phase: zero}"),

@@ -48,6 +48,21 @@ def test_check_tells_memory_time_disk_and_rows(qcft, recipe_file, tmp_path):
     assert "merge phase1" in out
 
 
+def test_check_counts_a_second_pass_and_a_frozen_copy(qcft, recipe_file):
+    def phase2(*more):
+        code, out, err = qcft(
+            "check", recipe_file, "--json", "--set", ANSWERS, *(x for m in more for x in ("--set", m))
+        )
+        assert code == 0, err
+        return json.loads(out)["phases"][1]
+
+    on = ("phase2.start=continue", "phase2.freeze=none", "phase2.replay=null")
+    plain, anchored = phase2(*on), phase2(*on, "phase2.anchor=kl")
+    assert (plain["terms"], anchored["terms"]) == ("", "anchor kl:0.01")
+    assert anchored["memory"]["adapters"] == 2 * plain["memory"]["adapters"]
+    assert "anchor kl:0.01: a second forward pass" in qcft("check", recipe_file, "--set", "phase2.anchor=kl")[1]
+
+
 def test_check_as_json(qcft, recipe_file):
     code, out, _ = qcft("check", recipe_file, "--json", "--rows", "1", "--set", ANSWERS)
     found = json.loads(out)

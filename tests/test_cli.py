@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,10 +218,18 @@ def test_phase1_then_phase2_from_flags(qcft, tiny_model, color_data, tmp_path):
     short = ["--set", "phase2.train={batch: 4, max_length: 64}", "--set", "phase2.replay.kind=english"]
     short += ["--set", f"phase2.replay.data={color_data / 'en.jsonl'}"]
     code, out, err = qcft(
-        "phase2", "mine", "--data", f"es={color_data / 'es.jsonl'}", "--take", "12", "--replay", "0.2", *short
+        *("phase2", "mine", "--data", f"es={color_data / 'es.jsonl'}", "--take", "12", "--replay", "0.2", *short),
+        *("--anchor", "kl:0.5", "--replay-loss", "distil"),
     )
     assert code == 0, err
     assert "phase2 es" in out
+    assert "anchor kl:0.5, replay distilled" in " ".join(err.split())
+    assert re.search(r"loss \d\.\d+ \(new rows \d\.\d+, anchor KL 0\.\d+, distilled replay KL 0\.\d+\)", err), err
+    page = (tmp_path / "runs" / "mine" / "report" / "report.md").read_text()
+    assert "loss of new rows" in page
+    assert "distilled KL" in page
+    shown = qcft("show", "mine")[1]
+    assert re.search(r"phase2 trained, in nats per answer token: new rows .*, anchor KL .*, distilled replay KL", shown)
     assert json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["stages"]["phase2"]
 
 

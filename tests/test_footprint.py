@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from qcft.models.size import nf4_bytes, weight_bytes
 from qcft.recipe import Model
 from qcft.training import footprint as room
-from qcft.training.footprint import Pass, footprint
+from qcft.training.footprint import Pass, SecondPass, footprint
 
 from .helpers.shapes import on_meta, shape_of, tiny_meta
 
@@ -131,6 +131,18 @@ def test_what_is_frozen_recomputed_or_cut_takes_less():
     assert frozen.activations < plain.activations
     assert recomputed.activations < plain.activations
     assert recomputed.flops > plain.flops > frozen.flops > cut.flops
+
+
+def test_a_second_pass_is_a_forward_pass_and_another_head():
+    """Of the layers above the frozen ones where those are shared, of all where they are not."""
+    model = tiny_meta()
+
+    def flops(second=None, **options):
+        return footprint(model, shape_of(model, "first:4", second=second, **options), ROWS).flops
+
+    plain, shared, twice = flops(), flops(SecondPass(shared=True)), flops(SecondPass())
+    assert plain < shared < twice < flops(SecondPass(copied=True))
+    assert twice - shared == pytest.approx(plain - flops(cut=True))  # the frozen layers, forward
 
 
 def test_the_model_stays_as_it_is():

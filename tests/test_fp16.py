@@ -52,6 +52,7 @@ def test_two_phases_with_replay_frozen_layers_and_the_live_probe(raw_recipe, tmp
     replay = {"ratio": 0.2, "max_new_tokens": 8, "filters": {"language": None}, "on_shortfall": "repeat"}
     raw_recipe["phases"][1]["replay"] = replay
     raw_recipe["phases"][1]["train"]["prefix_cache"] = True
+    raw_recipe["phases"][1] |= {"anchor": "target-masked", "replay": {**replay, "loss": "distil"}}
     raw_recipe["forgetting"] = {"every": 2, "rows": 2}
     done = api.run_watched(recipe_from(raw_recipe), tmp_path / "runs", Watch())
     table = nll(done)
@@ -60,6 +61,7 @@ def test_two_phases_with_replay_frozen_layers_and_the_live_probe(raw_recipe, tmp
     assert table["eval/phase2"]["phase2 es"] < table["eval/merged"]["phase2 es"] - 0.2
     assert done.stages["phase2"].metrics["prefix_cache"]
     assert done.stages["phase2"].metrics["forgetting"]["probes"]
+    assert all(value > 0 for value in done.stages["phase2"].metrics["terms"].values())
     adapter = load_file(done.stages["phase2"].folder / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in adapter.values())

@@ -87,6 +87,10 @@ def test_starting_from_the_base_merges_nothing():
         ({"phase2.freeze": "first:2"}, {"phase2", "eval/phase2"}),
         ({"phase2.replay.ratio": 0.1}, {"replay", "phase2", "eval/phase2"}),
         ({"phase2.replay.temperature": 0.1}, {"replay", "phase2", "eval/phase2"}),
+        ({"phase2.anchor": "kl"}, {"phase2", "eval/phase2"}),
+        ({"phase2.anchor": None, "phase2.replay.loss": "answer"}, set()),
+        ({"phase2.replay.loss": "distil"}, {"phase2", "eval/phase2"}),
+        ({"phase1.anchor": "target-masked"}, set(plan().stages()) - {"eval/base-16bit", "eval/base"}),
         (
             {"answers.prompts": 3},
             {"eval/base-16bit", "eval/base", "eval/phase1", "eval/merged", "kept-merged", "eval/phase2"},
@@ -97,6 +101,17 @@ def test_starting_from_the_base_merges_nothing():
 def test_a_change_touches_only_what_depends_on_it(change, changed):
     before, after = plan().stages(), plan(change).stages()
     assert {s for s in before if before[s] != after[s]} == changed
+
+
+def test_an_anchor_is_known_by_its_weight_and_nothing_is_where_there_is_none():
+    def settings(changes):
+        return plan(changes).step("phase2").settings
+
+    assert not {"anchor", "replay_loss"} & settings({}).keys()
+    assert settings({"phase2.anchor": "kl"})["anchor"] == {"kind": "kl", "weight": 0.01}
+    assert settings({"phase2.anchor": {}})["anchor"] == {"kind": "target-masked", "weight": 1.0}
+    assert settings({"phase2.anchor": "kl"}) == settings({"phase2.anchor": {"kind": "kl", "weight": 0.01}})
+    assert settings({"phase2.replay.loss": "distil"})["replay_loss"] == "distil"
 
 
 def test_everything_depends_on_the_model_and_the_seed_on_training():

@@ -82,7 +82,7 @@ def test_two_processes_train_what_one_does(raw_recipe, tmp_path, way, packing):
 
     With FSDP each holds half of every weight, and they go on from where one process was stopped.
     """
-    phase = {**raw_recipe["phases"][1], "replay": None}
+    phase = {**raw_recipe["phases"][1], "replay": None, "anchor": "target-masked:3"}
     phase["train"] = {**phase["train"], "batch": 6, "packing": packing, "lr": 1e-3, "epochs": 1.3}
     raw = {**raw_recipe, "phases": [phase], "answers": {"prompts": 0}}
     path = tmp_path / "recipe.yaml"
@@ -103,6 +103,7 @@ def test_two_processes_train_what_one_does(raw_recipe, tmp_path, way, packing):
     for key in ("steps", "rows", "tokens", "exposure"):
         assert together[key] == alone[key], key
     assert together["loss"] == pytest.approx(alone["loss"], abs=0.02)
+    assert together["terms"]["anchor_kl"] == pytest.approx(alone["terms"]["anchor_kl"], rel=0.05)
     a, b = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (one.stages["phase2"].folder, two))
     assert a.keys() == b.keys()
     moved = torch.cat([w.flatten() for name, w in a.items() if "lora_B" in name])  # from zero

@@ -56,6 +56,20 @@ def test_a_key_may_lead_into_what_was_just_set_in_short():
     assert (phase.data[0].path, phase.data[0].take) == ("x.jsonl", 5)
 
 
+def test_an_anchor_in_short_and_at_length():
+    def anchor(*changes):
+        return recipe_from(RAW, parse_assignments(changes)).phases[1].anchor
+
+    assert anchor() is None
+    assert str(anchor("phase2.anchor=target-masked")) == str(anchor("phase2.anchor={}")) == "target-masked:1"
+    assert str(anchor("phase2.anchor=kl")) == str(anchor("phase2.anchor.kind=kl")) == "kl:0.01"
+    assert str(anchor("phase2.anchor=kl:0.5", "phase2.anchor.kind=target-masked")) == "target-masked:0.5"
+    assert str(anchor("phase2.anchor=kl", "phase2.anchor.weight=0")) == "kl:0"
+    assert anchor("phase2.anchor=kl", "phase2.anchor=null") is None
+    kept = recipe_from(RAW, {"phase2.anchor": "kl"}).model_dump(mode="json")
+    assert str(recipe_from(kept, {"phase2.anchor.kind": "target-masked"}).phases[1].anchor) == "target-masked:1"
+
+
 @pytest.mark.parametrize(
     ("change", "says", "hints"),
     [
@@ -72,6 +86,17 @@ def test_a_key_may_lead_into_what_was_just_set_in_short():
         ("phase2.train.batch=2.5", "phase2.train.batch", ""),
         ("phase2.data=[]", "phase 'phase2' has no data", "path"),
         ("phase2.adapter=x", "both data and an adapter", ""),
+        ("phase2.anchor=kll", "there is no anchor 'kll'", "target-masked or kl"),
+        ("phase2.anchor=kl:much", "phase2.anchor.weight: 'much'", "number"),
+        ("phase2.anchor=0.5", "phase2.anchor: 0.5 is no anchor", "{kind: kl, weight: 0.01}"),
+        ("phase2.anchor=[kl]", "phase2.anchor: ['kl'] is no anchor", "null for none"),
+        ("phase2.anchor={kind: [kl]}", "there is no anchor ['kl']", "target-masked or kl"),
+        ("phase2.anchor.weight=-1", "phase2.anchor.weight: -1 is below 0", "0, which only measures"),
+        ("phase2.anchor.weight=true", "phase2.anchor.weight", "number"),
+        ("phase2.anchor.wait=1", "unknown key 'phase2.anchor.wait'", "did you mean 'weight'"),
+        ("phase1={adapter: x, anchor: kl}", "made elsewhere and not trained", "leave its anchor out"),
+        ("phase2.replay={ratio: 0, loss: distil}", "loss: distil with ratio 0 has no rows", "ratio"),
+        ("phase2.replay={ratio: 0.1, loss: destil}", "phase2.replay.loss: 'destil'", "answer"),
         ("name=a/b", "'a/b' cannot name a run", "no slash"),
         ("phase2.freeze=firts:2", "is not a freeze spec", "first"),
         ("phase2.train.sft={packing: true}", "packing is set by qcft", "train.packing"),

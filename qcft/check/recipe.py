@@ -48,6 +48,7 @@ class PhaseChecked(TypedDict):
     pass_tokens: int
     pass_limit: int | None
     gradient_checkpointing: bool
+    terms: str
     freeze_is_known: bool
     steps: int
     rows: int
@@ -156,6 +157,8 @@ def check_recipe(
 def _phase(
     prepared: PlannedRecipe, phase: Phase, planned: Planned, batches: Batches, speed: Speed | None, rows: int
 ) -> PhaseChecked:
+    from qcft.training.reference import terms_of
+
     sets = prepared.encoded(phase)
     tokens = batches.tokens_until(batches.steps)
     seconds = None
@@ -174,6 +177,7 @@ def _phase(
         "pass_tokens": planned.largest.tokens,
         "pass_limit": planned.fit.limit,
         "gradient_checkpointing": planned.fit.recompute,
+        "terms": str(terms_of(phase)),
         "freeze_is_known": phase.freeze.measure is None,
         "steps": batches.steps,
         "rows": batches.rows,

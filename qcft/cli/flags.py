@@ -24,6 +24,7 @@ def phase1_recipe(
     keys: dict[str, Any],
     tests: list[str],
     freeze: str | None,
+    anchor: str | None,
     assignments: list[str],
 ) -> Recipe:
     """The recipe of `qcft phase1`; `keys` are those of every source. Raises InputError."""
@@ -38,8 +39,7 @@ def phase1_recipe(
         phase["data"] = sources_of(data, keys, lang="en")
     if adapter is not None:
         phase["adapter"] = adapter
-    if freeze is not None:
-        phase["freeze"] = freeze
+    phase |= {key: given for key, given in {"freeze": freeze, "anchor": anchor}.items() if given is not None}
     raw: dict[str, Any] = {"name": run, "model": {"name": model}, "phases": [phase]}
     if tests:
         raw["heldout"] = {"data": tests_of(tests, keys)}
@@ -51,8 +51,7 @@ def phase2_recipe(
     run: str | None,
     model: str | None,
     data: list[str],
-    replay: float | None,
-    freeze: str | None,
+    remedies: dict[str, Any],
     keys: dict[str, Any],
     tests: list[str],
     name: str | None,
@@ -60,7 +59,8 @@ def phase2_recipe(
 ) -> tuple[Recipe, str | None]:
     """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's; and that run's name.
 
-    `keys` are those of every source. Raises InputError.
+    `remedies`: what --replay, --replay-loss, --freeze and --anchor gave, None where nothing; `keys` are those of every
+    source. Raises InputError.
     """
     of = None
     if model is not None:
@@ -84,10 +84,14 @@ def phase2_recipe(
         phase["data"] = [{**source, **keys} for source in phase["data"]]
     if tests:
         raw["heldout"] = {**(raw.get("heldout") or {}), "data": tests_of(tests, keys)}
-    if replay is not None:
-        phase["replay"] = {**(phase.get("replay") or {}), "ratio": replay}
-    if freeze is not None:
-        phase["freeze"] = freeze
+    of_replay = {"ratio": remedies["replay"], "loss": remedies["replay_loss"]}
+    if changed := {key: given for key, given in of_replay.items() if given is not None}:
+        phase["replay"] = {**(phase.get("replay") or {}), **changed}
+        if "ratio" not in phase["replay"] and not any(
+            text.startswith(f"{phase['name']}.replay") for text in assignments
+        ):
+            raise InputError("--replay-loss: there is no replay to take it of", "add --replay 0.2")
+    phase |= {key: remedies[key] for key in ("freeze", "anchor") if remedies[key] is not None}
     if name is not None:
         raw["name"] = name
     return recipe_from(raw, parse_assignments(assignments)), of

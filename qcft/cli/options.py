@@ -77,6 +77,14 @@ Freeze = Annotated[
     str | None,
     typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),
 ]
+AnchorKind = Annotated[
+    str | None,
+    typer.Option(
+        "--anchor",
+        metavar="KIND[:WEIGHT]",
+        help="Hold new rows to the model the phase starts from: target-masked, or kl:0.01.",
+    ),
+]
 Stage = Annotated[str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase [default: the last].")]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
 

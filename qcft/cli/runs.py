@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcft.cli.options import (
+    AnchorKind,
     As,
     Columns,
     Data,
@@ -67,6 +68,7 @@ def phase1(
     columns: Columns = None,
     test: Test = None,
     freeze: Freeze = None,
+    anchor: AnchorKind = None,
     set_: Set = None,
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
@@ -77,7 +79,8 @@ def phase1(
     from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase1_recipe
 
-    recipe = phase1_recipe(run, model, data or [], adapter, source_keys(take, columns), test or [], freeze, set_ or [])
+    keys = source_keys(take, columns)
+    recipe = phase1_recipe(run, model, data or [], adapter, keys, test or [], freeze, anchor, set_ or [])
     run_and_show(recipe, runs, dry_run, json_, quiet)
 
 
@@ -89,7 +92,11 @@ def phase2(
     model: Model = None,
     data: Data = None,
     replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,
+    replay_loss: Annotated[
+        str | None, typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer (default) or distil.")
+    ] = None,
     freeze: Freeze = None,
+    anchor: AnchorKind = None,
     take: Take = None,
     columns: Columns = None,
     test: Test = None,
@@ -105,7 +112,8 @@ def phase2(
     from qcft.cli.flags import phase2_recipe
 
     keys = source_keys(take, columns)
-    recipe, of = phase2_recipe(runs, run, model, data or [], replay, freeze, keys, test or [], name, set_ or [])
+    remedies = {"replay": replay, "replay_loss": replay_loss, "freeze": freeze, "anchor": anchor}
+    recipe, of = phase2_recipe(runs, run, model, data or [], remedies, keys, test or [], name, set_ or [])
     earlier = [phase.name for phase in recipe.phases[:-1]]
     run_and_show(recipe, runs, dry_run, json_, quiet, of, earlier)
 
@@ -166,10 +174,12 @@ def show(
         return
     found = api.read(run, runs)
     cost = api.cost(found)
+    terms = api.terms(found)
     if json_:
-        tables.print_json({**found.table, "cost": cost})
+        tables.print_json({**found.table, "cost": cost, **({"terms": terms} if terms else {})})
     else:
         tables.print_table(found.table)
+        tables.print_terms(terms)
         tables.print_cost(cost)
 
 

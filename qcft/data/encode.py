@@ -27,13 +27,15 @@ SPLIT = "made into one training row for each answer: the chat template changes e
 @dataclass(frozen=True)
 class EncodedRow:
     """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from;
-    `name`: what a person finds it by; `cut`: whether it lost its end, or turns, to the limit on length."""
+    `name`: what a person finds it by; `cut`: whether it lost its end, or turns, to the limit on length; `replay`:
+    whether it is no new row of the phase that trains on it."""
 
     input_ids: list[int]
     labels: list[int]
     source: str = ""
     name: str = ""
     cut: bool = field(default=False, compare=False)
+    replay: bool = field(default=False, compare=False)
 
     @property
     def answer_tokens(self) -> int:

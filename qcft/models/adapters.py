@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from qcft.errors import InputError, QcftError, short
 from qcft.files import read_json, write_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
 from qcft.models.deltas import check_factors, read_adapter
+from qcft.private import of
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMBINED = "combined"
+ACTIVE = "peft:BaseTunerLayer._active_adapter"
 TOP, UNDER = "default", "under"  # PEFT's names for the adapter that trains, or trained last, and for those below it
+START = "start"  # of a frozen copy of the adapter that trains, as the phase found it
 
 
 def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftModel:
@@ -84,11 +88,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return load_stack(model, [folder])
 
 
-def load_stack(model: PreTrainedModel, folders: Sequence[Path], trainable: Collection[str] = ()) -> PeftModel:
+def load_stack(
+    model: PreTrainedModel, folders: Sequence[Path], trainable: Collection[str] = (), copied: bool = False
+) -> PeftModel:
     """A model with saved adapters live on one another, the lowest first; all frozen, but for the top one's adapters
-    on the modules `trainable` (full names)."""
+    on the modules `trainable` (full names). `copied`: a second, frozen one of the top adapter lies beside it, off."""
     names = [*(f"{UNDER}{i}" for i in range(len(folders) - 1)), TOP]
     adapted: PeftModel = load_on(model, folders, names)
+    if copied:
+        adapted = load_on(adapted, folders[-1:], [START])
     _activate(adapted, names)
     for name, parameter in adapted.named_parameters():
         module = name.removeprefix(PREFIX).partition(".lora_")[0]
@@ -199,6 +207,28 @@ def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
             for name in names[:-1]:
                 if name in layer.lora_dropout:
                     layer.lora_dropout[name] = nn.Identity()
+
+
+class AsBegun:
+    """The model that a phase starts from, in the model that it trains: the adapter that trains is off, or the frozen
+    copy of it is on instead; those under it stay on."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._layers = [layer for _, layer in lora_layers(model)]
+        self._live = [name for name in model.peft_config if name.startswith(UNDER) or name == START]
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Have the model be the one that the phase started from. Unlike PEFT's own switches, this changes nothing in
+        what is trainable."""
+        before = [of(layer, ACTIVE) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer._active_adapter = self._live
+            yield
+        finally:
+            for layer, names in zip(self._layers, before, strict=True):
+                layer._active_adapter = names
 
 
 def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:

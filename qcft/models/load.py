@@ -121,10 +121,11 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, dealt_out: bool = False) -> Iterator[None]:
     """Inference: no gradients, no dropout, and the 4-bit kernels of training (see `load_model`).
 
-    Raises QcftError where bitsandbytes moved the 4-bit weights all the same: training after that is another one.
+    `dealt_out`: the weights are, and are gathered in another place for each pass. Raises QcftError where bitsandbytes
+    moved the 4-bit weights all the same: training after that is another one.
     """
     import bitsandbytes as bnb
     import torch
@@ -142,7 +143,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
         for module in quantised:
             module.training = True
-    if places != [module.weight.data_ptr() for module in quantised]:
+    if not dealt_out and places != [module.weight.data_ptr() for module in quantised]:
         raise QcftError(
             f"bitsandbytes {bnb.__version__} repacks the weights of a model that is evaluated, though told not to",
             "install a version that qcft was run with: pip install 'bitsandbytes<0.51'",

@@ -205,6 +205,8 @@ class Planner:
             recipe.deterministic,
             # Earlier versions rounded the adapter to bf16 as the phase began.
             "float32" if start.goes_on and self.quantize != "none" else None,
+            phase.anchor.resolved() if phase.anchor else None,
+            phase.replay.loss if phase.replay and replay else "answer",
             recipe.forgetting,
             self.digests.english.get(phase.name),
         )

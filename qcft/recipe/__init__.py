@@ -1,6 +1,7 @@
 """The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
 
 from qcft.recipe.ablation import Ablation, Arm
+from qcft.recipe.anchor import Anchor
 from qcft.recipe.arms import ArmRun, chosen_arms, expand_ablation, load_ablation
 from qcft.recipe.evaluate import ALPACA_EVAL, FIDELITY, SUITES, Evaluate, Fidelity
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
@@ -29,6 +30,7 @@ __all__ = [
     "SUITES",
     "TESTS",
     "Ablation",
+    "Anchor",
     "Answers",
     "Arm",
     "ArmRun",

@@ -96,7 +96,7 @@ def _joined(raw: dict[str, Any]) -> dict[str, Any]:
         if not phase.get("data"):
             raise InputError(f"{phase['name']} has no data to mix", "mixed: true is for recipes whose phases have data")
     data = [source for phase in phases for source in phase["data"]]
-    return {**raw, "phases": [{**phases[-1], "data": data, "replay": None}]}
+    return {**raw, "phases": [{**phases[-1], "data": data, "replay": None, "anchor": None}]}
 
 
 def _without_replay(recipe: Recipe) -> Recipe:

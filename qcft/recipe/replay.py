@@ -70,7 +70,8 @@ class Replay(ReplayKind):
 
     `kind`, `data`, `path`, `phase` and `parallel` name one kind of rows; `mix` names several, with weights. When there
     are too few rows, `on_shortfall` is an error, repeats them, or shrinks the share. `stratify` draws them so
-    that any part of them has the lengths, or the languages, of all.
+    that any part of them has the lengths, or the languages, of all. `loss` of a replay row: the cross-entropy of its
+    answer, or `distil`, the divergence from the model that the phase starts from on each of its answer tokens.
     """
 
     ratio: Annotated[Number, Field(ge=0, le=0.9)]
@@ -78,6 +79,7 @@ class Replay(ReplayKind):
     mix: list[Annotated[ReplayPart, BeforeValidator(named("kind"))]] = []
     on_shortfall: Literal["error", "repeat", "shrink"] = "error"
     stratify: Literal["length", "language"] | None = None
+    loss: Literal["answer", "distil"] = "answer"
     max_new_tokens: Annotated[Count, Field(ge=1)] = 256
     temperature: Annotated[Number, Field(ge=0)] = 0.7
     top_p: Annotated[Number, Field(gt=0, le=1)] = 0.9
@@ -89,6 +91,8 @@ class Replay(ReplayKind):
     def _one_or_several(self) -> Self:
         if self.mix and ReplayKind(**{key: getattr(self, key) for key in ReplayKind.model_fields}) != ReplayKind():
             raise ValueError("both mix and one kind of replay | put kind, data and path into the entries of mix")
+        if self.loss == "distil" and self.ratio == 0:
+            raise ValueError("loss: distil with ratio 0 has no rows to distil on | give a ratio, or leave loss out")
         return self
 
     def parts(self) -> list[ReplayPart]:

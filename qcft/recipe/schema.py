@@ -10,6 +10,7 @@ from pydantic_core import PydanticKnownError
 
 from qcft.errors import InputError
 from qcft.recipe.ablation import Ablation
+from qcft.recipe.anchor import Anchor, check_anchor
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import FreezeSpec, parse_freeze
 from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
@@ -131,6 +132,7 @@ class Phase(Part):
     balance: Annotated[Literal["none", "equal"] | Temperature, BeforeValidator(_balance)] = "none"
     freeze: Annotated[FreezeSpec, PlainValidator(_freeze), PlainSerializer(str)] = FreezeSpec("none")
     replay: Annotated[Replay | None, BeforeValidator(ratio_alone)] = None
+    anchor: Annotated[Anchor | None, BeforeValidator(check_anchor)] = None
     system: str | None = None
     thinking: Literal["auto", "on", "off"] = "auto"
     train: Train = Train()
@@ -141,6 +143,8 @@ class Phase(Part):
             raise ValueError(f"phase {self.name!r} has no data | give it data: [{{path: ...}}], or adapter: PATH")
         if self.adapter is not None and self.data:
             raise ValueError(f"phase {self.name!r} has both data and an adapter | give one of them")
+        if self.adapter is not None and self.anchor is not None:
+            raise ValueError(f"phase {self.name!r} is an adapter made elsewhere and not trained | leave its anchor out")
         return self
 
     def sources(self) -> list[Source]:

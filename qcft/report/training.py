@@ -136,10 +136,15 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
 
 
+TERMS = {"new_loss": "loss of new rows", "anchor_kl": "anchor KL", "distil_kl": "distilled KL"}
+
+
 def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
     rows: list[dict[str, str]] = []
     records: list[dict[str, object]] = []
-    for one in found:
+    terms = [_terms(one) for one in found]
+    shown = [key for key in TERMS if any(one.get(key) is not None for one in terms)]
+    for one, own in zip(found, terms, strict=True):
         m = one.metrics
         row = {
             "phase": one.phase,
@@ -148,15 +153,29 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
             "tokens": f"{m['tokens']:,}",
             "trainable parameters": f"{m['trainable_parameters']:,}",
             "mean loss": f"{m['loss']:.3f}",
+            **{TERMS[key]: "" if (value := own.get(key)) is None else f"{value:.3f}" for key in shown},
             "minutes": f"{one.seconds / 60:.1f}",
         }
         rows.append(with_of(row, one.runs, arms))
         records.append(
             {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
             | {"steps": m["steps"], "rows": m["rows"], "tokens": m["tokens"]}
-            | {"trainable_parameters": m["trainable_parameters"], "loss": m["loss"], "seconds": one.seconds}
+            | {"trainable_parameters": m["trainable_parameters"], "loss": m["loss"]}
+            | {key: cast("object", own.get(key)) for key in shown}
+            | {"seconds": one.seconds}
         )
-    return Table.of("training", "Length of training", rows, records, "Rows and tokens as fed, epochs counted.")
+    note = "Rows and tokens as fed, epochs counted."
+    if shown:
+        note += " Loss is cross-entropy; each term is a mean over the answer tokens that bear it, in nats."
+    return Table.of("training", "Length of training", rows, records, note)
+
+
+def _terms(one: Trained) -> dict[str, float | None]:
+    """What the terms of its loss came to; nothing where it has none."""
+    terms = one.metrics.get("terms")
+    if not terms:
+        return {}
+    return {"new_loss": terms["new_loss"], "anchor_kl": terms["anchor_kl"], "distil_kl": terms["distil_kl"]}
 
 
 def _log(path: Path | None) -> tuple[Logged, ...]:

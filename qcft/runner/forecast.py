@@ -33,9 +33,10 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     from qcft.layers import adapted_in, lowest_adapted
     from qcft.training.attention import attend_by_rows
     from qcft.training.batches import make_batches
-    from qcft.training.footprint import Shape
+    from qcft.training.footprint import SecondPass, Shape
     from qcft.training.memory import plan_training
     from qcft.training.prefix import cannot_split, worth_storing
+    from qcft.training.reference import terms_of
 
     recipe, model = prepared.recipe, prepared.meta_model
     new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
@@ -46,10 +47,12 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     below = lowest_adapted(model, modules)
     config: Any = model.config.get_text_config()
     states = sum(len(row.input_ids) for row in rows) * config.hidden_size * 2
-    cut = below > 0 and phase.start != "continue" and cannot_split(model) is None
-    cut = cut and worth_storing(phase.train, states, batches.rows > len(rows))
+    goes_on = phase.start == "continue" and phase != recipe.phases[0]
+    split = below > 0 and not goes_on and cannot_split(model, phase.train) is None
+    cut = split and worth_storing(phase.train, states, batches.rows > len(rows))
+    second = SecondPass(split and not cut, goes_on) if terms_of(phase) else None
     by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
-    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where)
+    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where, second)
     under = _numbers_under(prepared, phase)
     planned = plan_training(model, shape, batches, phase.train, by_rows, free, under=under)
     return replace(planned, stored=states if cut else 0), batches

@@ -45,9 +45,7 @@ def open_prefix(
         if asked is True:
             watch.note("no prefix cache: layer 0 carries an adapter, so nothing is frozen below the adapters")
         return None
-    reason = cannot_split(model)
-    if reason is None and "neftune_noise_alpha" in train.sft:
-        reason = "NEFTune adds noise under the frozen layers"
+    reason = cannot_split(model, train)
     if reason:
         watch.note(f"no prefix cache: {reason}; training runs the frozen layers as well")
         return None

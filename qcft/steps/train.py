@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from qcft.data.encode import EncodedRow, EncodedSet
 from qcft.data.rows import Row
@@ -18,19 +18,21 @@ from qcft.models.chat import write_chat
 from qcft.models.load import free_memory, load_model
 from qcft.prepare.rows import PhaseRows, order_of
 from qcft.prepare.settings import ADDED, CIRCUMSTANCE, SPREAD, Limits, ModelSettings, kept_alive
-from qcft.recipe import Forgetting, FreezeSpec, Lora, Train
+from qcft.recipe import Anchor, Forgetting, FreezeSpec, Lora, Train
 from qcft.replay.rows import read_replay
 from qcft.steps.layers import FILE
 from qcft.steps.prefix import open_prefix
 from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import LayersFile, TrainMetrics
 from qcft.training.distributed.ranks import rank, sharded, world
+from qcft.training.reference import Terms, terms_in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qcft.training.agreement import Agreement
     from qcft.training.batches import Batches
+    from qcft.training.footprint import SecondPass
     from qcft.training.memory import Planned
     from qcft.training.passes import Fit
 
@@ -62,6 +64,8 @@ class Training(Work[TrainMetrics]):
     balance: Mapping[str, Any] | None = field(default=None, metadata=ADDED)
     deterministic: bool = field(default=False, metadata=ADDED)
     carried: str | None = field(default=None, metadata=ADDED)
+    anchor: Anchor | None = field(default=None, metadata=ADDED)
+    replay_loss: Literal["answer", "distil"] = field(default="answer", metadata=ADDED)
     forgetting: Forgetting | None = field(default=None, metadata=CIRCUMSTANCE)
     english: str | None = field(default=None, metadata=CIRCUMSTANCE)
 
@@ -80,8 +84,10 @@ class Training(Work[TrainMetrics]):
             return self._do(step, bench, folder)
 
     def summary(self, metrics: TrainMetrics) -> str:
-        """Steps, tokens, loss; replay's share of what was trained; what the live probe found."""
+        """Steps, tokens, loss and its terms; replay's share of what was trained; what the live probe found."""
         trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        if terms := metrics.get("terms"):
+            trained += f" ({terms_in_words(terms)})"
         return trained + _replayed(metrics) + _probed(metrics)
 
     def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
@@ -94,7 +100,9 @@ class Training(Work[TrainMetrics]):
         from qcft.training.agreement import check_live
         from qcft.training.attention import attend_by_rows
         from qcft.training.batches import make_batches
+        from qcft.training.footprint import SecondPass
         from qcft.training.fused import use_triton_where_it_works
+        from qcft.training.prefix import cannot_split
         from qcft.training.probe import lay_out
         from qcft.training.sft import train_adapter
         from qcft.training.trainer import Shortcuts
@@ -108,10 +116,16 @@ class Training(Work[TrainMetrics]):
         new = bench.rows.encoded(own, self.limits, self.balance)
         shares = _shares(own, new, replay)
         rows = [
-            replace(tokens, source=share.source, name=row.name)
+            replace(tokens, source=share.source, name=row.name, replay=share.source in replay)
             for share, encoded in shares
             for row, tokens in zip(encoded.rows, encoded.encoded, strict=True)
         ]
+        terms = Terms(self.anchor, self.replay_loss == "distil")
+        if terms.distil and not replay:
+            raise QcftError(
+                f"{phase}: replay.loss is distil, and replay came to no rows to distil on",
+                f"give {phase}.replay more rows, or leave {phase}.replay.loss out",
+            )
         extra = sum(len(encoded.rows) for encoded in replay.values())
         batches = make_batches(rows, order_of(own, new, extra, self.seed, self.balance is not None), train)
         modules = adapted_modules(meta, self.lora.targets, self.freeze, self.seed, _measured(step, bench))
@@ -122,13 +136,14 @@ class Training(Work[TrainMetrics]):
             batches.steps,
             batches.rows / batches.steps,
             "none" if self.freeze.kind == "none" else f"{self.freeze} ({frozen})",
+            str(terms),
         )
         watch.tell(mixed)
         free_memory()  # what loading left behind
         _seed_everything(self.seed)
         under = [bench.adapter(one) for one in step.under]
         if step.adapter is not None:  # start: continue
-            adapted = load_stack(model, [*under, bench.adapter(step.adapter)], modules)
+            adapted = load_stack(model, [*under, bench.adapter(step.adapter)], modules, copied=bool(terms))
         else:
             adapted = add_lora_over(model, under, modules, self.lora)
         check_live(adapted, modules, bench.model.tokenizer, watch)
@@ -148,6 +163,8 @@ class Training(Work[TrainMetrics]):
             prefix = open_prefix(model, below, seen, batches.rows, weights, train, bench.store, watch)
         elif train.prefix_cache is True:
             watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
+        shared = below if step.adapter is None and prefix is None and cannot_split(model, train) is None else 0
+        second = SecondPass(shared > 0, step.adapter is not None) if terms else None
         trained = train_adapter(
             adapted,
             bench.model.tokenizer,
@@ -157,10 +174,11 @@ class Training(Work[TrainMetrics]):
             folder,
             watch,
             f"training {phase}",
-            Shortcuts(below, by_rows, prefix, agreed.fused),
+            Shortcuts(below, by_rows, prefix, agreed.fused, shared),
             probing,
-            self._fit(phase, train, modules, batches, by_rows, prefix is not None, bench),
+            self._fit(phase, train, modules, batches, by_rows, prefix is not None, second, bench),
             carried=step.adapter is not None,
+            terms=terms,
         )
         if rank() == 0:
             write_chat(bench.model.tokenizer, folder / "adapter", bench.model.described)
@@ -194,7 +212,15 @@ class Training(Work[TrainMetrics]):
         return agreed, train
 
     def _fit(
-        self, phase: str, train: Train, modules: list[str], batches: Batches, by_rows: bool, cut: bool, bench: Bench
+        self,
+        phase: str,
+        train: Train,
+        modules: list[str],
+        batches: Batches,
+        by_rows: bool,
+        cut: bool,
+        second: SecondPass | None,
+        bench: Bench,
     ) -> Fit | None:
         """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
         from qcft.models.load import device, free_bytes
@@ -203,7 +229,7 @@ class Training(Work[TrainMetrics]):
 
         if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
             return None
-        shape = Shape(tuple(modules), self.lora, self.quantize, False, cut, device())
+        shape = Shape(tuple(modules), self.lora, self.quantize, False, cut, device(), second)
         meta = bench.model.meta_model
         planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
         if planned.unknown:

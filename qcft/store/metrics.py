@@ -125,6 +125,16 @@ class LiveProbe(TypedDict):
     share_of_time: float
 
 
+class LossTerms(TypedDict):
+    """Of a loss with terms beside cross-entropy: all of it (`objective`), cross-entropy of new rows, and each term, in
+    nats per answer token that bears it; None where none does."""
+
+    objective: float | None
+    new_loss: float | None
+    anchor_kl: float | None
+    distil_kl: float | None
+
+
 class TrainMetrics(TypedDict):
     """Of a `train` step: training.sft.Trained, and what was trained on what."""
 
@@ -139,6 +149,7 @@ class TrainMetrics(TypedDict):
     held: float
     exposure: list[FedSource]
     forgetting: LiveProbe | None
+    terms: NotRequired[LossTerms | None]
     mix: list[MixSource]
     adapted_modules: int
     frozen_layers: list[int]

@@ -68,6 +68,8 @@ def check_lines(found: Checked) -> list[str]:
             f"  {phase['steps']} optimizer steps over {phase['rows']:,} rows, {phase['tokens']:,} tokens, "
             f"at most {phase['pass_tokens']:,} at once, {how}{known}"
         )
+        if phase["terms"]:
+            lines.append(f"  {phase['terms']}: a second forward pass, of the model that {name} starts from, is counted")
         paced = "measured" if phase["measured"] else "from the arithmetic"
         if phase["seconds"] is not None:
             each = phase["seconds"] / phase["steps"]

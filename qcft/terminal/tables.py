@@ -26,9 +26,11 @@ from qcft.report.task_cells import (
     way_of_asking,
 )
 from qcft.safe import json_shown, shown
+from qcft.store.metrics import LossTerms
 from qcft.store.table import Abilities, RunTable, TaskOf, TasksTable
 from qcft.terminal.format import duration
 from qcft.terminal.streams import said, stderr, stdout
+from qcft.training.reference import terms_in_words
 
 if TYPE_CHECKING:
     from qcft.inspect.layers import LayersTable
@@ -60,7 +62,8 @@ def mix_table(mixed: Mixed) -> Table:
     """Sources, rows, tokens and shares of what a phase trains on."""
     rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
-    title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}"
+    terms = f", {mixed.terms}" if mixed.terms else ""
+    title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}{terms}"
     cells = [
         (
             *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.tokens:,}", f"{s.tokens / tokens:.1%}"),
@@ -86,6 +89,11 @@ def print_table(table: RunTable) -> None:
     print_lines(conclusion(table))
     print_lines(continual_in_words(table["continual"], "nats over the phases' own held-out rows"))
     print_abilities(table["abilities"])
+
+
+def print_terms(terms: Mapping[str, LossTerms]) -> None:
+    """Of each phase whose loss has terms, what they came to."""
+    print_lines(f"{name} trained, in nats per answer token: {terms_in_words(one)}" for name, one in terms.items())
 
 
 def print_abilities(abilities: Abilities) -> None:

@@ -20,6 +20,7 @@ from qcft.private import of
 from qcft.recipe import Lora
 from qcft.training.attention import attend_by_rows
 from qcft.training.checkpointing import recompute_activations
+from qcft.training.divergence import divergence
 from qcft.training.head import HEAD_WORDS, first_word
 from qcft.training.prefix import take_out
 
@@ -67,9 +68,18 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class SecondPass:
+    """A forward pass, beside each that trains, of the model that the phase started from. `shared`: the frozen layers
+    under the adapters are run once for both; `copied`: it has adapters of its own."""
+
+    shared: bool = False
+    copied: bool = False
+
+
+@dataclass(frozen=True)
 class Shape:
     """How a model is trained, as far as it changes what a pass costs. `modules`: full names of those with adapters;
-    `cut`: the frozen layers under them are not run, as their output is stored."""
+    `cut`: the frozen layers under them are not run, as their output is stored; `second`: the pass of another model."""
 
     modules: tuple[str, ...]
     lora: Lora
@@ -77,6 +87,7 @@ class Shape:
     checkpointing: bool
     cut: bool = False
     device: str = "cpu"
+    second: SecondPass | None = None
 
 
 def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
@@ -148,10 +159,20 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
             leaf = scored.detach().requires_grad_()
             before, counted.peak, top = counted.live, counted.live, counted.peak
             _score(leaf, head, shape.device)
+            if shape.second:
+                _diverge(leaf, head)
             logits = counted.peak - before
             counted.peak = max(top, counted.peak)
         with counted:
             scored.backward(leaf.grad)
+        del states, scored, leaf
+        if shape.second:
+            if shape.second.shared:
+                take_out(reduced, range(below))
+            if not shape.second.copied:
+                adapted.base_model.disable_adapter_layers()
+            with counted, torch.no_grad(), torch.autocast("cpu", torch.bfloat16), _autocast_for(shape.device):
+                reduced.base_model(**inputs, use_cache=False)
     return Footprint(counted.peak, logits, counted.flops, counted.moved)
 
 
@@ -197,6 +218,15 @@ def _score(states: torch.Tensor, head: Any, device: str) -> None:
                 width = min(HEAD_WORDS, words - first)
                 torch.mm(rows, head.weight[first : first + width].t(), out=block[:, :width])
     states.grad = torch.zeros(states.shape).to(states.dtype)
+
+
+def _diverge(states: torch.Tensor, head: Any) -> None:
+    """Compare answer tokens with those of another model, and take the gradient of their states."""
+    import torch
+
+    rows, words = len(states), len(head.weight)
+    targets, masked = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.bool)
+    divergence(head, states, torch.empty_like(states), targets, masked, words)[0].sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _stand_in(model: PreTrainedModel) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED
+from qcft.errors import QcftError
 from qcft.private import in_order, of, private
+from qcft.training.distributed.ranks import sharded
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +40,69 @@ class AnswerTokens:
         if self.chosen is not None:
             states = of(output, "transformers:BaseModelOutput.last_hidden_state")
             output.last_hidden_state = states[:, :-1][self.chosen][None]
+
+
+class OwnHead:
+    """What a model's own code makes logits of, its scaling and capping included: the states that its layers gave in a
+    pass, which gave `output`. The layers do not run. Raises QcftError where a head is not over its layers."""
+
+    def __init__(self, model: Any, output: Any) -> None:
+        self.model = model
+        self.output = output
+        self.head = model.get_output_embeddings()
+        self.whole = _gathered(self.head) if sharded() else self.head
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of last hidden states (tokens, hidden size)."""
+        import torch
+        from torch import nn
+
+        given = copy.copy(self.output)
+        given.last_hidden_state = states[None]
+        name, layers = self.model.base_model_prefix, self.model.base_model
+        asked: list[bool] = []
+
+        class Given(nn.Module):
+            def forward(self, *_: Any, **__: Any) -> Any:
+                asked.append(True)
+                return given
+
+            def __getattr__(self, name: str) -> Any:  # such as a factor that a family's head asks its layers for
+                return getattr(layers, name)
+
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        setattr(self.model, name, Given())
+        self.model.set_output_embeddings(self.whole)
+        try:
+            logits: torch.Tensor = self.model.forward(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, name, layers)
+            self.model.set_output_embeddings(self.head)
+        if not asked:
+            raise no_head(self.model)
+        return logits
+
+
+def _gathered(head: Any) -> Any:
+    """A head whose weights are dealt out to processes as a module that has them whole, and meets no other process when
+    it is called."""
+    from torch import nn
+    from torch.distributed.tensor import DTensor
+    from torch.nn.functional import linear
+
+    weight, bias = (w.full_tensor() if isinstance(w, DTensor) else w for w in (head.weight, head.bias))
+
+    class Whole(nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return linear(states, weight, bias)
+
+    return Whole()
+
+
+def no_head(model: Any) -> QcftError:
+    """The error for a family whose own code does not score what its layers come to as a whole."""
+    family = model.config.get_text_config().model_type
+    return QcftError(f"model: the logits of {family} cannot be had apart from its layers", "leave out anchor, distil")
 
 
 def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

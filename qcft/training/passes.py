@@ -56,11 +56,17 @@ class Passes:
             self._keep()
 
     def run(
-        self, model: PeftModel, step: int, rows: list[EncodedRow], below: int, part: Callable[[Any], torch.Tensor]
+        self,
+        model: PeftModel,
+        step: int,
+        rows: list[EncodedRow],
+        below: int,
+        part: Callable[[Any], torch.Tensor],
+        forget: Callable[[], None],
     ) -> torch.Tensor:
         """Run the next pass of an optimizer step, forward and backward, by `part(rows)`; the loss of the pass.
 
-        Raises QcftError when not even one row fits.
+        `forget` drops what `part` counted, when the step is begun anew. Raises QcftError when not even one row fits.
         """
         if step != self._step:
             self._step, self._rows, self._random = step, [], _random_state()
@@ -71,6 +77,7 @@ class Passes:
             if loss is not None:
                 return loss
             model.zero_grad()
+            forget()
             self._make_room(model, below)
             _set_random_state(self._random)
             passes = self._rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,15 @@ def row_key(row: EncodedRow) -> str:
     return hashlib.sha256(repr(row.input_ids).encode()).hexdigest()[:24]
 
 
-def cannot_split(model: PreTrainedModel) -> str | None:
-    """Why a model's lowest layers cannot be run apart from the rest, or None when they can."""
+def cannot_split(model: PreTrainedModel, train: Train) -> str | None:
+    """Why a model's lowest layers cannot be run apart from the rest of a training, or None when they can."""
     config: Any = model.config
     if config.model_type not in FAMILIES:
         return f"qcft does not know how to split {config.model_type}"
     if getattr(config, "attention_dropout", 0):
         return "its attention has dropout, so that no two passes are alike"
+    if "neftune_noise_alpha" in train.sft:
+        return "NEFTune adds noise under the frozen layers"
     return None
 
 
@@ -106,6 +109,41 @@ def take_out(model: PreTrainedModel, layers: Iterable[int]) -> None:
     modules: Any = model.get_submodule(decoder_layers(model)[0])
     for i in layers:
         modules[i] = PassThrough()
+
+
+@contextmanager
+def caught_below(model: PreTrainedModel, below: int) -> Iterator[list[torch.Tensor]]:
+    """Keep what goes into layer `below` in the passes that are run, where there are layers under it."""
+    layers: Any = model.get_submodule(decoder_layers(model)[0])
+    caught: list[torch.Tensor] = []
+    if not below:
+        yield caught
+        return
+    hook = layers[below - 1].register_forward_hook(lambda module, arguments, output: caught.append(output))
+    try:
+        yield caught
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def begun_at(model: PreTrainedModel, below: int, states: torch.Tensor) -> Iterator[None]:
+    """Have passes begin at layer `below`, which is given these states; the layers under it do not run."""
+    from torch import nn
+
+    class Given(nn.Module):
+        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return states
+
+    modules: Any = model.get_submodule(decoder_layers(model)[0])
+    taken_out = list(modules[:below])
+    for i in range(below):
+        modules[i] = Given()
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(taken_out):
+            modules[i] = layer
 
 
 def _run_prefix(model: PreTrainedModel, below: int, together: bool, rows: Sequence[EncodedRow]) -> list[torch.Tensor]:

@@ -17,8 +17,10 @@ from qcft.training.batches import Batches
 from qcft.training.checkpointing import only_above
 from qcft.training.distributed.ranks import any_stops, rank
 from qcft.training.probe import EnglishProbe, log_until
+from qcft.training.reference import LOGGED
 
 EXPLODED = 1e4  # a norm of gradients; trainings that learn stay orders of magnitude below
+TERMS = {"anchor_kl": "anchor", "distil_kl": "distil"}
 NAMED = 4  # rows of each source in a message
 
 
@@ -47,10 +49,10 @@ def reporter(
         def on_log(
             self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
         ) -> None:
-            if not logs or "loss" not in logs:
+            if not logs or not {"loss", "objective"} & logs.keys():
                 return
-            step, loss = state.global_step, logs["loss"]
-            wrong = _diverged(loss, logs.get("grad_norm"), skips=args.fp16)
+            step, loss = state.global_step, logs.get("loss")
+            wrong = _diverged(logs.get("objective", logs.get("loss", 0.0)), logs.get("grad_norm"), skips=args.fp16)
             if wrong:  # told before a checkpoint of this step could be written: the last one is good
                 raise QcftError(
                     f"{wrong} at step {step} of {batches.steps}, on {_named(batches.rows_of(step))}",
@@ -67,16 +69,21 @@ def reporter(
                 "loss": loss,
                 "lr": logs.get("learning_rate"),
                 "grad_norm": logs.get("grad_norm"),
-                "token_accuracy": logs.get("mean_token_accuracy"),
+                # TRL takes a pass without cross-entropy, which replay that is distilled may be, for one all wrong.
+                "token_accuracy": None if "distil_kl" in logs else logs.get("mean_token_accuracy"),
                 "tokens": tokens,
                 "tokens_per_second": round(rate, 1),
                 f"peak_{kind}_bytes": peak,
             }
+            if "objective" in logs:  # a loss with terms; what no token of the step bears is null
+                entry |= {name: logs.get(name) for name in ("objective", *LOGGED[1:])}
             if english and (here := english.latest(step)):
                 entry |= {"english_nll": here["nll"], "english_change": here["change"]}
             with log.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
-            stats = {"loss": f"{loss:.3f}", "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
+            shown = "none" if loss is None else f"{loss:.3f}"
+            shown += "".join(f"  {word} {logs[name]:.3f}" for name, word in TERMS.items() if name in logs)
+            stats = {"loss": shown, "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
             if english and (last := english.latest()):
                 stats["English"] = f"English NLL {last['nll']:.3f} ({last['change']:+.1%})"
             watch.tell(Progress(label, step, batches.steps, "steps", stats))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from qcft.errors import Interrupted, QcftError, is_out_of_memory
 from qcft.events import Watch
 from qcft.models.adapters import keep_adapters_in_fp32, save_trained
 from qcft.recipe import Train
-from qcft.store.metrics import FedSource, LiveProbe
+from qcft.store.metrics import FedSource, LiveProbe, LossTerms
 from qcft.training.batches import Batches
 from qcft.training.checkpoints import last_whole, step_of
 from qcft.training.distributed import shards
 from qcft.training.distributed.ranks import rank, sharded, shared_out, world
 from qcft.training.passes import Fit, Passes
 from qcft.training.probe import EnglishProbe, Probing, probe_callback
+from qcft.training.reference import NO_TERMS, Terms
 from qcft.training.reporter import reporter
 from qcft.training.settings import sft_config
 from qcft.training.trainer import NO_SHORTCUTS, Shortcuts, make_trainer
@@ -36,7 +37,8 @@ class Trained:
     through the model, as counted while they did, all epochs together; `pass_limit`, most tokens that were run at
     once where memory set a limit; `recomputed`, whether activations were; `processes` that trained together, of
     which each held the share `held` of the model's weights.
-    `forgetting`: what the live probe found."""
+    `loss`: cross-entropy, in nats per answer token. `forgetting`: what the live probe found. `terms`: of a loss with
+    terms beside cross-entropy, that of new rows, each term, and the objective of them all."""
 
     steps: int
     rows: int
@@ -49,6 +51,7 @@ class Trained:
     held: float
     exposure: list[FedSource]
     forgetting: LiveProbe | None = None
+    terms: LossTerms | None = None
 
 
 def train_adapter(
@@ -64,10 +67,12 @@ def train_adapter(
     probing: Probing | None = None,
     fit: Fit | None = None,
     carried: bool = False,
+    terms: Terms = NO_TERMS,
 ) -> Trained:
     """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
 
-    `carried`: the adapters come from an earlier phase, and start from its weights to the bit.
+    `carried`: the adapters come from an earlier phase, and start from its weights to the bit. `terms`: of the loss,
+    beside cross-entropy.
     `fit`: how passes are run to begin with (None: as laid out); smaller ones when memory runs out. Goes on from the
     last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint is written and Interrupted
     raised. Raises QcftError when the loss is no longer finite, the gradients explode, or one row does not fit into
@@ -83,7 +88,7 @@ def train_adapter(
         shards.allow_on_cpu()
     start = {name: p.data for name, p in model.named_parameters() if carried and p.requires_grad}
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
-        trainer = make_trainer(model, tokenizer, dealt, config, shortcuts, passes)
+        trainer = make_trainer(model, tokenizer, dealt, config, shortcuts, passes, terms)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
     keep_adapters_in_fp32(model)
@@ -120,13 +125,13 @@ def train_adapter(
     weights = shards.whole(model) if sharded() else None
     if rank() == 0:
         save_trained(model, folder / "adapter", weights)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] <= steps]
+    history = [entry for entry in trainer.state.log_history if entry["step"] <= steps]
     exposure = trainer.fed.exposure(steps)
     return Trained(
         steps=steps,
         rows=sum(entry["rows"] for entry in exposure),
         tokens=batches.tokens_until(steps),
-        loss=sum(losses[-10:]) / max(1, len(losses[-10:])),
+        loss=_latest(history, "loss") or 0.0,
         resumed_from=step_of(last) if last else 0,
         pass_limit=passes.limit,
         recomputed=passes.recompute,
@@ -134,7 +139,23 @@ def train_adapter(
         held=shards.held(model) if sharded() else 1.0,
         exposure=exposure,
         forgetting=english.summary() if english else None,
+        terms=_terms(history) if terms else None,
     )
+
+
+def _terms(history: Sequence[Mapping[str, float]]) -> LossTerms:
+    return {
+        "objective": _latest(history, "objective"),
+        "new_loss": _latest(history, "new_loss"),
+        "anchor_kl": _latest(history, "anchor_kl"),
+        "distil_kl": _latest(history, "distil_kl"),
+    }
+
+
+def _latest(history: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """The mean of the last ten steps that logged it."""
+    found = [entry[name] for entry in history if name in entry][-10:]
+    return sum(found) / len(found) if found else None
 
 
 @contextmanager

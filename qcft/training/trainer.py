@@ -16,6 +16,7 @@ from qcft.training.distributed import shards
 from qcft.training.distributed.ranks import rank, sharded, world
 from qcft.training.head import AnswerTokens, own_loss, summed_nll
 from qcft.training.passes import Passes
+from qcft.training.reference import NO_TERMS, Reference, Terms
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,12 +33,14 @@ ROWS = "rows"  # the rows of what is run at once
 class Shortcuts:
     """What a training need not do: `below` layers are frozen under the lowest adapter, and the backward pass stops
     there; `by_rows`, attention goes row by row and nothing is padded; `prefix`, the frozen layers need not run;
-    `fused`, TRL's head computes the loss, without all logits at once."""
+    `fused`, TRL's head computes the loss, without all logits at once; `shared`, so many lowest layers are run once for
+    the model that trains and the one that it started from."""
 
     below: int = 0
     by_rows: bool = False
     prefix: Prefix | None = None
     fused: bool = True
+    shared: int = 0
 
 
 NO_SHORTCUTS = Shortcuts()
@@ -50,6 +53,7 @@ def make_trainer(
     config: SFTConfig,
     shortcuts: Shortcuts,
     passes: Passes,
+    terms: Terms = NO_TERMS,
 ) -> Any:
     """The trainer of a phase. Raises QcftError where a library lacks what it overrides."""
     import torch
@@ -78,7 +82,8 @@ def make_trainer(
             rows = [row for item in inputs[ITEM] for row in batches.items[item]]
             if world() > 1:  # a process that divides its passes would wait for the others, and they for it
                 return run(rows)
-            return passes.run(self.model, self.state.global_step, rows, shortcuts.below, run)
+            forget = reference.forget if reference else lambda: None
+            return passes.run(self.model, self.state.global_step, rows, shortcuts.below, run, forget)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             rows = inputs.pop(ROWS)
@@ -86,9 +91,24 @@ def make_trainer(
                 inputs["row_lengths"] = tuple(len(row.input_ids) for row in rows)
             if shortcuts.prefix:
                 shortcuts.prefix.show(rows, padded=not (batches.packed or shortcuts.by_rows))
-            if self.label_smoother is None and self.compute_loss_func is None:
-                answers.choose(inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            loss = super().compute_loss
+
+            def plain() -> Any:
+                if self.label_smoother is None and self.compute_loss_func is None:
+                    answers.choose(inputs)
+                return loss(model, inputs, *args, **kwargs)
+
+            if reference is None:
+                return plain()
+            answers.chosen = None  # of the pass before
+            times = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            return reference.loss(inputs, rows, plain, times / kwargs["num_items_in_batch"])
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if reference and "loss" in logs:
+                logs["objective"] = logs.pop("loss")
+                logs.update(reference.logged(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum")))
+            super().log(logs, *args, **kwargs)
 
         def nll(self, rows: Sequence[EncodedRow]) -> float:
             """The summed NLL of rows' answer tokens; several rows only where attention goes row by row."""
@@ -146,6 +166,7 @@ def make_trainer(
         labels = [label for item in items for row in batches.items[item] for label in row.labels]
         return {ITEM: items, "labels": torch.tensor(labels)}  # by which the Trainer counts a step's answer tokens
 
+    reference = Reference(model, terms, shortcuts.shared) if terms else None
     answers = AnswerTokens(model.get_base_model())
     loss = None
     if not shortcuts.fused:  # TRL, which takes a loss of ours in the place of `nll` only, is told of no other
