@@ -283,7 +283,7 @@ def test_the_page_of_an_ablation(done, finished):
     page = (finished / "runs" / "tiny" / "report" / "report.md").read_text()
     question, answer = page.splitlines()[2:4]
     assert "Which of 5 arms kept the most English for the most gain in es and pt?" in question
-    assert answer.removeprefix("**").startswith("No winner is named: one run each")
+    assert answer.removeprefix("**").startswith("No winner is named. One run each")
     assert "`qcft ablate RECIPE --seeds 0,1,2`" in answer.replace("\\", "")
     rows = csv.DictReader((finished / "runs" / "tiny" / "report" / "tables" / "stages.csv").open())
     nll = {(r["arm"], r["stage"]): float(r["nll"]) for r in rows if (r["lang"], r["precision"]) == ("en", "NF4")}

@@ -214,7 +214,7 @@ def test_the_answer_is_about_the_arm_with_the_most_english_among_those_near_the_
         assert told["answer"].startswith(f"No winner: of the {len(near)} of 3 arms with at least 90%")
         assert f"{best} has the least English loss" in told["answer"]
     else:
-        assert told["answer"].startswith(f"{best} alone gained at least 90% of the most of 3 arms")
+        assert told["answer"].startswith(f"Only {best}, of 3 arms, has at least 90% of the largest gain")
     pairs = {(row["against"], row["arm"]): row for row in told["tables"]["comparisons"]}
     assert [*pairs] == [("plain", "frozen"), ("plain", "replayed"), ("frozen", "replayed")]
     for (one, other), row in pairs.items():
@@ -232,7 +232,7 @@ def test_the_answer_is_about_the_arm_with_the_most_english_among_those_near_the_
 
 def test_one_run_each_names_no_winner_and_gives_the_command(arms, runs, tmp_path):
     told = api.report(["plain-s0", "frozen", "replayed"], runs, Watch(), tmp_path / "out")
-    assert told["answer"].startswith("No winner is named: one run each")
+    assert told["answer"].startswith("No winner is named. One run each")
     assert "qcft ablate RECIPE --seeds 0,1,2" in told["answer"]
     assert {row["seeds"] for row in told["tables"]["comparisons"]} == {1}
     page, _ = pages(tmp_path / "out")

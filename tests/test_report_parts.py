@@ -62,8 +62,8 @@ def test_no_winner_is_named_where_every_arm_has_one_run():
     near = tuple(standing(name, english, gain, seeds=1) for name, english in (("a", 3.5), ("b", 3.25)))
     told = verdict_in_words(Verdict(near[1], near, {"a": nats(0.25, 0.2, 0.3, 1)}, None, tested=False), 3)
     assert told == (
-        "No winner is named: one run each: differences between runs of one arm were not measured. `qcft ablate RECIPE "
-        "--seeds 0,1,2` adds seeds. English NLL of the 2 of 3 arms with at least 90% of the largest gain, in nats per "
+        "No winner is named. One run each: differences between runs of one arm were not measured. `qcft ablate RECIPE "
+        "--seeds 0,1,2` adds seeds. English NLL of those of 3 arms with at least 90% of the largest gain, in nats per "
         "answer token, 48 rows: a +0.100 since phase1; b -0.150 since phase1."
     )
 
@@ -71,7 +71,9 @@ def test_no_winner_is_named_where_every_arm_has_one_run():
 def test_an_arm_that_gained_less_for_more_english_is_named_too():
     best, other = standing("mixed", 3.9, nats(-2.0, -2.1, -1.9)), standing("replayed", 2.9, nats(-1.6, -1.7, -1.5))
     told = verdict_in_words(Verdict(best, (best,), {}, (other, 0.8, nats(-1.0, -1.2, -0.9))), 2)
-    assert told.startswith("mixed alone gained at least 90% of the most of 2 arms: English loss rose by 0.500 nats")
+    assert told.startswith(
+        "Only mixed, of 2 arms, has at least 90% of the largest gain: English loss rose by 0.500 nats"
+    )
     assert told.endswith("replayed gained less (80% of the most) and has more English: 1.000 nats, 0.900 to 1.200.")
     unclear = verdict_in_words(Verdict(best, (best,), {}, (other, 0.8, nats(-1.0, -2.2, 0.2))), 2)
     assert "replayed" not in unclear

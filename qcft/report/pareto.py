@@ -199,7 +199,7 @@ def _table(found: Sequence[Standing]) -> Table:
     note = (
         f"Mean {UNIT}, over all tokens of all rows, lower is better. Changes are means over an arm's runs, each "
         f"interval by itself: English {counted(found[0].lost)}, other languages {counted(found[0].gained)}. "
-        f"{'' if several else f'{ONE_RUN.capitalize()}. '}* No other arm is better at both. The answer is about the "
+        f"{'' if several else f'{ONE_RUN}. '}* No other arm is better at both. The answer is about the "
         f"arm with the most English among those with at least {NEAR:.0%} of the largest gain."
     )
     return Table.of("abilities", "EA and MA, arm by arm", rows, records, note)
@@ -221,8 +221,8 @@ def _pairs(found: Sequence[Standing]) -> Iterator[Table]:
     records = ({"arm": b, "against": a, **d.as_dict()} for (a, b), d in once.items())
     some = next(iter(once.values()))
     note = (
-        f"{UNIT}; {counted(some)}. The {some.compared} intervals hold together: where all arms are equal, the chance "
-        f"that any of them excludes zero is 5%. {'' if several else f'{ONE_RUN.capitalize()}.'}"
+        f"{UNIT}; {counted(some)}. Where all arms are equal, the chance that any of the intervals "
+        f"({some.compared}, which hold together) excludes zero is 5%. {'' if several else f'{ONE_RUN}.'}"
     )
     yield Table.of("comparisons", "English, arm against arm", rows, records, note.strip(), words=("told apart",))
 

@@ -8,20 +8,22 @@ from qcft.measure.stats import Difference
 from qcft.report.cells import counted, listed, moved
 from qcft.report.standing import NEAR, Standing, Verdict, unequal_training
 
-ONE_RUN = "one run each: differences between runs of one arm were not measured"
+ONE_RUN = "One run each: differences between runs of one arm were not measured"
 
 
 def verdict_in_words(said: Verdict, arms: int) -> str:
     """The verdict over `arms` arms."""
-    best, near = said.best, f"{len(said.near)} of {arms} arms with at least {NEAR:.0%} of the largest gain"
+    best, enough = said.best, f"at least {NEAR:.0%} of the largest gain"
+    near = f"{len(said.near)} of {arms} arms with {enough}"
     if not said.tested:
         changes = "; ".join(f"{one.arm.name} {one.lost.value:+.3f} since {one.since}" for one in said.near)
         text = [
-            f"No winner is named: {ONE_RUN}. `{more_seeds([one.arm.runs[0].recipe.seed for one in said.near])}` adds "
-            f"seeds. English NLL of the {near}, in nats per answer token, {counted(best.lost)}: {changes}."
+            f"No winner is named. {ONE_RUN}. `{more_seeds([one.arm.runs[0].recipe.seed for one in said.near])}` adds "
+            f"seeds. English NLL of those of {arms} arms with {enough}, in nats per answer token, {counted(best.lost)}: "
+            f"{changes}."
         ]
     elif not said.behind:
-        text = [f"{best.arm.name} alone gained at least {NEAR:.0%} of the most of {arms} arms: {became(best)}."]
+        text = [f"Only {best.arm.name}, of {arms} arms, has {enough}: {became(best)}."]
     else:
         text = [*_compared(best, said.behind, near)]
     if said.beyond and said.tested:
