@@ -19,8 +19,8 @@ def verdict_in_words(said: Verdict, arms: int) -> str:
         changes = "; ".join(f"{one.arm.name} {one.lost.value:+.3f} since {one.since}" for one in said.near)
         text = [
             f"No winner is named. {ONE_RUN}. `{more_seeds([one.arm.runs[0].recipe.seed for one in said.near])}` adds "
-            f"seeds. English NLL of those of {arms} arms with {enough}, in nats per answer token, {counted(best.lost)}: "
-            f"{changes}."
+            f"seeds. English NLL of those of {arms} arms with {enough}, in nats per answer token, "
+            f"{counted(best.lost)}: {changes}."
         ]
     elif not said.behind:
         text = [f"Only {best.arm.name}, of {arms} arms, has {enough}: {became(best)}."]
