@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from qcft.events import Watch
 
 
+Scale = Annotated[float | None, typer.Option("--scale", help="Take this much of the phase's delta [default: 1].")]
+By = Annotated[
+    str | None,
+    typer.Option("--by", metavar="layers=0-9:0.5,...", help="Scale the delta by layer; layers not named keep 1."),
+]
+
+
 class Base(StrEnum):
     """What a merge goes onto."""
 
@@ -64,6 +71,8 @@ def merge(
         Base, typer.Option("--base", help="Onto the 16-bit weights, or what 4 bits made of them (16-bit use only).")
     ] = Base.original,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights [default: the base's].")] = None,
+    scale: Scale = None,
+    by: By = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
@@ -71,8 +80,8 @@ def merge(
     """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
     from qcft import api
 
-    onto_4bit = base is Base.dequantised
-    _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, dequantised=onto_4bit, dtype=dtype), json_, quiet)
+    how: dict[str, Any] = {"phase": stage, "dequantised": base is Base.dequantised, "dtype": dtype}
+    _deliver(lambda watch: api.merge(run, to, runs, watch, scale=scale, by=by, **how), json_, quiet)
 
 
 @app.command()
@@ -83,6 +92,8 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="One PEFT adapter for the model as it came.")
     ] = False,
+    scale: Scale = None,
+    by: By = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
@@ -90,16 +101,37 @@ def export(
     """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
     from qcft import api
 
-    if adapter_only:
-        _deliver(lambda watch: api.export_adapter(run, to, runs, watch, phase=stage), json_, quiet)
-    else:
-        _deliver(lambda watch: api.merge(run, to, runs, watch, phase=stage), json_, quiet)
+    deliver: Callable[..., dict[str, Any]] = api.export_adapter if adapter_only else api.merge
+    _deliver(lambda watch: deliver(run, to, runs, watch, phase=stage, scale=scale, by=by), json_, quiet)
 
 
 @app.command()
 def dial(
     run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
-    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.")] = "0:1:0.1",
+    scales: Annotated[
+        str | None,
+        typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1 [default: 0:1:0.1]."),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="layers=0-9:1,10-19:0.5|auto",
+            help="Also scale the delta by range of decoder layers; those not named, and all outside them, keep 1. "
+            "`auto` tries the lower, middle and upper third at 0.5 and 0, the lowest and the highest sixth at 0. "
+            "Repeatable, one point each.",
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            "--pick",
+            metavar="SHARE",
+            help="Name the point with the most English among those with this share (0.95) of the other languages' "
+            "gain: chosen on half the held-out rows, reported on the others. Without --scales and --by, of the points "
+            "that the run has.",
+        ),
+    ] = None,
     stage: Stage = None,
     method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
     density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
@@ -109,7 +141,7 @@ def dial(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score English and the other languages at each scale of a phase's delta, without training."""
+    """Score English and the other languages at each scale of a phase's delta, or by layers, without training."""
     from qcft import api
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
@@ -117,9 +149,12 @@ def dial(
     def printed(done: dict[str, Any]) -> None:
         tables.print_records(curve_rows(done["points"]))
         tables.say(f"curve: {done['drawing']}", "dim")
+        if picked := done.get("pick"):
+            tables.print_lines([*picked["said"], *([f"next: {picked['next']}"] if "next" in picked else [])])
         tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
 
     how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
+    how |= {"by": by or [], "share": share}
     show_work(lambda watch: api.dial(run, scales, runs, watch, **how), printed, json_, quiet)
 
 

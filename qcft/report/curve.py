@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qcft.recipe import parse_by_layer
 from qcft.recipe.stages import DIAL, is_dial
 from qcft.report.arms import Arm, members
 from qcft.report.cells import in_short
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each scale with EA and MA: mean NLL per answer token of the English groups and of the others (None where there
-    are none), beside each group's own and the English answers."""
+    """Each point, by its `scale` or `by` layers, with EA and MA: mean NLL per answer token of the English groups and of
+    the others (None where there are none), beside each group's own and the English answers."""
     found = []
     for point in points:
         groups = point["groups"]
         found.append(
             {
-                "scale": point["scale"],
+                **{key: point[key] for key in ("scale", "by") if key in point},
                 "EA": mean_of(g for g in groups.values() if g["lang"] == ENGLISH),
                 "MA": mean_of(g for g in groups.values() if g["lang"] != ENGLISH),
                 "groups": {name: g["nll"] for name, g in groups.items()},
@@ -39,13 +40,18 @@ def curve_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The curve as the rows of a table."""
     return [
         {
-            "scale": f"{point['scale']:g}",
+            "scale": point_label(point),
             **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in ("EA", "MA")},
             **{f"{name} ({points[0]['rows'][name]} rows)": f"{nll:.3f}" for name, nll in point["groups"].items()},
             "English answers": in_short(point["answers"]) if point["answers"] else "-",
         }
         for point in points
     ]
+
+
+def point_label(point: Mapping[str, Any]) -> str:
+    """How much of the delta a point takes: `0.5`, `layers 0-9 at 0.5`."""
+    return parse_by_layer(point["by"]).label if "by" in point else f"{point['scale']:g}"
 
 
 def dial_section(arms: Sequence[Arm]) -> Section | None:
@@ -63,13 +69,14 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
 
 
 def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{key: point[key] for key in ("scale", "EA", "MA")}, **point["groups"], **(point["answers"] or {})}
+    own = {key: point.get(key) for key in ("scale", *(("by",) if "by" in point else ()), "EA", "MA")}
+    return {**own, **point["groups"], **(point["answers"] or {})}
 
 
 def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
     def body(axes: Axes) -> None:
         for i, (key, word) in enumerate((("EA", "EA: English"), ("MA", "MA: other languages"))):
-            line = [(p["scale"], p[key]) for p in points if p[key] is not None]
+            line = [(p["scale"], p[key]) for p in points if "scale" in p and p[key] is not None]
             if line:
                 own = look(i)
                 axes.plot(

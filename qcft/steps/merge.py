@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from qcft.layers import scales_by_layer
 from qcft.models.adapters import combine_live
 from qcft.models.chat import write_chat
+from qcft.models.deltas import Scale
 from qcft.models.merge import Target, merge_adapters
 from qcft.prepare.settings import ADDED, SPREAD, ModelSettings
+from qcft.recipe import parse_by_layer
 from qcft.steps.step import Bench, Step, Work
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merge(Work):
-    """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, or combined by one of
-    PEFT's methods, which draw by `seed`."""
+    """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, `by` layer, or combined
+    by one of PEFT's methods, which draw by `seed`."""
 
     kind: ClassVar[str] = "merge"
     streams: ClassVar[bool] = True
@@ -35,6 +38,7 @@ class Merge(Work):
     method: str | None = field(default=None, metadata=ADDED)
     density: float | None = field(default=None, metadata=ADDED)
     seed: int = field(default=0, metadata=ADDED)
+    by: str | None = field(default=None, metadata=ADDED)
 
     def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
         """Merge into `folder/model`."""
@@ -44,10 +48,11 @@ class Merge(Work):
         work.mkdir()
         target = Target(self.dtype, self.base == "dequantised", bench.model.asked.trust_remote_code)
         if self.method:
-            stack: list[Path | tuple[Path, float]] = [self._combined(step, bench, folder)]
+            stack: list[Path | tuple[Path, Scale]] = [self._combined(step, bench, folder)]
         else:
             *under, top = map(bench.adapter, step.stack)
-            stack = [*under, (top, self.scale)]
+            by = parse_by_layer(self.by) if self.by else None
+            stack = [*under, (top, scales_by_layer(bench.model.meta_model, by) if by else self.scale)]
         changed = merge_adapters(bench.weights(step), stack, work, bench.watch, target)
         write_chat(bench.model.tokenizer, work)
         work.rename(done)
