@@ -111,7 +111,7 @@ def test_nothing_is_scaled_by_layers_where_one_layer_alone_has_a_delta(stack, qc
 
 
 def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_path):
-    runs, stages = stack
+    runs, _ = stack
     assert qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")[0] == 0
     before = open_named(runs, "stack").stages["dial-phase2"]
     measured = []
@@ -151,8 +151,8 @@ def test_a_part_of_the_delta_is_delivered_whole_and_as_an_adapter(stack, qcft, t
         assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=0.05)  # merged weights are rounded to bf16
 
 
-def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path, monkeypatch):
-    runs, stages = stack
+def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path):
+    runs, _ = stack
     code, out, error = qcft(
         "dial", "stack", "--scales", "0:1:0.25", "--by", "layers=0:0", "--pick", "0.6", "--runs", runs, "--json", "-q"
     )

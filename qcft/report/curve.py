@@ -10,7 +10,8 @@ from qcft.recipe.stages import DIAL, is_dial
 from qcft.report.arms import Arm, members
 from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, label, look
+from qcft.report.equal_gain import equal_gain_table
+from qcft.report.plots import INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, mean_of
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def point_label(point: Mapping[str, Any]) -> str:
 
 
 def dial_section(arms: Sequence[Arm]) -> Section | None:
-    """The curve of every dial that a run was asked for."""
+    """The curve of every dial that a run was asked for, and English at an equal gain."""
     blocks: list[Block] = []
     for arm, run in members(arms):
         for name, stage in run.run.stages.items():
@@ -64,13 +65,17 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
                 file = f"{run.run.name}-{name}" if len(arms) > 1 else name
                 points = curve_points(stage.metrics["points"])
                 blocks.append(_curve(points, file, what))
-                blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), map(_flat, points)))
+                if any("by" in point for point in points):
+                    blocks.append(_plane(points, f"{file}-layers", what))
+                blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), _flat(points)))
+    if equal := equal_gain_table(arms):
+        blocks.append(equal)
     return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
 
-def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    own = {key: point.get(key) for key in ("scale", *(("by",) if "by" in point else ()), "EA", "MA")}
-    return {**own, **point["groups"], **(point["answers"] or {})}
+def _flat(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    keys = ["scale", *(["by"] if any("by" in point for point in points) else []), "EA", "MA"]
+    return [{**{key: p.get(key) for key in keys}, **p["groups"], **(p["answers"] or {})} for p in points]
 
 
 def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
@@ -90,5 +95,36 @@ def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
         f"EA and MA at each scale of the delta of {what}: mean NLL per answer token, lower is better.",
         "Curves of English and of the other languages over the scale of the delta; the numbers are in the table that "
         "follows.",
+        body,
+    )
+
+
+def _plane(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
+    """EA against MA, where points by layers can stand beside the curve of the scales."""
+
+    def body(axes: Axes) -> None:
+        both = [point for point in points if point["EA"] is not None and point["MA"] is not None]
+        scales = sorted((point for point in both if "by" not in point), key=lambda point: float(point["scale"]))
+        if scales:
+            ends = dict.fromkeys(f"{point['scale']:g}" for point in (scales[0], scales[-1]))
+            title = f"all layers at {' ... '.join(ends)}"
+            axes.plot(
+                [p["MA"] for p in scales], [p["EA"] for p in scales], color=INK, marker=".", linestyle=":", label=title
+            )
+        for i, point in enumerate(point for point in both if "by" in point):
+            own = look(i)
+            axes.plot(
+                point["MA"], point["EA"], linestyle="", marker=own.marker, color=own.colour, markeredgecolor=PAPER,
+                markersize=8, label=point_label(point),
+            )  # fmt: skip
+        better_up_and_right(axes)
+        legend_below(axes)
+
+    return draw(
+        name,
+        f"EA against MA of the delta of {what}, scaled as a whole (line) and by layers: mean {UNIT}, on held-out rows; "
+        "up and to the right is better.",
+        "Scatter plot of English against the other languages at each point of the dial; the numbers are in the table "
+        "that follows.",
         body,
     )

@@ -1,0 +1,130 @@
+"""English at an equal gain in the other languages, for the arms whose last phase was dialled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qcft.measure.equal_gain import place_of, scores_between
+from qcft.measure.score import FILE, RowScore, read_scores
+from qcft.measure.stats import Difference, difference, mean_nll
+from qcft.recipe import Dial
+from qcft.recipe.stages import dial_stage, point_folder
+from qcft.report.arms import Arm, Evidence
+from qcft.report.document import Table
+from qcft.report.standing import Standing, common_groups, standings
+
+SHARE = 0.95  # of a gain
+Groups = dict[str, list[RowScore]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run's dial by rising scale: its gain in the other languages at each point and the scores of its English rows;
+    those rows before, and the gain of its whole delta."""
+
+    gains: tuple[float, ...]
+    english: tuple[list[RowScore], ...]
+    before: list[RowScore]
+    full: float
+
+
+def equal_gain_table(arms: Sequence[Arm]) -> Table | None:
+    """English at 95% of each arm's own gain, and of the gain of the dialled arm that gained least."""
+    found = standings(arms)
+    names = common_groups([standing.arm for standing in found])
+    dialled = [(standing, runs) for standing in found if (runs := _runs(standing, *names))]
+    if not dialled:
+        return None
+    least, of = min((_mean([run.full for run in runs]), standing.arm.name) for standing, runs in dialled)
+    several = len(dialled) > 1
+    rows, records = [], []
+    for standing, runs in dialled:
+        own = _english(runs, [SHARE * run.full for run in runs])
+        equal = _english(runs, [SHARE * least] * len(runs)) if several else None
+        full, gain = standing.lost, _mean([run.full for run in runs])
+        cells = {
+            "arm": standing.arm.name,
+            "gain of the full delta": f"{gain:.3f}",
+            f"English, since {standing.since}": _cell(full),
+            f"at {SHARE:.0%} of its gain": _cell(own),
+        }
+        rows.append({**cells, **({f"at {SHARE:.0%} of {of}'s gain": _cell(equal)} if several else {})})
+        record = {"arm": standing.arm.name, "gain": gain, "since": standing.since, **_record("full", full)}
+        equally = {"of": of, **_record("equal", equal)} if several else {}
+        records.append({**record, **_record("own", own), **equally})
+    return Table.of(
+        "equal-gain",
+        "English at an equal gain",
+        rows,
+        records,
+        "Changes of mean NLL in nats per answer token: the other languages' since the base (a gain), English with its "
+        "95% interval over rows (above zero is lost). Read on a straight line between the dial's nearest scales; "
+        "dashes: its points do not reach that gain.",
+    )
+
+
+def _runs(standing: Standing, english: Sequence[str], others: Sequence[str]) -> list[_Run]:
+    """The dials of an arm's runs; none where one of them has no dial on the rows that the arms are compared on."""
+    found = [
+        _dial(run, read_scores(before.opened), english, others)
+        for run, before in zip(standing.arm.runs, standing.before, strict=True)
+    ]
+    return [run for run in found if run] if all(found) else []
+
+
+def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequence[str]) -> _Run | None:
+    stage = run.run.stages.get(dial_stage(Dial(run.recipe.phases[-1].name, ())))
+    if stage is None or run.last is None:
+        return None
+    step, last = stage.opened, run.last.opened
+    if step.inputs["settings"]["held_out"] != last.inputs["settings"]["held_out"]:
+        return None
+    scales = sorted(point["scale"] for point in stage.metrics["points"] if point.get("scale", -1) >= 0)
+    points: dict[float, Groups] = {1.0: read_scores(last)}
+    for scale in scales:
+        scores = step.json(f"{point_folder(scale)}/{FILE}")
+        points[scale] = {name: [RowScore(**score) for score in rows] for name, rows in scores.items()}
+    base = mean_nll(_of(read_scores(run.run.stages["eval/base"].opened), others))
+    gains = {scale: base - mean_nll(_of(groups, others)) for scale, groups in points.items()}
+    rising = sorted(points)
+    return _Run(
+        tuple(gains[scale] for scale in rising),
+        tuple(_of(points[scale], english) for scale in rising),
+        _of(before, english),
+        gains[1.0],
+    )
+
+
+def _english(runs: Sequence[_Run], wanted: Sequence[float]) -> Difference | None:
+    """The change of English where each run has the gain that is wanted, the mean over runs; None where one has not."""
+    places = [place_of(run.gains, gain) for run, gain in zip(runs, wanted, strict=True)]
+    if any(place is None for place in places):
+        return None
+    there = [scores_between(run.english, place) for run, place in zip(runs, places, strict=True) if place]
+    return difference(_averaged([run.before for run in runs]), _averaged(there))
+
+
+def _of(groups: Groups, names: Sequence[str]) -> list[RowScore]:
+    return [row for name in names for row in groups[name]]
+
+
+def _averaged(runs: Sequence[Sequence[RowScore]]) -> list[RowScore]:
+    """Each row's score, its NLL the mean over runs."""
+    return [
+        RowScore(_mean([row.nll for row in rows]), rows[0].tokens, 0, rows[0].key) for rows in zip(*runs, strict=True)
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cell(change: Difference | None) -> str:
+    return "-" if change is None else f"{change.value:+.3f}\n[{change.low:+.3f}, {change.high:+.3f}]"
+
+
+def _record(name: str, change: Difference | None) -> dict[str, Any]:
+    values = (None, None, None) if change is None else (change.value, change.low, change.high)
+    return dict(zip((f"english_{name}", f"english_{name}_low", f"english_{name}_high"), values, strict=True))
