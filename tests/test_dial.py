@@ -1,10 +1,12 @@
 """The dial: one load, the ends are the phases themselves, a point can be merged; PEFT's methods beyond scaling."""
 
+import csv
 import json
 import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,10 +15,13 @@ from hypothesis import strategies as st
 
 from qcft import InputError, api
 from qcft.events import Progress, Watch
+from qcft.inspect.versions import deltas_of, version_of
 from qcft.models.adapters import load_adapter
 from qcft.models.load import load_model
 from qcft.recipe import Model
+from qcft.report.standing import mean_of
 from qcft.runner.dialling import scales_of
+from qcft.store import Store
 from qcft.store import read_run as open_named
 
 from .helpers.bad_input import check_refused
@@ -100,14 +105,44 @@ def test_no_delivery_names_layers_that_the_model_lacks(stack, qcft, tmp_path, co
     check_refused(qcft, tmp_path, [*command.split(), "stack", *flags], "names layer 9")
 
 
-def test_nothing_is_scaled_by_layers_where_one_layer_alone_has_a_delta(stack, qcft, raw_recipe, tmp_path):
+@pytest.fixture
+def frozen(stack, qcft, raw_recipe, tmp_path):
+    """The runs folder with a second run beside the stack, `one`, whose phase 2 trains the top layer alone."""
     runs, _ = stack
     raw_recipe["phases"][1]["freeze"] = "first:2"
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({**raw_recipe, "name": "one"}))
     code, _, error = qcft("run", tmp_path / "one.yaml", "--runs", runs, "-q")
     assert code == 0, error
-    command = ["dial", "one", "--by", "auto", "--runs", runs, "-q"]
-    check_refused(qcft, runs, command, "layer 2 alone has a delta")
+    return runs
+
+
+def test_nothing_is_scaled_by_layers_where_one_layer_alone_has_a_delta(frozen, qcft):
+    command = ["dial", "one", "--by", "auto", "--runs", frozen, "-q"]
+    check_refused(qcft, frozen, command, "layer 2 alone has a delta")
+
+
+def test_arms_that_were_dialled_are_compared_at_an_equal_gain(frozen, qcft, tmp_path):
+    curves = {}
+    for run in ("stack", "one"):
+        code, out, error = qcft("dial", run, "--scales", "0:1:0.5", "--runs", frozen, "--json", "-q")
+        assert code == 0, error
+        stages = {s["stage"]: s["groups"] for s in api.read(run, frozen).table["stages"]}
+        base, before = stages["eval/base"], stages["eval/phase1"]
+        points = json.loads(out)["points"]
+        gains = [mean_of(g for g in base.values() if g["lang"] != "en") - p["MA"] for p in points]
+        english = [p["EA"] - mean_of(g for g in before.values() if g["lang"] == "en") for p in points]
+        assert gains == sorted(gains)  # the tiny models learn, so np.interp may be asked
+        curves[run] = gains, english
+    code, out, error = qcft("report", "stack", "one", "--to", tmp_path / "page", "--runs", frozen, "--json")
+    assert code == 0, error
+    with (tmp_path / "page" / "tables" / "equal-gain.csv").open() as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    least = min(curves, key=lambda run: curves[run][0][-1])
+    for run, (gains, english) in curves.items():
+        assert float(rows[run]["english_own"]) == pytest.approx(np.interp(0.95 * gains[-1], gains, english), abs=1e-6)
+        equal = np.interp(0.95 * curves[least][0][-1], gains, english)
+        assert float(rows[run]["english_equal"]) == pytest.approx(equal, abs=1e-6)
+        assert rows[run]["of"] == least
 
 
 def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_path):
@@ -143,6 +178,10 @@ def test_a_part_of_the_delta_is_delivered_whole_and_as_an_adapter(stack, qcft, t
         assert code == 0, error
         said = "0.5 of its delta" if "--scale" in flags else "its delta in layers 0-1 at 0.5"
         assert said in (tmp_path / to / "README.md").read_text()
+    named, store = open_named(runs, "stack"), Store(runs)
+    stage = next(s for s in named.stages if s.startswith(f"merged-phase2-at-{'0.5' if '--scale' in flags else 'lay'}"))
+    held = deltas_of(version_of(named, stage, store), store)  # what drift goes by, which knows no layers
+    assert (sorted(held.values()) == [0.5, 1]) if "--scale" in flags else (held is None)
     merged = load_model(tmp_path / "model", Model(name="m"), quantize="none").float()
     base = load_model(Path(open_named(runs, "stack").recipe().model.name), Model(name="m"), quantize="none").float()
     adapted = load_adapter(base, tmp_path / "adapter")
