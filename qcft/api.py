@@ -259,8 +259,9 @@ def export_adapter(
     whole = read(named.name, runs)
     if stage not in whole.stages:
         raise not_done(named, stage)
-    at = f" (of the last: {goal.share()})" if goal.way() else ""
-    what = f"The adapter of {' and '.join(_phases_until(recipe, last))}{at}, for the model as it came."
+    what = f"The adapter of {' and '.join(_phases_until(recipe, last))}, for the model as it came."
+    if goal.way():
+        what += f" Of {last}, it has {goal.share()}; below, {last} is measured with all of its delta."
     deliver_adapter(
         recipe,
         Store(runs),

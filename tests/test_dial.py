@@ -176,8 +176,10 @@ def test_a_part_of_the_delta_is_delivered_whole_and_as_an_adapter(stack, qcft, t
     for to, more in (("model", []), ("adapter", ["--adapter-only"])):
         code, _, error = qcft("export", "stack", *flags, *more, "--to", tmp_path / to, "--runs", runs, "-q")
         assert code == 0, error
-        said = "0.5 of its delta" if "--scale" in flags else "its delta in layers 0-1 at 0.5"
-        assert said in (tmp_path / to / "README.md").read_text()
+        said = "0.5 of its delta" if "--scale" in flags else "its delta with layers 0-1 at 0.5"
+        card = (tmp_path / to / "README.md").read_text()
+        assert said in card
+        assert ("is measured with all of its delta" in card) == bool(more)
     named, store = open_named(runs, "stack"), Store(runs)
     stage = next(s for s in named.stages if s.startswith(f"merged-phase2-at-{'0.5' if '--scale' in flags else 'lay'}"))
     held = deltas_of(version_of(named, stage, store), store)  # what drift goes by, which knows no layers

@@ -38,7 +38,7 @@ class Goal:
 
     def share(self) -> str:
         """How much of the delta is taken, in words."""
-        return f"its delta in {self.by.label}" if self.by else f"{self.scale:g} of its delta"
+        return f"its delta with {self.by.label}" if self.by else f"{self.scale:g} of its delta"
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,12 @@ def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequenc
 
 
 def _english(runs: Sequence[_Run], wanted: Sequence[float]) -> Difference | None:
-    """The change of English where each run has the gain that is wanted, the mean over runs; None where one has not."""
+    """The change of English where each run has the gain that is wanted, the mean over runs.
+
+    None where one has not, or where nothing was gained.
+    """
     places = [place_of(run.gains, gain) for run, gain in zip(runs, wanted, strict=True)]
-    if any(place is None for place in places):
+    if min(wanted) <= 0 or any(place is None for place in places):
         return None
     there = [scores_between(run.english, place) for run, place in zip(runs, places, strict=True) if place]
     return difference(_averaged([run.before for run in runs]), _averaged(there))
