@@ -87,7 +87,7 @@ def test_methods_beyond_scaling_are_pefts(stack, qcft, method, tmp_path):
         (["--scales", "1:0:0.1"], "0 points"),
         (["--scales", "a"], "cannot be read"),
         (["--scales", "0:1:0.0001"], "10001 points"),
-        (["--method", "tie"], "ties"),
+        (["--method", "tie"], "'tie' is not known"),
         (["--density", "0"], "outside"),
         (["--stage", "phase9"], "no phase"),
         (["--by", "layers=0-3:0.5"], "names layer 3, but the model's layers are 0 to 2"),
@@ -155,7 +155,7 @@ def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_pa
     points = found["points"]
     labels = {event.label for event in measured if isinstance(event, Progress)}
     assert any("at layers 1-2 at 0:" in label for label in labels)
-    assert not any(f"at {scale}:" in label for scale in ("0", "0.5", "1") for label in labels)
+    assert not any(f"dial phase2 at {scale}:" in label for scale in ("0", "0.5", "1") for label in labels)
     assert [p["scale"] for p in points[:3]] == [0, 0.5, 1]
     assert [p["by"] for p in points[3:5]] == ["layers=0-2:0.5", "layers=1-2:0"]
     assert {"layers=0:0", "layers=2:0", "layers=1:0.5"} <= {p["by"] for p in points[3:]}
