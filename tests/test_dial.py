@@ -154,7 +154,7 @@ def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_pa
     found = api.dial("stack", "0:1:0.5", runs, Watch(measured.append), by=by)
     points = found["points"]
     labels = {event.label for event in measured if isinstance(event, Progress)}
-    assert any("at layers 1-2 at 0:" in label for label in labels)
+    assert any("dial phase2 at layers 1-2 at 0:" in label for label in labels)
     assert not any(f"dial phase2 at {scale}:" in label for scale in ("0", "0.5", "1") for label in labels)
     assert [p["scale"] for p in points[:3]] == [0, 0.5, 1]
     assert [p["by"] for p in points[3:5]] == ["layers=0-2:0.5", "layers=1-2:0"]
