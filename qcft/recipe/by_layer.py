@@ -44,7 +44,9 @@ class ByLayer:
     @property
     def label(self) -> str:
         """As people read it: `layers 0-9 at 0.5, 20-29 at 0`."""
-        return "layers " + ", ".join(f"{_range(low, high)} at {_number(scale)}" for low, high, scale in self.ranges)
+        one = len(self.ranges) == 1 and self.ranges[0][0] == self.ranges[0][1]
+        named = ", ".join(f"{_range(low, high)} at {_number(scale)}" for low, high, scale in self.ranges)
+        return f"{'layer' if one else 'layers'} {named}"
 
     @property
     def path(self) -> str:
