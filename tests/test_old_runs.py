@@ -11,13 +11,14 @@ import pytest
 from qcft.files import read_json
 from qcft.inspect.drift import Drift
 from qcft.plan import make_plan
+from qcft.steps.dial import DialPoints
 from qcft.steps.step import Work
 
 from .fixtures.make_runs import COMMANDS
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures").glob("runs-*.tar.xz"))
 KINDS = {"probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift", "suite"}
-KNOWN = (make_plan, Drift)  # imported so that all kinds are known
+KNOWN = (make_plan, DialPoints, Drift)  # imported so that all kinds are known
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
