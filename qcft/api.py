@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
@@ -13,14 +13,16 @@ from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
 from qcft.files import telling_full_disk, telling_unwritable, write_sealed
 from qcft.measure.results import finished_run
+from qcft.measure.similarity import SimilarityFound
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
-from qcft.report.ablation import outcome
+from qcft.report.ablation import Outcome, outcome
 from qcft.report.arms import Evidence, arms_of
 from qcft.report.build import build_report
 from qcft.report.card import write_card
-from qcft.report.cost import costs_of, in_all
+from qcft.report.cost import RunCost, costs_of, in_all
 from qcft.report.curve import curve_points
 from qcft.report.drift_section import drift_name
+from qcft.report.shown import Dialled, DriftShown, Exported, Merged, ReportWritten
 from qcft.report.write import write_report
 from qcft.runner.beyond import reach
 from qcft.runner.recipe import Check, run_recipe
@@ -30,6 +32,9 @@ from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import FREE
+
+if TYPE_CHECKING:
+    from qcft.ablation.dry_run import AblationPlan
 
 
 def run(
@@ -96,14 +101,14 @@ def ablate_watched(
     return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
 
 
-def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
+def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
     """What running these arms would do, and what that would take; nothing is written."""
     from qcft.ablation.dry_run import ablation_plan
 
     return ablation_plan(arms, runs, watch)
 
 
-def ablation_outcome(ablation: Ablation) -> dict[str, Any]:
+def ablation_outcome(ablation: Ablation) -> Outcome:
     """What an ablation's arms came to so far, side by side."""
     runs = ablation.runs
     return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
@@ -117,12 +122,11 @@ def _report(done: Run, runs: Path) -> Run:
     return whole.run
 
 
-def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
+def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | None = None) -> ReportWritten:
     """Write the report of a run (None: the latest), or of several compared as arms.
 
     An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
-    report/ here for several runs. Returns the page's path, the question and the answer, and the tables' numbers.
-    Raises QcftError.
+    report/ here for several runs. Raises QcftError.
     """
     made = _ablation(names, runs)
     wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
@@ -157,10 +161,17 @@ def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
     return begun
 
 
-def cost(run: Run) -> dict[str, float]:
-    """What a run's done steps took: their number, seconds, tokens, the highest peak and the disk in bytes."""
-    steps = costs_of(run)
-    return {"steps": len(steps), **in_all(steps)}
+def cost(run: Run) -> RunCost:
+    """What a run's done steps took."""
+    costs = costs_of(run)
+    whole = in_all(costs)
+    return {
+        "steps": len(costs),
+        "seconds": whole.seconds,
+        "tokens": whole.tokens,
+        "peak_bytes": whole.peak_bytes,
+        "disk_bytes": whole.disk_bytes,
+    }
 
 
 def evidence(name: str | None, runs: Path) -> Evidence:
@@ -196,16 +207,14 @@ def merge(
     by: str | None = None,
     method: str | None = None,
     density: float = 1.0,
-) -> dict[str, Any]:
+) -> Merged:
     """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
 
-    `scale` times the phase's delta is taken, or of each layer's what `by` says: `layers=0-9:0.5`.
-
-    Returns the folder, the step's stage, and what was kept. Raises QcftError.
+    `scale` times the phase's delta is taken, or of each layer's what `by` says: `layers=0-9:0.5`. Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.dialling import scaled
-    from qcft.runner.export import deliver_model, goal_for
+    from qcft.runner.export import deliver_model, goal_for, phases_until
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -220,7 +229,7 @@ def merge(
     if to is not None:
         onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
         at = f" (of the last: {goal.share()})" if goal.way() else ""
-        what = f"{' and '.join(_phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
+        what = f"{' and '.join(phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
         deliver_model(
             recipe,
             folder,
@@ -241,14 +250,14 @@ def export_adapter(
     phase: str | None = None,
     scale: float | None = None,
     by: str | None = None,
-) -> dict[str, Any]:
+) -> Exported:
     """Write a run's phase (the last by default) as one PEFT adapter of the model as it came, with a model card.
 
-    `scale` and `by` as `merge` has them. Returns the folder and the phase. Raises QcftError.
+    `scale` and `by` as `merge` has them. Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.dialling import scale_by_weight, scaled
-    from qcft.runner.export import deliver_adapter, goal_for
+    from qcft.runner.export import deliver_adapter, goal_for, phases_until
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -259,7 +268,7 @@ def export_adapter(
     whole = read(named.name, runs)
     if stage not in whole.stages:
         raise not_done(named, stage)
-    what = f"The adapter of {' and '.join(_phases_until(recipe, last))}, for the model as it came."
+    what = f"The adapter of {' and '.join(phases_until(recipe, last))}, for the model as it came."
     if goal.way():
         what += f" Of {last}, it has {goal.share()}; below, {last} is measured with all of its delta."
     deliver_adapter(
@@ -287,11 +296,11 @@ def dial(
     merge_at: float | None = None,
     share: float | None = None,
     to: Path | None = None,
-) -> dict[str, Any]:
+) -> Dialled:
     """Measure EA and MA at each scale of a phase's delta, and scaled `by` layers (`layers=0-9:0.5`, `auto`), and draw
     the curve; merge one scale, or pick the point that keeps a `share` of the languages' gain, when asked to.
 
-    Returns the points, the drawing's path, the pick, and what `merge` returns. Raises QcftError.
+    Raises QcftError.
     """
     from qcft.inspect.pick import check_share, pick
     from qcft.runner.delivery import check_place
@@ -310,10 +319,10 @@ def dial(
         wanted = with_patterns(wanted, named, recipe, runs, watch)
     done = reach(named, recipe, wanted, runs, watch)
     assert done.goal is not None
-    points = curve_points(done.stages[done.goal].metrics["points"])
+    points = curve_points(done.stages[done.goal].metrics)
     _report(done, runs)
     drawing = done.folder / "report" / "plots" / f"{done.goal}.svg"
-    found: dict[str, Any] = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
+    found: Dialled = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
     if share is not None:
         found["pick"] = pick(done, recipe, wanted, share, runs)
     if merge_at is not None:
@@ -333,10 +342,10 @@ def drift(
     against: str | None = None,
     rows: int = 16,
     texts: Mapping[str, Path] | None = None,
-) -> dict[str, Any]:
+) -> DriftShown:
     """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
 
-    Returns what the step's drift.json holds, and the drawing's path. Raises QcftError.
+    Raises QcftError.
     """
     from qcft.inspect.drift import Asked, measure_drift
 
@@ -346,23 +355,13 @@ def drift(
     return {"run": named.name, **found, "drawing": str(drawing)}
 
 
-def keep_similarity(name: str, found: Mapping[str, Any], runs: Path) -> None:
+def keep_similarity(name: str, found: SimilarityFound, runs: Path) -> None:
     """Keep how alike a run's phases are beside its report, and in it."""
     place = runs / name / "report"
     with working(runs, name):
         place.mkdir(exist_ok=True)
         write_sealed(place / "similarity.json", dict(found))
     _report(read(name, runs), runs)
-
-
-def _phases_until(recipe: Recipe, phase: str) -> list[str]:
-    """The phases whose deltas a phase's model has."""
-    names: list[str] = []
-    for number, one in enumerate(recipe.phases):
-        names = [one.name] if number and one.start == "base" else [*names, one.name]
-        if one.name == phase:
-            break
-    return names
 
 
 def replay_watched(recipe: Recipe, runs: Path, watch: Watch, of: str | None = None) -> Run:

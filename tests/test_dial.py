@@ -19,12 +19,14 @@ from qcft.inspect.versions import deltas_of, version_of
 from qcft.models.adapters import load_adapter
 from qcft.models.load import load_model
 from qcft.recipe import Model
+from qcft.report.shown import Picked
 from qcft.report.standing import mean_of
 from qcft.runner.dialling import scales_of
 from qcft.store import Store
 from qcft.store import read_run as open_named
 
 from .helpers.bad_input import check_refused
+from .helpers.typed import misfit
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,7 @@ def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path):
     )
     assert code == 0, error
     told = json.loads(out)["pick"]
+    assert misfit(told, Picked) is None
     assert told["points"] == 6
     chosen, reported = told["chosen"], told["reported"]
     assert chosen["english"]["rows"] + reported["english"]["rows"] == 18

@@ -11,14 +11,15 @@ import pytest
 from qcft.files import read_json
 from qcft.inspect.drift import Drift
 from qcft.plan import make_plan
-from qcft.steps.dial import DialPoints
+from qcft.plan.beyond import plan_beyond
 from qcft.steps.step import Work
 
 from .fixtures.make_runs import COMMANDS
+from .helpers.typed import misfits
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures").glob("runs-*.tar.xz"))
 KINDS = {"probe", "train", "adapter", "merge", "pool", "replay", "kept", "layers", "dial", "drift", "suite"}
-KNOWN = (make_plan, DialPoints, Drift)  # imported so that all kinds are known
+KNOWN = (make_plan, plan_beyond, Drift)  # imported so that all kinds are known
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
@@ -63,6 +64,7 @@ def test_runs_of_an_earlier_version_are_reused(archive, qcft, tmp_path):
     assert kept
     assert {step: after[step] for step in kept} == {step: before[step] for step in kept}
     assert bool(after.keys() - before.keys()) == bool(old)
+    assert misfits(runs) == []
     for name, wanted in stages.items():
         found = next(read_json(file) for file in sorted(runs.glob(f"{name}*/run.json"), reverse=True))["stages"]
         assert {stage for stage, step in wanted.items() if step not in old and found.get(stage) != step} == set()

@@ -187,7 +187,7 @@ def told(error: Exception, step: Step | None) -> Fault:
 
 def _in_words(done: Run) -> str:
     """The last phase's length in steps and tokens, and what became of English since the base."""
-    trained = [stage.metrics for stage in done.stages.values() if "exposure" in stage.metrics]
+    trained = done.trainings()
     length = f"{sum(m['steps'] for m in trained)} steps, {sum(m['tokens'] for m in trained):,} tokens"
     since_base = next((c for c in done.table["changes"] if c["from"] == "eval/base"), None)
     english = next((g["name"] for g in done.table["groups"] if g["english"]), None)

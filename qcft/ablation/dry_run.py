@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from qcft.ablation.arms import prepare_arms
 from qcft.events import Watch
@@ -18,6 +18,7 @@ from qcft.runner.libraries import quiet
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.step import Bench, Step
 from qcft.store import Store
+from qcft.store.metrics import ProbeMetrics, ReplayMetrics, TrainMetrics
 from qcft.store.opened import Record, read_begun
 
 if TYPE_CHECKING:
@@ -37,7 +38,57 @@ class Done:
     rows: float
 
 
-def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str, Any]:
+class Expected(TypedDict):
+    """What a step takes: seconds and bytes, None where that is not known."""
+
+    seconds: float | None
+    bytes: int | None
+
+
+class PlannedStep(Expected):
+    """A step, its state and the runs that need it."""
+
+    id: str
+    title: str
+    state: str
+    runs: list[str]
+
+
+class Sums(TypedDict):
+    """Of several steps how many are done; the seconds and bytes of those to do, of which `unknown` have no estimate."""
+
+    done: int
+    seconds: float | None
+    bytes: int
+    unknown: int
+
+
+class PlannedRun(Sums):
+    """A run of an arm: its steps, and those (`own`) that no run before it needs, whose sums these are."""
+
+    run: str
+    arm: str
+    seed: int
+    steps: int
+    own: int
+
+
+class PlannedTotal(Sums):
+    """All steps, and how many of them are shared."""
+
+    steps: int
+    shared: int
+
+
+class AblationPlan(TypedDict):
+    """What an ablation would run."""
+
+    runs: list[PlannedRun]
+    steps: list[PlannedStep]
+    total: PlannedTotal
+
+
+def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
     """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
 
     `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; where
@@ -45,7 +96,7 @@ def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str,
     """
     store = Store(runs)
     known = _done_steps(store)
-    steps: dict[str, dict[str, Any]] = {}
+    steps: dict[str, PlannedStep] = {}
     prepared = prepare_arms(arms, watch)
     quiet()
     for number, one in enumerate(prepared):
@@ -69,7 +120,7 @@ def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> dict[str,
     }
 
 
-def _of_run(arm: ArmRun, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _of_run(arm: ArmRun, steps: list[PlannedStep]) -> PlannedRun:
     """An arm's part: its steps, and those that no run before it needs."""
     name = arm.recipe.name
     own = [row for row in steps if row["runs"][0] == name]
@@ -83,7 +134,7 @@ def _of_run(arm: ArmRun, steps: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _sums(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _sums(rows: list[PlannedStep]) -> Sums:
     """Done steps, and the seconds and bytes of those to do; `unknown` of them have no estimate.
 
     Seconds are null where no step that is to do has one: 0 are those of a step that takes next to no time.
@@ -113,13 +164,14 @@ def _done_steps(store: Store) -> list[Done]:
 
 
 def _worked_on(kind: str, record: Record) -> float:
-    metrics = record["metrics"]
     if kind == "probe":
-        return float(sum(group["rows"] for group in metrics["groups"].values()))
-    return float(metrics["rows"]) if kind in {"train", "replay"} else 1.0
+        return sum(group["rows"] for group in cast("ProbeMetrics", record["metrics"])["groups"].values())
+    if kind in {"train", "replay"}:
+        return cast("TrainMetrics | ReplayMetrics", record["metrics"])["rows"]
+    return 1
 
 
-def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[Done]) -> dict[str, Any]:
+def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[Done]) -> Expected:
     record = store.record(step.id)
     if record is not None:
         sizes = [store.folder(step.id) / name for name in record["files"]]
@@ -137,7 +189,7 @@ def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence
     }
 
 
-def _from_shapes(step: Step, prepared: PlannedRecipe, bench: Bench) -> dict[str, Any]:
+def _from_shapes(step: Step, prepared: PlannedRecipe, bench: Bench) -> Expected:
     """What a training takes and writes, and a merge writes, as `qcft check` reckons it."""
     from qcft.models.load import device, free_bytes
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-from qcft.check.rows import look_at_rows
+from qcft.check.rows import Looks, look_at_rows
 from qcft.data.encode import IGNORED, EncodedRow, EncodedSet
 from qcft.events import Watch
 from qcft.files import disk_free
-from qcft.measure.similarity import compare_phases
+from qcft.measure.similarity import PhasesCompared, compare_phases
 from qcft.models.cards import choose_card
 from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import has_weights
@@ -30,6 +30,71 @@ if TYPE_CHECKING:
 CONTEXT = 1 << 29  # bytes that CUDA takes for itself, roughly: part of a card that is planned for but not here
 
 
+class Stretch(TypedDict):
+    """A part of a row as text, and whether it bears loss."""
+
+    text: str
+    trained: bool
+
+
+class PhaseChecked(TypedDict):
+    """What training a phase would take; `memory` in bytes by part, `seconds` None where its pace is not known."""
+
+    phase: str
+    memory: dict[str, int]
+    fits: bool
+    unknown: str | None
+    adapted_share: float
+    pass_tokens: int
+    pass_limit: int | None
+    gradient_checkpointing: bool
+    freeze_is_known: bool
+    steps: int
+    rows: int
+    tokens: int
+    seconds: float | None
+    measured: bool
+    rows_read: int
+    left_out: dict[str, int]
+    given: dict[str, int]
+    looks: Looks
+    truncated: int
+    samples: list[list[Stretch]]
+
+
+class StepChecked(TypedDict):
+    """What a step would take at most."""
+
+    id: str
+    kind: str
+    title: str
+    phase: str | None
+    quantize: str
+    state: str
+    bytes: int
+    memory: dict[str, int] | None
+    seconds: float | None
+
+
+class Checked(TypedDict):
+    """What `qcft check` shows."""
+
+    recipe: str
+    model: str
+    quantize: str
+    quantised_share: float
+    device: str
+    here: bool
+    free_bytes: int
+    fits: bool
+    phases: list[PhaseChecked]
+    steps: list[StepChecked]
+    disk_bytes: int
+    disk_free_bytes: int
+    cache_bytes: int
+    similarity: list[PhasesCompared]
+
+
 def check_recipe(
     recipe: Recipe,
     runs: Path,
@@ -38,7 +103,7 @@ def check_recipe(
     measure: bool = False,
     rows: int = 2,
     encoder: str | None = None,
-) -> dict[str, Any]:
+) -> Checked:
     """What `qcft check` shows. `vram`: bytes of a GPU that is not here; `measure`: take a few optimizer steps of each
     phase to know their pace, and throw them away; `rows`: of each phase to show; `encoder`: of sentences, by which to
     compare the phases' instructions (None: the paper's, if it is here). Raises InputError."""
@@ -56,7 +121,7 @@ def check_recipe(
     where = "cuda" if vram else device()
     free = vram - CONTEXT if vram else free_bytes()
     speed = None if vram else measure_speed()
-    phases: list[dict[str, Any]] = []
+    phases: list[PhaseChecked] = []
     plans: dict[str, Planned] = {}
     for phase in recipe.phases:
         if not phase.adapter:
@@ -90,7 +155,7 @@ def check_recipe(
 
 def _phase(
     prepared: PlannedRecipe, phase: Phase, planned: Planned, batches: Batches, speed: Speed | None, rows: int
-) -> dict[str, Any]:
+) -> PhaseChecked:
     sets = prepared.encoded(phase)
     tokens = batches.tokens_until(batches.steps)
     seconds = None
@@ -145,7 +210,7 @@ def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:
     return [one[i] for i in range(max(map(len, each))) for one in each if i < len(one)][:rows]
 
 
-def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[dict[str, Any]]:
+def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[Stretch]:
     """A row as text, in stretches that bear loss and stretches that do not."""
     stretches: list[tuple[bool, list[int]]] = []
     for token, label in zip(row.input_ids, row.labels, strict=True):
@@ -157,11 +222,12 @@ def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[dict[str, Any]]:
 
 
 def _steps(
-    prepared: PlannedRecipe, store: Store, phases: list[dict[str, Any]], plans: dict[str, Planned], free: int
-) -> list[dict[str, Any]]:
+    prepared: PlannedRecipe, store: Store, phases: list[PhaseChecked], plans: dict[str, Planned], free: int
+) -> list[StepChecked]:
     """Each step with its state, the memory it holds at most, the bytes it writes, and of trainings the time."""
     trained = {phase["phase"]: phase for phase in phases}
-    steps, bench = [], prepared.bench(store, prepared.watch)
+    steps: list[StepChecked] = []
+    bench = prepared.bench(store, prepared.watch)
     for step in prepared.plan.steps:
         training = trained.get(step.phase or "") if step.kind == "train" else None
         memory = training["memory"] if training else step.work.memory(step, bench, free)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from qcft.data.encode import EncodedSet
 from qcft.data.rows import Row
@@ -14,7 +14,24 @@ from qcft.recipe import Phase
 PLACEHOLDERS = {"n/a", "none", "null", "nan", "<nooutput>", "<noinput>", "no output"}
 
 
-def look_at_rows(prepared: Prepared, phase: Phase, sets: Sequence[EncodedSet]) -> dict[str, Any]:
+class Counted(TypedDict):
+    """How many rows, and the name of one of them."""
+
+    rows: int
+    example: str | None
+
+
+class Looks(TypedDict):
+    """What should be looked at among a phase's rows."""
+
+    max_length: int
+    positions: int | None
+    rows_beyond: int
+    like_held_out: Counted
+    near_empty: Counted
+
+
+def look_at_rows(prepared: Prepared, phase: Phase, sets: Sequence[EncodedSet]) -> Looks:
     """What a person should look at before the phase is trained.
 
     `positions`: tokens the model has positions for, where `max_length` is more, with the number of rows that are
@@ -48,6 +65,6 @@ def _says_nothing(text: str) -> bool:
     return text.strip().lower().rstrip(".") in PLACEHOLDERS or not any(map(str.isalnum, text))
 
 
-def _counted(rows: Iterable[Row]) -> dict[str, Any]:
+def _counted(rows: Iterable[Row]) -> Counted:
     found = list(rows)
     return {"rows": len(found), "example": found[0].name if found else None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from qcft.cli.options import Freeze, Json, Quiet, Runs, Set, Stage, app, show_wo
 
 if TYPE_CHECKING:
     from qcft.events import Watch
+    from qcft.report.shown import Delivered, Dialled
 
 
 Scale = Annotated[float | None, typer.Option("--scale", help="Take this much of the phase's delta [default: 1].")]
@@ -80,8 +81,11 @@ def merge(
     """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
     from qcft import api
 
-    how: dict[str, Any] = {"phase": stage, "dequantised": base is Base.dequantised, "dtype": dtype}
-    _deliver(lambda watch: api.merge(run, to, runs, watch, scale=scale, by=by, **how), json_, quiet)
+    def work(watch: Watch) -> Delivered:
+        onto_4bit = base is Base.dequantised
+        return api.merge(run, to, runs, watch, phase=stage, dequantised=onto_4bit, dtype=dtype, scale=scale, by=by)
+
+    _deliver(work, json_, quiet)
 
 
 @app.command()
@@ -101,8 +105,10 @@ def export(
     """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
     from qcft import api
 
-    deliver: Callable[..., dict[str, Any]] = api.export_adapter if adapter_only else api.merge
-    _deliver(lambda watch: deliver(run, to, runs, watch, phase=stage, scale=scale, by=by), json_, quiet)
+    if adapter_only:
+        _deliver(lambda w: api.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
+    else:
+        _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
 
 
 @app.command()
@@ -146,16 +152,21 @@ def dial(
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
 
-    def printed(done: dict[str, Any]) -> None:
+    def printed(done: Dialled) -> None:
         tables.print_records(curve_rows(done["points"]))
         tables.say(f"curve: {done['drawing']}", "dim")
         if picked := done.get("pick"):
-            tables.print_lines([*picked["said"], *([f"next: {picked['next']}"] if "next" in picked else [])])
+            tables.print_lines(picked["said"])
+            tables.print_lines([] if picked["point"] is None else [f"next: {picked['next']}"])
         tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
 
-    how: dict[str, Any] = {"phase": stage, "method": method, "density": density, "merge_at": merge_at, "to": to}
-    how |= {"by": by or [], "share": share}
-    show_work(lambda watch: api.dial(run, scales, runs, watch, **how), printed, json_, quiet)
+    def work(watch: Watch) -> Dialled:
+        return api.dial(
+            run, scales, runs, watch, phase=stage, method=method, density=density, by=by or [], merge_at=merge_at,
+            share=share, to=to,
+        )  # fmt: skip
+
+    show_work(work, printed, json_, quiet)
 
 
 @app.command()
@@ -182,7 +193,7 @@ def layers(
     )
 
 
-def _deliver(work: Callable[[Watch], dict[str, Any]], json_: bool, quiet: bool) -> None:
+def _deliver(work: Callable[[Watch], Delivered], json_: bool, quiet: bool) -> None:
     from qcft.terminal import tables
 
     show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qcft.cli.options import Json, Quiet, Runs, app, show_work
+
+if TYPE_CHECKING:
+    from qcft.events import Watch
+    from qcft.measure.similarity import SimilarityFound
+    from qcft.report.shown import DriftShown
 
 
 @app.command()
@@ -30,7 +35,7 @@ def similarity(
     from qcft.report.similarity_section import similarity_rows
     from qcft.terminal import tables
 
-    def printed(found: dict[str, Any]) -> None:
+    def printed(found: SimilarityFound) -> None:
         tables.print_records(similarity_rows(found))
         tables.print_lines(found["says"])
 
@@ -63,10 +68,14 @@ def drift(
     from qcft.report.drift_section import NOTE, drift_rows, drift_says
     from qcft.terminal import tables
 
-    def printed(found: dict[str, Any]) -> None:
+    def printed(found: DriftShown) -> None:
         tables.print_rows(*drift_rows(found))
         tables.print_lines([*drift_says(found), NOTE])
         tables.say(f"drawing: {found['drawing']}", "dim")
 
-    how: dict[str, Any] = {"since": since, "to": to, "against": against, "rows": rows, "texts": text_files(text or [])}
-    show_work(lambda watch: api.drift(run, runs, watch, **how), printed, json_, quiet)
+    texts = text_files(text or [])
+
+    def work(watch: Watch) -> DriftShown:
+        return api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=texts)
+
+    show_work(work, printed, json_, quiet)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from qcft.cli.data_flags import sources_of
 from qcft.cli.flags import second_phase
@@ -16,13 +16,19 @@ from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_ass
 from qcft.store import Store, list_runs, read_run
 from qcft.store.ablations import run_states
 from qcft.store.holding import holders
+from qcft.store.metrics import ReplayMetrics
 from qcft.store.opened import run_again
 from qcft.store.results import Stage
+
+if TYPE_CHECKING:
+    from qcft.inspect.layers import LayersTable
+    from qcft.measure.similarity import SimilarityFound
+    from qcft.replay.rows import ReplayShown
 
 
 def layers_table(
     target: str, runs: Path, freeze: str | None, base: str | None, assignments: list[str], snr: bool, watch: Watch
-) -> dict[str, Any]:
+) -> LayersTable:
     """What `qcft layers` shows: a run's last phase, or a model's only one, layer by layer. Raises InputError."""
     from qcft.inspect.layers import describe_layers, weights_of
 
@@ -49,7 +55,17 @@ def layers_table(
     return describe_layers(recipe, weights, snr, watch)
 
 
-def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: bool) -> dict[str, Any]:
+class StepListed(TypedDict):
+    """A step of a plan; `seconds` that it took, once it is done."""
+
+    id: str
+    stage: str
+    title: str
+    state: str
+    seconds: float | None
+
+
+def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: bool) -> ReplayShown:
     """A run's last replay: what it is made of, and the first `show` of its rows, or of those left out."""
     stage = [stage for stage in stages if stage == "replay" or stage.startswith("replay-")][-1]
     file = stages[stage].opened.file("left_out.jsonl" if left_out else "replay.jsonl")
@@ -58,14 +74,14 @@ def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: boo
         "run": run,
         "stage": stage,
         "file": str(file),
-        **stages[stage].metrics,
+        **cast("ReplayMetrics", stages[stage].metrics),
         "samples": [json.loads(line) for line in lines[:show]],
     }
 
 
 def similarity_table(
     a: str, b: str | None, runs: Path, encoder: str | None, take: int | None, column: str | None, watch: Watch
-) -> dict[str, Any]:
+) -> SimilarityFound:
     """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named.
 
     Two phases of one run are also kept beside its report. Raises InputError.
@@ -153,7 +169,7 @@ def _unreadable(name: str, problem: str) -> dict[str, str]:
     return {"run": name, "model": "?", "phases": problem, "steps done": "?", "state": "damaged"}
 
 
-def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[dict[str, Any]]:
+def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
     """The steps a recipe comes to, and the state of each."""
     from qcft.runner.recipe import plan_recipe
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,7 +29,9 @@ from qcft.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from qcft.cli.listings import StepListed
     from qcft.recipe import Recipe
+    from qcft.report.shown import ReportWritten
 
 
 @app.command()
@@ -187,7 +189,7 @@ def report(
     from qcft import api
     from qcft.terminal import tables
 
-    def printed(written: dict[str, Any]) -> None:
+    def printed(written: ReportWritten) -> None:
         tables.print_answer(written["question"], written["answer"])
         tables.print_lines([written["page"]])
 
@@ -233,7 +235,7 @@ def run_and_show(
     raise_failed(done)
 
 
-def _print_steps(steps: list[dict[str, Any]]) -> None:
+def _print_steps(steps: list[StepListed]) -> None:
     from qcft.terminal import tables
 
     tables.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -23,7 +23,7 @@ from qcft.inspect.versions import (
     weights_folder_of,
 )
 from qcft.layers import decoder_layers
-from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts
+from qcft.measure.shifts import Shift, States, layer_outputs, layer_shifts, read_drift
 from qcft.models.load import free_memory, load_model, quiet_libraries
 from qcft.models.switch import Adapters
 from qcft.prepare.model import PreparedModel
@@ -37,6 +37,7 @@ from qcft.runner.stored import check_parents, model_of, rows_of, stored_steps
 from qcft.steps.step import Bench, Step, Work
 from qcft.store import NamedRun, Store, read_run
 from qcft.store.holding import working
+from qcft.store.metrics import DriftFile, StateShift, TrainMetrics
 from qcft.store.runs import add_stage, link_stage
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Asked:
     texts: Mapping[str, Path] | None = None
 
 
-def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, dict[str, Any]]:
+def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFile]:
     """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content.
 
     Raises InputError before any model is loaded when the two can't be compared.
@@ -91,7 +92,7 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         if before is None:
             raise
         watch.note(f"as it was measured before, since {error.message}", "warning")
-        return named, before.stage, dict(store.opened(before.id).json("drift.json"))
+        return named, before.stage, read_drift(store.opened(before.id))
     step = _step(since, to, texts, prepared)
     if store.done(step.id) is None:
         check_parents([step], store, watch)
@@ -101,7 +102,7 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         store.reuse(step.id, step.inputs(), watch)
         add_stage(named, step.stage, step.id)
         link_stage(named, step.stage, store.folder(record["step"]))
-    return named, step.stage, dict(store.opened(step.id).json("drift.json"))
+    return named, step.stage, read_drift(store.opened(step.id))
 
 
 def _measured_before(run: NamedRun, since: Version, to: Version, stored: Sequence[Step], store: Store) -> Step | None:
@@ -113,7 +114,7 @@ def _measured_before(run: NamedRun, since: Version, to: Version, stored: Sequenc
     return None
 
 
-def _as_setting(version: Version) -> dict[str, Any]:
+def _as_setting(version: Version) -> dict[str, object]:
     return {"weights": version.weights, "stack": list(version.stack)}
 
 
@@ -151,8 +152,12 @@ def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int
     return Step(work, f"{DRIFT}{since.name}-{to.name}", title, parents=parents)
 
 
+# Between which models; the parameters' part of it.
+DriftMetrics = TypedDict("DriftMetrics", {"from": str, "to": str, "mpd": float | None})
+
+
 @dataclass(frozen=True)
-class Drift(Work):
+class Drift(Work[DriftMetrics]):
     """Compares two models on texts; languages that a killed process has measured are kept."""
 
     kind: ClassVar[str] = "drift"
@@ -175,32 +180,36 @@ class Drift(Work):
             "text": hashlib.sha256(json.dumps(self.texts).encode()).hexdigest(),
         }
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> DriftMetrics:
         """Measure, and write drift.json."""
         since, to, prepared, store = self.since, self.to, bench.model, bench.store
-        moved = parameter_difference(since, to, prepared, store, bench.watch)
+        moved, layers = parameter_difference(since, to, prepared, store, bench.watch)
         shifts = _shifts(since, to, self.texts, prepared, store, folder, bench.watch)
         trained = store.record(to.trained) if to.trained else None
-        frozen = set(trained["metrics"].get("frozen_layers", ()) if trained else ())
-        document = {
+        frozen = set(cast("TrainMetrics", trained["metrics"]).get("frozen_layers", ()) if trained else ())
+        document: DriftFile = {
             "from": since.name,
             "to": to.name,
             "text": {
                 lang: {"rows": len(rows), "tokens": sum(len(r) - 1 for r in rows)} for lang, rows in self.texts.items()
             },
-            "parameters": {key: value for key, value in moved.items() if key != "layers"},
+            "parameters": moved,
             "layers": [
                 {
                     "layer": number,
                     "frozen": number in frozen,
-                    **moved["layers"][number],
-                    "languages": {lang: asdict(each[number]) for lang, each in shifts.items()},
+                    **layer,
+                    "languages": {lang: _as_record(each[number]) for lang, each in shifts.items()},
                 }
-                for number in range(len(moved["layers"]))
+                for number, layer in enumerate(layers)
             ],
         }
         write_json(folder / "drift.json", document)
         return {"from": since.name, "to": to.name, "mpd": moved["mpd"]}
+
+
+def _as_record(shift: Shift) -> StateShift:
+    return {"mean_shift": shift.mean_shift, "covariance_shift": shift.covariance_shift, "cka": shift.cka}
 
 
 def _shifts(
@@ -223,7 +232,7 @@ def _shifts(
         for lang in missing:
             label = f"drift of the layers' states: {lang}"
             shifts = layer_shifts(first, second, texts[lang], layers, width, watch, label)
-            write_json(files[lang], [asdict(shift) for shift in shifts])
+            write_json(files[lang], [_as_record(shift) for shift in shifts])
         del first, second
         free_memory()
     return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}

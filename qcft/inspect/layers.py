@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -47,7 +47,46 @@ def weights_of(recipe: Recipe, run: NamedRun | None, store: Store, watch: Watch)
     return Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name} as it came", adapters)
 
 
-def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Watch) -> dict[str, Any]:
+class ModuleRow(TypedDict):
+    """A linear module: whether it carries an adapter, what phase 1 changed of it, its signal to noise."""
+
+    module: str
+    shape: list[int]
+    adapter: bool
+    change: float | None
+    snr: float | None
+
+
+class LayerRow(TypedDict):
+    """A decoder layer: the types of module that carry adapters, the change of all, the mean signal to noise."""
+
+    layer: int
+    adapted: list[str]
+    trainable_parameters: int
+    change: float | None
+    snr: float | None
+    modules: list[ModuleRow]
+
+
+class LayersTable(TypedDict):
+    """What `qcft layers` shows."""
+
+    weights: str
+    phase: str
+    freeze: str
+    targets: str | list[str]
+    rank: int
+    adapted_modules: int
+    linear_modules: int
+    trainable_parameters: int
+    parameters: int
+    adapted_share: float
+    quantised_share: float
+    frozen_below: int
+    layers: list[LayerRow]
+
+
+def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Watch) -> LayersTable:
     """The last phase's layers as plain data: adapters, trainable parameters, change in phase 1, signal to noise.
 
     Measures the signal-to-noise ratio only when asked, or when the freeze spec goes by it. Raises InputError.
@@ -98,7 +137,7 @@ def _layer(
     rank: int,
     change: Mapping[str, float] | None,
     snr: Mapping[str, float] | None,
-) -> dict[str, Any]:
+) -> LayerRow:
     names = [module.name for module in modules]
     return {
         "layer": number,

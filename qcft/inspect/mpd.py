@@ -14,11 +14,12 @@ from qcft.layers.change import change_between, squared_norm
 from qcft.models.adapters import lora_factors
 from qcft.prepare.model import PreparedModel
 from qcft.store import Store
+from qcft.store.metrics import Difference, LayerDifference, Pair
 
 
 def parameter_difference(
     since: Version, to: Version, prepared: PreparedModel, store: Store, watch: Watch
-) -> dict[str, Any]:
+) -> tuple[Difference, list[LayerDifference]]:
     """Model parameter difference (MPD) of two models of one base, and of each layer.
 
     MPD = 1/n sum_i ||W_i - W'_i||_2 (arXiv 2410.16006), here over the n weight matrices of the decoder layers' linear
@@ -30,8 +31,12 @@ def parameter_difference(
     """
     base = Version("base", None, ())
     names = [module.name for module in linear_modules(prepared.meta_model)]
-    pairs = {"from-to": (since, to), "base-from": (base, since), "base-to": (base, to)}
-    found: dict[str, float | None] = {}
+    pairs: dict[Pair, tuple[Version, Version]] = {
+        "from-to": (since, to),
+        "base-from": (base, since),
+        "base-to": (base, to),
+    }
+    found: dict[Pair, float | None] = {}
     norms: dict[str, float] = {}
     reason = None
     for key, pair in pairs.items():
@@ -50,18 +55,18 @@ def parameter_difference(
     by_layer: dict[int, list[float]] = {}
     for module in linear_modules(prepared.meta_model):
         by_layer.setdefault(module.layer, []).append(norms.get(module.name, 0.0))
-    return {
+    whole: Difference = {
         "mpd": found["from-to"],
         "scaled": {key: value / largest if value is not None and largest else value for key, value in found.items()},
         "pairs": found,
         "norm": _norm(norms.values()) if known else None,
         "matrices": len(names),
         "reason": reason,
-        "layers": [
-            {"mpd": sum(values) / len(values) if known else None, "norm": _norm(values) if known else None}
-            for _, values in sorted(by_layer.items())
-        ],
     }
+    return whole, [
+        {"mpd": sum(values) / len(values) if known else None, "norm": _norm(values) if known else None}
+        for _, values in sorted(by_layer.items())
+    ]
 
 
 def _module_norms(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from qcft.errors import InputError
 from qcft.measure.pick import NoPick, Pick, pick_point
@@ -15,6 +14,8 @@ from qcft.measure.stats import Difference
 from qcft.recipe import ByLayer, Dial, Recipe, parse_by_layer
 from qcft.recipe.stages import BASE, PROBES, point_folder
 from qcft.replay.pools import ENGLISH
+from qcft.report.shown import HalfShown, NotPicked, Picked
+from qcft.store.metrics import DeltaAmount, DialMetrics
 from qcft.store.opened import DoneStep
 from qcft.store.results import Run
 
@@ -31,7 +32,7 @@ def check_share(share: float) -> None:
         )
 
 
-def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> dict[str, Any]:
+def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> Picked | NotPicked:
     """The point to take of a measured dial; `said` holds it in sentences, `next` the command that uses it.
 
     English counts from the first phase, or from the base where that is the one that was dialled; the gain from the base
@@ -41,30 +42,34 @@ def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> dic
     stage, first = done.stages[done.goal], recipe.phases[0].name
     since = BASE if dial.phase == first else first
     measured = [read_scores(done.stages[f"{PROBES}{name}"].opened) for name in (BASE, since, dial.phase)]
-    amounts = {point_folder(amount): amount for amount in map(_amount, stage.metrics["points"])}
+    measured_points = cast("DialMetrics", stage.metrics)["points"]
+    amounts = {point_folder(amount): amount for amount in map(_amount, measured_points)}
     points = {name: _scores(stage.opened, name) for name in amounts}
     full = point_folder(1.0) if dial.method is None and point_folder(1.0) in points else FULL
     points.setdefault(full, measured[2])
-    english = [name for name, g in stage.metrics["points"][0]["groups"].items() if g["lang"] == ENGLISH]
+    english = [name for name, g in measured_points[0]["groups"].items() if g["lang"] == ENGLISH]
     found = pick_point(points, full, measured[0], measured[1], english, share)
     if isinstance(found, NoPick):
         return {"share": share, "point": None, "why": found.why, "said": [f"nothing is picked: {found.why}"]}
     amount = None if found.point == full else amounts[found.point]
     return {
-        **asdict(found),
         "share": share,
         "point": _record(1.0 if amount is None else amount),
+        "points": found.points,
+        "enough": found.enough,
+        "chosen": cast("HalfShown", asdict(found.chosen)),
+        "reported": cast("HalfShown", asdict(found.reported)),
         "since": since,
         "said": _sentences(found, amount, share, since),
         "next": _command(done.name, recipe, dial, amount, runs),
     }
 
 
-def _amount(point: Mapping[str, Any]) -> Amount:
-    return parse_by_layer(point["by"]) if "by" in point else float(point["scale"])
+def _amount(point: DeltaAmount) -> Amount:
+    return parse_by_layer(point["by"]) if "by" in point else point["scale"]
 
 
-def _record(amount: Amount) -> dict[str, Any]:
+def _record(amount: Amount) -> DeltaAmount:
     return {"by": str(amount)} if isinstance(amount, ByLayer) else {"scale": amount}
 
 

@@ -82,7 +82,9 @@ def deltas_of(version: Version, store: Store) -> dict[str, float] | None:
             return None
         for adapter in inputs.get("under", ()):
             found[adapter] = found.get(adapter, 0.0) + 1.0
-        found[inputs["adapter"]] = found.get(inputs["adapter"], 0.0) + settings.get("scale", 1.0)
+        top = inputs["adapter"]
+        assert top is not None
+        found[top] = found.get(top, 0.0) + settings.get("scale", 1.0)
         weights = inputs["weights"]
     return found
 

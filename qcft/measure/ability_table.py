@@ -4,48 +4,68 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from qcft.measure.catalog import ENGLISH, family_of
 from qcft.measure.continual import Change, backward_transfer, forgetting, paired_change
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Recipe
 from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
+from qcft.store.metrics import AlpacaMetrics, FidelityMetrics, GroupScore, TaskMetrics
 from qcft.store.opened import DoneStep
+from qcft.store.table import (
+    Abilities,
+    AlpacaOf,
+    Averages,
+    FidelityOf,
+    Named,
+    ScoreChange,
+    Side,
+    StagesTable,
+    TaskChange,
+    TaskOf,
+    TaskScores,
+    TasksTable,
+    Transfer,
+)
 
-SIDES = ("EA", "MA")
+SIDES: tuple[Literal["EA"], Literal["MA"]] = ("EA", "MA")
 SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
-OWN = ("limit", "shots", "max_new_tokens", "data")  # of each task
 ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # of the language of answers
 
 
-class Found(TypedDict, total=False):
-    """What a `suite` step writes of a task of lm-eval; the language of answers and AlpacaEval have other keys."""
+class Own(TypedDict):
+    """The settings of each task."""
 
-    task: str
-    lang: str
-    metric: str
-    score: float
-    scores: dict[str, float]
-    paired: bool
-    higher_is_better: bool
-    generates: bool
-    prompts: str
+    limit: int | None
+    shots: int | None
+    max_new_tokens: int | None
+    data: str
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What one stage came to on one task, and with which of the settings SHARED, OWN and ASKED."""
+class Measured:
+    """A `suite` step of a stage, and with which of the settings SHARED, own and ASKED it was measured."""
 
     stage: str
     name: str
     precision: str
     step: DoneStep
     settings: Mapping[str, object]
-    own: Mapping[str, object]
+    own: Own
     asked: Mapping[str, object]
-    found: Found
+
+    def named(self) -> Named:
+        """The stage."""
+        return {"stage": self.stage, "name": self.name, "precision": self.precision}
+
+
+@dataclass(frozen=True)
+class Cell(Measured):
+    """What one stage came to on one task of lm-eval."""
+
+    found: TaskMetrics
 
     @property
     def side(self) -> str | None:
@@ -63,9 +83,7 @@ class Cell:
 Stages = Mapping[str, Mapping[str, Cell]]  # by stage and task
 
 
-def abilities_table(
-    recipe: Recipe, steps: Mapping[str, DoneStep], names: Mapping[str, tuple[str, str]]
-) -> dict[str, Any]:
+def abilities_table(recipe: Recipe, steps: Mapping[str, DoneStep], names: Mapping[str, tuple[str, str]]) -> Abilities:
     """Stages x tasks, as plain data. `steps` maps stages (`abilities/phase2/hellaswag`) to their done steps;
     `names` gives each measured stage's (`phase2`) name and precision.
 
@@ -75,16 +93,15 @@ def abilities_table(
     task's languages averaged first; overall is the mean of the two. Only scores that are means over items and
     better when higher enter; a stage that lacks one of the table's tasks has no average.
     """
-    cells = [_cell(stage, step, names) for stage, step in steps.items() if stage.startswith(ABILITIES)]
-    kinds = {kind: [cell for cell in cells if cell.found["task"] == kind] for kind in (FIDELITY, ALPACA_EVAL)}
+    every = [_measured(stage, step, names) for stage, step in steps.items() if stage.startswith(ABILITIES)]
     return {
-        "tables": [_table(recipe, table) for table in _apart([cell for cell in cells if "score" in cell.found])],
-        "fidelity": [{**_public(cell), "asked": cell.asked} for cell in kinds[FIDELITY]],
-        "alpaca_eval": [{**_public(c), "file": str(c.step.folder / "model_outputs.json")} for c in kinds[ALPACA_EVAL]],
+        "tables": [_table(recipe, table) for table in _apart([one for one in every if isinstance(one, Cell)])],
+        "fidelity": [_fidelity(one) for one in every if one.step.metrics["task"] == FIDELITY],
+        "alpaca_eval": [_alpaca(one) for one in every if one.step.metrics["task"] == ALPACA_EVAL],
     }
 
 
-def continual_nll(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, float] | None:
+def continual_nll(recipe: Recipe, table: StagesTable) -> Transfer | None:
     """Backward transfer and forgetting over the phases' own held-out rows, in nats per answer token: performance is
     the mean NLL with its sign turned. Where there is one phase, the model as it came is the first, and held-out
     English is its own. None where fewer than two phases with rows of their own are measured."""
@@ -99,8 +116,8 @@ def continual_nll(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, float] 
     return {"backward_transfer": backward_transfer(matrix), "forgetting": forgetting(matrix)}
 
 
-def _mean_nll(groups: Sequence[Mapping[str, Any]]) -> float:
-    return float(sum(g["nll"] * g["answer_tokens"] for g in groups) / sum(g["answer_tokens"] for g in groups))
+def _mean_nll(groups: Sequence[GroupScore]) -> float:
+    return sum(g["nll"] * g["answer_tokens"] for g in groups) / sum(g["answer_tokens"] for g in groups)
 
 
 def _apart(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -117,33 +134,47 @@ def _apart(cells: Sequence[Cell]) -> list[list[Cell]]:
     return sorted(tables, key=len, reverse=True)
 
 
-def _cell(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> Cell:
+def _measured(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> Measured:
     inputs = step.inputs["settings"]
     word = stage.split("/")[1]
     name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
-    settings, own, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, OWN, ASKED))
-    return Cell(word, name, precision, step, settings, own, asked, cast("Found", step.metrics))
+    settings, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, ASKED))
+    own = cast("Own", {key: inputs.get(key) for key in Own.__annotations__})
+    if "score" in step.metrics:
+        return Cell(word, name, precision, step, settings, own, asked, cast("TaskMetrics", step.metrics))
+    return Measured(word, name, precision, step, settings, own, asked)
 
 
-def _public(cell: Cell) -> dict[str, object]:
-    found = {key: value for key, value in cell.found.items() if not key.startswith("peak_")}
-    return {"stage": cell.stage, "name": cell.name, "precision": cell.precision, **found}
+def _fidelity(one: Measured) -> FidelityOf:
+    found = cast("FidelityMetrics", one.step.metrics)
+    return {**one.named(), "task": found["task"], "languages": found["languages"], "asked": one.asked}
 
 
-def _table(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
+def _alpaca(one: Measured) -> AlpacaOf:
+    found = cast("AlpacaMetrics", one.step.metrics)
+    return {
+        **one.named(),
+        "task": found["task"],
+        "rows": found["rows"],
+        "mean_tokens": found["mean_tokens"],
+        "unfinished": found["unfinished"],
+        "max_new_tokens": found["max_new_tokens"],
+        "file": str(one.step.folder / "model_outputs.json"),
+    }
+
+
+def _table(recipe: Recipe, cells: Sequence[Cell]) -> TasksTable:
     by_stage: dict[str, dict[str, Cell]] = {}
     tasks: dict[str, Cell] = {}
     for cell in cells:
         by_stage.setdefault(cell.stage, {})[cell.found["task"]] = cell
         tasks.setdefault(cell.found["task"], cell)
-    stages = []
-    for stage, cells_of in by_stage.items():
+    stages: list[TaskScores] = []
+    for cells_of in by_stage.values():
         first, scores = next(iter(cells_of.values())), {name: cell.found["score"] for name, cell in cells_of.items()}
         stages.append(
             {
-                "stage": stage,
-                "name": first.name,
-                "precision": first.precision,
+                **first.named(),
                 "scores": scores,
                 "all_scores": {name: cell.found["scores"] for name, cell in cells_of.items()},
                 **_averages(tasks, scores),
@@ -158,11 +189,17 @@ def _table(recipe: Recipe, cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _task(cell: Cell) -> dict[str, object]:
-    found = dict(cell.found)
+def _task(cell: Cell) -> TaskOf:
+    found = cell.found
     return {
-        **{key: found[key] for key in ("task", "lang", "metric", "items", "shots", "higher_is_better")},
-        **{key: cell.own[key] for key in ("limit", "data")},
+        "task": found["task"],
+        "lang": found["lang"],
+        "metric": found["metric"],
+        "items": found["items"],
+        "shots": found["shots"],
+        "higher_is_better": found["higher_is_better"],
+        "limit": cell.own["limit"],
+        "data": cell.own["data"],
         "prompts": found["prompts"],
         "max_new_tokens": cell.own["max_new_tokens"] if found["generates"] else None,
         "side": cell.side,
@@ -170,7 +207,7 @@ def _task(cell: Cell) -> dict[str, object]:
     }
 
 
-def _averages(tasks: Mapping[str, Cell], scores: Mapping[str, float]) -> dict[str, float | None]:
+def _averages(tasks: Mapping[str, Cell], scores: Mapping[str, float]) -> Averages:
     found: dict[str, float | None] = {}
     for side in SIDES:
         families = _families(tasks, side)
@@ -178,8 +215,7 @@ def _averages(tasks: Mapping[str, Cell], scores: Mapping[str, float]) -> dict[st
         means = [sum(scores[task] for task in family) / len(family) for family in families] if whole else []
         found[side] = sum(means) / len(means) if means else None
     both = [value for value in found.values() if value is not None]
-    found["overall"] = sum(both) / 2 if len(both) == 2 else None
-    return found
+    return {"EA": found["EA"], "MA": found["MA"], "overall": sum(both) / 2 if len(both) == 2 else None}
 
 
 def _families(tasks: Mapping[str, Cell], side: str) -> list[list[str]]:
@@ -219,37 +255,37 @@ def _precision(cells: Mapping[str, Cell]) -> str:
     return next(iter(cells.values())).precision
 
 
-def _change(before: Mapping[str, Cell], after: Mapping[str, Cell], tasks: Mapping[str, Cell]) -> dict[str, Any]:
+def _change(before: Mapping[str, Cell], after: Mapping[str, Cell], tasks: Mapping[str, Cell]) -> TaskChange:
     start, end = next(iter(before.values())), next(iter(after.values()))
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, ScoreChange] = {}
     values: dict[str, tuple[list[float], list[float]]] = {}
     for name in tasks:
         if name in before and name in after and before[name].found["paired"] and after[name].found["paired"]:
             values[name] = (_items(before[name]), _items(after[name]))
             found[name] = _told(paired_change([values[name][0]], [values[name][1]]))
-    averages = {}
-    sides = {}
+    sides: dict[Side, dict[str, float]] = {}
     for side in SIDES:
         families = _families(tasks, side)
         if families and all(task in values for family in families for task in family):
             sides[side] = {task: 1 / (len(families) * len(family)) for family in families for task in family}
     if len(sides) == len(SIDES):
         sides["overall"] = {task: weight / 2 for weights in sides.values() for task, weight in weights.items()}
-    for side, weights in sides.items():
-        befores, afters = ([values[task][i] for task in weights] for i in (0, 1))
-        averages[side] = _told(paired_change(befores, afters, list(weights.values())))
-    return {
+    change: TaskChange = {
         "from": start.stage,
         "from_name": start.name,
         "to": end.stage,
         "to_name": end.name,
         "tasks": found,
-        **averages,
     }
+    for average, weights in sides.items():
+        befores, afters = ([values[task][i] for task in weights] for i in (0, 1))
+        change[average] = _told(paired_change(befores, afters, list(weights.values())))
+    return change
 
 
-def _told(change: Change) -> dict[str, object]:
-    return {**asdict(change), "clear": change.is_clear}
+def _told(change: Change) -> ScoreChange:
+    low, high = change.low, change.high
+    return {"value": change.value, "low": low, "high": high, "items": change.items, "clear": change.is_clear}
 
 
 def _items(cell: Cell) -> list[float]:
@@ -259,7 +295,7 @@ def _items(cell: Cell) -> list[float]:
     return [float(json.loads(line)["scores"][key]) for line in lines]
 
 
-def _continual(recipe: Recipe, stages: Stages, tasks: Mapping[str, Cell]) -> dict[str, float] | None:
+def _continual(recipe: Recipe, stages: Stages, tasks: Mapping[str, Cell]) -> Transfer | None:
     """Backward transfer and forgetting: a phase taught the languages that it is the first to have data in; where
     there is one phase, the model as it came is the first."""
     names, chosen = [phase.name for phase in recipe.phases], _of_phases(recipe, stages)

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from qcft.data.filters import identified, known_languages
 from qcft.models.generate import Answer
+from qcft.store.metrics import AnsweredIn
 
 
-def judge_answer(answer: Answer, lang: str) -> dict[str, Any]:
-    """One answer: `right` is whether it is in the prompt's language, None where it is too short to tell, or the
-    language is none that can be told."""
+class JudgedAnswer(TypedDict):
+    """One answer, the language it was `found` to be in, and whether that is the `right` one."""
+
+    prompt: str
+    text: str
+    tokens: int
+    finished: bool
+    found: str | None
+    right: bool | None
+
+
+def judge_answer(prompt: str, answer: Answer, lang: str) -> JudgedAnswer:
+    """An answer to a prompt in a language: `right` is whether it is in that language, None where it is too short to
+    tell, or the language is none that can be told."""
     found, wanted = identified(answer.text), lang.split("-")[0]
     right = None if found is None or wanted not in known_languages() else found == wanted
-    return {"text": answer.text, "tokens": answer.tokens, "finished": answer.finished, "found": found, "right": right}
+    return {
+        "prompt": prompt,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finished": answer.finished,
+        "found": found,
+        "right": right,
+    }
 
 
-def summarise_answers(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise_answers(answers: Sequence[JudgedAnswer]) -> AnsweredIn:
     """The share of answers in the prompt's language among those whose language can be told (None where none can),
     the mean length in tokens and the share that did not come to an end."""
     told = [answer["right"] for answer in answers if answer["right"] is not None]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 from qcft.measure.score import read_scores
 from qcft.measure.stats import difference
 from qcft.recipe import Recipe
 from qcft.recipe.stages import BASE, BASE_16BIT, KEPT, MERGED, PROBES, is_kept
+from qcft.store.metrics import KeptMetrics, ProbeMetrics
 from qcft.store.opened import DoneStep
+from qcft.store.table import GroupChange, GroupOf, StageChange, StageScores, StagesTable
 
 ENGLISH = "en"
 
 
-def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> dict[str, Any]:
+def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> StagesTable:
     """Stages x held-out groups, as plain data; `steps` maps stages to their done steps.
 
     `changes` compares the last stage with phase 1 (the model as it came, where there is one phase only)
@@ -25,7 +26,7 @@ def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> dict[str,
     where they start.
     """
     stages = [_stage(stage, step, recipe) for stage, step in steps.items() if stage.startswith(PROBES)]
-    groups = [
+    groups: list[GroupOf] = [
         {"name": name, "phase": g["phase"], "lang": g["lang"], "english": g["lang"] == ENGLISH}
         for name, g in (stages[0]["groups"].items() if stages else ())
     ]
@@ -40,7 +41,11 @@ def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> dict[str,
         for start, end in dict.fromkeys(pairs)
         if start in names and end in names and start != end
     ]
-    kept = {stage.removeprefix(f"{KEPT}-"): step.metrics for stage, step in steps.items() if is_kept(stage)}
+    kept = {
+        stage.removeprefix(f"{KEPT}-"): cast("KeptMetrics", step.metrics)
+        for stage, step in steps.items()
+        if is_kept(stage)
+    }
     return {
         "run": recipe.name,
         "model": recipe.model.name,
@@ -52,8 +57,8 @@ def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> dict[str,
     }
 
 
-def _stage(stage: str, step: DoneStep, recipe: Recipe) -> dict[str, Any]:
-    metrics = step.metrics
+def _stage(stage: str, step: DoneStep, recipe: Recipe) -> StageScores:
+    metrics = cast("ProbeMetrics", step.metrics)
     sixteen = step.inputs["settings"]["quantize"] == "none"
     word = stage.removeprefix(PROBES)
     phases = [p.name for p in recipe.phases]
@@ -73,12 +78,18 @@ def _stage(stage: str, step: DoneStep, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _change(start: dict[str, Any], end: dict[str, Any], steps: Mapping[str, DoneStep]) -> dict[str, Any]:
+def _change(start: StageScores, end: StageScores, steps: Mapping[str, DoneStep]) -> StageChange:
     before, after = (read_scores(steps[s["stage"]]) for s in (start, end))
-    groups = {}
+    groups: dict[str, GroupChange] = {}
     for name in start["groups"]:
         change = difference(before[name], after[name])
-        groups[name] = {**asdict(change), "relative": change.value / start["groups"][name]["nll"]}
+        groups[name] = {
+            "value": change.value,
+            "low": change.low,
+            "high": change.high,
+            "rows": change.rows,
+            "relative": change.value / start["groups"][name]["nll"],
+        }
     return {
         "from": start["stage"],
         "from_name": start["name"],

@@ -10,6 +10,7 @@ from qcft.recipe import Recipe
 from qcft.recipe.stages import PROBES
 from qcft.store import NamedRun, Store
 from qcft.store.results import Run, Stage
+from qcft.store.table import RunTable
 
 
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
@@ -19,10 +20,11 @@ def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store
         name: Stage(name, one.step, one.metrics, one.record["seconds"], one.folder, one.record)
         for name, one in steps.items()
     }
-    table = forgetting_table(recipe, steps)
-    names = {s["stage"].removeprefix(PROBES): (s["name"], s["precision"]) for s in table["stages"]}
-    table |= {
-        "continual": continual_nll(recipe, table),
+    stages_table = forgetting_table(recipe, steps)
+    names = {s["stage"].removeprefix(PROBES): (s["name"], s["precision"]) for s in stages_table["stages"]}
+    table: RunTable = {
+        **stages_table,
+        "continual": continual_nll(recipe, stages_table),
         "abilities": abilities_table(recipe, steps, names),
     }
     return Run(run.name, run.folder, done, table)

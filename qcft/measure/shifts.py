@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.models.load import evaluating
+from qcft.store.metrics import DriftFile
+from qcft.store.opened import DoneStep
 
 if TYPE_CHECKING:
     import torch
@@ -133,3 +135,8 @@ def _no_logits(model: PreTrainedModel) -> dict[str, int]:
     from qcft.measure.score import keeps_logits
 
     return {"logits_to_keep": 1} if keeps_logits(model) else {}
+
+
+def read_drift(step: DoneStep) -> DriftFile:
+    """What a `drift` step found."""
+    return cast("DriftFile", step.json("drift.json"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import islice, pairwise
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from qcft.cache import cached_folder
 from qcft.data.instructions import instructions
@@ -35,6 +35,69 @@ class Side:
     name: str
     sources: tuple[Source, ...]
     column: str | None = None
+
+
+class SimilarityRecord(TypedDict):
+    """A cosine with its 95% interval, and the rows of the two data sets (des.Similarity)."""
+
+    value: float
+    low: float
+    high: float
+    rows: list[int]
+
+
+class LanguageSimilarity(SimilarityRecord):
+    """One language of a side that has several, against the whole other side."""
+
+    of: str
+    lang: str
+
+
+class SideOf(TypedDict):
+    """A side as it was compared."""
+
+    name: str
+    rows: int
+    langs: list[str]
+
+
+class EncoderOf(TypedDict):
+    """What embedded the instructions."""
+
+    name: str
+    digest: str
+    is_labse: bool
+
+
+class Scale(TypedDict):
+    """What a value is held against: the paper's pairs where LaBSE embedded, and those that ship with qcft."""
+
+    paper: dict[str, float] | None
+    qcft: dict[str, SimilarityRecord]
+
+
+class Judged(TypedDict):
+    """What a value implies for phase 2."""
+
+    verdict: str
+    says: list[str]
+
+
+class SimilarityFound(Judged):
+    """DES of two data sets; similarity.json holds it beside a run's report."""
+
+    a: SideOf
+    b: SideOf
+    encoder: EncoderOf
+    des: SimilarityRecord
+    languages: list[LanguageSimilarity]
+    scale: Scale
+
+
+class PhasesCompared(SimilarityFound):
+    """DES of a phase and the one before it, and what that suggests."""
+
+    remedy: str
 
 
 class _Embedder:
@@ -85,7 +148,7 @@ class _Embedder:
         return sums
 
 
-def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> dict[str, Any]:
+def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> SimilarityFound:
     """DES of two data sets, of each language where a side has several, and of the pairs that ship with qcft.
 
     Raises InputError before anything is embedded for an encoder that can't be had, and for data that can't be read.
@@ -95,28 +158,28 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> dict[str
     each_a, each_b = ([embedder.sums(one, side.column) for one in side.sources] for side in (a, b))
     sums_a, sums_b = reduce(add, each_a), reduce(add, each_b)
     found = similarity(sums_a, sums_b)
-    by_language = [
-        {"of": side.name, "lang": lang, **asdict(similarity(group, other))}
+    by_language: list[LanguageSimilarity] = [
+        {"of": side.name, "lang": lang, **_as_record(similarity(group, other))}
         for side, own, other in ((a, each_a, sums_b), (b, each_b, sums_a))
         if len(own) > 1
         for lang, group in _by_language(side, own)
     ]
     own_pairs = {
-        word: asdict(similarity(*(embedder.sums(Source(path=path), None) for path in pair)))
+        word: _as_record(similarity(*(embedder.sums(Source(path=path), None) for path in pair)))
         for word, pair in OWN.items()
     }
     return {
         "a": _described(a, sums_a),
         "b": _described(b, sums_b),
         "encoder": {"name": source.name, "digest": source.digest, "is_labse": source.name == LABSE},
-        "des": asdict(found),
+        "des": _as_record(found),
         "languages": by_language,
         "scale": {"paper": PAPER if source.name == LABSE else None, "qcft": own_pairs},
         **_judged(found, [entry["value"] for entry in by_language], source, own_pairs),
     }
 
 
-def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[dict[str, Any]]:
+def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[PhasesCompared]:
     """DES of each phase's first rows and those of the phase before it, and the remedy that it suggests.
 
     By `encoder`, else by LaBSE where it is installed and fetched already; nothing where it is not. Raises InputError.
@@ -132,11 +195,15 @@ def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[di
         first = (one.model_copy(update={"take": min(one.take or FIRST_ROWS, FIRST_ROWS)}) for one in phase.sources())
         return Side(phase.name, tuple(first))
 
-    compared = []
+    compared: list[PhasesCompared] = []
     for before, phase in pairwise(trained):
         found = measure_similarity(side(before), side(phase), encoder, watch)
         compared.append({**found, "remedy": _remedy(found["verdict"], phase)})
     return compared
+
+
+def _as_record(found: Similarity) -> SimilarityRecord:
+    return {"value": found.value, "low": found.low, "high": found.high, "rows": list(found.rows)}
 
 
 def _remedy(verdict: str, phase: Phase) -> str:
@@ -156,13 +223,13 @@ def _by_language(side: Side, sums: Sequence[EmbeddingSums]) -> Iterator[tuple[st
         yield lang, reduce(add, [one for one, its in zip(sums, langs, strict=True) if its == lang])
 
 
-def _described(side: Side, sums: EmbeddingSums) -> dict[str, Any]:
+def _described(side: Side, sums: EmbeddingSums) -> SideOf:
     return {"name": side.name, "rows": sums.rows, "langs": [str(source.lang or "?") for source in side.sources]}
 
 
 def _judged(
-    found: Similarity, languages: Sequence[float], source: EncoderSource, own: dict[str, Any]
-) -> dict[str, Any]:
+    found: Similarity, languages: Sequence[float], source: EncoderSource, own: Mapping[str, SimilarityRecord]
+) -> Judged:
     """What the value implies for phase 2, and how sure that is: a `verdict` and sentences."""
     if source.name == LABSE:
         like, unlike = PAPER.values()

@@ -53,11 +53,11 @@ class Scored:
 
     metric: str
     scores: Mapping[str, float]
-    parts: Mapping[str, Mapping[str, Any]]
+    parts: Mapping[str, dict[str, float]]
     higher_is_better: bool
     shots: int
     generates: bool
-    items: Sequence[Mapping[str, Any]]
+    items: Sequence[Mapping[str, object]]
     is_mean: bool
     texts: Sequence[str]
 

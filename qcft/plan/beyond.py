@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qcft.plan.plan import Live
 from qcft.plan.planner import Planner
@@ -116,7 +117,7 @@ class _Planner(Planner):
         raise KeyError(f"{PROBES}{BASE}")
 
 
-def _with_work(step: Step, work: Work, title: str, phase: str | None) -> Step:
+def _with_work(step: Step, work: Work[Any], title: str, phase: str | None) -> Step:
     """A step of the run with its work, should it have to be done again; as it is where another version made it."""
     found = Step(work, step.stage, title, phase, step.weights, step.adapter, step.parents, step.under)
     return found if found.id == step.id else step

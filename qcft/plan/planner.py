@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from qcft.plan.plan import Live, Plan
 from qcft.plan.suite_steps import ability_steps
@@ -218,7 +219,7 @@ class Planner:
 
     def add(
         self,
-        work: Work,
+        work: Work[Any],
         stage: str,
         title: str,
         phase: str | None,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
 
 from qcft.data.encode import Encoder
 from qcft.data.mix import stable_seed
@@ -14,6 +14,7 @@ from qcft.data.rows import Row
 from qcft.events import Watch
 from qcft.files import read_sealed, write_sealed
 from qcft.models.generate import Sampling, answer_batches
+from qcft.store.metrics import GenerationCost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,28 @@ class Answering:
     top_p: float
     chunk: int
     batch: int | Literal["auto"]
+
+
+class ChunkAnswer(TypedDict):
+    """The answer to one prompt of a chunk, or why it was not asked."""
+
+    prompt: str
+    skipped: NotRequired[str]
+    text: NotRequired[str]
+    tokens: NotRequired[int]
+    finished: NotRequired[bool]
+
+
+class Chunk(TypedDict):
+    """What a chunk's file holds. `batches`: which of the prompts that were asked, by position, were answered at
+    once; `batch`: how many to begin the next chunk with."""
+
+    chunk: int
+    seed: int
+    seconds: float
+    batches: list[list[int]]
+    batch: int
+    answers: list[ChunkAnswer]
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ class Generation:
                 made = (answer.get("text", ""), answer.get("tokens", 0), answer.get("finished", False))
                 yield Generated(row, *made, answer.get("skipped"), number, seed)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> GenerationCost:
         """What the answers drawn cost, whenever they were made."""
         return {
             "answers": self.answers,
@@ -107,9 +130,9 @@ class Generation:
             "batch": self._batch,
         }
 
-    def _chunk(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> dict[str, Any]:
+    def _chunk(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> Chunk:
         file = self.folder / f"{number:06d}.json"
-        chunk = read_sealed(file)
+        chunk = cast("Chunk | None", read_sealed(file))
         if chunk is not None:
             self.reused += 1
             return chunk
@@ -120,7 +143,7 @@ class Generation:
         self.made += 1
         return chunk
 
-    def _make(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> dict[str, Any]:
+    def _make(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> Chunk:
         if self._model is None:
             self._model = self.load()
         prompts = [self.encoder.prompt(row) for row in rows]
@@ -136,9 +159,9 @@ class Generation:
         )
         fitted = max(map(len, batches), default=self._batch)
         answered = iter(answers)
-        entries: list[dict[str, Any]] = []
+        entries: list[ChunkAnswer] = []
         for row, prompt in zip(rows, prompts, strict=True):
-            entry: dict[str, Any] = {"prompt": row.prompt_digest[:16]}
+            entry: ChunkAnswer = {"prompt": row.prompt_digest[:16]}
             if isinstance(prompt, str):
                 entry["skipped"] = prompt
             else:
@@ -149,7 +172,7 @@ class Generation:
             "chunk": number,
             "seed": seed,
             "seconds": round(time.monotonic() - begun, 2),
-            "batches": batches,  # which of the prompts that were asked, by position, were answered together
+            "batches": batches,
             "batch": min(self._batch, fitted) if len(batches) > 1 else self._batch,
             "answers": entries,
         }

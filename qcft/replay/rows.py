@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from qcft.data.encode import EncodedRow, EncodedSet, Encoder
 from qcft.data.filters import AnswerFilter, known_languages
@@ -21,8 +21,33 @@ from qcft.recipe import Phase, Replay
 from qcft.replay.amount import repeated, replay_amount, rounded, split_amount, take_amount
 from qcft.replay.generation import Generated, Generation
 from qcft.replay.pools import Pool
+from qcft.store.metrics import ReplayedPart, ReplayMetrics
 
 FILE, LEFT_OUT = "replay.jsonl", "left_out.jsonl"
+
+
+class Provenance(TypedDict):
+    """Where a replayed row is from: the kind of replay, and more."""
+
+    kind: str
+
+
+class ReplaySample(TypedDict):
+    """A line of replay.jsonl, or of left_out.jsonl, which says the `reason`."""
+
+    prompt: list[dict[str, str]]
+    completion: list[dict[str, str]]
+    provenance: Provenance
+    reason: NotRequired[str]
+
+
+class ReplayShown(ReplayMetrics):
+    """What `qcft replay` shows: a replay step's metrics, its file, and samples of that."""
+
+    run: str
+    stage: str
+    file: str
+    samples: list[ReplaySample]
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,7 @@ class Candidate:
     row: Row
     rows: int
     answer_tokens: int
-    provenance: dict[str, Any]
+    provenance: dict[str, object]
 
 
 @dataclass
@@ -43,7 +68,7 @@ class Drawing:
     encoder: Encoder
     seen: set[str]  # of all pools of the phase, so that no row comes from two
     left_out: Counter[str] = field(default_factory=Counter)
-    aside: list[dict[str, Any]] = field(default_factory=list)
+    aside: list[dict[str, object]] = field(default_factory=list)
 
     def rows(self) -> Iterator[Candidate]:
         """The pool's rows as they are."""
@@ -92,7 +117,7 @@ class Drawing:
         self.left_out[reason] += 1
         self.aside.append(row.as_dict() | {"reason": reason, "provenance": self.kind()})
 
-    def kind(self) -> dict[str, Any]:
+    def kind(self) -> dict[str, object]:
         """The kind of the rows, and the earlier phase they are of where one is named."""
         part = self.pool.part
         return {"kind": part.kind, **({"phase": part.phase} if part.phase else {})}
@@ -147,7 +172,7 @@ def make_replay(
     generations: Sequence[tuple[Generation, str, str] | None],
     folder: Path,
     watch: Watch,
-) -> dict[str, Any]:
+) -> ReplayMetrics:
     """Draw the replay rows into `folder/replay.jsonl`, and those left out into `left_out.jsonl`; their metrics.
 
     `generations` has, for each kind that is generated, where its answers come from, the model that gives them
@@ -155,8 +180,8 @@ def make_replay(
     """
     weigh, seen, carry = weigher(replay), set[str](), Fraction(0)
     chosen: list[Candidate] = []
-    aside: list[dict[str, Any]] = []
-    parts: list[dict[str, Any]] = []
+    aside: list[dict[str, object]] = []
+    parts: list[ReplayedPart] = []
     for pool, share, generation in zip(pools, wanted(replay, new), generations, strict=True):
         amount = share + carry  # the parts' roundings do not add up
         drawing = Drawing(pool, encoder, seen)
@@ -318,5 +343,5 @@ def _short(row: Row) -> str:
     return row.prompt_digest[:16]
 
 
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write(file: Path, rows: list[dict[str, object]]) -> None:
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

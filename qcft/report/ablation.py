@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from qcft.store.ablations import Ablation, Fault
+from qcft.store.ablations import Ablation, Fault, State
 from qcft.store.results import Run
 
 
-def outcome(ablation: Ablation, found: Mapping[str, Run]) -> dict[str, Any]:
+class Spread(TypedDict):
+    """A figure over an arm's seeds."""
+
+    mean: float
+    least: float
+    most: float
+
+
+class ArmFigures(TypedDict):
+    """An arm: its seeds, how many are done, and figures over these (None where none has one)."""
+
+    arm: str
+    seeds: int
+    done: int
+    english: Spread | None
+    others: Spread | None
+    steps: Spread | None
+    tokens: Spread | None
+    seconds: Spread | None
+
+
+class RunState(TypedDict):
+    """One arm with one seed as it stands (store.ablations.ArmState)."""
+
+    arm: str
+    seed: int
+    run: str
+    set: Mapping[str, Any]
+    mixed: bool
+    state: State
+    done: int
+    steps: int
+    error: Fault | None
+
+
+class Outcome(TypedDict):
+    """What an ablation came to."""
+
+    ablation: str
+    folder: str
+    unit: str
+    arms: list[ArmFigures]
+    runs: list[RunState]
+
+
+def outcome(ablation: Ablation, found: Mapping[str, Run]) -> Outcome:
     """The ablation as plain data: `arms`, each with the mean, least and most over its seeds, and every run's state.
 
     Changes are of the last stage's NLL since the base as it is loaded, which all arms share, in nats per answer token:
@@ -19,19 +64,28 @@ def outcome(ablation: Ablation, found: Mapping[str, Run]) -> dict[str, Any]:
     the training of all phases. `found` holds the runs by name, as far as they are done.
     """
     states = ablation.states()
-    arms = []
+    arms: list[ArmFigures] = []
     for name in dict.fromkeys(state.arm for state in states):
         own = [state for state in states if state.arm == name]
         done = [_figures(found[state.run]) for state in own if state.state == "done"]
-        keys = ("english", "others", "steps", "tokens", "seconds")
-        figures = {key: _spread([value for one in done if (value := one[key]) is not None]) for key in keys}
-        arms.append({"arm": name, "seeds": len(own), "done": len(done), **figures})
+        arms.append(
+            {
+                "arm": name,
+                "seeds": len(own),
+                "done": len(done),
+                "english": _spread([one.english for one in done]),
+                "others": _spread([one.others for one in done]),
+                "steps": _spread([one.steps for one in done]),
+                "tokens": _spread([one.tokens for one in done]),
+                "seconds": _spread([one.seconds for one in done]),
+            }
+        )
     return {
         "ablation": ablation.name,
         "folder": str(ablation.folder),
         "unit": "NLL since the base, nats per answer token; lower is better",
         "arms": arms,
-        "runs": [asdict(state) for state in states],
+        "runs": [cast("RunState", asdict(state)) for state in states],
     }
 
 
@@ -41,22 +95,31 @@ def in_words(error: Fault) -> str:
     return f"{where}{error['message']}" + (f" ({error['hint']})" if error["hint"] else "")
 
 
-def _figures(run: Run) -> dict[str, float | None]:
-    last: Mapping[str, Any] = next((c["groups"] for c in run.table["changes"] if c["from"] == "eval/base"), {})
+@dataclass(frozen=True)
+class _Figures:
+    english: float | None
+    others: float | None
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def _figures(run: Run) -> _Figures:
+    last = next((c["groups"] for c in run.table["changes"] if c["from"] == "eval/base"), {})
     english = {group["name"]: group["english"] for group in run.table["groups"]}
-    trained = [stage.metrics for stage in run.stages.values() if "exposure" in stage.metrics]
-    return {
-        "english": _mean([c["value"] for name, c in last.items() if english[name]]),
-        "others": _mean([c["value"] for name, c in last.items() if not english[name]]),
-        "steps": sum(m["steps"] for m in trained),
-        "tokens": sum(m["tokens"] for m in trained),
-        "seconds": sum(stage.seconds for stage in run.stages.values()),
-    }
+    return _Figures(
+        english=_mean([c["value"] for name, c in last.items() if english[name]]),
+        others=_mean([c["value"] for name, c in last.items() if not english[name]]),
+        steps=sum(m["steps"] for m in run.trainings()),
+        tokens=sum(m["tokens"] for m in run.trainings()),
+        seconds=sum(stage.seconds for stage in run.stages.values()),
+    )
 
 
 def _mean(values: list[float]) -> float | None:
     return fmean(values) if values else None
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
+def _spread(found: Sequence[float | None]) -> Spread | None:
+    values = [value for value in found if value is not None]
     return {"mean": fmean(values), "least": min(values), "most": max(values)} if values else None

@@ -61,7 +61,7 @@ def grouped(things: Iterable[Thing], key: Callable[[Thing], str]) -> list[list[T
     return list(found.values())
 
 
-def whose(arm: Arm, run: Evidence) -> dict[str, Any]:
+def whose(arm: Arm, run: Evidence) -> dict[str, object]:
     """The keys by which a record tells its run."""
     return {"arm": arm.name, "run": run.run.name, "seed": run.recipe.seed}
 

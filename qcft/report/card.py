@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -14,14 +12,15 @@ from qcft.report.cells import stage_name, stage_rows
 from qcft.report.markdown import code, fenced, line, markdown_table
 from qcft.report.standing import mean_of
 from qcft.safe import plain
+from qcft.store.table import RunTable
 
 
-def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: str, what: str, adapter: bool) -> None:
+def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: str, adapter: bool) -> None:
     """Write `folder/README.md`. `stage` is the measured stage of the table that the model is; `what` says how it
     was made."""
     hub = recipe.model.name if recipe.model.name.count("/") == 1 and not Path(recipe.model.name).exists() else None
     languages = sorted({g["lang"] for g in table["groups"] if g["lang"] != "?"})
-    front: dict[str, Any] = {
+    front: dict[str, object] = {
         **({"base_model": hub} if hub else {}),
         **({"language": languages} if languages else {}),
         "library_name": "peft" if adapter else "transformers",
@@ -46,7 +45,7 @@ def write_card(folder: Path, recipe: Recipe, table: Mapping[str, Any], stage: st
     write_text(folder / "README.md", plain("\n".join(parts)))
 
 
-def _abilities(table: Mapping[str, Any], last: str) -> str:
+def _abilities(table: RunTable, last: str) -> str:
     rows = []
     for stage in table["stages"]:
         if stage["stage"] not in {"eval/base-16bit", "eval/base", last}:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-Table = Mapping[str, Any]
+from qcft.store.metrics import AnswerLengths
+from qcft.store.table import Between, GroupOf, Named, StageChange, StagesTable, Transfer
 
 
-def stage_rows(table: Table) -> list[dict[str, str]]:
+def stage_rows(table: StagesTable) -> list[dict[str, str]]:
     """A row per stage: NLL and token accuracy of each group (English marked); length and finished share of answers."""
-    lines = []
+    lines, answers = [], _answers(table)
     for stage in table["stages"]:
         line = {"stage": stage_name(stage)}
         for group in table["groups"]:
             score = stage["groups"][group["name"]]
             line[_title(table, group)] = f"{score['nll']:.3f}  {score['accuracy']:.0%}"
         if stage["answers"]:
-            line[_answers_title(table)] = in_short(stage["answers"])
+            line[_answers_title(answers)] = in_short(stage["answers"])
         lines.append(line)
     return lines
 
 
-def change_rows(table: Table) -> list[dict[str, str]]:
+def change_rows(table: StagesTable) -> list[dict[str, str]]:
     """A row per comparison: NLL change with its 95% interval and in percent."""
-    lines = []
+    lines, answers = [], _answers(table)
     for change in table["changes"]:
         line = {"change": change_name(change)}
         for group in table["groups"]:
@@ -33,36 +33,40 @@ def change_rows(table: Table) -> list[dict[str, str]]:
             line[_title(table, group)] = (
                 f"{entry['value']:+.3f} ({entry['relative']:+.0%}){mark}\n[{entry['low']:+.2f}, {entry['high']:+.2f}]"
             )
-        if _answers(table):
-            stages = {s["stage"]: s for s in table["stages"]}
-            start, end = (stages[change[key]]["answers"]["mean_tokens"] for key in ("from", "to"))
-            line[_answers_title(table)] = f"{end - start:+.0f} tokens"
+        if answers:
+            start, end = answers[change["from"]]["mean_tokens"], answers[change["to"]]["mean_tokens"]
+            line[_answers_title(answers)] = f"{end - start:+.0f} tokens"
         lines.append(line)
     return lines
 
 
-def stage_name(stage: Mapping[str, Any]) -> str:
+def stage_name(stage: Named) -> str:
     """A stage with the precision it was measured in."""
     return f"{stage['name']}, {stage['precision']}"
 
 
-def change_name(change: Mapping[str, Any]) -> str:
+def change_name(change: Between) -> str:
     """Which stages a change is between."""
     return f"{change['to_name']} since {change['from_name']}"
 
 
-def in_short(answers: Mapping[str, Any]) -> str:
+def in_short(answers: AnswerLengths) -> str:
     """How long greedy answers are, and how many of them came to an end."""
     return f"{answers['mean_tokens']:.0f} tokens, {answers['finished']:.0%} done"
 
 
-def _title(table: Table, group: Mapping[str, Any]) -> str:
+def _title(table: StagesTable, group: GroupOf) -> str:
     rows = table["stages"][0]["groups"][group["name"]]["rows"]
     return f"{group['name']}{' *' if group['english'] else ''}\n{rows} rows"
 
 
-def _answers_title(table: Table) -> str:
-    return f"English answers\n{table['stages'][0]['answers']['rows']} prompts"
+def _answers(table: StagesTable) -> dict[str, AnswerLengths]:
+    """Each stage's English answers; none where no prompts were asked."""
+    return {stage["stage"]: stage["answers"] for stage in table["stages"] if stage["answers"]}
+
+
+def _answers_title(answers: Mapping[str, AnswerLengths]) -> str:
+    return f"English answers\n{next(iter(answers.values()))['rows']} prompts"
 
 
 def left_out(reasons: Mapping[str, int], nothing: str) -> str:
@@ -70,7 +74,7 @@ def left_out(reasons: Mapping[str, int], nothing: str) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or nothing
 
 
-def conclusion(table: Table) -> list[str]:
+def conclusion(table: StagesTable) -> list[str]:
     """What the table says, in sentences: what was gained, what English lost."""
     if not table["changes"]:
         return []
@@ -92,8 +96,7 @@ def conclusion(table: Table) -> list[str]:
         )
     answers = _answers(table)
     if answers:
-        stages = {s["stage"]: s["answers"] for s in table["stages"]}
-        start, end = stages[since["from"]], stages[since["to"]]
+        start, end = answers[since["from"]], answers[since["to"]]
         sentences.append(
             f"Greedy English answers went from {start['mean_tokens']:.0f} to {end['mean_tokens']:.0f} tokens, "
             f"finished {start['finished']:.0%} to {end['finished']:.0%}, {end['rows']} prompts."
@@ -111,16 +114,12 @@ def conclusion(table: Table) -> list[str]:
     return sentences
 
 
-def _start(table: Table, change: Mapping[str, Any]) -> str:
+def _start(table: StagesTable, change: StageChange) -> str:
     stage = next(s for s in table["stages"] if s["stage"] == change["from"])
     return f"{stage['name']} in {stage['precision']}"
 
 
-def _answers(table: Table) -> Mapping[str, Any] | None:
-    return table["stages"][0]["answers"] if table["stages"] else None
-
-
-def continual_in_words(continual: Mapping[str, float] | None, unit: str, scale: float = 1.0) -> list[str]:
+def continual_in_words(continual: Transfer | None, unit: str, scale: float = 1.0) -> list[str]:
     """Backward transfer and forgetting as a sentence."""
     if continual is None:
         return []

@@ -3,78 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict, cast
 
 from qcft.report.arms import Arm, Member, members, with_of
 from qcft.report.document import Section, Table
+from qcft.store.metrics import ReplayMetrics
 from qcft.store.results import Run, Stage
 from qcft.store.upkeep import size_of
 
 
-def costs_of(run: Run) -> list[dict[str, Any]]:
-    """Every done step of a run: seconds of work, tokens trained or generated (None where neither), memory, disk."""
+@dataclass(frozen=True)
+class Cost:
+    """What a step cost: seconds of work, tokens trained or generated (None where neither), peak of the `memory` of
+    that kind, disk. `runs`: those that share it, where there are several."""
+
+    stage: str
+    step: str
+    runs: str
+    seconds: float
+    tokens: int | None
+    memory: str
+    peak_bytes: int
+    disk_bytes: int
+
+
+class RunCost(TypedDict):
+    """What a run's done steps took: their number, seconds, tokens, the highest peak and the disk in bytes."""
+
+    steps: int
+    seconds: float
+    tokens: int | None
+    peak_bytes: int
+    disk_bytes: int
+
+
+def costs_of(run: Run) -> list[Cost]:
+    """What every done step of a run cost."""
     found = {}
     for stage in run.stages.values():
         memory, peak = _peak(stage.metrics)
-        found[stage.step] = {
-            "stage": stage.name, "step": stage.step, "runs": "", "seconds": stage.seconds, "tokens": _tokens(stage),
-            "memory": memory, "peak_bytes": peak, "disk_bytes": size_of(stage.folder),
-        }  # fmt: skip
+        disk = size_of(stage.folder)
+        found[stage.step] = Cost(stage.name, stage.step, "", stage.seconds, _tokens(stage), memory, peak, disk)
     return list(found.values())
 
 
 def cost_section(arms: Sequence[Arm]) -> Section | None:
     """The table of steps, those that runs share once, with their sum."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Cost] = {}
     sharing: dict[str, list[Member]] = {}
     for member in members(arms):
         for cost in costs_of(member[1].run):
-            found.setdefault(cost["step"], cost)
-            sharing.setdefault(cost["step"], []).append(member)
+            found.setdefault(cost.step, cost)
+            sharing.setdefault(cost.step, []).append(member)
     if not found:
         return None
-    costs = list(found.values())
-    peak = f"peak {' or '.join(dict.fromkeys(cost['memory'] for cost in costs))}, GiB"
-    rows = []
-    for cost in costs:
-        runs = sharing[cost["step"]]
-        rows.append(with_of({"stage": cost["stage"], "step": cost["step"], **_figures(cost, peak)}, runs, arms))
-        cost["runs"] = "; ".join(run.run.name for _, run in runs)
+    costs = [replace(cost, runs="; ".join(run.run.name for _, run in sharing[cost.step])) for cost in found.values()]
+    peak = f"peak {' or '.join(dict.fromkeys(cost.memory for cost in costs))}, GiB"
+    rows = [
+        with_of(
+            {
+                "stage": cost.stage,
+                "step": cost.step,
+                **_figures(cost, peak),
+            },
+            sharing[cost.step],
+            arms,
+        )
+        for cost in costs
+    ]
     rows.append(dict.fromkeys(rows[0], "") | {"stage": "in all"} | _figures(in_all(costs), peak))
     note = "Tokens trained or generated. Without a GPU the peak is that of the whole process so far."
     if len(members(arms)) > 1:
-        apart = sum(cost["seconds"] * len(sharing[cost["step"]]) for cost in costs) / 60
+        apart = sum(cost.seconds * len(sharing[cost.step]) for cost in costs) / 60
         note += f" Steps that runs share are done once: each run by itself would have taken {apart:.1f} minutes in all."
     title = "Minutes, tokens, memory and disk"
-    return Section("cost", "Cost", (Table.of("cost", title, rows, costs, note, {"step"}, {len(costs)}),))
+    return Section("cost", "Cost", (Table.of("cost", title, rows, map(asdict, costs), note, {"step"}, {len(costs)}),))
 
 
-def in_all(costs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Sums over steps; the highest peak."""
+def in_all(costs: Sequence[Cost]) -> Cost:
+    """What steps cost together: sums; the highest peak."""
+    seconds, tokens = sum(cost.seconds for cost in costs), sum(cost.tokens or 0 for cost in costs)
+    peak = max((cost.peak_bytes for cost in costs), default=0)
+    return Cost("in all", "", "", seconds, tokens, "", peak, sum(cost.disk_bytes for cost in costs))
+
+
+def _figures(cost: Cost, peak: str) -> dict[str, str]:
     return {
-        "seconds": sum(cost["seconds"] for cost in costs),
-        "tokens": sum(cost["tokens"] or 0 for cost in costs),
-        "peak_bytes": max((cost["peak_bytes"] for cost in costs), default=0),
-        "disk_bytes": sum(cost["disk_bytes"] for cost in costs),
-    }
-
-
-def _figures(cost: Mapping[str, Any], peak: str) -> dict[str, str]:
-    return {
-        "minutes": f"{cost['seconds'] / 60:.1f}",
-        "tokens": "" if cost["tokens"] is None else f"{cost['tokens']:,}",
-        peak: f"{cost['peak_bytes'] / 2**30:.2f}",
-        "disk, MB": f"{cost['disk_bytes'] / 1e6:,.1f}",
+        "minutes": f"{cost.seconds / 60:.1f}",
+        "tokens": "" if cost.tokens is None else f"{cost.tokens:,}",
+        peak: f"{cost.peak_bytes / 2**30:.2f}",
+        "disk, MB": f"{cost.disk_bytes / 1e6:,.1f}",
     }
 
 
 def _tokens(stage: Stage) -> int | None:
     """The tokens a step trained on or answered with."""
-    if "exposure" in stage.metrics:
-        return int(stage.metrics["tokens"])
+    if stage.training:
+        return stage.training["tokens"]
     if not stage.step.startswith("replay-"):
         return None
-    made = [part["generation"]["tokens"] for part in stage.metrics["parts"] if part.get("generation")]
+    parts = cast("ReplayMetrics", stage.metrics)["parts"]
+    made = [generation["tokens"] for part in parts if (generation := part.get("generation"))]
     return sum(made) if made else None
 
 

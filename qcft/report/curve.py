@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, cast
 
 from qcft.recipe import parse_by_layer
 from qcft.recipe.stages import DIAL, is_dial
@@ -13,20 +13,35 @@ from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.equal_gain import equal_gain_table
 from qcft.report.plots import INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, mean_of
+from qcft.store.metrics import AnswerLengths, DeltaAmount, DialMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each point, by its `scale` or `by` layers, with EA and MA: mean NLL per answer token of the English groups and of
-    the others (None where there are none), beside each group's own and the English answers."""
-    found = []
-    for point in points:
+class CurvePoint(DeltaAmount):
+    """One point of the curve; mean NLL per answer token, and rows by group."""
+
+    EA: float | None
+    MA: float | None
+    groups: dict[str, float]
+    rows: dict[str, int]
+    answers: AnswerLengths | None
+
+
+AVERAGES: dict[Literal["EA", "MA"], str] = {"EA": "EA: English", "MA": "MA: other languages"}
+
+
+def curve_points(metrics: Mapping[str, object]) -> list[CurvePoint]:
+    """A `dial` step's points with EA and MA: mean NLL per answer token of the English groups and of the others (None
+    where there are none), beside each group's own and the English answers."""
+    found: list[CurvePoint] = []
+    for point in cast("DialMetrics", metrics)["points"]:
+        taken: DeltaAmount = {"by": point["by"]} if "by" in point else {"scale": point["scale"]}
         groups = point["groups"]
         found.append(
             {
-                **{key: point[key] for key in ("scale", "by") if key in point},
+                **taken,
                 "EA": mean_of(g for g in groups.values() if g["lang"] == ENGLISH),
                 "MA": mean_of(g for g in groups.values() if g["lang"] != ENGLISH),
                 "groups": {name: g["nll"] for name, g in groups.items()},
@@ -37,12 +52,12 @@ def curve_points(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def curve_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def curve_rows(points: Sequence[CurvePoint]) -> list[dict[str, str]]:
     """The curve as the rows of a table."""
     return [
         {
             "scale": point_label(point),
-            **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in ("EA", "MA")},
+            **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in AVERAGES},
             **{f"{name} ({points[0]['rows'][name]} rows)": f"{nll:.3f}" for name, nll in point["groups"].items()},
             "English answers": in_short(point["answers"]) if point["answers"] else "-",
         }
@@ -50,7 +65,7 @@ def curve_rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def point_label(point: Mapping[str, Any]) -> str:
+def point_label(point: DeltaAmount) -> str:
     """How much of the delta a point takes: `0.5`, `layers 0-9 at 0.5`."""
     return parse_by_layer(point["by"]).label if "by" in point else f"{point['scale']:g}"
 
@@ -63,7 +78,7 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
             if is_dial(name):
                 what = name.removeprefix(f"{DIAL}-") + (f" of {arm.label(run)}" if len(arms) > 1 else "")
                 file = f"{run.run.name}-{name}" if len(arms) > 1 else name
-                points = curve_points(stage.metrics["points"])
+                points = curve_points(stage.metrics)
                 blocks.append(_curve(points, file, what))
                 if any("by" in point for point in points):
                     blocks.append(_plane(points, f"{file}-layers", what))
@@ -73,19 +88,28 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
     return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
 
-def _flat(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    keys = ["scale", *(["by"] if any("by" in point for point in points) else []), "EA", "MA"]
-    return [{**{key: p.get(key) for key in keys}, **p["groups"], **(p["answers"] or {})} for p in points]
+def _flat(points: Sequence[CurvePoint]) -> list[dict[str, object]]:
+    layers = any("by" in point for point in points)
+    return [
+        {
+            "scale": point.get("scale"),
+            **({"by": point.get("by")} if layers else {}),
+            **{key: point[key] for key in AVERAGES},
+            **point["groups"],
+            **(point["answers"] or {}),
+        }
+        for point in points
+    ]
 
 
-def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
+def _curve(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
     def body(axes: Axes) -> None:
-        for i, (key, word) in enumerate((("EA", "EA: English"), ("MA", "MA: other languages"))):
-            line = [(p["scale"], p[key]) for p in points if "scale" in p and p[key] is not None]
+        for i, key in enumerate(AVERAGES):
+            line = [(p["scale"], nll) for p in points if "scale" in p and (nll := p[key]) is not None]
             if line:
                 own = look(i)
                 axes.plot(
-                    [scale for scale, _ in line], [nll for _, nll in line], label=word, color=own.colour,
+                    [scale for scale, _ in line], [nll for _, nll in line], label=AVERAGES[key], color=own.colour,
                     marker=own.marker, linestyle=own.line,
                 )  # fmt: skip
         label(axes, "scale of the delta", "NLL, nats per answer token")
@@ -99,23 +123,24 @@ def _curve(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
     )
 
 
-def _plane(points: Sequence[Mapping[str, Any]], name: str, what: str) -> Figure:
+def _plane(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
     """EA against MA, where points by layers can stand beside the curve of the scales."""
 
     def body(axes: Axes) -> None:
-        both = [point for point in points if point["EA"] is not None and point["MA"] is not None]
-        scales = sorted((point for point in both if "by" not in point), key=lambda point: float(point["scale"]))
+        both = [(p, ma, ea) for p in points if (ma := p["MA"]) is not None and (ea := p["EA"]) is not None]
+        scales = sorted((p["scale"], ma, ea) for p, ma, ea in both if "by" not in p)
         if scales:
-            ends = dict.fromkeys(f"{point['scale']:g}" for point in (scales[0], scales[-1]))
+            ends = dict.fromkeys(f"{scale:g}" for scale, _, _ in (scales[0], scales[-1]))
             title = f"all layers at {' ... '.join(ends)}"
             axes.plot(
-                [p["MA"] for p in scales], [p["EA"] for p in scales], color=INK, marker=".", linestyle=":", label=title
-            )
-        for i, point in enumerate(point for point in both if "by" in point):
+                [ma for _, ma, _ in scales], [ea for _, _, ea in scales], color=INK, marker=".", linestyle=":",
+                label=title,
+            )  # fmt: skip
+        for i, (point, ma, ea) in enumerate(one for one in both if "by" in one[0]):
             own = look(i)
             axes.plot(
-                point["MA"], point["EA"], linestyle="", marker=own.marker, color=own.colour, markeredgecolor=PAPER,
-                markersize=8, label=point_label(point),
+                ma, ea, linestyle="", marker=own.marker, color=own.colour, markeredgecolor=PAPER, markersize=8,
+                label=point_label(point),
             )  # fmt: skip
         better_up_and_right(axes)
         legend_below(axes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,14 @@ class Table:
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    records: tuple[Mapping[str, Any], ...]
+    records: tuple[Mapping[str, object], ...]
     note: str = ""
     words: tuple[int, ...] = (0,)
     strong: frozenset[int] = frozenset()
 
     @classmethod
     def of(
-        cls, name: str, caption: str, rows: Sequence[Mapping[str, str]], records: Iterable[Mapping[str, Any]],
+        cls, name: str, caption: str, rows: Sequence[Mapping[str, str]], records: Iterable[Mapping[str, object]],
         note: str = "", words: Iterable[str] = (), strong: Iterable[int] = (),
     ) -> Table:  # fmt: skip
         """A table of rows that say each cell's title; the first column, `of`, `change` and `words` hold text."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
+from qcft.measure.shifts import read_drift
 from qcft.report.arms import Arm, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
+from qcft.store.metrics import DriftFile, Pair, StateShift
 
 MOST_ROWS = 12  # of a table; --json and drift.json have every layer
 BAR = 10
-SHIFTS = {"mean_shift": "mean shift", "covariance_shift": "covariance shift", "cka": "CKA"}
+SHIFTS: dict[Literal["mean_shift", "covariance_shift", "cka"], str] = {
+    "mean_shift": "mean shift",
+    "covariance_shift": "covariance shift",
+    "cka": "CKA",
+}
 
 
-def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def drift_rows(found: DriftFile) -> tuple[list[str], list[list[str]]]:
     """Titles and rows: MPD and its bar, and for each language mean shift, covariance shift and CKA."""
     layers = found["layers"]
     step = -(-len(layers) // MOST_ROWS)
@@ -30,14 +36,14 @@ def drift_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-def drift_says(found: Mapping[str, Any]) -> list[str]:
+def drift_says(found: DriftFile) -> list[str]:
     """What the table says, in sentences."""
     moved = found["parameters"]
     sentences = []
     if moved["mpd"] is None:
         sentences.append(f"No MPD: {moved['reason']}.")
     else:
-        words = {
+        words: dict[Pair, str] = {
             "from-to": f"{found['from']} to {found['to']}",
             "base-from": f"base to {found['from']}",
             "base-to": f"base to {found['to']}",
@@ -52,7 +58,7 @@ def drift_says(found: Mapping[str, Any]) -> list[str]:
         )
     for lang, text in found["text"].items():
         shifts = [layer["languages"][lang] for layer in found["layers"]]
-        covariances, ckas = ([shift[key] for shift in shifts] for key in ("covariance_shift", "cka"))
+        covariances, ckas = [shift["covariance_shift"] for shift in shifts], [shift["cka"] for shift in shifts]
         worst, least = covariances.index(max(covariances)), ckas.index(min(ckas))
         sentences.append(
             f"{lang}: largest covariance shift {shifts[worst]['covariance_shift']:.3f} in layer {worst}, least CKA "
@@ -73,7 +79,8 @@ def drift_section(arms: Sequence[Arm]) -> Section | None:
     several = len(members(arms)) > 1
     for arm, run in members(arms):
         for stage, done in run.run.stages.items():
-            if stage.startswith("drift/") and (found := done.opened.json("drift.json")):
+            if stage.startswith("drift/"):
+                found = read_drift(done.opened)
                 name = drift_name(stage) + (f"-{run.run.name}" if several else "")
                 what = f"from {found['from']} to {found['to']}" + (f", {arm.label(run)}" if several else "")
                 blocks += [Prose(tuple(drift_says(found))), _plot(found, name, what), _table(found, name, what)]
@@ -85,7 +92,7 @@ def drift_name(stage: str) -> str:
     return stage.replace("/", "-")
 
 
-def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
+def _plot(found: DriftFile, name: str, what: str) -> Figure:
     layers, languages = found["layers"], list(found["text"])
     numbers = [layer["layer"] for layer in layers]
     with_mpd = found["parameters"]["mpd"] is not None
@@ -125,7 +132,7 @@ def _plot(found: Mapping[str, Any], name: str, what: str) -> Figure:
     )
 
 
-def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
+def _table(found: DriftFile, name: str, what: str) -> Table:
     rows, records = [], []
     for layer in found["layers"]:
         rows.append(
@@ -135,11 +142,11 @@ def _table(found: Mapping[str, Any], name: str, what: str) -> Table:
                 **{f"{lang}\nmean  cov  CKA": _shift(shift) for lang, shift in layer["languages"].items()},
             }
         )
-        own = {key: layer[key] for key in ("layer", "frozen", "mpd")}
+        own = {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"]}
         records += [{**own, "lang": lang, **shift} for lang, shift in layer["languages"].items()]
     note = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {NOTE}."
     return Table.of(name, f"Drift {what}", rows, records, note)
 
 
-def _shift(shift: Mapping[str, float]) -> str:
+def _shift(shift: StateShift) -> str:
     return f"{shift['mean_shift']:.3f}  {shift['covariance_shift']:.3f}  {shift['cka']:.4f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from qcft.measure.equal_gain import place_of, scores_between
 from qcft.measure.score import FILE, RowScore, read_scores
@@ -14,6 +14,7 @@ from qcft.recipe.stages import dial_stage, point_folder
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Table
 from qcft.report.standing import Standing, common_groups, standings
+from qcft.store.metrics import DialMetrics
 
 SHARE = 0.95  # of a gain
 Groups = dict[str, list[RowScore]]
@@ -81,7 +82,8 @@ def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequenc
     step, last = stage.opened, run.last.opened
     if step.inputs["settings"]["held_out"] != last.inputs["settings"]["held_out"]:
         return None
-    scales = sorted(point["scale"] for point in stage.metrics["points"] if point.get("scale", -1) >= 0)
+    measured = cast("DialMetrics", stage.metrics)["points"]
+    scales = sorted(point["scale"] for point in measured if point.get("scale", -1) >= 0)
     points: dict[float, Groups] = {1.0: read_scores(last)}
     for scale in scales:
         scores = step.json(f"{point_folder(scale)}/{FILE}")
@@ -128,6 +130,6 @@ def _cell(change: Difference | None) -> str:
     return "-" if change is None else f"{change.value:+.3f}\n[{change.low:+.3f}, {change.high:+.3f}]"
 
 
-def _record(name: str, change: Difference | None) -> dict[str, Any]:
+def _record(name: str, change: Difference | None) -> dict[str, float | None]:
     values = (None, None, None) if change is None else (change.value, change.low, change.high)
     return dict(zip((f"english_{name}", f"english_{name}_low", f"english_{name}_high"), values, strict=True))

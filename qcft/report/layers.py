@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcft.report.arms import Arm, Evidence
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import FAINT, INK, PAPER, draw, label, look
+from qcft.store.metrics import LayersFile, LayersMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,14 +56,14 @@ def _of_layers(modules: Mapping[str, float]) -> dict[int, list[float]]:
 def frozen_layers(run: Evidence, phase: str) -> list[int]:
     """The layers without any adapter in a phase."""
     stage = run.run.stages.get(phase)
-    return list(stage.metrics.get("frozen_layers", ())) if stage else []
+    return stage.training["frozen_layers"] if stage and stage.training else []
 
 
 def _measured(run: Evidence) -> dict[int, float]:
     """The signal-to-noise ratio a freeze spec went by, where one did: the mean of a layer's modules."""
     for stage in run.run.stages.values():
-        if stage.step.startswith("layers-") and stage.metrics.get("measure") == "snr":
-            found = _of_layers(stage.opened.json("layers.json")["modules"])
+        if stage.step.startswith("layers-") and cast("LayersMetrics", stage.metrics)["measure"] == "snr":
+            found = _of_layers(cast("LayersFile", stage.opened.json("layers.json"))["modules"])
             return {layer: sum(values) / len(values) for layer, values in found.items()}
     return {}
 
@@ -145,7 +146,7 @@ def _table(
     rows, records = [], []
     for layer in range(count):
         cells = [str(layer)]
-        record: dict[str, Any] = {"layer": layer}
+        record: dict[str, object] = {"layer": layer}
         for name, changes in columns.items():
             cells.append("frozen" if layer in frozen[name] else f"{changes.get(layer, 0.0):.{places}f}")
             record |= {f"{name} change": changes.get(layer, 0.0), f"{name} frozen": layer in frozen[name]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qcft.report.arms import Arm, grouped, with_of
 from qcft.report.cells import left_out
@@ -42,11 +42,10 @@ def _bars(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
     mixes = [mix for mix in mixes if _names(mix)]
     phase = mixes[0].phase
     sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.metrics["mix"]))
-    lines = [
-        (f"{_names(mix) if len(arms) > 1 else phase}\n{word}" if key == "rows" else word, mix, key)
-        for mix in mixes
-        for key, word in (("rows", "rows"), ("answer_tokens", "answer tokens"))
-    ]
+    lines: list[tuple[str, Trained, Literal["rows", "answer_tokens"]]] = []
+    for mix in mixes:
+        lines.append((f"{_names(mix) if len(arms) > 1 else phase}\nrows", mix, "rows"))
+        lines.append(("answer tokens", mix, "answer_tokens"))
 
     def body(axes: Axes) -> None:
         for i, source in enumerate(sources):

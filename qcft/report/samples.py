@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 from qcft.report.arms import Arm
 from qcft.report.cells import stage_name
 from qcft.report.document import Answer, Sample, Section
 from qcft.report.standing import ENGLISH
+from qcft.store.metrics import PromptAnswer
 
 SAMPLES = 4
 
@@ -28,9 +29,9 @@ def samples_section(arms: Sequence[Arm]) -> Section | None:
     return Section("answers", "Greedy answers to held-out English prompts", tuple(samples)) if samples else None
 
 
-def _given(arms: Sequence[Arm]) -> dict[str, dict[str, Mapping[str, Any]]]:
+def _given(arms: Sequence[Arm]) -> dict[str, dict[str, PromptAnswer]]:
     """Stage or arm -> prompt's key -> answer. Of several arms the first phase, and the last of each one's first run."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    found: dict[str, dict[str, PromptAnswer]] = {}
     for arm in arms:
         run = arm.runs[0]
         for row in run.run.table["stages"]:
@@ -41,7 +42,7 @@ def _given(arms: Sequence[Arm]) -> dict[str, dict[str, Mapping[str, Any]]]:
                     name = arm.label(run)
                 elif stage.name not in {"eval/base", f"eval/{run.recipe.phases[0].name}"}:
                     continue
-            answers = stage.opened.json("answers.json")
+            answers = cast("list[PromptAnswer]", stage.opened.json("answers.json"))
             if answers:
                 found.setdefault(name, {answer["key"]: answer for answer in answers})
     return found

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from qcft.files import read_sealed
+from qcft.measure.similarity import SimilarityFound, SimilarityRecord
 from qcft.report.arms import Arm, members
 from qcft.report.document import Block, Prose, Section, Table
 
 
-def similarity_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def similarity_rows(found: SimilarityFound) -> list[dict[str, str]]:
     """The rows of a table: the two data sets, each language of a side that has several, the scale's pairs."""
-    names = [_short(found[side]["name"]) for side in ("a", "b")]
+    names = [_short(side["name"]) for side in (found["a"], found["b"])]
     rows = [(f"{names[0]} - {names[1]}", _cells(found["des"]))]
     for entry in found["languages"]:
         side = _short(entry["of"])
@@ -30,7 +31,7 @@ def similarity_section(arms: Sequence[Arm]) -> Section | None:
     blocks: list[Block] = []
     several = len(members(arms)) > 1
     for arm, run in members(arms):
-        found = read_sealed(run.run.folder / "report" / "similarity.json")
+        found = cast("SimilarityFound | None", read_sealed(run.run.folder / "report" / "similarity.json"))
         if found:
             rows = similarity_rows(found)
             of = f" of {arm.label(run)}" if several else ""
@@ -45,7 +46,7 @@ def _short(name: str) -> str:
     return ", ".join(str(Path(*Path(part).parts[-2:])) if ":" not in part else part for part in name.split(","))
 
 
-def _cells(entry: Mapping[str, Any]) -> dict[str, str]:
+def _cells(entry: SimilarityRecord) -> dict[str, str]:
     return {
         "value": f"{entry['value']:.3f}",
         "95% interval": f"[{entry['low']:.3f}, {entry['high']:.3f}]",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from qcft.report.arms import Arm, Evidence, Member, grouped, members, shared_once, whose
 from qcft.report.cells import change_rows, conclusion, continual_in_words, stage_rows
@@ -71,21 +70,37 @@ def _changes(measured: Sequence[Member], more: str) -> Iterator[Table]:
         yield Table.of(f"changes{more}", "What changed, with 95% intervals", rows, records)
 
 
-def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, Any]]:
+def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:
     for stage in run.run.table["stages"]:
-        own = {"stage": stage["name"], "precision": stage["precision"], "since": ""}
-        yield from _records(arm, run, own, stage["groups"], ("nll", "accuracy", "rows", "answer_tokens"))
+        for group in run.run.table["groups"]:
+            score = stage["groups"][group["name"]]
+            yield {
+                **whose(arm, run),
+                "stage": stage["name"],
+                "precision": stage["precision"],
+                "since": "",
+                "group": group["name"],
+                "lang": group["lang"],
+                "nll": score["nll"],
+                "accuracy": score["accuracy"],
+                "rows": score["rows"],
+                "answer_tokens": score["answer_tokens"],
+            }
 
 
-def _change_records(arm: Arm, run: Evidence) -> Iterator[dict[str, Any]]:
+def _change_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:
     for change in run.run.table["changes"]:
-        own = {"stage": change["to_name"], "since": change["from_name"]}
-        yield from _records(arm, run, own, change["groups"], ("value", "low", "high", "relative", "rows"))
-
-
-def _records(
-    arm: Arm, run: Evidence, own: dict[str, str], scores: Mapping[str, Any], keys: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    for group in run.run.table["groups"]:
-        of = {"group": group["name"], "lang": group["lang"]}
-        yield whose(arm, run) | own | of | {key: scores[group["name"]][key] for key in keys}
+        for group in run.run.table["groups"]:
+            moved = change["groups"][group["name"]]
+            yield {
+                **whose(arm, run),
+                "stage": change["to_name"],
+                "since": change["from_name"],
+                "group": group["name"],
+                "lang": group["lang"],
+                "value": moved["value"],
+                "low": moved["low"],
+                "high": moved["high"],
+                "relative": moved["relative"],
+                "rows": moved["rows"],
+            }

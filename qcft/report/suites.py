@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from qcft.report.arms import Arm, Evidence, grouped, members, shared_once, whose, with_of
 from qcft.report.cells import continual_in_words
@@ -19,16 +18,18 @@ from qcft.report.task_cells import (
     sides_of,
     way_of_asking,
 )
+from qcft.store.table import FidelityOf, TasksTable
 
 NOTE = f"{SCORES} In brackets 95% intervals (paired bootstrap over items); * excludes zero."
-Scored = tuple[Arm, Evidence, Mapping[str, Any]]  # a run with one of its tables, or of its stages
+Scored = tuple[Arm, Evidence, TasksTable]  # a run with one of its tables
+Answered = tuple[Arm, Evidence, FidelityOf]  # a run with the answers of one of its stages
 
 
 def suites_section(arms: Sequence[Arm]) -> Section | None:
     """A table for each way of evaluating, and the language of answers."""
     blocks: list[Block] = []
     several = len(members(arms)) > 1
-    ways, fidelity = evaluated(arms), grouped(_found(arms, "fidelity"), lambda one: way_of_asking(one[2]))
+    ways, fidelity = evaluated(arms), grouped(_answered(arms), lambda one: way_of_asking(one[2]))
     if max(len(ways), len(fidelity)) > 1:
         blocks.append(Prose(("Measured with other settings, and not to be compared: a table for each.",)))
     for number, scored in enumerate(ways, start=1):
@@ -49,9 +50,8 @@ def suites_section(arms: Sequence[Arm]) -> Section | None:
 
 def evaluated(arms: Sequence[Arm]) -> list[list[Scored]]:
     """The runs' tables of scores, those together that were made with the same settings on the same items."""
-    return grouped(
-        _found(arms, "tables"), lambda one: json.dumps([one[2]["settings"], one[2]["tasks"]], sort_keys=True)
-    )
+    found = [(arm, run, table) for arm, run in members(arms) for table in run.run.table["abilities"]["tables"]]
+    return grouped(found, lambda one: json.dumps([one[2]["settings"], one[2]["tasks"]], sort_keys=True))
 
 
 def last_averages(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float]]] | None:
@@ -67,8 +67,8 @@ def last_averages(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float]]] |
     return None
 
 
-def _found(arms: Sequence[Arm], key: str) -> list[Scored]:
-    return [(arm, run, one) for arm, run in members(arms) for one in run.run.table.get("abilities", {}).get(key, ())]
+def _answered(arms: Sequence[Arm]) -> list[Answered]:
+    return [(arm, run, one) for arm, run in members(arms) for one in run.run.table["abilities"]["fidelity"]]
 
 
 def _matrix(scored: Sequence[Scored], arms: Sequence[Arm], more: str) -> Table:
@@ -94,16 +94,16 @@ def _changes(scored: Sequence[Scored], more: str, several: bool) -> Table:
     for arm, run, table in scored:
         for change in table["changes"]:
             rows.append(({"arm": arm.label(run)} if several else {}) | change_row(change, titles, SIDES))
-            found = {**change["tasks"], **{side: change[side] for side in SIDES if side in change}}
+            averages = {str(side): change[side] for side in SIDES if side in change}
             records += [
                 {**whose(arm, run), "to": change["to"], "from": change["from"], "of": key}
-                | {part: entry[part] for part in ("value", "low", "high", "items")}
-                for key, entry in found.items()
+                | {part: value for part, value in entry.items() if part != "clear"}
+                for key, entry in (change["tasks"] | averages).items()
             ]
     return Table.of(f"task-changes{more}", "What changed, in points", rows, records)
 
 
-def _fidelity(cells: Sequence[Scored], more: str, arms: Sequence[Arm]) -> Table:
+def _fidelity(cells: Sequence[Answered], more: str, arms: Sequence[Arm]) -> Table:
     rows = [
         with_of(row, [(arm, run)], arms)
         for row, (arm, run, _) in zip(fidelity_rows([cell for _, _, cell in cells]), cells, strict=True)
@@ -116,11 +116,11 @@ def _fidelity(cells: Sequence[Scored], more: str, arms: Sequence[Arm]) -> Table:
     return Table.of(f"fidelity{more}", "The language of answers", rows, records, FIDELITY)
 
 
-def _settings(table: Mapping[str, Any]) -> str:
+def _settings(table: TasksTable) -> str:
     cuts = [
-        f"{task['task']} {word} {task[key]}"
+        f"{task['task']} {word} {value}"
         for task in table["tasks"]
-        for key, word in (("limit", "limit"), ("max_new_tokens", "answers of at most (tokens)"))
-        if task[key]
+        for word, value in (("limit", task["limit"]), ("answers of at most (tokens)", task["max_new_tokens"]))
+        if value
     ]
     return "; ".join([f"lm-eval {table['settings']['lm_eval']}", "chat template applied", *cuts]) + "."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from qcft.report.cells import change_name, stage_name
+from qcft.store.metrics import AnsweredIn
+from qcft.store.table import FidelityOf, ScoreChange, Side, TaskChange, TaskScores, TasksTable
 
-Table = Mapping[str, Any]
-
-SIDES = ("EA", "MA", "overall")
+SIDES: tuple[Side, ...] = ("EA", "MA", "overall")
 SCORES = (
     "Scores in percent. EA: mean over English tasks; MA: over tasks in other languages, a task's languages averaged "
     "first; overall: the mean of the two."
@@ -18,12 +17,12 @@ SCORES = (
 FIDELITY = "Greedy answers to held-out prompts: the share in the prompt's language, of those long enough to tell."
 
 
-def sides_of(tables: Sequence[Table]) -> list[str]:
+def sides_of(tables: Sequence[TasksTable]) -> list[Side]:
     """The averages that there are."""
     return [side for side in SIDES if any(s[side] is not None for table in tables for s in table["stages"])]
 
 
-def score_row(stage: Table, titles: Mapping[str, str], sides: Iterable[str]) -> dict[str, str]:
+def score_row(stage: TaskScores, titles: Mapping[str, str], sides: Iterable[Side]) -> dict[str, str]:
     """A stage's scores; `titles` are those of the tasks' columns."""
     return {
         "stage": stage_name(stage),
@@ -32,7 +31,7 @@ def score_row(stage: Table, titles: Mapping[str, str], sides: Iterable[str]) -> 
     }
 
 
-def change_row(change: Table, titles: Mapping[str, str], sides: Iterable[str]) -> dict[str, str]:
+def change_row(change: TaskChange, titles: Mapping[str, str], sides: Iterable[Side]) -> dict[str, str]:
     """A change of scores, with its 95% intervals."""
     return {
         "change": change_name(change),
@@ -41,12 +40,12 @@ def change_row(change: Table, titles: Mapping[str, str], sides: Iterable[str]) -
     }
 
 
-def way_of_asking(cell: Table) -> str:
+def way_of_asking(cell: FidelityOf) -> str:
     """What must be equal for the language of answers to stand in one table."""
     return json.dumps(cell["asked"], sort_keys=True)
 
 
-def fidelity_rows(cells: Sequence[Table]) -> list[dict[str, str]]:
+def fidelity_rows(cells: Sequence[FidelityOf]) -> list[dict[str, str]]:
     """A row per stage, a column per language of the prompts."""
     languages = list(dict.fromkeys(lang for cell in cells for lang in cell["languages"]))
     return [
@@ -58,7 +57,7 @@ def fidelity_rows(cells: Sequence[Table]) -> list[dict[str, str]]:
     ]
 
 
-def _answered(entry: Table | None) -> str:
+def _answered(entry: AnsweredIn | None) -> str:
     if entry is None:
         return "-"
     share = "none can be told" if entry["right"] is None else f"{entry['right']:.0%} of {entry['told']} in it"
@@ -69,7 +68,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _changed(change: Table | None) -> str:
+def _changed(change: ScoreChange | None) -> str:
     if change is None:
         return "-"
     star = " *" if change["clear"] else ""

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from qcft.report.arms import Arm, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import draw, label, look
+from qcft.store.metrics import TrainMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LONGEST = 40  # letters of a legend's entry
+
+
+class Logged(TypedDict):
+    """A step in a training's log: tokens until then, its loss, and what the live probe found where it measured."""
+
+    tokens: int
+    loss: float
+    english_nll: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -25,9 +34,9 @@ class Trained:
     phase: str
     step: str
     runs: tuple[Member, ...]
-    metrics: Mapping[str, Any]
+    metrics: TrainMetrics
     seconds: float
-    log: tuple[Mapping[str, Any], ...]
+    log: tuple[Logged, ...]
 
 
 def trainings(arms: Sequence[Arm]) -> list[Trained]:
@@ -37,10 +46,12 @@ def trainings(arms: Sequence[Arm]) -> list[Trained]:
     for phase in phases:
         for member in members(arms):
             stage = member[1].run.stages.get(phase)
-            if stage is None or not stage.step.startswith("train-"):
+            if stage is None or stage.training is None:
                 continue
             runs = (*(found[stage.step].runs if stage.step in found else ()), member)
-            found[stage.step] = Trained(phase, stage.step, runs, stage.metrics, stage.seconds, _log(stage.opened.log()))
+            found[stage.step] = Trained(
+                phase, stage.step, runs, stage.training, stage.seconds, _log(stage.opened.log())
+            )
     return list(found.values())
 
 
@@ -102,9 +113,9 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
         for one in probed:
             arm, run = one.runs[0]
             own = look(places[arm.name])
-            found = [entry for entry in one.log if entry.get("english_nll") is not None]
+            found = [(entry["tokens"], nll) for entry in one.log if (nll := entry.get("english_nll")) is not None]
             axes.plot(
-                [entry["tokens"] / 1000 for entry in found], [entry["english_nll"] for entry in found],
+                [tokens / 1000 for tokens, _ in found], [nll for _, nll in found],
                 color=own.colour, linestyle=own.line, marker=own.marker,
                 markersize=4, label=arm.label(run),
             )  # fmt: skip
@@ -126,12 +137,15 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
-    rows, records = [], []
+    rows: list[dict[str, str]] = []
+    records: list[dict[str, object]] = []
     for one in found:
         m = one.metrics
         row = {
             "phase": one.phase,
-            **{key: f"{m[key]:,}" for key in ("steps", "rows", "tokens")},
+            "steps": f"{m['steps']:,}",
+            "rows": f"{m['rows']:,}",
+            "tokens": f"{m['tokens']:,}",
             "trainable parameters": f"{m['trainable_parameters']:,}",
             "mean loss": f"{m['loss']:.3f}",
             "minutes": f"{one.seconds / 60:.1f}",
@@ -139,13 +153,13 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
         rows.append(with_of(row, one.runs, arms))
         records.append(
             {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
-            | {key: m[key] for key in ("steps", "rows", "tokens", "trainable_parameters", "loss")}
-            | {"seconds": one.seconds}
+            | {"steps": m["steps"], "rows": m["rows"], "tokens": m["tokens"]}
+            | {"trainable_parameters": m["trainable_parameters"], "loss": m["loss"], "seconds": one.seconds}
         )
     return Table.of("training", "Length of training", rows, records, "Rows and tokens as fed, epochs counted.")
 
 
-def _log(path: Path | None) -> tuple[Mapping[str, Any], ...]:
+def _log(path: Path | None) -> tuple[Logged, ...]:
     """The steps of a training's log; lines that a kill cut short, or that hold no loss, are passed over."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
@@ -154,5 +168,5 @@ def _log(path: Path | None) -> tuple[Mapping[str, Any], ...]:
         except ValueError:
             continue
         if isinstance(entry, dict) and all(isinstance(entry.get(key), int | float) for key in ("loss", "tokens")):
-            found.append(entry)
+            found.append(cast("Logged", entry))
     return tuple(found)

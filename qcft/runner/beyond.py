@@ -68,7 +68,7 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
                 watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
             link_stage(run, step.stage, store.folder(step.id))
             if step.kind == "kept":
-                judge_merge(step, record["metrics"], recipe.merge, watch)
+                judge_merge(step, record, recipe.merge, watch)
     stages = {**run.stages, **{step.stage: step.id for step in steps}}
     done = finished_run(replace(run, stages=stages), recipe.model_copy(update={"name": run.name}), stages, store)
     return replace(done, goal=plan.stage)

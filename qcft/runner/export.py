@@ -39,6 +39,16 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
     return Goal(name, dequantised, dtype)
 
 
+def phases_until(recipe: Recipe, phase: str) -> list[str]:
+    """The phases whose deltas a phase's model has."""
+    names: list[str] = []
+    for number, one in enumerate(recipe.phases):
+        names = [one.name] if number and one.start == "base" else [*names, one.name]
+        if one.name == phase:
+            break
+    return names
+
+
 def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:
     """Copy a merged model's folder to `to`; `finish` adds to it before it is in its place."""
     with whole_folder(to) as work:

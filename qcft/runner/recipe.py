@@ -153,7 +153,7 @@ def _work(
         if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
-            judge_merge(step, record["metrics"], recipe.merge, watch)
+            judge_merge(step, record, recipe.merge, watch)
     earlier = {stage: step for stage, step in run.stages.items() if stage.startswith(ABILITIES)}
     stages = {**plan.stages(), **{stage: step for stage, step in earlier.items() if stage not in plan.stages()}}
     done = finished_run(run, recipe.model_copy(update={"name": run.name}), stages, store)

@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from qcft.errors import ChangedInput
 from qcft.models.adapter_config import CONFIG, WEIGHTS
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from qcft.training.memory import Planned
 
 
+class AdapterMetrics(TypedDict):
+    """Where the adapter was copied from."""
+
+    adapter: str
+
+
 @dataclass(frozen=True)
-class Adapter(Work):
+class Adapter(Work[AdapterMetrics]):
     """Copies an adapter, known by its digest, from where it lies."""
 
     kind: ClassVar[str] = "adapter"
@@ -30,7 +36,7 @@ class Adapter(Work):
     rows: str
     source: str = field(metadata=CIRCUMSTANCE)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> AdapterMetrics:
         """Copy it. Raises ChangedInput where it is another by now."""
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):

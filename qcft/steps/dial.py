@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from qcft.errors import InputError
 from qcft.files import read_sealed, write_sealed
@@ -16,21 +16,22 @@ from qcft.models.adapters import combine_live, set_scale
 from qcft.prepare.settings import ADDED
 from qcft.recipe import ByLayer, parse_by_layer
 from qcft.recipe.stages import point_folder
-from qcft.steps.probe import Probe
+from qcft.steps.probe import Measuring
 from qcft.steps.step import SCORES, Bench, Step
+from qcft.store.metrics import DeltaAmount, DialMetrics, DialPoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from qcft.store.opened import DoneStep
+    from qcft.store.opened import DoneStep, StepInputs
     from qcft.training.memory import Planned
 
 POINT = "point.json"
 
 
 @dataclass(frozen=True)
-class DialPoints(Probe):
+class DialPoints(Measuring[DialMetrics]):
     """Measures the phase's delta at each scale, and scaled by layer as each of `by` says, in one load.
 
     What a killed process measured is kept, and what another dial of the run measured of the same delta is copied.
@@ -45,26 +46,27 @@ class DialPoints(Probe):
     density: float | None = field(default=None, metadata=ADDED)
     by: tuple[str, ...] = field(default=(), metadata=ADDED)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> DialMetrics:
         """Measure the points that are missing."""
-        earlier, points = _earlier(step, bench), []
+        earlier = _earlier(step, bench)
+        points: list[DialPoint] = []
         load = cache(lambda: cast("PeftModel", bench.load(step, self.quantize)))
         amounts: list[float | ByLayer] = [*self.scales, *map(parse_by_layer, self.by)]
         for amount in amounts:
             place = folder / point_folder(amount)
-            point = read_sealed(place / POINT) or _copied(earlier, place)
+            point = _read(place) or _copied(earlier, place)
             if point is None:
                 place.mkdir(exist_ok=True)
                 self._take(load(), amount, step, bench)
-                scaled = {"by": str(amount)} if isinstance(amount, ByLayer) else {"scale": amount}
+                taken: DeltaAmount = {"by": str(amount)} if isinstance(amount, ByLayer) else {"scale": amount}
                 at = amount.label if isinstance(amount, ByLayer) else f"{amount:g}"
                 measured = self.measure(cast("PreTrainedModel", load()), bench, f"{step.title} at {at}", place)
-                point = {**scaled, **measured}
+                point = {**taken, **measured}
                 write_sealed(place / POINT, point)
             points.append(point)
         return {"points": points}
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: DialMetrics) -> str:
         """How many scales were measured, and how many patterns of layers."""
         by_layer = len(self.by)
         return f"{len(metrics['points']) - by_layer} scales" + (f", {by_layer} by layers" if by_layer else "")
@@ -89,13 +91,13 @@ def _earlier(step: Step, bench: Bench) -> list[DoneStep]:
     return [done for one in alike if (done := bench.store.open(one.id))]
 
 
-def _way(step: Step) -> dict[str, Any]:
+def _way(step: Step) -> StepInputs:
     inputs = step.inputs()
     points = {"scales", "by"}
     return {**inputs, "settings": {key: value for key, value in inputs["settings"].items() if key not in points}}
 
 
-def _copied(earlier: Sequence[DoneStep], place: Path) -> dict[str, Any] | None:
+def _copied(earlier: Sequence[DoneStep], place: Path) -> DialPoint | None:
     """A point that an earlier dial measured, with its files; None where there is none that is whole."""
     for one in earlier:
         if one.has(f"{place.name}/{POINT}"):
@@ -105,5 +107,9 @@ def _copied(earlier: Sequence[DoneStep], place: Path) -> dict[str, Any] | None:
                 continue
             shutil.copytree(found, place, ignore=shutil.ignore_patterns(POINT), dirs_exist_ok=True)
             shutil.copyfile(found / POINT, place / POINT)  # last: it says that the others are there
-            return read_sealed(place / POINT)
+            return _read(place)
     return None
+
+
+def _read(place: Path) -> DialPoint | None:
+    return cast("DialPoint | None", read_sealed(place / POINT))

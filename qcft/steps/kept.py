@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -17,10 +16,12 @@ from qcft.recipe import Merge
 from qcft.replay.pools import ENGLISH
 from qcft.steps.needs import answers_held
 from qcft.steps.step import Bench, Step, Work
+from qcft.store.metrics import KeptMetrics
+from qcft.store.opened import Record
 
 
 @dataclass(frozen=True)
-class Kept(Work):
+class Kept(Work[KeptMetrics]):
     """Compares base, live adapters and merged model on the held-out rows of the phases that the adapters hold."""
 
     kind: ClassVar[str] = "kept"
@@ -29,7 +30,7 @@ class Kept(Work):
     phases: tuple[str, ...]
     quantize: str
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> KeptMetrics:
         """Compare; the parents are the measurements of the three."""
         base, live, merged = (read_scores(bench.store.opened(parent)) for parent in step.parents)
         live_step, merged_step = (bench.steps[parent] for parent in step.parents[1:])
@@ -44,9 +45,10 @@ class Kept(Work):
         free_memory()
         model = bench.load(merged_step, self.quantize)
         distance = compare(model, rows, seen, bench.watch, f"{step.title}: merged")
-        return {"groups": [g.name for g in own], **asdict(kept(a, b, c)), **asdict(distance)}
+        found = {"groups": [g.name for g in own], **asdict(kept(a, b, c)), **asdict(distance)}
+        return cast("KeptMetrics", found)
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: KeptMetrics) -> str:
         """The share that was kept, or that none can be told."""
         share, gain = metrics["share"], metrics["gain"]
         far = f"KL {metrics['kl']:.3f} nats, greedy agreement {metrics['agreement']:.0%}"
@@ -59,9 +61,9 @@ class Kept(Work):
         return answers_held(bench, self.quantize, (), 0)
 
 
-def judge_merge(step: Step, metrics: Mapping[str, Any], limits: Merge, watch: Watch) -> None:
-    """Warn or refuse when merging lost what the phase learned."""
-    far = None
+def judge_merge(step: Step, record: Record, limits: Merge, watch: Watch) -> None:
+    """Warn or refuse when merging lost what the phase learned, as the record of its `kept` step has it."""
+    metrics, far = cast("KeptMetrics", record["metrics"]), None
     if limits.max_kl is not None and metrics["kl"] > limits.max_kl:
         far = f"KL {metrics['kl']:.3g} nats per answer token from the live adapter, over {limits.max_kl:g}"
     if limits.min_agreement is not None and metrics["agreement"] < limits.min_agreement:

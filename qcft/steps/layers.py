@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from qcft.files import write_json
 from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
 from qcft.prepare.settings import ADDED
 from qcft.steps.step import Bench, Step, Work
+from qcft.store.metrics import LayersFile, LayersMetrics
 
 FILE = "layers.json"
 NOT_ASKED = "not asked"
 
 
 @dataclass(frozen=True)
-class Layers(Work):
+class Layers(Work[LayersMetrics]):
     """Measures the signal-to-noise ratio of each module's weights, or how much it was changed: by the adapters of the
     step's parents, or `since` the model that this one was tuned from."""
 
@@ -29,7 +29,7 @@ class Layers(Work):
     measure: str
     since: str | None = field(default=NOT_ASKED, metadata=ADDED)  # of signal to noise
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> LayersMetrics:
         """Measure every module."""
         meta = bench.model.meta_model
         if self.measure == "snr":
@@ -39,9 +39,10 @@ class Layers(Work):
         else:
             assert bench.rows.base is not None
             values = change_since(bench.rows.base(), bench.model.folder, meta, bench.watch)
-        write_json(folder / FILE, {"measure": self.measure, "modules": values})
+        measured: LayersFile = {"measure": self.measure, "modules": values}
+        write_json(folder / FILE, measured)
         return {"measure": self.measure, "modules": len(values)}
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: LayersMetrics) -> str:
         """How many modules were measured."""
         return f"{metrics['modules']} modules"

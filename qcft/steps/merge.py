@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 from qcft.layers import scales_by_layer
 from qcft.models.adapters import combine_live
@@ -23,8 +22,14 @@ if TYPE_CHECKING:
     from qcft.training.memory import Planned
 
 
+class MergeMetrics(TypedDict):
+    """How many weights the adapters changed."""
+
+    merged_weights: int
+
+
 @dataclass(frozen=True)
-class Merge(Work):
+class Merge(Work[MergeMetrics]):
     """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, `by` layer, or combined
     by one of PEFT's methods, which draw by `seed`."""
 
@@ -40,7 +45,7 @@ class Merge(Work):
     seed: int = field(default=0, metadata=ADDED)
     by: str | None = field(default=None, metadata=ADDED)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> MergeMetrics:
         """Merge into `folder/model`."""
         work, done = folder / "model.partial", folder / "model"
         for place in (work, done):
@@ -58,7 +63,7 @@ class Merge(Work):
         work.rename(done)
         return {"merged_weights": changed}
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: MergeMetrics) -> str:
         """How many weights were changed."""
         return f"{metrics['merged_weights']} weights changed"
 

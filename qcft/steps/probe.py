@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from qcft.files import write_json
 from qcft.measure.score import RowScore, score_rows, write_scores
@@ -15,32 +15,26 @@ from qcft.prepare.rows import english_prompts
 from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import Answers
 from qcft.steps.needs import answers_held
-from qcft.steps.step import Bench, Step, Work
+from qcft.steps.step import Bench, Metrics, Step, Work
+from qcft.store.metrics import AnswerLengths, GroupScore, ProbeMetrics, PromptAnswer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Probe(Work):
+class Measuring(Work[Metrics]):
     """Scores every held-out group and answers the English prompts."""
-
-    kind: ClassVar[str] = "probe"
-    format: ClassVar[int] = 2
 
     model: ModelSettings = field(metadata=SPREAD)
     quantize: str
     held_out: str
     answers: Answers
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
-        """Load the step's model and measure it."""
-        return self.measure(bench.load(step, self.quantize), bench, step.title, folder)
-
-    def measure(self, model: PreTrainedModel, bench: Bench, label: str, folder: Path) -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, bench: Bench, label: str, folder: Path) -> ProbeMetrics:
         """Score and answer with a loaded model; its scores and answers go into `folder`."""
         scores: dict[str, list[RowScore]] = {}
-        found: dict[str, Any] = {}
+        found: dict[str, GroupScore] = {}
         for group in bench.rows.groups(self.held_out):
             encoded = bench.rows.measured(group)
             rows = score_rows(model, encoded.encoded, bench.watch, f"{label}: {group.name}")
@@ -59,16 +53,12 @@ class Probe(Work):
         write_json(folder / "answers.json", answers)
         return {"groups": found, "answers": _summary(answers)}
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
-        """The mean NLL of each group."""
-        return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
-
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:
         """The model, a batch's logits, and the answers' keys and values."""
         prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts)
         return answers_held(bench, self.quantize, prompts, self.answers.max_new_tokens)
 
-    def _answers(self, model: PreTrainedModel, bench: Bench, label: str) -> list[dict[str, Any]]:
+    def _answers(self, model: PreTrainedModel, bench: Bench, label: str) -> list[PromptAnswer]:
         prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts)
         if not prompts:
             return []
@@ -84,12 +74,34 @@ class Probe(Work):
             label=f"{label}: English answers",
         )
         return [
-            {"key": row.key, "prompt": row.prompt[-1].content, **asdict(answer)}
+            {
+                "key": row.key,
+                "prompt": row.prompt[-1].content,
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "finished": answer.finished,
+            }
             for (_, row), answer in zip(prompts, answers, strict=True)
         ]
 
 
-def _summary(answers: list[dict[str, Any]]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Probe(Measuring[ProbeMetrics]):
+    """Measures the step's model."""
+
+    kind: ClassVar[str] = "probe"
+    format: ClassVar[int] = 2
+
+    def do(self, step: Step, bench: Bench, folder: Path) -> ProbeMetrics:
+        """Load the step's model and measure it."""
+        return self.measure(bench.load(step, self.quantize), bench, step.title, folder)
+
+    def summary(self, metrics: ProbeMetrics) -> str:
+        """The mean NLL of each group."""
+        return ", ".join(f"{name} {g['nll']:.3f}" for name, g in metrics["groups"].items()) + " (NLL)"
+
+
+def _summary(answers: Sequence[PromptAnswer]) -> AnswerLengths | None:
     if not answers:
         return None
     return {

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 
 from qcft.data.encode import Encoder
 from qcft.errors import QcftError
@@ -19,6 +19,7 @@ from qcft.replay.generation import Answering, Generation
 from qcft.replay.rows import make_replay
 from qcft.steps.needs import answered_at_once, model_held
 from qcft.steps.step import Bench, Step, Work
+from qcft.store.metrics import ReplayMetrics
 
 if TYPE_CHECKING:
     from qcft.training.memory import Planned
@@ -27,7 +28,7 @@ TEXT, RECORD = 6, 300  # bytes of a token as text and of a row's record around i
 
 
 @dataclass(frozen=True)
-class Answers(Work):
+class Answers(Work[Mapping[str, object]]):
     """The answers of a model to prompts in their order, as many as were needed so far: never done, as a larger ratio
     needs more of them."""
 
@@ -49,7 +50,7 @@ class Answers(Work):
         """How the prompts are answered."""
         return Answering(self.seed, self.max_new_tokens, self.temperature, self.top_p, self.chunk, self.batch)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> NoReturn:
         """Refuse: they are generated while replay is drawn. Raises QcftError."""
         raise QcftError("answers are generated while replay is drawn from them", "please report this")
 
@@ -66,7 +67,7 @@ class DrawnFrom(Settings):
 
 
 @dataclass(frozen=True)
-class ReplayRows(Work):
+class ReplayRows(Work[ReplayMetrics]):
     """Draws replay of each kind beside the rows of a phase, generating the answers that are missing."""
 
     kind: ClassVar[str] = "replay"
@@ -83,7 +84,7 @@ class ReplayRows(Work):
     replay_system: str | None
     balance: Mapping[str, Any] | None = field(default=None, metadata=ADDED)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> ReplayMetrics:
         """Draw the rows into replay.jsonl."""
         encoder, answers = self._encoder(bench), self._answers(bench)
         pools = [bench.rows.pool(step.phase, number, part.rows) for number, part in enumerate(self.parts)]
@@ -107,7 +108,7 @@ class ReplayRows(Work):
             asked = self._asked(next(iter(answers.values()), None))
             return make_replay(step.phase or "", asked, pools, new, encoder, generations, folder, bench.watch)
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: ReplayMetrics) -> str:
         """How much was drawn, and how much was dropped for which reason."""
         dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"

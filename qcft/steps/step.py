@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -22,7 +22,7 @@ from qcft.prepare.rows import Rows
 from qcft.prepare.settings import Settings
 from qcft.steps.unchanged import inputs_unchanged
 from qcft.store import Store
-from qcft.store.opened import step_id
+from qcft.store.opened import StepInputs, step_id
 from qcft.store.steps import model_digest
 
 if TYPE_CHECKING:
@@ -31,19 +31,22 @@ if TYPE_CHECKING:
     from qcft.models.inputs import Inputs
     from qcft.training.memory import Planned
 
+Metrics = TypeVar("Metrics", bound=Mapping[str, object])
 SCORES = 1 << 20  # bytes of scores and answers: of the suites that ship, seldom more
 
 
 @dataclass(frozen=True)
-class Work(Settings, ABC):
-    """What a step of one kind does, by its settings. `format` is raised when a change to the code changes results."""
+class Work(Settings, ABC, Generic[Metrics]):
+    """What a step of one kind does, by its settings, and what it measures. `format` is raised when a change to the code
+    changes results."""
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
     streams: ClassVar[bool] = False  # weights go through the CPU, and no model is loaded
-    kinds: ClassVar[dict[str, type[Work]]] = {}
+    kinds: ClassVar[dict[str, type[Work[Any]]]] = {}
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "kind" in vars(cls):
             Work.kinds[cls.kind] = cls
 
@@ -52,10 +55,10 @@ class Work(Settings, ABC):
         return self.kind, self.format
 
     @abstractmethod
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> Metrics:
         """Do the work in the step's folder, resuming what a killed process left there; its metrics."""
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: Metrics) -> str:
         """What came of it, in a few words."""
         return ""
 
@@ -73,7 +76,7 @@ class Work(Settings, ABC):
 
 
 @dataclass(frozen=True)
-class Stored(Work):
+class Stored(Work[Mapping[str, object]]):
     """The work of a done step as its step.json has it, whichever version did it. It is looked at, not done again."""
 
     stored: tuple[str, int]  # its kind and format
@@ -87,7 +90,7 @@ class Stored(Work):
         """What was stored."""
         return dict(self.found)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> NoReturn:
         """Refuse. Raises QcftError."""
         raise QcftError(
             f"{step.id} is damaged, and was made by a version of qcft whose {self.stored[0]} steps had other results",
@@ -101,7 +104,7 @@ class Step:
     as it is), `adapter` the step of the adapter live on them, `under` those that lie live and frozen under it, the
     lowest first. `phase` is named in messages."""
 
-    work: Work
+    work: Work[Any]
     stage: str
     title: str
     phase: str | None = None
@@ -115,7 +118,7 @@ class Step:
         object.__setattr__(self, "id", step_id(self.inputs()))
 
     @classmethod
-    def stored(cls, id: str, stage: str, inputs: Mapping[str, Any]) -> Step:
+    def stored(cls, id: str, stage: str, inputs: StepInputs) -> Step:
         """A step as its step.json has it, under its own id, whichever version made it."""
         work = Stored((inputs["kind"], inputs["format"]), inputs["settings"])
         places = (inputs["weights"], inputs["adapter"], tuple(inputs["parents"]), tuple(inputs.get("under", ())))
@@ -143,18 +146,20 @@ class Step:
         """All steps that must be done before it."""
         return tuple(one for one in (self.weights, self.adapter, *self.under, *self.parents) if one)
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> StepInputs:
         """Everything that changes the step's result."""
         kind, form = self.work.version()
-        return {
+        found: StepInputs = {
             "kind": kind,
             "format": form,
             "weights": self.weights,
             "adapter": self.adapter,
             "settings": self.settings,
             "parents": list(self.parents),
-            **({"under": list(self.under)} if self.under else {}),
         }
+        if self.under:
+            found["under"] = list(self.under)
+        return found
 
 
 class Bench:
@@ -172,14 +177,15 @@ class Bench:
         self.shared: Any = None
         self._inputs = inputs
 
-    def do(self, step: Step, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, folder: Path) -> Mapping[str, object]:
         """Do one step in its folder, resuming what a killed process left there; its metrics. Raises ChangedInput."""
         if self.shared is not None and not self.shared.serves(step):
             self.shared = None
             free_memory()
         with inputs_unchanged(self._inputs, self.store):
             try:
-                return step.work.do(step, self, folder)
+                metrics: Mapping[str, object] = step.work.do(step, self, folder)
+                return metrics
             finally:
                 free_memory()
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from qcft.data.encode import Encoder
 from qcft.data.rows import Message, Row
@@ -14,13 +14,14 @@ from qcft.errors import QcftError, short
 from qcft.files import write_json, write_text
 from qcft.measure.alpaca import alpaca_prompts
 from qcft.measure.catalog import language_of
-from qcft.measure.fidelity import judge_answer, summarise_answers
+from qcft.measure.fidelity import JudgedAnswer, judge_answer, summarise_answers
 from qcft.models.generate import Answer, Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.switch import Switched, can_switch
 from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import ALPACA_EVAL, FIDELITY
 from qcft.steps.step import Bench, Step, Work
+from qcft.store.metrics import AlpacaMetrics, FidelityMetrics, SuiteMetrics, TaskMetrics
 
 if TYPE_CHECKING:
     from qcft.measure.suites import Scorer
@@ -59,7 +60,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Suite(Work):
+class Suite(Work[SuiteMetrics]):
     """Evaluates one stage on one task; `data` is the digest of the task's, `asked` what its kind needs."""
 
     kind: ClassVar[str] = "suite"
@@ -71,7 +72,7 @@ class Suite(Work):
     data: str
     asked: Mapping[str, Any] = field(metadata=SPREAD)
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> SuiteMetrics:
         """Evaluate. Raises QcftError, whatever a task's own code raises."""
         try:
             if bench.shared is None:
@@ -88,17 +89,20 @@ class Suite(Work):
             text = short(error, 200)
             raise QcftError(f"{type(error).__name__}: {text}", "look at the task's data, or leave it out") from error
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: SuiteMetrics) -> str:
         """The score, or how the answers came out."""
-        if "score" in metrics:
-            return f"{metrics['metric']} {metrics['score']:.4f}, {metrics['items']:,} items"
-        if "languages" in metrics:
-            shares = {lang: entry["right"] for lang, entry in metrics["languages"].items()}
+        if self.task == FIDELITY:
+            languages = cast("FidelityMetrics", metrics)["languages"]
+            shares = {lang: entry["right"] for lang, entry in languages.items()}
             told = ", ".join(f"{lang} {share:.0%}" for lang, share in shares.items() if share is not None)
             return f"answers in the prompt's language: {told or 'none can be told'}"
-        return f"{metrics['rows']} answers of {metrics['mean_tokens']:.0f} tokens"
+        if self.task == ALPACA_EVAL:
+            answers = cast("AlpacaMetrics", metrics)
+            return f"{answers['rows']} answers of {answers['mean_tokens']:.0f} tokens"
+        scored = cast("TaskMetrics", metrics)
+        return f"{scored['metric']} {scored['score']:.4f}, {scored['items']:,} items"
 
-    def _suite(self, step: Step, bench: Bench, model: Switched, folder: Path) -> dict[str, Any]:
+    def _suite(self, step: Step, bench: Bench, model: Switched, folder: Path) -> TaskMetrics:
         from qcft.measure.suites import Asked, Scorer
 
         settings, catalog, loaded = self.asked, bench.rows.catalog, bench.shared
@@ -126,8 +130,8 @@ class Suite(Work):
             "batch": loaded.scorer.batch,
         }
 
-    def _fidelity(self, step: Step, bench: Bench, model: Switched, folder: Path) -> dict[str, Any]:
-        judged: dict[str, list[dict[str, Any]]] = {}
+    def _fidelity(self, step: Step, bench: Bench, model: Switched, folder: Path) -> FidelityMetrics:
+        judged: dict[str, list[JudgedAnswer]] = {}
         for group in bench.rows.groups(self.data):
             if group.lang == "?":
                 continue
@@ -136,12 +140,12 @@ class Suite(Work):
             label = f"{step.title}: {group.lang}"
             answers = _answers(bench, model, encoder, rows, self.asked["max_new_tokens"], label)
             judged.setdefault(group.lang, []).extend(
-                {"prompt": row.prompt[-1].content, **judge_answer(answer, group.lang)} for row, answer in answers
+                judge_answer(row.prompt[-1].content, answer, group.lang) for row, answer in answers
             )
         write_json(folder / "answers.json", judged)
         return {"task": FIDELITY, "languages": {lang: summarise_answers(rows) for lang, rows in judged.items()}}
 
-    def _alpaca(self, step: Step, bench: Bench, model: Switched, folder: Path) -> dict[str, Any]:
+    def _alpaca(self, step: Step, bench: Bench, model: Switched, folder: Path) -> AlpacaMetrics:
         records = alpaca_prompts(bench.rows.local(ALPACA_EVAL))[: self.asked["limit"]]
         rows = [Row((Message("user", str(record["instruction"])),), ()) for record in records]
         most = self.asked["max_new_tokens"] or ALPACA_TOKENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from qcft.data.encode import EncodedRow, EncodedSet
 from qcft.data.rows import Row
@@ -23,6 +23,7 @@ from qcft.replay.rows import read_replay
 from qcft.steps.layers import FILE
 from qcft.steps.prefix import open_prefix
 from qcft.steps.step import Bench, Step, Work
+from qcft.store.metrics import LayersFile, TrainMetrics
 from qcft.training.distributed.ranks import rank, sharded, world
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "pre
 
 
 @dataclass(frozen=True)
-class Training(Work):
+class Training(Work[TrainMetrics]):
     """Trains a phase's adapter on its rows and its replay.
 
     `carried`: the precision in which the adapter of an earlier phase is continued. `forgetting` is watched on the rows
@@ -71,14 +72,14 @@ class Training(Work):
             found["forgetting"] = {**self.forgetting.model_dump(exclude={"warn"}), "english": self.english}
         return found
 
-    def do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def do(self, step: Step, bench: Bench, folder: Path) -> TrainMetrics:
         """Train into `folder/adapter`."""
         from qcft.training.determinism import deterministic
 
         with deterministic(self.deterministic):
             return self._do(step, bench, folder)
 
-    def summary(self, metrics: Mapping[str, Any]) -> str:
+    def summary(self, metrics: TrainMetrics) -> str:
         """Steps, tokens, loss; replay's share of what was trained; what the live probe found."""
         trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
         return trained + _replayed(metrics) + _probed(metrics)
@@ -88,7 +89,7 @@ class Training(Work):
         assert planned is not None
         return 3 * planned.memory.adapters + 2 * planned.memory.optimizer + planned.stored
 
-    def _do(self, step: Step, bench: Bench, folder: Path) -> dict[str, Any]:
+    def _do(self, step: Step, bench: Bench, folder: Path) -> TrainMetrics:
         from qcft.layers import adapted_modules, decoder_layers, frozen_in_words, frozen_whole, lowest_adapted
         from qcft.training.agreement import check_live
         from qcft.training.attention import attend_by_rows
@@ -163,7 +164,7 @@ class Training(Work):
         )
         if rank() == 0:
             write_chat(bench.model.tokenizer, folder / "adapter", bench.model.described)
-        return {
+        found = {
             **asdict(trained),
             "mix": [asdict(share) for share in mixed.shares],
             "adapted_modules": len(modules),
@@ -171,6 +172,7 @@ class Training(Work):
             "prefix_cache": prefix is not None,
             "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         }
+        return cast("TrainMetrics", found)
 
     def _agreed(self, model: PreTrainedModel, phase: str, bench: Bench) -> tuple[Agreement, Train]:
         """What of training agrees with the model's own forward pass, and the train settings without what does not."""
@@ -240,7 +242,7 @@ def _measured(step: Step, bench: Bench) -> dict[str, float] | None:
     for parent in step.parents:
         found = bench.store.opened(parent)
         if found.has(FILE):
-            return dict(found.json(FILE)["modules"])
+            return cast("LayersFile", found.json(FILE))["modules"]
     return None
 
 
@@ -268,7 +270,7 @@ def _seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def _replayed(metrics: Mapping[str, Any]) -> str:
+def _replayed(metrics: TrainMetrics) -> str:
     """Replay's share of what a training was fed."""
     fed = metrics["exposure"]
     replay = [entry for entry in fed if entry["source"].startswith("replay (")]
@@ -278,7 +280,7 @@ def _replayed(metrics: Mapping[str, Any]) -> str:
     return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
 
 
-def _probed(metrics: Mapping[str, Any]) -> str:
+def _probed(metrics: TrainMetrics) -> str:
     """What the live probe found, and what it cost."""
     found = metrics.get("forgetting")
     if not found:

@@ -26,18 +26,30 @@ class Record(TypedDict):
 
     layout: int
     step: str
-    metrics: dict[str, Any]
+    metrics: Mapping[str, Any]
     seconds: float
     files: dict[str, str]
     log: NotRequired[str | None]
 
 
+class StepInputs(TypedDict):
+    """What a step is made of, which is all that changes its result; `settings` are those of its kind."""
+
+    kind: str
+    format: int
+    weights: str | None
+    adapter: str | None
+    settings: dict[str, Any]
+    parents: list[str]
+    under: NotRequired[list[str]]
+
+
 class Begun(TypedDict):
-    """What step.json holds: what the step is made of (its kind, weights, adapter, settings, parents), and with what."""
+    """What step.json holds: what the step is made of, and with what."""
 
     layout: int
     step: str
-    inputs: dict[str, Any]
+    inputs: StepInputs
     begun: str | None
     versions: dict[str, str]
     hardware: dict[str, object]
@@ -55,9 +67,9 @@ class DoneStep:
     record: Record
 
     @property
-    def metrics(self) -> dict[str, Any]:
-        """What the step measured."""
-        return dict(self.record["metrics"])
+    def metrics(self) -> Mapping[str, Any]:
+        """What the step measured; store.metrics has the keys of each kind."""
+        return self.record["metrics"]
 
     @property
     def begun(self) -> Begun:
@@ -68,9 +80,9 @@ class DoneStep:
         return found
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What it was made of: kind, weights, adapter, settings, parents."""
-        return dict(self.begun["inputs"])
+    def inputs(self) -> StepInputs:
+        """What it was made of."""
+        return self.begun["inputs"]
 
     def has(self, name: str) -> bool:
         """Whether the step wrote a file."""
@@ -144,10 +156,10 @@ def read_begun(folder: Path) -> Begun | None:
     if not isinstance(inputs, dict):
         return None
     named = "kind" in inputs and ID.fullmatch(folder.name)  # else its id is of something else
-    return None if named and step_id(inputs) != folder.name else cast("Begun", begun)
+    return None if named and step_id(cast("StepInputs", inputs)) != folder.name else cast("Begun", begun)
 
 
-def step_id(inputs: Mapping[str, Any]) -> str:
+def step_id(inputs: StepInputs) -> str:
     """The id of the step that is made of these inputs."""
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
     return f"{inputs['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from qcft.store.metrics import TrainMetrics
 from qcft.store.opened import DoneStep, Record
+from qcft.store.table import RunTable
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: its step, what it measured and where its files are."""
+    """One stage of a run: its step, what it measured (store.metrics has the keys) and where its files are."""
 
     name: str
     step: str
@@ -26,6 +28,11 @@ class Stage:
         """Its step, whose files are checked as they are read."""
         return DoneStep(self.step, self.folder, self.record)
 
+    @property
+    def training(self) -> TrainMetrics | None:
+        """What a training came to; None for other kinds of step."""
+        return cast("TrainMetrics", self.metrics) if self.step.startswith("train-") else None
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,6 +44,10 @@ class Run:
     name: str
     folder: Path
     stages: Mapping[str, Stage]
-    table: Mapping[str, Any]
+    table: RunTable
     goal: str | None = None  # the stage of a merge that was asked for beyond the recipe's
     failed: Mapping[str, str] = field(default_factory=dict)
+
+    def trainings(self) -> list[TrainMetrics]:
+        """What its trainings came to."""
+        return [found for stage in self.stages.values() if (found := stage.training)]

@@ -14,7 +14,7 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,7 +118,7 @@ class Store:
             watch.note(f"{step}: {what} is missing or altered; the step is made anew", "warning")
         return None
 
-    def reuse(self, step: str, inputs: dict[str, Any], watch: Watch) -> None:
+    def reuse(self, step: str, inputs: Mapping[str, object], watch: Watch) -> None:
         """Write a done step's step.json again where it is not as it was written; the rest of the step stays."""
         if read_begun(self.folder(step)) is None:
             document = {"layout": LAYOUT, "step": step, "inputs": inputs, "begun": None, "versions": {}, "hardware": {}}
@@ -130,7 +130,7 @@ class Store:
             )
 
     @contextmanager
-    def claim(self, step: str, inputs: dict[str, Any], watch: Watch) -> Iterator[Path]:
+    def claim(self, step: str, inputs: Mapping[str, object], watch: Watch) -> Iterator[Path]:
         """The step's folder, held by this process alone; what a killed process left there stays.
 
         Waits when another process works on the step. Raises InputError when the folder can't be written, QcftError
@@ -154,7 +154,7 @@ class Store:
                 write_sealed(folder / BEGUN, document)
             yield folder
 
-    def finish(self, step: str, metrics: dict[str, Any], seconds: float) -> Record:
+    def finish(self, step: str, metrics: Mapping[str, object], seconds: float) -> Record:
         """Mark a step done: digests of its files, its metrics and the seconds this process worked on it."""
         folder = self.folder(step)
         files = {
@@ -244,7 +244,7 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances() -> dict[str, object]:
     return {
         "begun": now(),
         "versions": _versions(),

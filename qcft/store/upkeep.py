@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.errors import InputError
 from qcft.files import telling_unwritable
 from qcft.store.holding import holders, runs_lock
-from qcft.store.opened import BEGUN, altered, read_begun
+from qcft.store.opened import BEGUN, StepInputs, altered, read_begun
 from qcft.store.runs import is_step, list_runs, read_run, read_stages
 from qcft.store.steps import Store
 
@@ -143,7 +143,7 @@ def _used(store: Store) -> set[str]:
     return used
 
 
-def _rests_on(inputs: dict[str, Any]) -> Iterable[str]:
+def _rests_on(inputs: StepInputs) -> Iterable[str]:
     """The steps named in a step's inputs, the pools of its replay among them."""
     named: list[Any] = []
     for value in inputs.values():

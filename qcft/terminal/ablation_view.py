@@ -6,19 +6,21 @@ In a terminal the arms are a table that stays in its place, elsewhere plain line
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.live import Live
 from rich.table import Table
 
 from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
-from qcft.report.ablation import in_words
+from qcft.report.ablation import Outcome, Spread, in_words
 from qcft.terminal.format import duration
 from qcft.terminal.progress import Reporter
 from qcft.terminal.streams import said, stderr, stdout
 from qcft.terminal.tables import grid, print_lines, print_records, say
+
+if TYPE_CHECKING:
+    from qcft.ablation.dry_run import AblationPlan, Sums
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
 SHOWN = 0.2  # seconds between two paintings
@@ -115,7 +117,7 @@ def tell_crash(text: str) -> None:
     console.print(said(text), soft_wrap=True)
 
 
-def print_plan(plan: Mapping[str, Any]) -> None:
+def print_plan(plan: AblationPlan) -> None:
     """What an ablation would run: its runs, and what they need beyond what runs before them do."""
     rows = [
         {
@@ -137,19 +139,18 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     )
 
 
-def print_outcome(outcome: Mapping[str, Any]) -> None:
+def print_outcome(outcome: Outcome) -> None:
     """The arms side by side, their training's length with them; those that failed on stderr."""
     rows = []
     for arm in outcome["arms"]:
-        counts = {key: "-" if arm[key] is None else f"{arm[key]['mean']:,.0f}" for key in ("steps", "tokens")}
         rows.append(
             {
                 "arm": arm["arm"],
                 "seeds done": f"{arm['done']} of {arm['seeds']}",
                 "English": _nats(arm["english"]),
                 "other languages": _nats(arm["others"]),
-                "training steps": counts["steps"],
-                "tokens": counts["tokens"],
+                "training steps": _count(arm["steps"]),
+                "tokens": _count(arm["tokens"]),
                 "time of all steps": "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"]),
             }
         )
@@ -157,25 +158,29 @@ def print_outcome(outcome: Mapping[str, Any]) -> None:
     note = "English, other languages: NLL since the base in nats per answer token (lower is better), mean of the seeds "
     print_lines([f"{note}[least, most]"], "dim")
     for run in outcome["runs"]:
-        if run["state"] == "failed":
+        if run["state"] == "failed" and run["error"]:
             say(f"{run['run']} failed: {in_words(run['error'])}", "yellow")
 
 
-def _cost(part: Mapping[str, Any]) -> str:
+def _cost(part: Sums) -> str:
     if part["seconds"] is None:
         return "unknown"
     more = f" + {part['unknown']} step{'s' * (part['unknown'] > 1)} unknown" if part["unknown"] else ""
     return duration(part["seconds"]) + more
 
 
-def _size(part: Mapping[str, Any]) -> str:
+def _size(part: Sums) -> str:
     count = part["bytes"]
     if part["unknown"] and not count:
         return "unknown"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _nats(figure: Mapping[str, float] | None) -> str:
+def _count(figure: Spread | None) -> str:
+    return "-" if figure is None else f"{figure['mean']:,.0f}"
+
+
+def _nats(figure: Spread | None) -> str:
     if figure is None:
         return "-"
     spread = f" [{figure['least']:+.3f}, {figure['most']:+.3f}]" if figure["least"] < figure["most"] else ""

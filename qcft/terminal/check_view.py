@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -11,6 +10,11 @@ from qcft.report.cells import left_out
 from qcft.terminal.format import gib, minutes
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records, print_rows
+
+if TYPE_CHECKING:
+    from qcft.check.recipe import Checked
+    from qcft.check.rows import Looks
+    from qcft.measure.similarity import PhasesCompared
 
 PARTS = {
     "weights": "weights in NF4",
@@ -28,11 +32,11 @@ PARTS = {
 }
 
 
-def memory_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def memory_table(found: Checked) -> tuple[list[str], list[list[str]]]:
     """Titles and rows: a row for each part of the memory, a column for each phase, measuring and generating."""
     columns = {phase["phase"]: phase["memory"] for phase in found["phases"]}
     for step in found["steps"]:
-        if step["kind"] == "probe" and step["quantize"] == found["quantize"]:
+        if step["kind"] == "probe" and step["quantize"] == found["quantize"] and step["memory"]:
             columns.setdefault("measuring", step["memory"])
         elif step["kind"] == "replay" and step["memory"]:
             columns[f"answers for {step['phase']}"] = step["memory"]
@@ -44,7 +48,7 @@ def memory_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["memory", *columns], rows
 
 
-def check_lines(found: Mapping[str, Any]) -> list[str]:
+def check_lines(found: Checked) -> list[str]:
     """The sentences under the table: whether it fits, how passes are run, time, rows left out or cut, disk."""
     where = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]] if found["here"] else "such a GPU"
     lines = []
@@ -89,7 +93,7 @@ def check_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _looks(found: Mapping[str, Any]) -> list[str]:
+def _looks(found: Looks) -> list[str]:
     """What should be looked at among a phase's rows."""
     lines = []
     if found["positions"] is not None:
@@ -97,20 +101,24 @@ def _looks(found: Mapping[str, Any]) -> list[str]:
             f"look at: train.max_length is {found['max_length']:,}, more than the model's {found['positions']:,} "
             f"positions; rows that are longer: {found['rows_beyond']:,}"
         )
-    for key, what, why in (
+    for rows, what, why in (
         (
-            "like_held_out",
+            found["like_held_out"],
             "rows with the prompt of a held-out row, but for white space and case",
             "What is measured on those is too good: remove them, or give both rows the same id",
         ),
-        ("near_empty", "rows with next to no answer (no letter or digit, or N/A)", "They teach the model to say that"),
+        (
+            found["near_empty"],
+            "rows with next to no answer (no letter or digit, or N/A)",
+            "They teach the model to say that",
+        ),
     ):
-        if found[key]["rows"]:
-            lines.append(f"look at: {found[key]['rows']:,} {what}, such as {found[key]['example']!r}. {why}")
+        if rows["rows"]:
+            lines.append(f"look at: {rows['rows']:,} {what}, such as {rows['example']!r}. {why}")
     return lines
 
 
-def _alike(found: Mapping[str, Any]) -> str:
+def _alike(found: PhasesCompared) -> str:
     des, rows = found["des"], " and ".join(f"{n:,}" for n in found["des"]["rows"])
     return (
         f"{found['a']['name']} and {found['b']['name']}: DES {des['value']:.3f} [{des['low']:.3f}, {des['high']:.3f}] "
@@ -118,7 +126,7 @@ def _alike(found: Mapping[str, Any]) -> str:
     )
 
 
-def step_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def step_rows(found: Checked) -> list[dict[str, str]]:
     """A row for each step: what, state, time, memory it needs at most, bytes it writes."""
     return [
         {
@@ -132,7 +140,7 @@ def step_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def print_check(found: Mapping[str, Any]) -> None:
+def print_check(found: Checked) -> None:
     """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
     console = stdout()
     print_records(step_rows(found))

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import chain, repeat
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
 from rich.text import Text
@@ -14,10 +14,16 @@ from rich.text import Text
 from qcft.events import Mixed
 from qcft.report.arms import grouped
 from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, stage_rows
+from qcft.report.cost import RunCost
 from qcft.report.task_cells import FIDELITY, SCORES, change_row, fidelity_rows, score_row, sides_of, way_of_asking
 from qcft.safe import json_shown, shown
+from qcft.store.table import Abilities, RunTable, TaskOf, TasksTable
 from qcft.terminal.format import duration
 from qcft.terminal.streams import said, stderr, stdout
+
+if TYPE_CHECKING:
+    from qcft.inspect.layers import LayersTable
+    from qcft.replay.rows import ReplayShown
 
 Thing = TypeVar("Thing")
 NOTE = f"{SCORES} * a change whose 95% interval (paired bootstrap over items) excludes zero."
@@ -57,7 +63,7 @@ def mix_table(mixed: Mixed) -> Table:
     return grid(("source", *numbers, "left out"), cells, right=numbers, title=title)
 
 
-def print_table(table: Mapping[str, Any]) -> None:
+def print_table(table: RunTable) -> None:
     """The table of stages x languages, the change since phase 1, and what it says."""
     if not table["stages"]:
         stdout().print("nothing is measured yet")
@@ -73,7 +79,7 @@ def print_table(table: Mapping[str, Any]) -> None:
     print_abilities(table["abilities"])
 
 
-def print_abilities(abilities: Mapping[str, Any]) -> None:
+def print_abilities(abilities: Abilities) -> None:
     """What the stages were evaluated on: scores, averages and changes; the language of answers."""
     for table in abilities["tables"]:
         titles, sides = {task["task"]: _task_title(task) for task in table["tasks"]}, sides_of([table])
@@ -91,12 +97,12 @@ def print_abilities(abilities: Mapping[str, Any]) -> None:
     print_lines(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}" for cell in abilities["alpaca_eval"])
 
 
-def _task_title(task: Mapping[str, Any]) -> str:
+def _task_title(task: TaskOf) -> str:
     shots = f", {task['shots']} shots" if task["shots"] else ""
     return f"{task['task']}\n{task['metric']}, {task['items']} items{shots}"
 
 
-def _settings(table: Mapping[str, Any]) -> str:
+def _settings(table: TasksTable) -> str:
     """How the scores of a table were made."""
     words = [f"lm-eval {table['settings']['lm_eval']}", "chat template applied"]
     for task in table["tasks"]:
@@ -117,7 +123,7 @@ def _print_blocks(found: Sequence[Mapping[str, str]], plain: int) -> None:
         console.print()
 
 
-def print_cost(cost: Mapping[str, float]) -> None:
+def print_cost(cost: RunCost) -> None:
     """What a run's done steps took, in one line."""
     tokens = f", {cost['tokens']:,} tokens trained or generated" if cost["tokens"] else ""
     text = (
@@ -133,7 +139,7 @@ def print_answer(question: str, answer: str) -> None:
     say(answer)
 
 
-def print_replay(shown: Mapping[str, Any]) -> None:
+def print_replay(shown: ReplayShown) -> None:
     """A replay set: what it is made of, what was left out, and samples of it."""
     console = stdout()
     rows = [
@@ -174,7 +180,7 @@ def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[i
     return blocks
 
 
-def print_layers(table: Mapping[str, Any]) -> None:
+def print_layers(table: LayersTable) -> None:
     """The layers of a phase: what carries adapters, what phase 1 changed, signal to noise."""
     per_layer = max(len(layer["modules"]) for layer in table["layers"])
     rows = []

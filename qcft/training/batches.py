@@ -14,6 +14,7 @@ from qcft.data.encode import IGNORED, EncodedRow
 from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.recipe import Train
+from qcft.store.metrics import FedSource
 
 FILLER = "(filler)"  # the source of a row that only evens out passes between processes: nothing of it is learned
 
@@ -83,12 +84,12 @@ class Fed:
             )
         self.items = min(len(self.batches.items), self.items + self.world * self.batches.per_pass)
 
-    def exposure(self, steps: int) -> list[dict[str, Any]]:
+    def exposure(self, steps: int) -> list[FedSource]:
         """Rows, tokens and answer tokens by source, over all epochs, of the first `steps`, which were all trained."""
         end = min(len(self.batches.items), steps * self.batches.per_pass * self.batches.accumulation)
         if self.items < end:
             self.items = end  # every step had a checkpoint already: nothing was fed again
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, FedSource] = {}
         fed = (row for item in self.batches.items[: min(self.items, end)] for row in item if row.source != FILLER)
         for row in fed:
             entry = found.setdefault(row.source, {"source": row.source, "rows": 0, "tokens": 0, "answer_tokens": 0})

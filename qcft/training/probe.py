@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcft.data.encode import IGNORED, EncodedRow
 from qcft.data.mix import in_groups
@@ -26,6 +26,7 @@ from qcft.models.adapters import read_trained, save_trained
 from qcft.models.halving import in_halves
 from qcft.models.load import compute_dtype, evaluating
 from qcft.recipe import Forgetting
+from qcft.store.metrics import EnglishNll, LiveProbe
 from qcft.training.batches import Batches
 from qcft.training.checkpoints import newest_first, seal_newest, step_of
 
@@ -38,6 +39,12 @@ FEWEST_ROWS, FEWEST_PROBES = 4, 4
 PASS_TOKENS = 512
 
 SummedNll = Callable[[Sequence[EncodedRow]], float]  # of the answer tokens of rows that share a pass
+
+
+class Logged(EnglishNll):
+    """A line of english.jsonl."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class EnglishProbe:
         self.watch = watch
         self.nll = nll
         self.together = together
-        self.found: list[dict[str, Any]] = []
+        self.found: list[Logged] = []
         self.stopped = False
         self.seconds = 0.0  # spent on probes by this process, and what share of its training that is
         self.share = 0.0
@@ -107,7 +114,7 @@ class EnglishProbe:
     def begin(self, model: PeftModel, step: int) -> None:
         """Take up the probes until `step`; measure the start where that is step 0."""
         self._begun = time.monotonic()
-        self.found = log_until(self.folder / FILE, step)
+        self.found = cast("list[Logged]", log_until(self.folder / FILE, step))
         for kept in newest_first(self.folder / "checkpoints", "kept"):
             if step_of(kept) > step:
                 shutil.rmtree(kept)
@@ -138,7 +145,7 @@ class EnglishProbe:
             self._keep(model, step)
         return self.stopped
 
-    def latest(self, step: int | None = None) -> dict[str, Any] | None:
+    def latest(self, step: int | None = None) -> Logged | None:
         """What was found last; with `step`, only if it was found there."""
         if not self.found or (step is not None and self.found[-1]["step"] != step):
             return None
@@ -164,18 +171,18 @@ class EnglishProbe:
         )
         return step
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> LiveProbe:
         """What the probes came to. `share_of_time`: of the training's time, in the process that ended it."""
         return {
             "rows": len(self.probing.rows),
             "tokens": self.probing.tokens,
             "every": self.probing.every,
-            "probes": [{key: entry[key] for key in ("step", "nll", "change")} for entry in self.found],
+            "probes": [{"step": e["step"], "nll": e["nll"], "change": e["change"]} for e in self.found],
             "stopped_at": self.found[-1]["step"] if self.stopped else None,
             "share_of_time": round(self.share, 4),
         }
 
-    def _measure(self, model: PeftModel, step: int) -> dict[str, Any]:
+    def _measure(self, model: PeftModel, step: int) -> Logged:
         begun = time.monotonic()
         nll = english_nll(model, self.probing.rows, self.nll, self.together)
         if not math.isfinite(nll):
@@ -183,7 +190,7 @@ class EnglishProbe:
         seconds = time.monotonic() - begun
         self.seconds += seconds
         start = self.found[0]["nll"] if self.found else nll
-        entry = {"step": step, "nll": nll, "change": nll / start - 1, "seconds": round(seconds, 3)}
+        entry: Logged = {"step": step, "nll": nll, "change": nll / start - 1, "seconds": round(seconds, 3)}
         self.found.append(entry)
         with (self.folder / FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qcft.errors import Interrupted, QcftError, is_out_of_memory
 from qcft.events import Watch
 from qcft.models.adapters import keep_adapters_in_fp32, save_trained
 from qcft.recipe import Train
+from qcft.store.metrics import FedSource, LiveProbe
 from qcft.training.batches import Batches
 from qcft.training.checkpoints import last_whole, step_of
 from qcft.training.distributed import shards
@@ -46,8 +47,8 @@ class Trained:
     recomputed: bool
     processes: int
     held: float
-    exposure: list[dict[str, Any]]
-    forgetting: dict[str, Any] | None = None
+    exposure: list[FedSource]
+    forgetting: LiveProbe | None = None
 
 
 def train_adapter(
