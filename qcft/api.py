@@ -210,20 +210,23 @@ def merge(
     phase: str | None = None,
     dequantised: bool = False,
     dtype: str | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
+    by: str | None = None,
     method: str | None = None,
     density: float = 1.0,
 ) -> Merged:
     """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
 
-    Raises QcftError.
+    `scale` times the phase's delta is taken, or of each layer's what `by` says: `layers=0-9:0.5`. Raises QcftError.
     """
     from qcft.runner.delivery import check_place
-    from qcft.runner.export import deliver_model, goal_for
+    from qcft.runner.dialling import scaled
+    from qcft.runner.export import deliver_model, goal_for, phases_until
 
     named = read_run(runs, name)
     recipe = named.recipe()
-    goal = replace(goal_for(recipe, phase, dequantised, dtype), scale=scale, method=method, density=density)
+    goal = scaled(goal_for(recipe, phase, dequantised, dtype), scale, by)
+    goal = replace(goal, method=method, density=density)
     if to is not None:
         check_place(to)
     done = reach(named, recipe, goal, runs, watch)
@@ -232,8 +235,8 @@ def merge(
     folder = done.stages[done.goal].opened.part("model", watch)
     if to is not None:
         onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
-        at = f" (of the last: {scale:g} of its delta)" if scale != 1 or method else ""
-        what = f"{' and '.join(_phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
+        at = f" (of the last: {goal.share()})" if goal.way() else ""
+        what = f"{' and '.join(phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
         deliver_model(
             recipe,
             folder,
@@ -245,23 +248,36 @@ def merge(
     return {"folder": str(folder), "stage": done.goal, "kept": whole.table["kept"].get(done.goal)}
 
 
-def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phase: str | None = None) -> Exported:
+def export_adapter(
+    name: str | None,
+    to: Path,
+    runs: Path,
+    watch: Watch,
+    *,
+    phase: str | None = None,
+    scale: float | None = None,
+    by: str | None = None,
+) -> Exported:
     """Write a run's phase (the last by default) as one PEFT adapter of the model as it came, with a model card.
 
-    Raises QcftError.
+    `scale` and `by` as `merge` has them. Raises QcftError.
     """
     from qcft.runner.delivery import check_place
-    from qcft.runner.export import deliver_adapter, goal_for
+    from qcft.runner.dialling import scale_by_weight, scaled
+    from qcft.runner.export import deliver_adapter, goal_for, phases_until
 
     named = read_run(runs, name)
     recipe = named.recipe()
-    last = goal_for(recipe, phase, False, None).phase
+    goal = scaled(goal_for(recipe, phase, False, None), scale, by)
+    last = goal.phase
     check_place(to)
     stage = f"eval/{last}"
     whole = read(named.name, runs)
     if stage not in whole.stages:
         raise not_done(named, stage)
-    what = f"The adapter of {' and '.join(_phases_until(recipe, last))}, for the model as it came."
+    what = f"The adapter of {' and '.join(phases_until(recipe, last))}, for the model as it came."
+    if goal.way():
+        what += f" Of {last}, it has {goal.share()}; below, {last} is measured with all of its delta."
     deliver_adapter(
         recipe,
         Store(runs),
@@ -269,40 +285,53 @@ def export_adapter(name: str | None, to: Path, runs: Path, watch: Watch, *, phas
         to,
         lambda work: write_card(work, recipe, whole.table, stage, what, adapter=True),
         watch,
+        scale_by_weight(goal, recipe, watch),
     )
     return {"folder": str(to), "phase": last}
 
 
 def dial(
     name: str | None,
-    scales: str,
+    scales: str | None,
     runs: Path,
     watch: Watch,
     *,
     phase: str | None = None,
     method: str | None = None,
     density: float = 1.0,
+    by: Sequence[str] = (),
     merge_at: float | None = None,
+    share: float | None = None,
     to: Path | None = None,
 ) -> Dialled:
-    """Measure EA and MA at each scale of a phase's delta and draw the curve; merge one point when asked to.
+    """Measure EA and MA at each scale of a phase's delta, and scaled `by` layers (`layers=0-9:0.5`, `auto`), and draw
+    the curve; merge one scale, or pick the point that keeps a `share` of the languages' gain, when asked to.
 
     Raises QcftError.
     """
+    from qcft.inspect.pick import check_share, pick
     from qcft.runner.delivery import check_place
-    from qcft.runner.export import dial_for
+    from qcft.runner.dialling import AUTO, SCALES, dial_for, measured_before, with_patterns
 
     named = read_run(runs, name)
     recipe = named.recipe()
-    wanted = dial_for(recipe, phase, scales, method, density, merge_at)
+    wanted = dial_for(recipe, phase, scales or SCALES, method, density, merge_at, by)
+    if share is not None:
+        check_share(share)
+        if scales is None and not by:
+            wanted = measured_before(wanted, named, runs)
     if to is not None:
         check_place(to)
+    if any(text.strip() == AUTO for text in by):
+        wanted = with_patterns(wanted, named, recipe, runs, watch)
     done = reach(named, recipe, wanted, runs, watch)
     assert done.goal is not None
     points = curve_points(done.stages[done.goal].metrics)
     _report(done, runs)
     drawing = done.folder / "report" / "plots" / f"{done.goal}.svg"
     found: Dialled = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
+    if share is not None:
+        found["pick"] = pick(done, recipe, wanted, share, runs)
     if merge_at is not None:
         found["merged"] = merge(
             named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
@@ -341,16 +370,6 @@ def keep_similarity(name: str, found: SimilarityFound, runs: Path) -> None:
         place.mkdir(exist_ok=True)
         write_sealed(place / "similarity.json", dict(found))
     _report(read(name, runs), runs)
-
-
-def _phases_until(recipe: Recipe, phase: str) -> list[str]:
-    """The phases whose deltas a phase's model has."""
-    names: list[str] = []
-    for number, one in enumerate(recipe.phases):
-        names = [one.name] if number and one.start == "base" else [*names, one.name]
-        if one.name == phase:
-            break
-    return names
 
 
 def replay_watched(recipe: Recipe, runs: Path, watch: Watch, of: str | None = None) -> Run:

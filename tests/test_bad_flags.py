@@ -28,6 +28,10 @@ def command(*arguments):
     return list(arguments)
 
 
+def by(text):
+    return command("dial", "tiny", "--by", text)
+
+
 HUGE = "9" * 400
 CASES = {
     # lists of nothing
@@ -60,6 +64,29 @@ CASES = {
     "a density that is no number": (command("dial", "tiny", "--density", "nan"), "--density"),
     "a scale to merge at that is no number": (command("dial", "tiny", "--merge-at", "nan"), "--merge-at"),
     "a scale to merge at without end": (command("dial", "tiny", "--merge-at", "1e300"), "--merge-at"),
+    "a pick of more than all": (command("dial", "tiny", "--pick", "1.5"), "--pick 1.5 is outside"),
+    "a pick of nothing": (command("dial", "tiny", "--pick", "0"), "--pick 0 is outside"),
+    "a pick that is no number": (command("dial", "tiny", "--pick", "nan"), "--pick nan is outside"),
+    "layers that overlap": (by("layers=0-2:0.5,2-3:0"), "0-2 and 2-3 overlap"),
+    "a layer named twice": (by("layers=1:0.5,1:0.5"), "1 and 1 overlap"),
+    "a layer's scale that is a word": (by("layers=0-2:half"), "'half' is no scale"),
+    "a layer's scale that is missing": (by("layers=0-2:"), "'' is no scale"),
+    "a layer's scale below nothing": (by("layers=0-2:-0.5"), "'-0.5' is no scale"),
+    "a layer's scale that is no number": (by("layers=0-2:nan"), "'nan' is no scale"),
+    "a layer's scale without end": (by("layers=0-2:inf"), "'inf' is no scale"),
+    "layers without a scale": (by("layers=0-2"), "is not a range of layers and a scale"),
+    "layers that are not named so": (by("0-2:0.5"), "does not begin with 'layers='"),
+    "no layers": (by("layers="), "is not a range of layers and a scale"),
+    "layers with a comma too many": (by("layers=0:0.5,"), "is not a range of layers and a scale"),
+    "layers counted backwards": (by("layers=5-3:0.5"), "5-3 is empty"),
+    "layers below the first": (by("layers=-1:0.5"), "is not a range of layers and a scale"),
+    "a layer with 400 digits": (by(f"layers={HUGE}:0.5"), "is not a range of layers and a scale"),
+    "layers that keep all": (by("layers=0-2:1"), "every scale is 1"),
+    "patterns with a method": (command("dial", "tiny", "--by", "auto", "--method", "ties"), "--by does not go"),
+    "a merge at a scale and by layers": (command("merge", "tiny", "--scale", "1", "--by", "layers=0:0"), "two ways"),
+    "a merge at no number": (command("merge", "tiny", "--scale", "nan"), "--scale"),
+    "a merge by patterns": (command("merge", "tiny", "--by", "auto"), "does not begin with 'layers='"),
+    "an export by no layers": (command("export", "tiny", "--to", "out", "--by", "layers="), "is not a range"),
     "a ratio that is no number": (command("replay", "tiny", "--ratio", "nan"), "ratio"),
     "a replay below nothing": (command("phase2", "tiny", "--replay", "-0.1", "--data", "es=en.jsonl"), "ratio"),
     "a take of nothing": (command("phase1", "x", "--model", "tiny", "--data", "en.jsonl", "--take", "0"), "take"),

@@ -1,15 +1,32 @@
 """The dial: one load, the ends are the phases themselves, a point can be merged; PEFT's methods beyond scaling."""
 
+import csv
 import json
+import shlex
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcft import InputError
-from qcft.runner.export import scales_of
+from qcft import InputError, api
+from qcft.events import Progress, Watch
+from qcft.inspect.versions import deltas_of, version_of
+from qcft.models.adapters import load_adapter
+from qcft.models.load import load_model
+from qcft.recipe import Model
+from qcft.report.shown import Picked
+from qcft.report.standing import mean_of
+from qcft.runner.dialling import scales_of
+from qcft.store import Store
+from qcft.store import read_run as open_named
+
+from .helpers.bad_input import check_refused
+from .helpers.typed import misfit
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +39,7 @@ def stack(made, raw_recipe, qcft, tmp_path):
     raw_recipe["phases"][1].pop("replay")
     raw_recipe["phases"][1].pop("freeze")
     raw_recipe["phases"][1]["start"] = "stacked"
+    raw_recipe["heldout"] = {"share": 0.4, "rows": 18}
     (tmp_path / "stack.yaml").write_text(yaml.safe_dump({**raw_recipe, "name": "stack"}))
     code, out, error = qcft("run", tmp_path / "stack.yaml", "--runs", made, "-q", "--json")
     assert code == 0, error
@@ -71,15 +89,134 @@ def test_methods_beyond_scaling_are_pefts(stack, qcft, method, tmp_path):
         (["--scales", "1:0:0.1"], "0 points"),
         (["--scales", "a"], "cannot be read"),
         (["--scales", "0:1:0.0001"], "10001 points"),
-        (["--method", "tie"], "ties"),
+        (["--method", "tie"], "'tie' is not known"),
         (["--density", "0"], "outside"),
         (["--stage", "phase9"], "no phase"),
+        (["--by", "layers=0-3:0.5"], "names layer 3, but the model's layers are 0 to 2"),
+        (["--by", "layers=0-1:0", "--by", "layers=9:0"], "names layer 9"),
+        (["--by", "auto", "--method", "ties"], "--by does not go with --method"),
     ],
 )
 def test_bad_dials_are_refused(stack, qcft, flags, says):
-    code, _, error = qcft("dial", "stack", *flags, "--runs", stack[0])
-    assert code == 2
-    assert says in error
+    check_refused(qcft, stack[0], ["dial", "stack", *flags, "--runs", stack[0], "-q"], says)
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "export --adapter-only"])
+def test_no_delivery_names_layers_that_the_model_lacks(stack, qcft, tmp_path, command):
+    flags = ["--by", "layers=2-9:0", "--to", tmp_path / "out", "--runs", stack[0], "-q"]
+    check_refused(qcft, tmp_path, [*command.split(), "stack", *flags], "names layer 9")
+
+
+@pytest.fixture
+def frozen(stack, qcft, raw_recipe, tmp_path):
+    """The runs folder with a second run beside the stack, `one`, whose phase 2 trains the top layer alone."""
+    runs, _ = stack
+    raw_recipe["phases"][1]["freeze"] = "first:2"
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({**raw_recipe, "name": "one"}))
+    code, _, error = qcft("run", tmp_path / "one.yaml", "--runs", runs, "-q")
+    assert code == 0, error
+    return runs
+
+
+def test_nothing_is_scaled_by_layers_where_one_layer_alone_has_a_delta(frozen, qcft):
+    command = ["dial", "one", "--by", "auto", "--runs", frozen, "-q"]
+    check_refused(qcft, frozen, command, "layer 2 alone has a delta")
+
+
+def test_arms_that_were_dialled_are_compared_at_an_equal_gain(frozen, qcft, tmp_path):
+    curves = {}
+    for run in ("stack", "one"):
+        code, out, error = qcft("dial", run, "--scales", "0:1:0.5", "--runs", frozen, "--json", "-q")
+        assert code == 0, error
+        stages = {s["stage"]: s["groups"] for s in api.read(run, frozen).table["stages"]}
+        base, before = stages["eval/base"], stages["eval/phase1"]
+        points = json.loads(out)["points"]
+        gains = [mean_of(g for g in base.values() if g["lang"] != "en") - p["MA"] for p in points]
+        english = [p["EA"] - mean_of(g for g in before.values() if g["lang"] == "en") for p in points]
+        assert gains == sorted(gains)  # the tiny models learn, so np.interp may be asked
+        curves[run] = gains, english
+    code, out, error = qcft("report", "stack", "one", "--to", tmp_path / "page", "--runs", frozen, "--json")
+    assert code == 0, error
+    with (tmp_path / "page" / "tables" / "equal-gain.csv").open() as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    least = min(curves, key=lambda run: curves[run][0][-1])
+    for run, (gains, english) in curves.items():
+        assert float(rows[run]["english_own"]) == pytest.approx(np.interp(0.95 * gains[-1], gains, english), abs=1e-6)
+        equal = np.interp(0.95 * curves[least][0][-1], gains, english)
+        assert float(rows[run]["english_equal"]) == pytest.approx(equal, abs=1e-6)
+        assert rows[run]["of"] == least
+
+
+def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_path):
+    runs, _ = stack
+    assert qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")[0] == 0
+    before = open_named(runs, "stack").stages["dial-phase2"]
+    measured = []
+    by = ["layers=0-2:0.5", "layers=1-2:0,0:1", "auto"]
+    found = api.dial("stack", "0:1:0.5", runs, Watch(measured.append), by=by)
+    points = found["points"]
+    labels = {event.label for event in measured if isinstance(event, Progress)}
+    assert any("dial phase2 at layers 1-2 at 0:" in label for label in labels)
+    assert not any(f"dial phase2 at {scale}:" in label for scale in ("0", "0.5", "1") for label in labels)
+    assert [p["scale"] for p in points[:3]] == [0, 0.5, 1]
+    assert [p["by"] for p in points[3:5]] == ["layers=0-2:0.5", "layers=1-2:0"]
+    assert {"layers=0:0", "layers=2:0", "layers=1:0.5"} <= {p["by"] for p in points[3:]}
+    assert points[3]["groups"] == pytest.approx(points[1]["groups"], abs=1e-6)  # 0.5 of every layer
+    assert points[0]["MA"] > points[4]["MA"] > points[2]["MA"]
+    after = open_named(runs, "stack").stages["dial-phase2"]
+    assert after != before
+    page = (runs / "stack" / "report" / "report.md").read_text()
+    assert "layers 1-2 at 0" in page
+    ET.parse(found["drawing"])
+    assert qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")[0] == 0
+    assert open_named(runs, "stack").stages["dial-phase2"] == before
+
+
+@pytest.mark.parametrize("flags", [["--scale", "0.5"], ["--by", "layers=0-1:0.5"]])
+def test_a_part_of_the_delta_is_delivered_whole_and_as_an_adapter(stack, qcft, tmp_path, flags):
+    runs, _ = stack
+    for to, more in (("model", []), ("adapter", ["--adapter-only"])):
+        code, _, error = qcft("export", "stack", *flags, *more, "--to", tmp_path / to, "--runs", runs, "-q")
+        assert code == 0, error
+        said = "0.5 of its delta" if "--scale" in flags else "its delta with layers 0-1 at 0.5"
+        card = (tmp_path / to / "README.md").read_text()
+        assert said in card
+        assert ("is measured with all of its delta" in card) == bool(more)
+    named, store = open_named(runs, "stack"), Store(runs)
+    stage = next(s for s in named.stages if s.startswith(f"merged-phase2-at-{'0.5' if '--scale' in flags else 'lay'}"))
+    held = deltas_of(version_of(named, stage, store), store)  # what drift goes by, which knows no layers
+    assert (sorted(held.values()) == [0.5, 1]) if "--scale" in flags else (held is None)
+    merged = load_model(tmp_path / "model", Model(name="m"), quantize="none").float()
+    base = load_model(Path(open_named(runs, "stack").recipe().model.name), Model(name="m"), quantize="none").float()
+    adapted = load_adapter(base, tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=0.05)  # merged weights are rounded to bf16
+
+
+def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path):
+    runs, _ = stack
+    code, out, error = qcft(
+        "dial", "stack", "--scales", "0:1:0.25", "--by", "layers=0:0", "--pick", "0.6", "--runs", runs, "--json", "-q"
+    )
+    assert code == 0, error
+    told = json.loads(out)["pick"]
+    assert misfit(told, Picked) is None
+    assert told["points"] == 6
+    chosen, reported = told["chosen"], told["reported"]
+    assert chosen["english"]["rows"] + reported["english"]["rows"] == 18
+    assert chosen["others"]["rows"] + reported["others"]["rows"] == 18  # of es and pt, which are parallel
+    assert chosen["kept"]["value"] >= 0.6
+    assert reported["kept"]["low"] < reported["kept"]["value"] < reported["kept"]["high"]
+    code, out, error = qcft("dial", "stack", "--pick", "0.6", "--runs", runs, "-q")  # the points that the run has
+    assert code == 0, error
+    assert "Of 6 points" in out
+    command = next(line for line in out.splitlines() if line.startswith("next: "))
+    assert str(runs) in command
+    words = shlex.split(command.removeprefix("next: qcft ").replace("FOLDER", str(tmp_path / "picked")))
+    code, out, error = qcft(*words, "-q")
+    assert code == 0, error
+    assert (tmp_path / "picked" / "model.safetensors").is_file()
 
 
 @given(st.integers(0, 20), st.integers(1, 20))

@@ -9,7 +9,7 @@ from qcft.errors import InputError
 from qcft.plan import make_plan
 from qcft.plan.beyond import plan_beyond
 from qcft.prepare.digests import Digests
-from qcft.recipe import Dial, Goal, recipe_from
+from qcft.recipe import ByLayer, Dial, Goal, recipe_from
 from qcft.steps.step import Step
 
 RAW = {
@@ -205,6 +205,15 @@ def test_a_goal_is_planned_from_the_steps_of_a_run():
     (dialled,) = beyond(made, Dial("p1", (0.0, 1.0))).steps
     assert dialled.stage == "dial-p1"
     assert (dialled.weights, dialled.adapter) == (merged.weights, merged.adapter)
+    assert "by" not in dialled.settings  # the ids of dials before there were layers
+    by = ByLayer.of([(0, 4, 0.5)])
+    (layered,) = beyond(made, Dial("p1", (0.0, 1.0), by=(by,))).steps
+    assert layered.settings == {**dialled.settings, "by": ["layers=0-4:0.5"]}
+    half = beyond(made, Goal("p1", by=by))
+    assert half.stage == "merged-p1-at-layers-0-4x0.5"
+    settings = half.steps[0].settings
+    assert settings.pop("by") == "layers=0-4:0.5"
+    assert "scale" not in settings
 
 
 def test_a_merge_that_is_drawn_depends_on_the_seed():
@@ -230,7 +239,13 @@ def every_stage(raw):
     """The stages that some plan of a recipe makes: its own, and those of all that can be asked for beyond it."""
     names = [phase["name"] for phase in raw["phases"]]
     digests = Digests("model", dict.fromkeys(names, "a"), dict.fromkeys(names, ("a",)), "held", tasks={"t": "d"})
-    ways = [{}, {"dequantised": True}, {"scale": 0.5}, {"scale": 0.5, "method": "ties", "density": 0.2}]
+    ways = [
+        {},
+        {"by": ByLayer.of([(0, 1, 0.5)])},
+        {"dequantised": True},
+        {"scale": 0.5},
+        {"scale": 0.5, "method": "ties", "density": 0.2},
+    ]
     goals = [Goal(name, **way) for name in names for way in ways]
     goals += [Dial(name, (0.0, 1.0), *how) for name in names for how in [(), ("ties", 0.2)]]
     made = make_plan(recipe_from(raw), digests)

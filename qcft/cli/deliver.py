@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from qcft.report.shown import Delivered, Dialled
 
 
+Scale = Annotated[float | None, typer.Option("--scale", help="Take this much of the phase's delta [default: 1].")]
+By = Annotated[
+    str | None,
+    typer.Option("--by", metavar="layers=0-9:0.5,...", help="Scale the delta by layer; layers not named keep 1."),
+]
+
+
 class Base(StrEnum):
     """What a merge goes onto."""
 
@@ -65,6 +72,8 @@ def merge(
         Base, typer.Option("--base", help="Onto the 16-bit weights, or what 4 bits made of them (16-bit use only).")
     ] = Base.original,
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights [default: the base's].")] = None,
+    scale: Scale = None,
+    by: By = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
@@ -72,8 +81,11 @@ def merge(
     """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
     from qcft import api
 
-    onto_4bit = base is Base.dequantised
-    _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, dequantised=onto_4bit, dtype=dtype), json_, quiet)
+    def work(watch: Watch) -> Delivered:
+        onto_4bit = base is Base.dequantised
+        return api.merge(run, to, runs, watch, phase=stage, dequantised=onto_4bit, dtype=dtype, scale=scale, by=by)
+
+    _deliver(work, json_, quiet)
 
 
 @app.command()
@@ -84,6 +96,8 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="One PEFT adapter for the model as it came.")
     ] = False,
+    scale: Scale = None,
+    by: By = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
@@ -92,15 +106,38 @@ def export(
     from qcft import api
 
     if adapter_only:
-        _deliver(lambda watch: api.export_adapter(run, to, runs, watch, phase=stage), json_, quiet)
+        _deliver(lambda w: api.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
     else:
-        _deliver(lambda watch: api.merge(run, to, runs, watch, phase=stage), json_, quiet)
+        _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
 
 
 @app.command()
 def dial(
     run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
-    scales: Annotated[str, typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.")] = "0:1:0.1",
+    scales: Annotated[
+        str | None,
+        typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1 [default: 0:1:0.1]."),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="layers=0-9:1,10-19:0.5|auto",
+            help="Also scale the delta by range of decoder layers; those not named, and all outside them, keep 1. "
+            "`auto` tries the lower, middle and upper third at 0.5 and 0, the lowest and the highest sixth at 0. "
+            "Repeatable, one point each.",
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            "--pick",
+            metavar="SHARE",
+            help="Name the point with the most English among those with this share (0.95) of the other languages' "
+            "gain: chosen on half the held-out rows, reported on the others. Without --scales and --by, of the points "
+            "that the run has.",
+        ),
+    ] = None,
     stage: Stage = None,
     method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
     density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
@@ -110,7 +147,7 @@ def dial(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score English and the other languages at each scale of a phase's delta, without training."""
+    """Score English and the other languages at each scale of a phase's delta, or by layers, without training."""
     from qcft import api
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
@@ -118,10 +155,16 @@ def dial(
     def printed(done: Dialled) -> None:
         tables.print_records(curve_rows(done["points"]))
         tables.say(f"curve: {done['drawing']}", "dim")
+        if picked := done.get("pick"):
+            tables.print_lines(picked["said"])
+            tables.print_lines([] if picked["point"] is None else [f"next: {picked['next']}"])
         tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
 
     def work(watch: Watch) -> Dialled:
-        return api.dial(run, scales, runs, watch, phase=stage, method=method, density=density, merge_at=merge_at, to=to)
+        return api.dial(
+            run, scales, runs, watch, phase=stage, method=method, density=density, by=by or [], merge_at=merge_at,
+            share=share, to=to,
+        )  # fmt: skip
 
     show_work(work, printed, json_, quiet)
 

@@ -78,7 +78,7 @@ def deltas_of(version: Version, store: Store) -> dict[str, float] | None:
     while weights is not None:
         inputs = store.opened(weights).inputs
         settings = inputs["settings"]
-        if settings.get("method") or settings.get("base") == "dequantised":
+        if settings.get("method") or settings.get("by") or settings.get("base") == "dequantised":
             return None
         for adapter in inputs.get("under", ()):
             found[adapter] = found.get(adapter, 0.0) + 1.0

@@ -7,8 +7,10 @@ from qcft.layers.modules import (
     decoder_layers,
     frozen_in_words,
     frozen_whole,
+    layer_of,
     linear_modules,
     lowest_adapted,
+    scales_by_layer,
 )
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "decoder_layers",
     "frozen_in_words",
     "frozen_whole",
+    "layer_of",
     "linear_modules",
     "lowest_adapted",
+    "scales_by_layer",
 ]

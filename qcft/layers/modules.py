@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, nearest
-from qcft.recipe import FreezeSpec, Phase, Recipe, frozen_layers, frozen_modules
+from qcft.recipe import ByLayer, FreezeSpec, Phase, Recipe, frozen_layers, frozen_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +49,24 @@ def decoder_layers(model: nn.Module) -> tuple[str, int]:
     path = _path_of(model, decoder()) if decoder else ""
     inside = [name for name in found if not path or name.startswith(f"{path}.")]
     return min(inside or found, key=len), wanted
+
+
+def layer_of(model: nn.Module) -> Callable[[str], int | None]:
+    """The decoder layer of a module, or of a weight, by its full name; None for what is outside of them."""
+    prefix, _ = decoder_layers(model)
+    inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+
+    def found(name: str) -> int | None:
+        match = inside.match(name)
+        return int(match[1]) if match else None
+
+    return found
+
+
+def scales_by_layer(model: nn.Module, by: ByLayer) -> Callable[[str], float]:
+    """The scale of a module's delta, or of a weight's, by its full name."""
+    layer = layer_of(model)
+    return lambda name: by.scale(layer(name))
 
 
 def _path_of(model: nn.Module, part: Any) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.errors import InputError, QcftError, short
 from qcft.files import read_json, write_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
-from qcft.models.deltas import check_factors, read_adapter
+from qcft.models.deltas import Scale, check_factors, read_adapter, scale_of
 from qcft.private import of
 from qcft.recipe import Lora
 
@@ -122,10 +122,11 @@ def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[s
     return adapted
 
 
-def set_scale(model: PeftModel, scale: float) -> None:
-    """Take `scale` times the delta of the top adapter; those under it stay as they are."""
-    for _, layer in lora_layers(model):
-        layer.set_scale(TOP, scale)
+def set_scale(model: PeftModel, scale: Scale) -> None:
+    """Take `scale` times the delta of the top adapter, or as much as it says of each module's by its full name; those
+    under it stay as they are."""
+    for name, layer in lora_layers(model):
+        layer.set_scale(TOP, scale_of(scale, name))
 
 
 def combine_live(model: PeftModel, scale: float, method: str, density: float, seed: int, stack: int) -> str:
@@ -231,12 +232,13 @@ class AsBegun:
                 layer._active_adapter = names
 
 
-def lora_factors(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
-    """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A.
+def lora_factors(folder: Path, scale: Scale = 1.0) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A, `scale`
+    times that of its training.
 
     Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
     """
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, scale)
     check_factors(adapter)
     for weight, change in adapter.changes.items():
         assert change.a is not None

@@ -9,16 +9,16 @@ from qcft.errors import InputError
 from qcft.files import read_json, write_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
 from qcft.models.adapters import lora_factors
-from qcft.models.deltas import check_stack, read_adapter
+from qcft.models.deltas import Scale, check_stack, read_adapter
 
 
-def write_adapter(stack: Sequence[Path], to: Path, base: str) -> None:
-    """Write a stack of adapters as one PEFT adapter for the model `base`.
+def write_adapter(stack: Sequence[Path], to: Path, base: str, scale: Scale = 1.0) -> None:
+    """Write a stack of adapters as one PEFT adapter for the model `base`, `scale` times the delta of the top one.
 
-    One adapter is copied as it is. Several are joined: A = [A1; A2], B = [s1 B1, s2 B2], so that B A is the sum of
-    the deltas; ranks add up, module by module. Raises InputError for what cannot lie in a stack.
+    One adapter is copied as it is, unless it is scaled. Several are joined: A = [A1; A2], B = [s1 B1, s2 B2], so that
+    B A is the sum of the deltas; ranks add up, module by module. Raises InputError for what cannot lie in a stack.
     """
-    if len(stack) == 1:
+    if len(stack) == 1 and scale == 1:
         config = {**read_json(stack[0] / CONFIG), "base_model_name_or_path": base}
         write_json(to / CONFIG, config)
         (to / WEIGHTS).write_bytes((stack[0] / WEIGHTS).read_bytes())
@@ -29,8 +29,8 @@ def write_adapter(stack: Sequence[Path], to: Path, base: str) -> None:
     check_stack([read_adapter(folder) for folder in stack], "export the whole model: leave --adapter-only out")
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for folder in stack:
-        for weight, a, b, scale in lora_factors(folder):
-            parts.setdefault(weight.removesuffix(".weight"), []).append((a.float(), scale * b.float()))
+        for weight, a, b, factor in lora_factors(folder, scale if folder == stack[-1] else 1.0):
+            parts.setdefault(weight.removesuffix(".weight"), []).append((a.float(), factor * b.float()))
     if not parts:
         raise InputError("adapter: there is nothing in the stack", "export the whole model")
     tensors = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,8 @@ from qcft.private import private
 if TYPE_CHECKING:
     import torch
 
+
+Scale = float | Callable[[str], float]  # of a whole delta, or of each weight's by its full name
 
 # A factor's name: the module it belongs to, and which factor it is.
 FACTOR = re.compile(
@@ -57,10 +59,9 @@ class Change:
 
 @dataclass
 class Adapter:
-    """An adapter's changes by the name of the weight, `scale` times what it was trained to be."""
+    """An adapter's changes by the name of the weight."""
 
     folder: Path
-    scale: float = 1.0
     changes: dict[str, Change] = field(default_factory=dict)
     transposed: bool = False
     biases: str = "none"
@@ -71,11 +72,12 @@ class Adapter:
         return all(change.plain for change in self.changes.values())
 
 
-def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
-    """What an adapter changes. Raises InputError for what qcft cannot merge, by name."""
+def read_adapter(folder: Path, scale: Scale = 1.0) -> Adapter:
+    """What an adapter changes, `scale` times as much as it was trained to. Raises InputError for what qcft cannot
+    merge, by name."""
     config = read_json(folder / CONFIG)
     check_mergeable(config, str(folder))
-    adapter = Adapter(folder, scale, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))
+    adapter = Adapter(folder, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))
     for name, stored in stored_tensors(folder / WEIGHTS).items():
         plain = name.removeprefix(PREFIX)
         found = FACTOR.fullmatch(plain)
@@ -113,7 +115,7 @@ def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
         module = weight.rpartition(".")[0]
         rank = adapter.changes.get(f"{module}.weight", change).a
         if rank is not None:
-            change.scale = scale * _scaling(config, module, rank.shape[0])
+            change.scale = scale_of(scale, weight) * _scaling(config, module, rank.shape[0])
             if not math.isfinite(change.scale):
                 raise InputError(f"adapter: {str(folder)!r} has no finite lora_alpha ({weight})", "correct its config")
     if scale != 1 and not adapter.plain:
@@ -183,6 +185,11 @@ class Delta:
         if not self.flipped:
             magnitude = magnitude[first : first + len(block)]
         return block.mul_(magnitude.reshape(norms.shape) / norms)
+
+
+def scale_of(scale: Scale, weight: str) -> float:
+    """The scale of one weight's delta."""
+    return scale(weight) if callable(scale) else scale
 
 
 def check_factors(adapter: Adapter) -> None:

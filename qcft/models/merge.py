@@ -19,7 +19,7 @@ from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.models.deltas import Adapter, Delta, check_biases, check_shape, check_stack, read_adapter
+from qcft.models.deltas import Adapter, Delta, Scale, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.meta import model_without_weights
 from qcft.models.names import TIED, stored_names
 from qcft.models.size import quantised_modules
@@ -70,16 +70,16 @@ class _Source:
 
 def merge_adapters(
     base: Path,
-    adapters: Sequence[Path | tuple[Path, float]],
+    adapters: Sequence[Path | tuple[Path, Scale]],
     to: Path,
     watch: Watch,
     target: Target = Target(),
 ) -> int:
     """Write base + adapters as a model folder: W + s1 B1 A1 + s2 B2 A2..., added in fp32, rounded once.
 
-    An adapter may come with a scale: (folder, 0.7). All is checked before anything is written; one tensor is
-    held in memory at a time, shards are at most 1 GB. Weights that are tied in the base, and that the
-    adapters make differ, are untied in the result. Returns the number of weights that were changed. Raises
+    An adapter may come with a scale: (folder, 0.7), or one for each weight by its name. All is checked before anything
+    is written; one tensor is held in memory at a time, shards are at most 1 GB. Weights that are tied in the base, and
+    that the adapters make differ, are untied in the result. Returns the number of weights that were changed. Raises
     QcftError when an adapter does not fit the base, InputError for one that cannot be merged.
     """
     read = [read_adapter(*(entry if isinstance(entry, tuple) else (entry,))) for entry in adapters]

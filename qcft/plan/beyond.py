@@ -71,7 +71,7 @@ class _Planner(Planner):
             quantize, title = "none", f"{title} onto the dequantised base"
         if way := goal.way():
             work = replace(work, **way, seed=self.recipe.seed if goal.method else 0)
-            title = f"{title} at {amount(way)}"
+            title = f"{title} at {goal.by.label if goal.by else amount(way)}"
         made = (live.weights, live.adapter, live.under, work.settings())
         there = (s for s in self.steps if s.kind == "merge" and (s.weights, s.adapter, s.under, s.settings) == made)
         merged = next(there, None)
@@ -101,6 +101,7 @@ class _Planner(Planner):
         work = DialPoints(
             measuring.model, measuring.quantize, measuring.held_out, measuring.answers, self.recipe.seed,
             tuple(dial.scales), dial.method, dial.density if dial.method else None,
+            tuple(map(str, dial.by)),
         )  # fmt: skip
         step = self.add(
             work, dial_stage(dial), f"dial {dial.phase}", dial.phase, live.weights, live.adapter, under=live.under

@@ -3,6 +3,7 @@
 from qcft.recipe.ablation import Ablation, Arm
 from qcft.recipe.anchor import Anchor
 from qcft.recipe.arms import ArmRun, chosen_arms, expand_ablation, load_ablation
+from qcft.recipe.by_layer import ByLayer, parse_by_layer
 from qcft.recipe.evaluate import ALPACA_EVAL, FIDELITY, SUITES, Evaluate, Fidelity
 from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_freeze
 from qcft.recipe.goal import Dial, Goal
@@ -34,6 +35,7 @@ __all__ = [
     "Answers",
     "Arm",
     "ArmRun",
+    "ByLayer",
     "Dial",
     "Evaluate",
     "Fidelity",
@@ -61,6 +63,7 @@ __all__ = [
     "load_ablation",
     "load_recipe",
     "parse_assignments",
+    "parse_by_layer",
     "parse_freeze",
     "read_recipe",
     "recipe_from",

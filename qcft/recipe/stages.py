@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qcft.recipe.by_layer import ByLayer
 from qcft.recipe.goal import METHODS, Dial, Goal
 
 BASE = "base"  # the model as it came, as a run loads it
@@ -30,7 +31,7 @@ def merged_stage(phase: str, first: str) -> str:
 def goal_stage(goal: Goal, first: str) -> str:
     """The merge that was asked for beyond the recipe's own."""
     if way := goal.way():
-        return f"{MERGED}-{goal.phase}-at-{amount(way)}"
+        return f"{MERGED}-{goal.phase}-at-{goal.by.path if goal.by else amount(way)}"
     return f"{MERGED}-{goal.phase}-dequantised" if goal.dequantised else merged_stage(goal.phase, first)
 
 
@@ -47,6 +48,11 @@ def kept_stage(merged: str) -> str:
 def dial_stage(dial: Dial) -> str:
     """A phase's delta measured at several scales."""
     return "-".join([DIAL, dial.phase, *([dial.method, f"{dial.density:g}"] if dial.method else [])])
+
+
+def point_folder(amount: float | ByLayer) -> str:
+    """The folder of one of a dial's points in its step."""
+    return amount.path if isinstance(amount, ByLayer) else f"{amount:g}"
 
 
 def is_kept(stage: str) -> bool:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, cast
 
+from qcft.recipe import parse_by_layer
 from qcft.recipe.stages import DIAL, is_dial
 from qcft.report.arms import Arm, members
 from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, label, look
+from qcft.report.equal_gain import equal_gain_tables
+from qcft.report.plots import INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, mean_of
-from qcft.store.metrics import AnswerLengths, DialMetrics
+from qcft.store.metrics import AnswerLengths, DeltaAmount, DialMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class CurvePoint(TypedDict):
-    """One scale of the curve; mean NLL per answer token, and rows by group."""
+class CurvePoint(DeltaAmount):
+    """One point of the curve; mean NLL per answer token, and rows by group."""
 
-    scale: float
     EA: float | None
     MA: float | None
     groups: dict[str, float]
@@ -32,14 +33,15 @@ AVERAGES: dict[Literal["EA", "MA"], str] = {"EA": "EA: English", "MA": "MA: othe
 
 
 def curve_points(metrics: Mapping[str, object]) -> list[CurvePoint]:
-    """A `dial` step's scales with EA and MA: mean NLL per answer token of the English groups and of the others (None
+    """A `dial` step's points with EA and MA: mean NLL per answer token of the English groups and of the others (None
     where there are none), beside each group's own and the English answers."""
     found: list[CurvePoint] = []
     for point in cast("DialMetrics", metrics)["points"]:
+        taken: DeltaAmount = {"by": point["by"]} if "by" in point else {"scale": point["scale"]}
         groups = point["groups"]
         found.append(
             {
-                "scale": point["scale"],
+                **taken,
                 "EA": mean_of(g for g in groups.values() if g["lang"] == ENGLISH),
                 "MA": mean_of(g for g in groups.values() if g["lang"] != ENGLISH),
                 "groups": {name: g["nll"] for name, g in groups.items()},
@@ -54,7 +56,7 @@ def curve_rows(points: Sequence[CurvePoint]) -> list[dict[str, str]]:
     """The curve as the rows of a table."""
     return [
         {
-            "scale": f"{point['scale']:g}",
+            "scale": point_label(point),
             **{key: "-" if point[key] is None else f"{point[key]:.3f}" for key in AVERAGES},
             **{f"{name} ({points[0]['rows'][name]} rows)": f"{nll:.3f}" for name, nll in point["groups"].items()},
             "English answers": in_short(point["answers"]) if point["answers"] else "-",
@@ -63,8 +65,13 @@ def curve_rows(points: Sequence[CurvePoint]) -> list[dict[str, str]]:
     ]
 
 
+def point_label(point: DeltaAmount) -> str:
+    """How much of the delta a point takes: `0.5`, `layers 0-9 at 0.5`."""
+    return parse_by_layer(point["by"]).label if "by" in point else f"{point['scale']:g}"
+
+
 def dial_section(arms: Sequence[Arm]) -> Section | None:
-    """The curve of every dial that a run was asked for."""
+    """The curve of every dial that a run was asked for, and English at an equal gain."""
     blocks: list[Block] = []
     for arm, run in members(arms):
         for name, stage in run.run.stages.items():
@@ -73,19 +80,31 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
                 file = f"{run.run.name}-{name}" if len(arms) > 1 else name
                 points = curve_points(stage.metrics)
                 blocks.append(_curve(points, file, what))
-                blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), map(_flat, points)))
+                if any("by" in point for point in points):
+                    blocks.append(_plane(points, f"{file}-layers", what))
+                blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), _flat(points)))
+    blocks += equal_gain_tables(arms)
     return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
 
-def _flat(point: CurvePoint) -> dict[str, object]:
-    own = {"scale": point["scale"], "EA": point["EA"], "MA": point["MA"]}
-    return {**own, **point["groups"], **(point["answers"] or {})}
+def _flat(points: Sequence[CurvePoint]) -> list[dict[str, object]]:
+    layers = any("by" in point for point in points)
+    return [
+        {
+            "scale": point.get("scale"),
+            **({"by": point.get("by")} if layers else {}),
+            **{key: point[key] for key in AVERAGES},
+            **point["groups"],
+            **(point["answers"] or {}),
+        }
+        for point in points
+    ]
 
 
 def _curve(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
     def body(axes: Axes) -> None:
         for i, key in enumerate(AVERAGES):
-            line = [(p["scale"], nll) for p in points if (nll := p[key]) is not None]
+            line = [(p["scale"], nll) for p in points if "scale" in p and (nll := p[key]) is not None]
             if line:
                 own = look(i)
                 axes.plot(
@@ -99,5 +118,37 @@ def _curve(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
         f"EA and MA at each scale of the delta of {what}: mean NLL per answer token, lower is better.",
         "Curves of English and of the other languages over the scale of the delta; the numbers are in the table that "
         "follows.",
+        body,
+    )
+
+
+def _plane(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
+    """EA against MA, where points by layers can stand beside the curve of the scales."""
+
+    def body(axes: Axes) -> None:
+        both = [(p, ma, ea) for p in points if (ma := p["MA"]) is not None and (ea := p["EA"]) is not None]
+        scales = sorted((p["scale"], ma, ea) for p, ma, ea in both if "by" not in p)
+        if scales:
+            ends = dict.fromkeys(f"{scale:g}" for scale, _, _ in (scales[0], scales[-1]))
+            title = f"all layers at {' ... '.join(ends)}"
+            axes.plot(
+                [ma for _, ma, _ in scales], [ea for _, _, ea in scales], color=INK, marker=".", linestyle=":",
+                label=title,
+            )  # fmt: skip
+        for i, (point, ma, ea) in enumerate(one for one in both if "by" in one[0]):
+            own = look(i)
+            axes.plot(
+                ma, ea, linestyle="", marker=own.marker, color=own.colour, markeredgecolor=PAPER, markersize=8,
+                label=point_label(point),
+            )  # fmt: skip
+        better_up_and_right(axes)
+        legend_below(axes)
+
+    return draw(
+        name,
+        f"EA against MA of the delta of {what}, scaled as a whole (line) and by layers: mean {UNIT}, on held-out rows; "
+        "up and to the right is better.",
+        "Scatter plot of English against the other languages at each point of the dial; the numbers are in the table "
+        "that follows.",
         body,
     )

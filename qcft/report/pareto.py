@@ -10,15 +10,13 @@ from qcft.measure.stats import Difference
 from qcft.report.arms import Arm, Evidence, members, whose
 from qcft.report.cells import bracket, conclusion, counted, listed, stage_name
 from qcft.report.document import Figure, Section, Table
-from qcft.report.plots import FAINT, INK, PAPER, draw, label, legend_below, look
+from qcft.report.plots import FAINT, INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, NEAR, Standing, english_pairs, front, mean_of, standings, verdict
 from qcft.report.suites import last_averages
 from qcft.report.verdict import ONE_RUN, became, verdict_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-UNIT = "NLL, nats per answer token"
 
 
 def question_and_answer(arms: Sequence[Arm]) -> tuple[str, str]:
@@ -74,7 +72,7 @@ def _pareto(found: Sequence[Standing]) -> Figure:
                 f"English after {found[0].since}", (0, level), xycoords=("axes fraction", "data"),
                 xytext=(4, -11), textcoords="offset points", ha="left", fontsize=9,
             )  # fmt: skip
-        _better_up_and_right(axes)
+        better_up_and_right(axes)
         legend_below(axes)
 
     return draw(
@@ -148,7 +146,7 @@ def _path(evidence: Evidence) -> Figure:
                 others, english, linestyle="", markersize=8, marker=look(i).marker,
                 color=look(i).colour, markeredgecolor=PAPER, label=name,
             )  # fmt: skip
-        _better_up_and_right(axes)
+        better_up_and_right(axes)
         legend_below(axes)
 
     return draw(
@@ -160,14 +158,6 @@ def _path(evidence: Evidence) -> Figure:
         body,
         height=2.8,
     )
-
-
-def _better_up_and_right(axes: Axes) -> None:
-    axes.margins(0.12)
-    axes.set_xlabel(f"MA: other languages ({UNIT})")
-    axes.set_ylabel("EA: English (NLL)")
-    axes.invert_xaxis()
-    axes.invert_yaxis()
 
 
 def _spread(values: Sequence[float]) -> list[list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NotRequired, TypedDict
 
 from qcft.report.curve import CurvePoint
-from qcft.store.metrics import DriftFound, KeptMetrics
+from qcft.store.metrics import DeltaAmount, DriftFound, KeptMetrics, Paired
 
 
 class ReportWritten(TypedDict):
@@ -37,13 +37,57 @@ class Exported(Delivered):
     phase: str
 
 
+class Share(TypedDict):
+    """A share with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class HalfShown(TypedDict):
+    """What a point comes to on half the rows (measure.pick.Half)."""
+
+    english: Paired
+    others: Paired
+    full_english: Paired
+    full_others: Paired
+    against_full: Paired
+    kept: Share | None
+
+
+class NotPicked(TypedDict):
+    """That no point has the share, and `why`; `said` in sentences."""
+
+    share: float
+    point: None
+    why: str
+    said: list[str]
+
+
+class Picked(TypedDict):
+    """The point of a dial to take (measure.pick.Pick), `since` which stage English counts, in sentences what is `said`
+    of it, and the command that uses it `next`."""
+
+    share: float
+    point: DeltaAmount
+    points: int
+    enough: int
+    chosen: HalfShown
+    reported: HalfShown
+    since: str
+    said: list[str]
+    next: str
+
+
 class Dialled(TypedDict):
-    """The curve of a phase, its drawing's path, and the point that was merged."""
+    """The curve of a phase, its drawing's path, the point that was picked, and the one that was merged."""
 
     run: str
     phase: str
     points: list[CurvePoint]
     drawing: str
+    pick: NotRequired[Picked | NotPicked]
     merged: NotRequired[Merged]
 
 

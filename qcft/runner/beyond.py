@@ -16,6 +16,7 @@ from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
 from qcft.prepare.rows import Rows
 from qcft.recipe import Dial, Goal, Recipe
+from qcft.runner.dialling import check_layers
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.recipe import do_step
 from qcft.runner.stored import check_parents, model_of, not_done, rows_of, stored_steps
@@ -50,6 +51,8 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
         writable(runs)
         check_parents(todo, store, watch)
         prepared, todo = _prepare(run, stored, todo, isinstance(goal, Dial), watch)
+        if prepared and goal.by:
+            check_layers(goal.by if isinstance(goal, Dial) else [goal.by], prepared)
         bench = _bench(prepared, plan, store, watch) if prepared else None
     steps = [step for step in plan.steps if step in todo or store.state(step.id) == "done"]
     with working(runs, run.name) if todo else nullcontext():

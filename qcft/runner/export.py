@@ -11,10 +11,10 @@ from qcft.events import Watch
 from qcft.models.adapter_config import CONFIG, WEIGHTS
 from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
+from qcft.models.deltas import Scale
 from qcft.models.load import load_tokenizer
 from qcft.models.sources import described_folder, resolve, weights_folder
-from qcft.recipe import Dial, Goal, Recipe
-from qcft.recipe.goal import METHODS
+from qcft.recipe import Goal, Recipe
 from qcft.runner.delivery import whole_folder
 from qcft.store import Store
 
@@ -39,54 +39,14 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
     return Goal(name, dequantised, dtype)
 
 
-LARGEST_SCALE = 1000
-MOST_SCALES = 201
-
-
-def scales_of(text: str) -> tuple[float, ...]:
-    """`0:1:0.1` (both ends, step) or `0,0.5,1`. Raises InputError."""
-    hint = f"give --scales FROM:TO:STEP, such as 0:1:0.1, or a list, such as 0,0.5,1; at most {MOST_SCALES} points"
-    try:
-        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
-        if ":" in text:
-            low, high, step = numbers
-    except ValueError:
-        raise InputError(f"--scales {text[:80]!r} cannot be read", hint) from None
-    for number in numbers:
-        check_scale("--scales", number)
-    if ":" in text:
-        steps = round(min((high - low) / step, 1e9)) if step > 0 else -1
-        if not 0 <= steps < MOST_SCALES:
-            raise InputError(f"--scales {text[:80]!r} makes {max(steps + 1, 0)} points", hint)
-        numbers = [round(low + i * step, 9) for i in range(steps + 1)]
-    if len(numbers) > MOST_SCALES:
-        raise InputError(f"--scales makes {len(numbers)} points", hint)
-    return tuple(dict.fromkeys(numbers))
-
-
-def check_scale(flag: str, scale: float) -> None:
-    """Refuse what no delta can be multiplied by in 16 bits. Raises InputError."""
-    if not abs(scale) <= LARGEST_SCALE:  # nor is it a number
-        raise InputError(
-            f"{flag}: {scale:g} is no scale of a delta", f"give numbers from {-LARGEST_SCALE} to {LARGEST_SCALE}"
-        )
-
-
-def dial_for(
-    recipe: Recipe, phase: str | None, scales: str, method: str | None, density: float, merge_at: float | None = None
-) -> Dial:
-    """The dial of a phase (None: the last), `merge_at` a scale that may be merged. Raises InputError."""
-    if merge_at is not None:
-        check_scale("--merge-at", merge_at)
-    if method is not None and method not in METHODS:
-        raise InputError(
-            f"--method {method!r} is not known", nearest(method, list(METHODS)) + f"PEFT has {', '.join(METHODS)}"
-        )
-    if not 0 < density <= 1:
-        raise InputError(
-            f"--density {density:g} is outside (0, 1]", "it is the share of a delta's numbers that is kept"
-        )
-    return Dial(goal_for(recipe, phase, False, None).phase, scales_of(scales), method, density)
+def phases_until(recipe: Recipe, phase: str) -> list[str]:
+    """The phases whose deltas a phase's model has."""
+    names: list[str] = []
+    for number, one in enumerate(recipe.phases):
+        names = [one.name] if number and one.start == "base" else [*names, one.name]
+        if one.name == phase:
+            break
+    return names
 
 
 def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:
@@ -107,9 +67,10 @@ def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path]
 
 
 def deliver_adapter(
-    recipe: Recipe, store: Store, probe: str, to: Path, finish: Callable[[Path], None], watch: Watch
+    recipe: Recipe, store: Store, probe: str, to: Path, finish: Callable[[Path], None], watch: Watch, scale: Scale = 1.0
 ) -> None:
-    """Write a phase's deltas, those of the phases before it with it, as one adapter of the model as it came."""
+    """Write a phase's deltas, those of the phases before it with it, as one adapter of the model as it came; `scale`
+    times its own delta."""
     stack = [store.opened(step).part("adapter") for step in stack_of(store, probe)]
     with whole_folder(to) as work:
         try:
@@ -118,12 +79,12 @@ def deliver_adapter(
         except InputError:  # the model is gone; the training wrote its tokenizer beside the adapter
             if not (stack[-1] / "tokenizer_config.json").is_file():
                 raise
-            write_adapter(stack, work, recipe.model.name)
+            write_adapter(stack, work, recipe.model.name, scale)
             for file in stack[-1].iterdir():
                 if file.name not in {CONFIG, WEIGHTS}:
                     shutil.copyfile(file, work / file.name)
         else:
-            write_adapter(stack, work, base)
+            write_adapter(stack, work, base, scale)
             described = described_folder(source, watch)
             write_chat(load_tokenizer(described, recipe.model), work, described)
         finish(work)

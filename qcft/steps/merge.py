@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
+from qcft.layers import scales_by_layer
 from qcft.models.adapters import combine_live
 from qcft.models.chat import write_chat
+from qcft.models.deltas import Scale
 from qcft.models.merge import Target, merge_adapters
 from qcft.prepare.settings import ADDED, SPREAD, ModelSettings
+from qcft.recipe import parse_by_layer
 from qcft.steps.step import Bench, Step, Work
 
 if TYPE_CHECKING:
@@ -27,8 +30,8 @@ class MergeMetrics(TypedDict):
 
 @dataclass(frozen=True)
 class Merge(Work[MergeMetrics]):
-    """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, or combined by one of
-    PEFT's methods, which draw by `seed`."""
+    """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, `by` layer, or combined
+    by one of PEFT's methods, which draw by `seed`."""
 
     kind: ClassVar[str] = "merge"
     streams: ClassVar[bool] = True
@@ -40,6 +43,7 @@ class Merge(Work[MergeMetrics]):
     method: str | None = field(default=None, metadata=ADDED)
     density: float | None = field(default=None, metadata=ADDED)
     seed: int = field(default=0, metadata=ADDED)
+    by: str | None = field(default=None, metadata=ADDED)
 
     def do(self, step: Step, bench: Bench, folder: Path) -> MergeMetrics:
         """Merge into `folder/model`."""
@@ -49,10 +53,11 @@ class Merge(Work[MergeMetrics]):
         work.mkdir()
         target = Target(self.dtype, self.base == "dequantised", bench.model.asked.trust_remote_code)
         if self.method:
-            stack: list[Path | tuple[Path, float]] = [self._combined(step, bench, folder)]
+            stack: list[Path | tuple[Path, Scale]] = [self._combined(step, bench, folder)]
         else:
             *under, top = map(bench.adapter, step.stack)
-            stack = [*under, (top, self.scale)]
+            by = parse_by_layer(self.by) if self.by else None
+            stack = [*under, (top, scales_by_layer(bench.model.meta_model, by) if by else self.scale)]
         changed = merge_adapters(bench.weights(step), stack, work, bench.watch, target)
         write_chat(bench.model.tokenizer, work)
         work.rename(done)

@@ -66,10 +66,15 @@ class ProbeMetrics(TypedDict):
     answers: AnswerLengths | None
 
 
-class DialPoint(ProbeMetrics):
-    """The measurement at one scale of a phase's delta."""
+class DeltaAmount(TypedDict):
+    """How much of a phase's delta is taken: `scale` times all of it, or of each layer's what `by` says."""
 
-    scale: float
+    scale: NotRequired[float]
+    by: NotRequired[str]
+
+
+class DialPoint(ProbeMetrics, DeltaAmount):
+    """The measurement at one point of a dial."""
 
 
 class DialMetrics(TypedDict):

@@ -1,0 +1,155 @@
+"""English at an equal gain in the other languages, for the arms whose last phase was dialled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from qcft.measure.equal_gain import place_of, scores_between
+from qcft.measure.score import FILE, RowScore, read_scores
+from qcft.measure.stats import Difference, Runs, changes, mean_nll, pairwise
+from qcft.recipe import Dial
+from qcft.recipe.stages import dial_stage, point_folder
+from qcft.report.arms import Arm, Evidence
+from qcft.report.cells import bracket, counted
+from qcft.report.document import Table
+from qcft.report.standing import Standing, common_groups, standings
+from qcft.store.metrics import DialMetrics
+
+SHARE = 0.95  # of a gain
+Groups = dict[str, list[RowScore]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The dial of one run, by rising scale: its gain in the other languages at each point and the scores of its English
+    rows; those rows before, and the gain of its whole delta."""
+
+    seed: int
+    gains: tuple[float, ...]
+    english: tuple[list[RowScore], ...]
+    before: list[RowScore]
+    full: float
+
+
+def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
+    """English at 95% of each dialled arm's own gain, and of the gain of the one that gained least; with several arms,
+    how far every two are apart there."""
+    found = standings(arms)
+    names = common_groups([standing.arm for standing in found])
+    dialled = [(standing, runs) for standing in found if (runs := _runs(standing, *names))]
+    if not dialled:
+        return []
+    least, of = min((_mean([run.full for run in runs]), standing.arm.name) for standing, runs in dialled)
+    several = len(dialled) > 1
+    own = [_there(runs, [SHARE * run.full for run in runs]) for _, runs in dialled]
+    equal = [_there(runs, [SHARE * least] * len(runs)) for _, runs in dialled]
+    of_own, of_equal = (_changes([runs for _, runs in dialled], there) for there in (own, equal))
+    rows, records = [], []
+    for (standing, runs), at_own, at_equal in zip(dialled, of_own, of_equal, strict=True):
+        full, gain = standing.lost, _mean([run.full for run in runs])
+        cells = {
+            "arm": standing.arm.name,
+            "gain of the full delta": f"{gain:.3f}",
+            f"English, since {standing.since}": _cell(full),
+            f"at {SHARE:.0%} of its gain": _cell(at_own),
+        }
+        rows.append({**cells, **({f"at {SHARE:.0%} of {of}'s gain": _cell(at_equal)} if several else {})})
+        record = {"arm": standing.arm.name, "gain": gain, "since": standing.since, **_record("full", full)}
+        equally = {"of": of, **_record("equal", at_equal)} if several else {}
+        records.append({**record, **_record("own", at_own), **equally})
+    note = (
+        "Changes of mean NLL in nats per answer token: the other languages' since the base (a gain), English with its "
+        f"95% interval over {counted(dialled[0][0].lost)} (above zero is lost). Read on a straight line between the "
+        "dial's nearest scales, whose gain is taken as exact; dashes: its points do not reach that gain."
+    )
+    tables = [Table.of("equal-gain", "English at an equal gain", rows, records, note)]
+    reached = {one.arm.name: there for (one, _), there in zip(dialled, equal, strict=True) if there}
+    return tables + ([_pairs(reached, of)] if len(reached) > 1 else [])
+
+
+def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
+    """How much more English NLL each arm has than each other, where all have the same gain."""
+    pairs = pairwise(reached)
+    several = next(iter(pairs.values()))
+    rows = [
+        {"arm": other, **{f"than {one}": _cell(pairs[one, other]) if one != other else "-" for one in reached}}
+        for other in reached
+    ]
+    records = [{"arm": other, "than": one, **found.as_dict()} for (one, other), found in pairs.items()]
+    note = (
+        f"English NLL of the arm less that of the other, in nats per answer token, each at {SHARE:.0%} of {of}'s gain "
+        f"(below zero: the arm has more English). The 95% intervals of all {several.compared} pairs hold together, "
+        f"over {counted(several)}."
+    )
+    return Table.of("equal-gain-pairs", "English at an equal gain, arm against arm", rows, records, note)
+
+
+def _runs(standing: Standing, english: Sequence[str], others: Sequence[str]) -> list[_Run]:
+    """The dials of an arm's runs; none where one of them has no dial on the rows that the arms are compared on."""
+    found = [
+        _dial(run, read_scores(before.opened), english, others)
+        for run, before in zip(standing.arm.runs, standing.before, strict=True)
+    ]
+    return [run for run in found if run] if all(found) else []
+
+
+def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequence[str]) -> _Run | None:
+    stage = run.run.stages.get(dial_stage(Dial(run.recipe.phases[-1].name, ())))
+    if stage is None or run.last is None:
+        return None
+    step, last = stage.opened, run.last.opened
+    if step.inputs["settings"]["held_out"] != last.inputs["settings"]["held_out"]:
+        return None
+    measured = cast("DialMetrics", stage.metrics)["points"]
+    scales = sorted(point["scale"] for point in measured if point.get("scale", -1) >= 0)
+    points: dict[float, Groups] = {1.0: read_scores(last)}
+    for scale in scales:
+        scores = step.json(f"{point_folder(scale)}/{FILE}")
+        points[scale] = {name: [RowScore(**score) for score in rows] for name, rows in scores.items()}
+    base = mean_nll(_of(read_scores(run.run.stages["eval/base"].opened), others))
+    gains = {scale: base - mean_nll(_of(groups, others)) for scale, groups in points.items()}
+    rising = sorted(points)
+    return _Run(
+        run.recipe.seed,
+        tuple(gains[scale] for scale in rising),
+        tuple(_of(points[scale], english) for scale in rising),
+        _of(before, english),
+        gains[1.0],
+    )
+
+
+def _there(runs: Sequence[_Run], wanted: Sequence[float]) -> Runs | None:
+    """The English scores of an arm's runs, by seed, where each has the gain that is wanted.
+
+    None where one has not, or where nothing was gained.
+    """
+    places = [place_of(run.gains, gain) for run, gain in zip(runs, wanted, strict=True)]
+    if min(wanted) <= 0 or any(place is None for place in places):
+        return None
+    return {run.seed: scores_between(run.english, place) for run, place in zip(runs, places, strict=True) if place}
+
+
+def _changes(arms: Sequence[Sequence[_Run]], there: Sequence[Runs | None]) -> list[Difference | None]:
+    """The change of English of each arm that has the gain, None of the others."""
+    asked = [({run.seed: run.before for run in runs}, at) for runs, at in zip(arms, there, strict=True) if at]
+    found = iter(changes(asked) if asked else [])
+    return [next(found) if at else None for at in there]
+
+
+def _of(groups: Groups, names: Sequence[str]) -> list[RowScore]:
+    return [row for name in names for row in groups[name]]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cell(change: Difference | None) -> str:
+    return "-" if change is None else f"{change.value:+.3f}\n{bracket(change.low, change.high, 3)}"
+
+
+def _record(name: str, change: Difference | None) -> dict[str, float | None]:
+    values = (None, None, None) if change is None else (change.value, change.low, change.high)
+    return dict(zip((f"english_{name}", f"english_{name}_low", f"english_{name}_high"), values, strict=True))
