@@ -5,18 +5,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qcft import InputError, Interrupted, QcftError
-from qcft.data.encode import IGNORED
+from qcft.data.encode import IGNORED, Encoder
+from qcft.data.rows import Message, Row
 from qcft.events import Progress, Watch
 from qcft.files import seal
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
-from qcft.models.load import load_model
+from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, parse_freeze
 from qcft.training.batches import Fed, make_batches
 from qcft.training.checkpoints import last_whole
@@ -254,3 +256,33 @@ def test_extra_fields_reach_trl(tiny_model, tmp_path):
     train(tiny_model, tmp_path / "plain", settings=settings.model_copy(update={"sft": {}}))
     plain = adapter_of(tmp_path / "plain")
     assert any(not torch.equal(clipped[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_end_of_turn_is_trained_after_an_answer_that_was_cut(tiny_model, tmp_path, monkeypatch, packing):
+    """In what the model is given of each pass, packed or padded."""
+    from qcft.training import trainer
+
+    tokenizer = load_tokenizer(tiny_model, Model(name="tiny"))
+    made = [
+        Row(
+            (Message("user", f"what number is {i}"),),
+            (Message("assistant", "red dog " * (1 + i % 3), finished=i % 2 > 0),),
+        )
+        for i in range(12)
+    ]
+    rows = [
+        replace(tokens, source="finished" if row.completion[0].finished else "cut")
+        for row, tokens in zip(made, Encoder(tokenizer).encode_all(made).encoded, strict=True)
+    ]
+    passes, check = [], trainer.check_collated
+    monkeypatch.setattr(
+        trainer, "check_collated", lambda labels, rows: passes.append((labels.clone(), rows)) or check(labels, rows)
+    )
+    settings = TRAIN.model_copy(update={"packing": packing, "epochs": 1.0})
+    train(tiny_model, tmp_path / "t", settings=settings, rows=rows)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = [(int((labels == end).sum()), sum(row.source == "finished" for row in rows)) for labels, rows in passes]
+    assert sum(found for found, _ in ends) == 6
+    assert all(found == wanted for found, wanted in ends)
+    assert {row.source for _, rows in passes for row in rows} == {"finished", "cut"}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qcft.data.encode import EncodedRow
 from qcft.errors import InputError, Interrupted, QcftError, is_out_of_memory, short
 from qcft.events import ArmChanged, Watch
 from qcft.models.cards import choose_card
 from qcft.prepare.checks import check_prepared
-from qcft.recipe import ArmRun, Recipe
+from qcft.recipe import ArmRun, Phase, Recipe
+from qcft.replay.amount import take_amount
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import raise_failed, run_prepared
@@ -149,16 +153,28 @@ def _naming(arm: ArmRun) -> Iterator[None]:
 
 
 def _as_long(arm: ArmRun, watch: Watch, memo: dict[Any, Any]) -> Recipe:
-    """A mixed arm's recipe, its only phase given the optimizer steps that the phases of `as_long_as` take in all."""
+    """A mixed arm's recipe, its only phase as long as the phases of `as_long_as` are in all: in optimizer steps, or in
+    answer tokens to the nearest row."""
     assert arm.as_long_as is not None
     apart = PlannedRecipe(arm.as_long_as, watch, memo=memo)
-    steps = 0
-    for phase in apart.recipe.phases:
-        rows = [row for encoded in apart.encoded(phase) for row in encoded.encoded]
-        steps += make_batches(rows, apart.order(phase, 0), phase.train).steps
+    laid_out = [
+        make_batches(_rows_of(apart, phase), apart.order(phase, 0), phase.train) for phase in apart.recipe.phases
+    ]
     (only,) = arm.recipe.phases
-    train = only.train.model_copy(update={"steps": steps})
+    length: dict[str, Any] = {"steps": sum(batches.steps for batches in laid_out)}
+    if arm.match == "tokens":
+        mixed = PlannedRecipe(arm.recipe, watch, memo=memo)
+        rows, order = _rows_of(mixed, only), mixed.order(only, 0)
+        fed = (rows[i] for epoch in itertools.count() for i in order(epoch))
+        tokens = Fraction(sum(batches.answer_tokens for batches in laid_out))
+        taken, _ = take_amount(fed, tokens, lambda row: row.answer_tokens)
+        length = {"steps": None, "epochs": max(1, len(taken)) / len(rows)}
+    train = only.train.model_copy(update=length)
     return arm.recipe.model_copy(update={"phases": [only.model_copy(update={"train": train})]})
+
+
+def _rows_of(prepared: PlannedRecipe, phase: Phase) -> list[EncodedRow]:
+    return [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
 
 
 def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from qcft.cli.flags import second_phase
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.replay.share import ShareShown
 from qcft.store import Store, list_runs, read_run
 from qcft.store.ablations import run_states
 from qcft.store.holding import holders
@@ -57,13 +58,14 @@ def layers_table(
 
 
 class StepListed(TypedDict):
-    """A step of a plan; `seconds` that it took, once it is done."""
+    """A step of a plan; `seconds` that it took, once it is done; of replay its share of the mix."""
 
     id: str
     stage: str
     title: str
     state: str
     seconds: float | None
+    replay: ShareShown | None
 
 
 def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: bool) -> ReplayShown:
@@ -186,11 +188,18 @@ def _unreadable(name: str, problem: str) -> dict[str, str]:
 
 
 def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
-    """The steps a recipe comes to, and the state of each."""
+    """The steps a recipe comes to, and the state of each; of replay its share of the mix, as far as it is known."""
+    from qcft.runner.forecast import replay_share
     from qcft.runner.recipe import plan_recipe
 
     store = Store(runs)
-    plan, states = plan_recipe(recipe, runs, watch)
+    prepared, states = plan_recipe(recipe, runs, watch)
+    shares: dict[str, ShareShown] = {}
+    for step in prepared.plan.steps:
+        if step.kind == "replay" and (share := replay_share(prepared, prepared.recipe.phase(step.phase or ""), store)):
+            shares[step.id] = share.shown()
+            if warning := share.warning(step.phase or ""):
+                watch.note(warning, "warning")
     return [
         {
             "id": step.id,
@@ -198,8 +207,9 @@ def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
             "title": step.title,
             "state": states[step.id],
             "seconds": record["seconds"] if (record := store.record(step.id)) else None,
+            "replay": shares.get(step.id),
         }
-        for step in plan.steps
+        for step in prepared.plan.steps
     ]
 
 

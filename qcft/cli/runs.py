@@ -248,4 +248,5 @@ def run_and_show(
 def _print_steps(steps: list[StepListed]) -> None:
     from qcft.terminal import tables
 
-    tables.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+    rows = [[s["id"], s["title"] + (f": {s['replay']['in_words']}" if s["replay"] else ""), s["state"]] for s in steps]
+    tables.print_rows(["step", "what", "state"], rows)

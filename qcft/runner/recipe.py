@@ -12,7 +12,6 @@ from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
-from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Recipe
 from qcft.recipe.stages import ABILITIES
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
 Check = Callable[[PlannedRecipe], None]
 
 
-def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
-    """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
+def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[PlannedRecipe, dict[str, str]]:
+    """The planned recipe and the state of each step (`done`, `partial`, `to do`); nothing is written."""
     set_environment()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
-    return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
+    return prepared, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
 def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = None, check: Check | None = None) -> Run:

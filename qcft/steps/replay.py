@@ -112,7 +112,9 @@ class ReplayRows(Work[ReplayMetrics]):
         """How much was drawn, and how much was dropped for which reason."""
         dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
-        return f"{metrics['rows']} rows: {share}" + (f"; left out {dropped}" if dropped else "")
+        cut = sum(part["cut"]["rows"] for part in metrics["parts"] if "cut" in part)
+        text = f"{metrics['rows']} rows: {share}" + (f"; {cut} answers cut at their longest" if cut else "")
+        return text + (f"; left out {dropped}" if dropped else "")
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int] | None:
         """The model, and the answers that are generated at once."""

@@ -13,14 +13,14 @@ from rich.live import Live
 from rich.table import Table
 
 from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
-from qcft.report.ablation import Outcome, Spread, in_words
+from qcft.report.ablation import Outcome, Spread, count_against, epochs_in_words, in_words
 from qcft.terminal.format import duration, size
 from qcft.terminal.progress import Reporter
 from qcft.terminal.streams import said, stderr, stdout
 from qcft.terminal.tables import grid, print_lines, print_records, say
 
 if TYPE_CHECKING:
-    from qcft.ablation.dry_run import AblationPlan, Sums
+    from qcft.ablation.dry_run import AblationPlan, PlannedRun, Sums
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
 SHOWN = 0.2  # seconds between two paintings
@@ -131,6 +131,7 @@ def print_plan(plan: AblationPlan) -> None:
         for run in plan["runs"]
     ]
     print_records(rows)
+    _print_lengths(plan["runs"])
     total = plan["total"]
     stdout().print(
         f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
@@ -139,19 +140,49 @@ def print_plan(plan: AblationPlan) -> None:
     )
 
 
+def _print_lengths(runs: list[PlannedRun]) -> None:
+    """How long each run trains, against the first one, and what its replay comes to."""
+    rows = []
+    for run in runs:
+        training, first = run["training"], runs[0]["training"]
+        known = training["replay_answer_tokens"]
+        tokens, of_first = training["answer_tokens"] + (known or 0), first["answer_tokens"]
+        of_first += first["replay_answer_tokens"] or 0
+        rows.append(
+            {
+                "run": run["run"],
+                "training steps": ("about " if training["replay"] else "")  # its rows' lengths decide how packs fill
+                + count_against(training["steps"], first["steps"], training is first),
+                "answer tokens": count_against(tokens, of_first, training is first)
+                + (" + generated replay" if known is None else ""),
+                "epochs": epochs_in_words(training["epochs"]),
+                "replay": "; ".join(one["in_words"].removeprefix("replay ") for one in training["replay"].values()),
+            }
+        )
+    if rows:
+        stdout().print()
+        print_records(rows)
+        print_lines(["answer tokens: those that bear loss; in brackets against the first run"], "dim")
+        stdout().print()
+
+
 def print_outcome(outcome: Outcome) -> None:
     """The arms side by side, their training's length with them; those that failed on stderr."""
-    rows = []
-    title = "\n[least, most of the seeds]" if any(arm["done"] > 1 for arm in outcome["arms"]) else ""
-    for arm in outcome["arms"]:
+    rows, arms = [], outcome["arms"]
+    title = "\n[least, most of the seeds]" if any(arm["done"] > 1 for arm in arms) else ""
+    first = next((arm for arm in arms if arm["done"]), None)
+    untrained = any(arm["english_untrained"] for arm in arms)
+    for arm in arms:
         rows.append(
             {
                 "arm": arm["arm"],
                 "seeds done": f"{arm['done']} of {arm['seeds']}",
                 f"English{title}": _nats(arm["english"]),
+                **({f"English, untrained{title}": _nats(arm["english_untrained"])} if untrained else {}),
                 f"other languages{title}": _nats(arm["others"]),
-                "training steps": _count(arm["steps"]),
-                "tokens": _count(arm["tokens"]),
+                "training steps": _against(arm["steps"], first and first["steps"]),
+                "answer tokens": _against(arm["answer_tokens"], first and first["answer_tokens"]),
+                "epochs": epochs_in_words(arm["epochs"]) or "-",
                 "time of all steps": "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"]),
             }
         )
@@ -159,10 +190,22 @@ def print_outcome(outcome: Outcome) -> None:
     note = (
         "English, other languages: NLL since the base in nats per answer token of all rows (lower is better), mean of"
     )
-    print_lines([f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"], "dim")
+    lines = [f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"]
+    if untrained:
+        lines.append("English, untrained: rows of another kind than any that an arm trains on")
+    if first and len(arms) > 1:
+        lines.append(f"training steps, answer tokens (those that bear loss): in brackets against {first['arm']}")
+    print_lines(lines, "dim")
     for run in outcome["runs"]:
         if run["state"] == "failed" and run["error"]:
             say(f"{run['run']} failed: {in_words(run['error'])}", "yellow")
+
+
+def _against(figure: Spread | None, first: Spread | None) -> str:
+    """A mean count, and by how much it differs from the first arm's."""
+    if figure is None or first is None:
+        return "-"
+    return count_against(figure["mean"], first["mean"], figure is first)
 
 
 def _cost(part: Sums) -> str:
@@ -174,10 +217,6 @@ def _cost(part: Sums) -> str:
 
 def _size(part: Sums) -> str:
     return "unknown" if part["unknown"] and not part["bytes"] else size(part["bytes"])
-
-
-def _count(figure: Spread | None) -> str:
-    return "-" if figure is None else f"{figure['mean']:,.0f}"
 
 
 def _nats(figure: Spread | None) -> str:

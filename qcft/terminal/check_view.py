@@ -70,6 +70,8 @@ def check_lines(found: Checked) -> list[str]:
         )
         if phase["terms"]:
             lines.append(f"  {phase['terms']}: a second forward pass, of the model that {name} starts from, is counted")
+        if phase["replay"]:
+            lines.append(f"  {phase['replay']['in_words']}")
         paced = "measured" if phase["measured"] else "from the arithmetic"
         if phase["seconds"] is not None:
             each = phase["seconds"] / phase["steps"]

@@ -13,7 +13,15 @@ from rich.text import Text
 
 from qcft.events import Mixed
 from qcft.report.arms import grouped
-from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, noise_ratio, stage_rows
+from qcft.report.cells import (
+    change_rows,
+    conclusion,
+    continual_in_words,
+    cut_in_words,
+    left_out,
+    noise_ratio,
+    stage_rows,
+)
 from qcft.report.cost import RunCost
 from qcft.report.task_cells import (
     FIDELITY,
@@ -59,19 +67,19 @@ def grid(
 
 
 def mix_table(mixed: Mixed) -> Table:
-    """Sources, rows, tokens and shares of what a phase trains on."""
-    rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
+    """Sources, rows, tokens and shares of what a phase trains on; answer tokens are those that bear loss."""
+    rows, answers = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "answer_tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
     terms = f", {mixed.terms}" if mixed.terms else ""
     title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}{terms}"
     cells = [
         (
-            *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.tokens:,}", f"{s.tokens / tokens:.1%}"),
-            *(f"{s.answer_tokens:,}", left_out(s.left_out, "-")),
+            *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.answer_tokens:,}"),
+            *(f"{s.answer_tokens / answers:.1%}", f"{s.tokens:,}", left_out(s.left_out, "-")),
         )
         for s in mixed.shares
     ]
-    numbers = ("rows", "share", "tokens", "share", "answer tokens")
+    numbers = ("rows", "share", "answer tokens", "share", "tokens")
     return grid(("source", *numbers, "left out"), cells, right=numbers, title=title)
 
 
@@ -173,6 +181,7 @@ def print_replay(shown: ReplayShown) -> None:
     console.print(
         f"{shown['share_of_rows']:.1%} of the mix's rows, {shown['share_of_answer_tokens']:.1%} of its answer tokens"
     )
+    print_lines(line for part in shown["parts"] if (line := cut_in_words(part)))
     for cost in (part["generation"] for part in shown["parts"] if part["generation"]):
         console.print(
             f"generated {cost['answers']:,} answers, {cost['tokens']:,} tokens in {duration(cost['seconds'])}: "
