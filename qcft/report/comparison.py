@@ -1,0 +1,88 @@
+"""The answers of several stages to the same prompts, in words and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qcft.errors import InputError
+from qcft.files import telling_unwritable, write_text
+from qcft.report.document import Answer, Document, Sample, Section, Table
+from qcft.report.page import to_page
+from qcft.safe import plain
+
+HINT = "name an .html file in a folder that can be written"
+
+
+def rows_of(prompt: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """A prompt's answers: the stage, length, end and language in words, the text; a held-out row's own answer last."""
+    rows = [(stage, note(answer), answer["text"]) for stage, answer in prompt["answers"].items()]
+    return rows if prompt["reference"] is None else [*rows, ("reference", "", prompt["reference"])]
+
+
+def note(answer: Mapping[str, Any]) -> str:
+    """`23 tokens, es`; `64 tokens, cut, ?`: not ended by itself, too short to tell its language."""
+    tokens = f"{answer['tokens']} token{'s' * (answer['tokens'] != 1)}"
+    return ", ".join([tokens, *([] if answer["finished"] else ["cut"]), answer["lang"] or "?"])
+
+
+def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for each stage: how long its answers are, how many ended, how many are in their row's language."""
+    rows = []
+    for stage in found["stages"]:
+        answers = [(prompt["lang"], prompt["answers"][stage]) for prompt in found["prompts"]]
+        row = {
+            "stage": stage,
+            "tokens": f"{fmean(answer['tokens'] for _, answer in answers):.0f}",
+            "ended by themselves": f"{sum(answer['finished'] for _, answer in answers)} of {len(answers)}",
+        }
+        told = [answer["lang"] == lang.split("-")[0] for lang, answer in answers if lang and answer["lang"]]
+        if any(lang for lang, _ in answers):
+            row["in the row's language"] = f"{sum(told)} of {len(told)}"
+        rows.append(row)
+    return rows
+
+
+def about(found: Mapping[str, Any]) -> str:
+    """How the answers were made, and what their notes mean."""
+    return (
+        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut: not ended by then. Languages are told by "
+        "py3langid; ?: too short or unclear, and not counted."
+    )
+
+
+def check_page(to: Path) -> None:
+    """Check that a page can be written, by writing beside it. Raises InputError."""
+    if to.suffix.lower() not in {".html", ".htm"} or to.is_dir():
+        raise InputError(f"--to {str(to)!r} is no .html file", HINT)
+    with telling_unwritable(to, "the page", HINT):
+        trial = to.with_name(f".{to.name}.trial")
+        trial.touch()
+        trial.unlink()
+
+
+def write_comparison(to: Path, found: Mapping[str, Any]) -> None:
+    """Write the answers as one self-contained HTML page. Raises InputError."""
+    with telling_unwritable(to, "the page", HINT):
+        write_text(to, plain(to_page(_document(found))))
+
+
+def _document(found: Mapping[str, Any]) -> Document:
+    names = [found["run"], *([found["with"]] if found["with"] else [])]
+    samples = tuple(
+        Sample(
+            prompt["prompt"],
+            prompt["lang"] or "",
+            tuple(
+                Answer(f"{title}{more and f': {more}'}", text, prompt["answers"].get(title, {}).get("finished", True))
+                for title, more, text in rows_of(prompt)
+            ),
+        )
+        for prompt in found["prompts"]
+    )
+    table = Table.of("comparison", "The answers of each stage", summary_rows(found), (), about(found))
+    question = f"What do {', '.join(found['stages'])} of {found['model']} answer to the same {len(samples)} prompts?"
+    sections = (Section("answers", "Answers", samples), Section("figures", "In figures", (table,)))
+    return Document(" and ".join(names), question, "", sections)
