@@ -51,16 +51,18 @@ def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None =
     """
     if to is not None:
         check_page(to)
-    store, named = Store(runs), read_run(runs, asked.run)
-    recipe, steps = named.recipe(), stored_steps(named, store)
-    most = recipe.answers.max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
-    for number, what in ((most, "max_new_tokens"), (asked.rows, "held-out rows")):
+    for number, what in ((asked.max_new_tokens, "max_new_tokens"), (asked.rows, "held-out rows")):
         if number is not None and number < 1:
             raise InputError(f"{what}: {number} is less than 1", "give a number of at least 1")
+    lines = text_lines(asked.file, "--prompts", "give a file with a prompt a line") if asked.file else []
+    store, named = Store(runs), read_run(runs, asked.run)
+    if asked.other == named.name:
+        raise InputError(f"--with {named.name!r} is the run itself", "name another run, or leave --with out")
+    recipe, steps = named.recipe(), stored_steps(named, store)
+    most = asked.max_new_tokens or recipe.answers.max_new_tokens
     names = asked.stages or [BASE, *finished_phases(named, store)[-1 if asked.other else 0 :]]
     for name in names:
         version_of(named, name, store)
-    lines = text_lines(asked.file, "--prompts", "give a file with a prompt a line") if asked.file else []
     questions = given_prompts([*asked.prompts, *lines], recipe.phases[-1].system)
     prepared: PreparedModel
     if asked.rows or asked.langs or not questions:
@@ -102,8 +104,6 @@ def _with_other(
 ) -> list[StageModel]:
     """The stages of both runs, labelled by their run too; a base that they share stays `base`."""
     other = read_run(store.runs, asked.other)
-    if other.name == run.name:
-        raise InputError(f"--with {other.name!r} is the run itself", "name another run, or leave --with out")
     steps = stored_steps(other, store)
     names = asked.stages or [BASE, *finished_phases(other, store)[-1:]]
     theirs = _stages_of(other, names, model_of(other, steps, watch), store)

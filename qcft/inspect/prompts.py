@@ -11,6 +11,7 @@ from typing import Any
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError, nearest
 from qcft.files import oddity
+from qcft.prepare.groups import Group
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
 from qcft.replay.pools import ENGLISH
@@ -73,7 +74,9 @@ def held_out_questions(prepared: Prepared, langs: Sequence[str], most: int, max_
     """At most `most` held-out rows of each language (none named: English, then each that is taught), those whose
     prompts leave room for an answer. English rows are the first of those that every stage answers when it is measured.
     Raises InputError for a language without held-out rows."""
-    groups = {group.lang: group for group in reversed(prepared.groups)}  # the earliest phase's, where several have some
+    groups: dict[str, Group] = {}
+    for group in prepared.groups:
+        groups.setdefault(group.lang, group)  # the earliest phase's, where several have some
     known = sorted(groups, key=lambda lang: lang != ENGLISH)
     found = []
     for lang in dict.fromkeys(langs or known):

@@ -77,7 +77,7 @@ class StageLoader:
         if not self.has(stage):
             self._model = None
             free_memory()
-            self.watch.note(f"loading {stage.label} ...")
+            self.watch.note(f"loading the weights of {stage.label}")
             folder = weights_folder_of(stage.version, stage.prepared.folder, self.store)
             self._key, self._model = self.weights_of(stage), Adapters(load_model(folder, stage.prepared.asked))
             self.loads += 1

@@ -19,7 +19,7 @@ HINT = "name an .html file in a folder that can be written"
 def rows_of(prompt: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """A prompt's answers: the stage, length, end and language in words, the text; a held-out row's own answer last."""
     rows = [(stage, note(answer), answer["text"]) for stage, answer in prompt["answers"].items()]
-    return rows if prompt["reference"] is None else [*rows, ("reference", "", prompt["reference"])]
+    return rows if prompt["reference"] is None else [*rows, ("reference", "from the data", prompt["reference"])]
 
 
 def note(answer: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         told = [answer["lang"] == lang.split("-")[0] for lang, answer in answers if lang and answer["lang"]]
         if any(lang for lang, _ in answers):
-            row["in the row's language"] = f"{sum(told)} of {len(told)}"
+            row["in the row's language"] = f"{sum(told)} of {len(told)}" if told else "-"
         rows.append(row)
     return rows
 
@@ -69,20 +69,25 @@ def write_comparison(to: Path, found: Mapping[str, Any]) -> None:
         write_text(to, plain(to_page(_document(found))))
 
 
-def _document(found: Mapping[str, Any]) -> Document:
-    names = [found["run"], *([found["with"]] if found["with"] else [])]
-    samples = tuple(
+def samples_of(found: Mapping[str, Any]) -> tuple[Sample, ...]:
+    """The prompts with their answers, as a page shows them."""
+    return tuple(
         Sample(
             prompt["prompt"],
             prompt["lang"] or "",
             tuple(
-                Answer(f"{title}{more and f': {more}'}", text, prompt["answers"].get(title, {}).get("finished", True))
+                Answer(f"{title}: {more}", text, prompt["answers"].get(title, {}).get("finished", True))
                 for title, more, text in rows_of(prompt)
             ),
         )
         for prompt in found["prompts"]
     )
+
+
+def _document(found: Mapping[str, Any]) -> Document:
+    names = [found["run"], *([found["with"]] if found["with"] else [])]
+    count = len(found["prompts"])
     table = Table.of("comparison", "The answers of each stage", summary_rows(found), (), about(found))
-    question = f"What do {', '.join(found['stages'])} of {found['model']} answer to the same {len(samples)} prompts?"
-    sections = (Section("answers", "Answers", samples), Section("figures", "In figures", (table,)))
+    question = f"What do {', '.join(found['stages'])} of {found['model']} answer to the same {count} prompts?"
+    sections = (Section("answers", "Answers", samples_of(found)), Section("figures", "In figures", (table,)))
     return Document(" and ".join(names), question, "", sections)

@@ -26,13 +26,14 @@ def print_comparison(found: Mapping[str, Any]) -> None:
         if console.width >= NARROW * len(answers):
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
             for title, note, _ in answers:
-                table.add_column(said(f"{title}\n{note}".strip(), "cyan"), ratio=1, overflow="fold")
+                table.add_column(said(f"{title}\n{note}", "cyan"), ratio=1, overflow="fold")
             table.add_row(*(said(text) for *_, text in answers))
-            console.print(Padding(table, (1, 0)))
+            console.print()
+            console.print(table)
         else:
             for title, note, text in answers:
-                console.print(said(f"\n{title}" + (f": {note}" if note else ""), "cyan"))
-                console.print(Padding(said(text), (0, 0, 0, 2)))
-            console.print()
+                console.print(said(f"\n{title}: {note}", "cyan"))
+                console.print(Padding(said(text), (0, 0, 0, 2), expand=False))
+        console.print()
     print_records(summary_rows(found), right=("tokens", "ended by themselves", "in the row's language"))
     print_lines([about(found)], "dim")
