@@ -115,8 +115,9 @@ DOCUMENT = {
 
 def test_notes_and_figures_of_answers():
     answers = DOCUMENT["prompts"][0]["answers"]
-    assert [note(answers["base"]), note(answers["phase2"])] == ["9 tokens, cut, en", "1 token, es"]
-    assert note(answers["phase2"] | {"lang": None}) == "1 token, ?"
+    assert [note(answers["base"]), note(answers["phase2"])] == ["9 tokens, cut off, en", "1 token, es"]
+    assert note(answers["phase2"] | {"lang": None}) == "1 token, language unclear"
+    assert note(answers["phase2"] | {"lang": None, "text": "", "tokens": 0}) == "0 tokens"
     assert [[*row.values()] for row in summary_rows(DOCUMENT)] == [
         ["base", "9", "0 of 1", "0 of 1"],
         ["phase2", "1", "1 of 1", "1 of 1"],
@@ -189,8 +190,8 @@ def test_a_chat_in_a_pipe_answers_line_by_line(place, qcft, monkeypatch, tmp_pat
         (["/stage phase9"], "the run 'tiny' has no stage 'phase9'"),
         (["/stage"], "/stage lacks its NAME"),
         (["/save"], "/save lacks its FILE"),
+        (["/save new.jsonl"], "there is nothing to save yet"),
         (["/save recipe.yaml"], "'recipe.yaml' is there already"),
-        (["/save none/there.jsonl"], "cannot be written"),
         (["/bot"], "there is no command '/bot'"),
         (["/both phase2"], "phase2 answers already"),
         (["red " * 600], "the prompt cannot be asked: it has "),
@@ -317,6 +318,25 @@ def test_a_run_in_python(place, tmp_path):
     assert written.is_file()
     exported = package.export(run, to=tmp_path / "adapter", adapter_only=True)
     assert (Path(exported["folder"]) / "adapter_config.json").is_file()
+
+
+def test_a_chat_in_python(place, tmp_path):
+    chat = package.chat("tiny", stage="phase1", max_new_tokens=4, system="a red cat", temperature=0.5)
+    (first,) = chat.answer(CAT).values()
+    with pytest.raises(InputError, match="cannot be written"):
+        chat.save(tmp_path / "none" / "there.jsonl")
+    chat.use("base")
+    chat.both()
+    assert chat.stages == ["base", "phase2"]
+    assert [*chat.answer(CAT, stopped=lambda: False)] == ["base", "phase2"]
+    assert chat.answer(CAT, stopped=lambda: True) == {}
+    chat.save(tmp_path / "saved.jsonl")
+    base = json.loads((tmp_path / "saved.jsonl").read_text().splitlines()[0])["messages"]
+    assert [m["content"] for m in base[:3]] == [CAT, first.text, CAT]
+    with pytest.raises(InputError, match="the prompt is empty"):
+        chat.answer(" ")
+    with pytest.raises(InputError, match=r"no UTF-8 text"):
+        chat.answer("\ud800")
 
 
 def test_the_notebook_runs(made, monkeypatch, tmp_path, capsys):

@@ -70,9 +70,8 @@ class Chat:
 
     def use(self, stage: str) -> None:
         """Go on with another stage, which sees the conversation so far."""
-        model = self._model(stage)
+        self._loader.use(self._model(stage))
         self._turns = {stage: self._turns.get(stage) or next(iter(self._turns.values()))}
-        self._loader.use(model)
 
     def both(self, stage: str | None = None) -> None:
         """Have another stage (base by default, or the last phase beside base) answer too, from here on."""
@@ -111,6 +110,8 @@ class Chat:
         turns. Raises InputError."""
         if exists(path):
             raise InputError(f"{str(path)!r} is there already", "name a new file")
+        if not any(self._turns.values()):
+            raise InputError("there is nothing to save yet", "ask something first")
         lines = [
             json.dumps({"run": self.run, "stage": stage, "messages": [m.as_dict() for m in turns]}, ensure_ascii=False)
             for stage, turns in self._turns.items()

@@ -81,8 +81,14 @@ class StageLoader:
             folder = weights_folder_of(stage.version, stage.prepared.folder, self.store)
             self._key, self._model = self.weights_of(stage), Adapters(load_model(folder, stage.prepared.asked))
             self.loads += 1
-        assert self._model is not None
-        return self._model.use(self._stack(stage))
+        loaded, self._model = (
+            self._model,
+            None,
+        )  # until the adapters are live: an interrupted switch is not gone on with
+        assert loaded is not None
+        model = loaded.use(self._stack(stage))
+        self._model = loaded
+        return model
 
     def _stack(self, stage: StageModel) -> list[Path]:
         return [self.store.opened(step).part("adapter") for step in stage.version.stack]

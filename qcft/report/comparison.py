@@ -13,19 +13,21 @@ from qcft.report.document import Answer, Document, Sample, Section, Table
 from qcft.report.page import to_page
 from qcft.safe import plain
 
+LANGUAGE = "in the row's language, of those clear"
 HINT = "name an .html file in a folder that can be written"
 
 
 def rows_of(prompt: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """A prompt's answers: the stage, length, end and language in words, the text; a held-out row's own answer last."""
-    rows = [(stage, note(answer), answer["text"]) for stage, answer in prompt["answers"].items()]
+    rows = [(stage, note(answer), answer["text"] or "(no text)") for stage, answer in prompt["answers"].items()]
     return rows if prompt["reference"] is None else [*rows, ("reference", "from the data", prompt["reference"])]
 
 
 def note(answer: Mapping[str, Any]) -> str:
-    """`23 tokens, es`; `64 tokens, cut, ?`: not ended by itself, too short to tell its language."""
-    tokens = f"{answer['tokens']} token{'s' * (answer['tokens'] != 1)}"
-    return ", ".join([tokens, *([] if answer["finished"] else ["cut"]), answer["lang"] or "?"])
+    """`23 tokens, es`; `64 tokens, cut off, language unclear`."""
+    words = [f"{answer['tokens']} token{'s' * (answer['tokens'] != 1)}"]
+    words += [] if answer["finished"] else ["cut off"]
+    return ", ".join([*words, *([answer["lang"] or "language unclear"] if answer["text"] else [])])
 
 
 def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -35,12 +37,12 @@ def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
         answers = [(prompt["lang"], prompt["answers"][stage]) for prompt in found["prompts"]]
         row = {
             "stage": stage,
-            "tokens": f"{fmean(answer['tokens'] for _, answer in answers):.0f}",
+            "mean tokens": f"{fmean(answer['tokens'] for _, answer in answers):.0f}",
             "ended by themselves": f"{sum(answer['finished'] for _, answer in answers)} of {len(answers)}",
         }
         told = [answer["lang"] == lang.split("-")[0] for lang, answer in answers if lang and answer["lang"]]
         if any(lang for lang, _ in answers):
-            row["in the row's language"] = f"{sum(told)} of {len(told)}" if told else "-"
+            row[LANGUAGE] = f"{sum(told)} of {len(told)}" if told else "-"
         rows.append(row)
     return rows
 
@@ -48,8 +50,8 @@ def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
 def about(found: Mapping[str, Any]) -> str:
     """How the answers were made, and what their notes mean."""
     return (
-        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut: not ended by then. Languages are told by "
-        "py3langid; ?: too short or unclear, and not counted."
+        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut off: not ended by then. Languages by py3langid; "
+        "unclear: not sure, or fewer than 20 letters."
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcft.errors import InputError, nearest
+from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
 from qcft.safe import shown
 from qcft.terminal.streams import said, stdout
@@ -80,7 +80,7 @@ def talk(chat: Chat) -> None:
                     return
                 if prompt:
                     _show_answers(chat, prompt, keyboard)
-            except InputError as error:
+            except QcftError as error:
                 print_error(error.message, error.hint)
     finally:
         signal.signal(signal.SIGINT, before)

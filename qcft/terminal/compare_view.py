@@ -8,7 +8,7 @@ from typing import Any
 from rich.padding import Padding
 from rich.table import Table
 
-from qcft.report.comparison import about, rows_of, summary_rows
+from qcft.report.comparison import LANGUAGE, about, rows_of, summary_rows
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records
 
@@ -35,5 +35,5 @@ def print_comparison(found: Mapping[str, Any]) -> None:
                 console.print(said(f"\n{title}: {note}", "cyan"))
                 console.print(Padding(said(text), (0, 0, 0, 2), expand=False))
         console.print()
-    print_records(summary_rows(found), right=("tokens", "ended by themselves", "in the row's language"))
+    print_records(summary_rows(found), right=("mean tokens", "ended by themselves", LANGUAGE))
     print_lines([about(found)], "dim")
