@@ -84,7 +84,7 @@ class StageLoader:
         loaded, self._model = (
             self._model,
             None,
-        )  # until the adapters are live: an interrupted switch is not gone on with
+        )  # an interrupted switch is not used
         assert loaded is not None
         model = loaded.use(self._stack(stage))
         self._model = loaded

@@ -50,8 +50,8 @@ def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
 def about(found: Mapping[str, Any]) -> str:
     """How the answers were made, and what their notes mean."""
     return (
-        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut off: not ended by then. Languages by py3langid; "
-        "unclear: not sure, or fewer than 20 letters."
+        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut off: not ended by then. "
+        "Languages by py3langid; unclear: not sure, or fewer than 20 letters."
     )
 
 
