@@ -181,7 +181,7 @@ def test_a_chat_in_a_pipe_answers_line_by_line(place, qcft, monkeypatch, tmp_pat
     kept = {one["stage"]: one["messages"] for one in map(json.loads, saved.read_text().splitlines())}
     assert [m["content"] for m in kept["phase2"] if m["role"] == "user"] == [CAT, "two dogs"]
     assert kept["base"][:2] == kept["phase2"][:2]  # base came in later, and sees what was said
-    assert "line 8: the answer was cut at 8 tokens" in err
+    assert "line 8: the answer was cut off at 8 tokens" in err
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,8 @@ def test_a_chat_in_python(place, tmp_path):
     chat.use("base")
     chat.both()
     assert chat.stages == ["base", "phase2"]
-    assert [*chat.answer(CAT, stopped=lambda: False)] == ["base", "phase2"]
-    assert chat.answer(CAT, stopped=lambda: True) == {}
+    assert [*chat.answer(CAT)] == ["base", "phase2"]
+    assert [*chat.answers(CAT, stopped=lambda: True)] == []
     chat.save(tmp_path / "saved.jsonl")
     base = json.loads((tmp_path / "saved.jsonl").read_text().splitlines()[0])["messages"]
     assert [m["content"] for m in base[:3]] == [CAT, first.text, CAT]

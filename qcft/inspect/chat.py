@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qcft.data.rows import Message, Row
@@ -91,19 +91,24 @@ class Chat:
         """Load the weights now."""
         self._loader.use(self._model(self.stages[0]))
 
-    def answer(
+    def answer(self, prompt: str) -> dict[str, Answer]:
+        """The answer of each stage. Raises InputError for a prompt that cannot be asked."""
+        return dict(self.answers(prompt))
+
+    def answers(
         self,
         prompt: str,
         heard: Callable[[str, str], None] = lambda stage, text: None,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Answer]:
-        """The answer of each stage, that of the loaded one first. `heard` gets a stage and the next piece of its text;
-        once `stopped()` is true the answer ends where it is. Raises InputError for a prompt that cannot be asked."""
-        text, answers = prompt_text(prompt), {}
+    ) -> Iterator[tuple[str, Answer]]:
+        """Each stage with its answer, as soon as it is whole, the loaded stage's first.
+
+        `heard` gets a stage and the next piece of its text; once `stopped()` is true the answer ends where it is.
+        """
+        text = prompt_text(prompt)
         for stage in sorted(self._turns, key=lambda one: not self._loader.has(self._model(one))):
             if not stopped():
-                answers[stage] = self._answer(stage, text, heard, stopped)
-        return answers
+                yield stage, self._answer(stage, text, heard, stopped)
 
     def save(self, path: Path) -> int:
         """Write the conversation to a new file, a JSON line for each stage, as training data is written; the number of

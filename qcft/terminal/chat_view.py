@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,14 +93,14 @@ def answer_lines(chat: Chat, watch: Watch) -> None:
             prompt = obey(line, chat)
             if prompt is None:
                 break
-            answers = chat.answer(prompt, stopped=lambda: watch.stop_code is not None) if prompt else {}
-            watch.check_stop()
-            for stage, answer in answers.items():
+            for stage, answer in chat.answers(prompt, stopped=lambda: watch.stop_code is not None) if prompt else ():
+                watch.check_stop()
                 label = f"[{stage}] " if len(chat.stages) > 1 else ""
                 sys.stdout.write(shown(f"{label}{answer.text}\n"))
                 if not answer.finished:
-                    watch.note(f"line {number}: the answer was cut at {answer.tokens} tokens", "warning")
-            sys.stdout.flush()
+                    watch.note(f"line {number}: the answer was cut off at {answer.tokens} tokens", "warning")
+                sys.stdout.flush()
+            watch.check_stop()
     except UnicodeDecodeError:
         raise InputError("stdin is not UTF-8 text", "give a prompt a line, in UTF-8") from None
     if not number:
@@ -146,33 +145,32 @@ def obey(line: str, chat: Chat) -> str | None:
 
 def _show_answers(chat: Chat, prompt: str, keyboard: _Keyboard) -> None:
     """Write the answers as they are generated; Ctrl-C stops them."""
-    told: list[str] = []
+    begun: set[str] = set()
 
     def heard(stage: str, text: str) -> None:
-        if stage not in told and len(chat.stages) > 1:
-            stdout().print(said(f"{stage}:", "cyan") if not told else said(f"\n{stage}:", "cyan"))
-        told.append(stage)
+        if stage not in begun and len(chat.stages) > 1:
+            stdout().print(said(f"{stage}:", "cyan"))
+        begun.add(stage)
         sys.stdout.write(shown(text))
         sys.stdout.flush()
 
     keyboard.answering = True
     try:
-        answers = chat.answer(prompt, heard, lambda: keyboard.stop)
-    except KeyboardInterrupt:
-        answers = {}
+        for stage, answer in chat.answers(prompt, heard, lambda: keyboard.stop):
+            sys.stdout.write("\n" if answer.text else "")
+            _say_end(stage, answer, keyboard.stop)
+    except KeyboardInterrupt:  # it was asked to stop already, and did not wait for a whole token
+        sys.stdout.write("\n")
+        say("stopped; this answer is not kept", "dim")
     finally:
         keyboard.answering = False
-        sys.stdout.write("\n" if told else "")
-    _say_ends(answers, keyboard.stop)
 
 
-def _say_ends(answers: Mapping[str, Answer], stopped: bool) -> None:
-    """What is to be said of answers that did not end by themselves, or have no text."""
+def _say_end(stage: str, answer: Answer, stopped: bool) -> None:
+    """What is to be said of an answer that did not end by itself, or has no text."""
     if stopped:
         say("stopped", "dim")
-        return
-    for stage, answer in answers.items():
-        if not answer.finished:
-            say(f"{stage} was cut at {answer.tokens} tokens; --max-new-tokens allows more", "dim")
-        elif not answer.text:
-            say(f"{stage} ended its answer without a text", "dim")
+    elif not answer.finished:
+        say(f"{stage} was cut off at {answer.tokens} tokens; --max-new-tokens allows more", "dim")
+    elif not answer.text:
+        say(f"{stage} ended its answer without a text", "dim")
