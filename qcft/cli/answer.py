@@ -19,7 +19,7 @@ def compare(
         Path | None, typer.Option("--prompts", metavar="FILE", help="A text file with a prompt a line.")
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("-n", "--rows", metavar="N", min=1, help="Held-out rows of each language.")
+        int | None, typer.Option("--rows", "-n", metavar="N", min=1, help="Held-out rows of each language.")
     ] = None,
     lang: Annotated[
         list[str] | None, typer.Option("--lang", metavar="LANG", help="Held-out rows of this language. Repeatable.")
