@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qcft import api
 from qcft.events import Listener, Watch
 from qcft.recipe import Recipe, load_recipe
 from qcft.report.arms import arms_of
 from qcft.report.build import build_report
-from qcft.report.comparison import samples_of
+from qcft.report.comparison import Compared, samples_of
 from qcft.report.notebook import in_notebook, samples_in_notebook
+from qcft.report.shown import Exported, Merged
 from qcft.report.tidy import COLUMNS, tidy_rows
 from qcft.store import ablations, list_runs, read_run, results
 from qcft.terminal.progress import notebook_reporter
@@ -23,6 +24,7 @@ from qcft.terminal.progress import notebook_reporter
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from qcft.check.recipe import Checked
     from qcft.inspect.chat import Chat
 
 
@@ -76,7 +78,7 @@ class Comparison(dict[str, Any]):
     by side."""
 
     def _repr_html_(self) -> str:
-        return samples_in_notebook(samples_of(self))
+        return samples_in_notebook(samples_of(cast("Compared", self)))
 
 
 def run(
@@ -132,7 +134,7 @@ def check_recipe(
     runs: str | Path = "runs",
     measure: bool = False,
     listener: Listener | None = None,
-) -> dict[str, Any]:
+) -> Checked:
     """What a recipe would take, as `qcft check --json` prints it: memory, time, disk. Nothing is trained or written.
 
     `measure`: time a few optimizer steps that are really taken.
@@ -152,7 +154,7 @@ def merge(
     scale: float = 1.0,
     runs: str | Path = "runs",
     listener: Listener | None = None,
-) -> dict[str, Any]:
+) -> Merged:
     """Merge a run's phase (`stage`, the last by default) and all before it into one 16-bit model, in the run or in the
     new folder `to`; its `folder`, its `stage` and what merging `kept`. `scale`: how much of the last delta is taken."""
     name, at = _named(run, runs)
@@ -168,7 +170,7 @@ def export(
     adapter_only: bool = False,
     runs: str | Path = "runs",
     listener: Listener | None = None,
-) -> dict[str, Any]:
+) -> Merged | Exported:
     """Write a phase's model (the last by default), or one PEFT adapter of all phases, to a new folder with a card."""
     if not adapter_only:
         return merge(run, to, stage=stage, runs=runs, listener=listener)

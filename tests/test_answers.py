@@ -26,6 +26,7 @@ from qcft.models.load import load_model
 from qcft.models.stream import stream_answer
 from qcft.recipe import Model, load_recipe
 from qcft.report.comparison import note, summary_rows
+from qcft.report.tidy import tidy_rows
 from qcft.terminal import compare_view, streams
 
 from .helpers.bad_input import check_refused, listing
@@ -318,6 +319,28 @@ def test_a_run_in_python(place, tmp_path):
     assert written.is_file()
     exported = package.export(run, to=tmp_path / "adapter", adapter_only=True)
     assert (Path(exported["folder"]) / "adapter_config.json").is_file()
+
+
+def test_tasks_and_averages_are_rows_too():
+    interval = {"value": 0.1, "low": 0.0, "high": 0.2}
+    task = {"task": "xquad_es", "lang": "es", "metric": "exact_match"}
+    scored = {"stage": "phase2", "scores": {"xquad_es": 0.5}, "EA": None, "MA": 0.5, "overall": None}
+    change = {"from": "base", "to": "phase2", "tasks": {"xquad_es": interval}}
+    answered = {"es": {"right": 0.9}, "pt": {"right": None}}
+    table = {
+        "groups": [], "stages": [], "changes": [], "kept": {"merged": {"share": 0.9}},
+        "abilities": {
+            "tables": [{"tasks": [task], "stages": [scored], "changes": [change]}],
+            "fidelity": [{"stage": "base", "task": "fidelity", "languages": answered}],
+        },
+    }  # fmt: skip
+    assert [tuple(row.values()) for row in tidy_rows(table, "plain", 1)] == [
+        ("plain", 1, "merged", None, None, "kept", 0.9, None, None),
+        ("plain", 1, "phase2", "es", "xquad_es", "exact_match", 0.5, None, None),
+        ("plain", 1, "phase2", None, None, "MA", 0.5, None, None),
+        ("plain", 1, "phase2", "es", "xquad_es", "exact_match since base", 0.1, 0.0, 0.2),
+        ("plain", 1, "base", "es", "fidelity", "answers in their language", 0.9, None, None),
+    ]
 
 
 def test_a_chat_in_python(place, tmp_path):

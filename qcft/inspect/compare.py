@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qcft.data.filters import identified
 from qcft.errors import InputError
@@ -17,7 +16,7 @@ from qcft.models.generate import Answer, Sampling, answer_prompts
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
 from qcft.recipe.stages import BASE
-from qcft.report.comparison import check_page, write_comparison
+from qcft.report.comparison import Compared, ComparedPrompt, check_page, write_comparison
 from qcft.runner.stored import model_of, rows_of, stored_steps
 from qcft.steps.step import Step
 from qcft.store import NamedRun, Store, read_run
@@ -42,7 +41,7 @@ class Comparing:
     max_new_tokens: int | None = None
 
 
-def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None = None) -> dict[str, Any]:
+def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None = None) -> Compared:
     """Each stage's greedy answer to each prompt: its text, its length in tokens, whether it ended by itself, and its
     language, None where it is too short to tell; of held-out rows the reference answer too. Written to a page where
     `to` names one; nothing is written into the run.
@@ -75,7 +74,7 @@ def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None =
         stages = _with_other(stages, named, asked, prepared, store, watch)
     stages = distinct(stages, watch)
     answers = _answers(stages, questions, most, store, watch)
-    found = {
+    found: Compared = {
         "run": named.name,
         "with": asked.other,
         "model": recipe.model.name,
@@ -157,7 +156,7 @@ def _prompts(questions: Sequence[Question], prepared: PreparedModel, most: int) 
     return found
 
 
-def _as_data(question: Question, answers: Mapping[str, Answer]) -> dict[str, Any]:
+def _as_data(question: Question, answers: Mapping[str, Answer]) -> ComparedPrompt:
     return {
         "prompt": question.text,
         "held_out": question.group,

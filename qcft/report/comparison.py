@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 from qcft.errors import InputError
 from qcft.files import telling_unwritable, write_text
@@ -17,20 +16,53 @@ LANGUAGE = "in the row's language, of those clear"
 HINT = "name an .html file in a folder that can be written"
 
 
-def rows_of(prompt: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+class ComparedAnswer(TypedDict):
+    """A stage's answer: `lang` as py3langid tells it, None where it is not sure or there are too few letters."""
+
+    text: str
+    tokens: int
+    finished: bool
+    lang: str | None
+
+
+class ComparedPrompt(TypedDict):
+    """A prompt with each stage's answer; of a held-out row its group, language and own answer, else None."""
+
+    prompt: str
+    held_out: str | None
+    lang: str | None
+    reference: str | None
+    answers: dict[str, ComparedAnswer]
+
+
+# The answers of stages of a run, and of a second one `with` it.
+Compared = TypedDict(
+    "Compared",
+    {
+        "run": str,
+        "with": str | None,
+        "model": str,
+        "max_new_tokens": int,
+        "stages": list[str],
+        "prompts": list[ComparedPrompt],
+    },
+)
+
+
+def rows_of(prompt: ComparedPrompt) -> list[tuple[str, str, str]]:
     """A prompt's answers: the stage, length, end and language in words, the text; a held-out row's own answer last."""
     rows = [(stage, note(answer), answer["text"] or "(no text)") for stage, answer in prompt["answers"].items()]
     return rows if prompt["reference"] is None else [*rows, ("reference", "from the data", prompt["reference"])]
 
 
-def note(answer: Mapping[str, Any]) -> str:
+def note(answer: ComparedAnswer) -> str:
     """`23 tokens, es`; `64 tokens, cut off, language unclear`."""
     words = [f"{answer['tokens']} token{'s' * (answer['tokens'] != 1)}"]
     words += [] if answer["finished"] else ["cut off"]
     return ", ".join([*words, *([answer["lang"] or "language unclear"] if answer["text"] else [])])
 
 
-def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def summary_rows(found: Compared) -> list[dict[str, str]]:
     """A row for each stage: how long its answers are, how many ended, how many are in their row's language."""
     rows = []
     for stage in found["stages"]:
@@ -47,7 +79,7 @@ def summary_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def about(found: Mapping[str, Any]) -> str:
+def about(found: Compared) -> str:
     """How the answers were made, and what their notes mean."""
     return (
         f"Greedy answers of at most {found['max_new_tokens']} tokens; cut off: not ended by then. "
@@ -65,20 +97,20 @@ def check_page(to: Path) -> None:
         trial.unlink()
 
 
-def write_comparison(to: Path, found: Mapping[str, Any]) -> None:
+def write_comparison(to: Path, found: Compared) -> None:
     """Write the answers as one self-contained HTML page. Raises InputError."""
     with telling_unwritable(to, "the page", HINT):
         write_text(to, plain(to_page(_document(found))))
 
 
-def samples_of(found: Mapping[str, Any]) -> tuple[Sample, ...]:
+def samples_of(found: Compared) -> tuple[Sample, ...]:
     """The prompts with their answers, as a page shows them."""
     return tuple(
         Sample(
             prompt["prompt"],
             prompt["lang"] or "",
             tuple(
-                Answer(f"{title}: {more}", text, prompt["answers"].get(title, {}).get("finished", True))
+                Answer(f"{title}: {more}", text, title not in prompt["answers"] or prompt["answers"][title]["finished"])
                 for title, more, text in rows_of(prompt)
             ),
         )
@@ -86,7 +118,7 @@ def samples_of(found: Mapping[str, Any]) -> tuple[Sample, ...]:
     )
 
 
-def _document(found: Mapping[str, Any]) -> Document:
+def _document(found: Compared) -> Document:
     names = [found["run"], *([found["with"]] if found["with"] else [])]
     count = len(found["prompts"])
     table = Table.of("comparison", "The answers of each stage", summary_rows(found), (), about(found))

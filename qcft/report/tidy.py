@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from qcft.recipe.stages import PROBES
+from qcft.store.table import Abilities, RunTable
 
 COLUMNS = ("arm", "seed", "stage", "language", "rows_of", "measure", "value", "low", "high")
 
 
-def tidy_rows(table: Mapping[str, Any], arm: str, seed: int) -> Iterator[dict[str, Any]]:
+def tidy_rows(table: RunTable, arm: str, seed: int) -> Iterator[dict[str, Any]]:
     """The numbers of a run's table under the names of COLUMNS.
 
-    `rows_of` is the held-out group or the task. `low` and `high` are the 95% interval (paired bootstrap over items) of
-    a change, None for what is no change. NLL is in nats per answer token; accuracy is the share of answer tokens right.
+    `rows_of` is the held-out group or the task. `low` and `high` are the 95% interval of a change, as the run's tables
+    have it, None for what is no change. NLL is in nats per answer token; accuracy is the share of answer tokens right.
     """
     for stage, language, rows_of, measure, value, low, high in (*_held_out(table), *_tasks(table["abilities"])):
         yield dict(zip(COLUMNS, (arm, seed, stage, language, rows_of, measure, value, low, high), strict=True))
@@ -23,16 +24,16 @@ def tidy_rows(table: Mapping[str, Any], arm: str, seed: int) -> Iterator[dict[st
 Row = tuple[str, str | None, str | None, str, float, float | None, float | None]
 
 
-def _held_out(table: Mapping[str, Any]) -> Iterator[Row]:
+def _held_out(table: RunTable) -> Iterator[Row]:
     langs = {group["name"]: group["lang"] for group in table["groups"]}
     for stage in table["stages"]:
         name = stage["stage"].removeprefix(PROBES)
         for group, score in stage["groups"].items():
-            for measure in ("nll", "accuracy"):
-                yield name, langs[group], group, measure, score[measure], None, None
+            yield name, langs[group], group, "nll", score["nll"], None, None
+            yield name, langs[group], group, "accuracy", score["accuracy"], None, None
         if stage["answers"]:
-            for measure, key in (("answer tokens", "mean_tokens"), ("answers finished", "finished")):
-                yield name, "en", None, measure, stage["answers"][key], None, None
+            yield name, "en", None, "answer tokens", stage["answers"]["mean_tokens"], None, None
+            yield name, "en", None, "answers finished", stage["answers"]["finished"], None, None
     for change in table["changes"]:
         since = f"nll since {change['from'].removeprefix(PROBES)}"
         for group, one in change["groups"].items():
@@ -40,24 +41,25 @@ def _held_out(table: Mapping[str, Any]) -> Iterator[Row]:
                 *(change["to"].removeprefix(PROBES), langs[group], group, since),
                 *(one["value"], one["low"], one["high"]),
             )
-    for stage, kept in table["kept"].items():
+    for merged, kept in table["kept"].items():
         if kept["share"] is not None:
-            yield stage, None, None, "kept", kept["share"], None, None
+            yield merged, None, None, "kept", kept["share"], None, None
 
 
-def _tasks(abilities: Mapping[str, Any]) -> Iterator[Row]:
+def _tasks(abilities: Abilities) -> Iterator[Row]:
     for table in abilities["tables"]:
         tasks = {task["task"]: task for task in table["tasks"]}
         for stage in table["stages"]:
             for name, score in stage["scores"].items():
                 yield stage["stage"], tasks[name]["lang"], name, tasks[name]["metric"], score, None, None
-            for side in ("EA", "MA", "overall"):
-                if stage[side] is not None:
-                    yield stage["stage"], None, None, side, stage[side], None, None
+            for side, mean in (("EA", stage["EA"]), ("MA", stage["MA"]), ("overall", stage["overall"])):
+                if mean is not None:
+                    yield stage["stage"], None, None, side, mean, None, None
         for change in table["changes"]:
             for name, one in change["tasks"].items():
                 measure = f"{tasks[name]['metric']} since {change['from']}"
                 yield change["to"], tasks[name]["lang"], name, measure, one["value"], one["low"], one["high"]
     for cell in abilities["fidelity"]:
-        if cell["right"] is not None:
-            yield cell["stage"], cell["lang"], cell["task"], "answers in their language", cell["right"], None, None
+        for lang, answered in cell["languages"].items():
+            if answered["right"] is not None:
+                yield cell["stage"], lang, cell["task"], "answers in their language", answered["right"], None, None

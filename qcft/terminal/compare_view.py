@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.padding import Padding
 from rich.table import Table
 
-from qcft.report.comparison import LANGUAGE, about, rows_of, summary_rows
+from qcft.report.comparison import LANGUAGE, Compared, about, rows_of, summary_rows
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records
 
 NARROW = 30  # characters of a column that can still be read
 
 
-def print_comparison(found: Mapping[str, Any]) -> None:
+def print_comparison(found: Compared) -> None:
     """Each prompt with its answers, then each stage's answers in figures."""
     console = stdout()
     for number, prompt in enumerate(found["prompts"], start=1):
