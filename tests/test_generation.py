@@ -20,7 +20,7 @@ from qcft.data.encode import Encoder
 from qcft.data.rows import Message, Row
 from qcft.events import Note, Watch
 from qcft.files import read_json
-from qcft.models.generate import Sampling, _Nucleus, answer_batches
+from qcft.models.generate import Nucleus, Sampling, answer_batches
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Model, Phase, ReplayPart, load_recipe
 from qcft.replay.generation import Answering, Generated, Generation
@@ -207,7 +207,7 @@ def test_the_nucleus_is_that_of_transformers_and_its_draws_follow_the_probabilit
     scores = torch.randn(1, 300) * 2
     expected = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(0.7)(None, scores)).softmax(-1)[0]
     draws = 3000
-    nucleus = _Nucleus(Sampling(1, 0.7, top_p), list(range(draws)))
+    nucleus = Nucleus(Sampling(1, 0.7, top_p), list(range(draws)))
     found = nucleus(torch.zeros(draws, 1), scores.expand(draws, -1))
     assert (torch.isfinite(found).sum(1) == 1).all()
     counts = torch.bincount(found.argmax(1), minlength=300) / draws
@@ -217,7 +217,7 @@ def test_the_nucleus_is_that_of_transformers_and_its_draws_follow_the_probabilit
 
 def test_more_than_the_likeliest_are_looked_at_where_the_mass_is_spread():
     scores = torch.zeros(4, 5000)
-    found = _Nucleus(Sampling(1, 1.0, 0.9), [0, 1, 2, 3])(torch.zeros(4, 1), scores)
+    found = Nucleus(Sampling(1, 1.0, 0.9), [0, 1, 2, 3])(torch.zeros(4, 1), scores)
     assert len(set(found.argmax(1).tolist())) == 4
 
 

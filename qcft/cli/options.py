@@ -111,14 +111,15 @@ def options(
 
 
 @contextmanager
-def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Watch]:
-    """Work that is shown on stderr and hears Ctrl-C."""
+def watched(quiet: bool, shown_by: type[Reporter] | None = None, stops: bool = True) -> Iterator[Watch]:
+    """Work that is shown on stderr and, where it `stops`, hears Ctrl-C."""
     from qcft.events import Watch
     from qcft.terminal import progress
 
     reporter = (shown_by or progress.Reporter)(quiet)
     watch = Watch(reporter)
-    hear_signals(watch)
+    if stops:
+        hear_signals(watch)
     try:
         yield watch
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 
+from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
@@ -68,7 +70,7 @@ class Reporter:
             self._said = now
         figures = "  ".join(f"{k} {v}" if k in {"loss", "peak"} else v for k, v in event.stats.items())
         text = f"{self._pace(event, now)}  {figures}".rstrip()
-        if not self.console.is_terminal:
+        if not (self.console.is_terminal or _has_widgets(self.console)):
             if now - self._said > QUIET_SECONDS:
                 self._said = now
                 self.console.print(said(f"      {event.label}: {_of(event)}  {text}", style="dim"), soft_wrap=True)
@@ -100,6 +102,16 @@ class Reporter:
         if self._bars is not None:
             self._bars.stop()
         self._bars, self._task, self._label = None, None, ""
+
+
+def notebook_reporter() -> Reporter | None:
+    """What shows the work in a notebook; None elsewhere."""
+    return Reporter() if stderr().is_jupyter else None
+
+
+def _has_widgets(console: Console) -> bool:
+    """Whether this is a notebook with what Rich's bars need to be drawn again in their place."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 def _of(event: Progress) -> str:
