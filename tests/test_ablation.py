@@ -422,6 +422,7 @@ def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
 
 ARMS_OF = {
     "quick-ablation-cpu": 6,
+    "beyond": 15,
     "free-remedies": 7,
     "lora-baseline": 12,
     "ablation-8gb": 27,
@@ -429,7 +430,7 @@ ARMS_OF = {
     "paper-mistral-7b": 58,
     "paper-llama3-8b": 58,
 }
-ON_SHIPPED_DATA = ["quick-ablation-cpu", "free-remedies", "lora-baseline"]
+ON_SHIPPED_DATA = ["quick-ablation-cpu", "beyond", "free-remedies", "lora-baseline"]
 
 
 def test_every_recipe_that_ships_is_in_these_tests():
