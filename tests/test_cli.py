@@ -134,7 +134,7 @@ def test_no_traceback_without_debug(qcft, recipe_file, monkeypatch):
         ("", 0, "mod\\xe8le"),  # a terminal that has no such letter
         (">&-", 0, ""),
         (">/dev/full", 1, "error: the disk that is written to is full\nhint: free some space"),
-        ("--runs ../x; rmdir ../gone; python -m qcft ls", 2, "error: the working folder is no more\nhint: "),
+        ("--runs ../x; rmdir ../gone; python -m qcft ls", 2, "error: the current folder was deleted\nhint: "),
     ],
     ids=["ASCII", "closed", "full", "no folder"],
 )

@@ -8,21 +8,29 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import As, DryRun, Json, Quiet, Runs, Set, app, show_work, watched
+from qcft.cli.grouped import RUN
+from qcft.cli.options import As, DryRun, Json, Quiet, Runs, Set, command, show_work, watched
 
 
-@app.command()
+@command(RUN, "qcft ablate quick-ablation-cpu --dry-run")
 def ablate(
-    recipe: Annotated[str, typer.Argument(help="A recipe file with an ablation section, or a built-in name.")],
-    arms: Annotated[str | None, typer.Option("--arms", metavar="A,B", help="Only these arms.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.")] = None,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe file with an ablation section, or a built-in name.")
+    ],
+    arms: Annotated[
+        str | None, typer.Option("--arms", metavar="A,B", help="Only these arms.", show_default="all")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.", show_default="all")
+    ] = None,
     set_: Set = None,
     name: As = None,
     in_process: Annotated[
-        bool, typer.Option("--in-process", help="In this process: one that crashes ends all arms.")
+        bool, typer.Option("--in-process", help="Run all arms in this process (a crash in one arm then stops all).")
     ] = False,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="ray[:ADDRESS]", help="Steps as tasks of a Ray cluster, in parallel.")
+        str | None,
+        typer.Option("--on", metavar="ray[:ADDRESS]", help="Run steps as tasks of a Ray cluster, in parallel."),
     ] = None,
     supervised: Annotated[str | None, typer.Option("--supervised", hidden=True)] = None,
     runs: Runs = Path("runs"),
@@ -30,7 +38,10 @@ def ablate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run every arm of a recipe with every seed; what they share runs once, one that fails leaves the others going."""
+    """Run all variants (arms) of a recipe with all seeds.
+
+    Shared steps run once; if one arm fails, the others continue.
+    """
     from qcft import api
     from qcft.ablation.supervise import stop_with_parent, supervise
     from qcft.cli.flags import parse_seeds, split, words

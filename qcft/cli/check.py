@@ -7,27 +7,33 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import Json, Quiet, Runs, Set, app, show_work
+from qcft.cli.grouped import KEEP, LOOK
+from qcft.cli.options import Json, Quiet, RecipeName, Runs, Set, command, show_work
 
 
-@app.command()
+@command(LOOK, "qcft check quickstart --vram 8GB")
 def check(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    recipe: RecipeName,
     set_: Set = None,
     vram: Annotated[
         str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a GPU that is not here, e.g. 8GB.")
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time optimizer steps that are really taken.")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of each phase to print.")] = 2,
+    measure: Annotated[bool, typer.Option("--measure", help="Run a few real optimizer steps and time them.")] = False,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=0, help="Rows of each phase to print.")] = 2,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="Folder or hub id of a sentence encoder, to compare the phases' data [LaBSE]."),
+        typer.Option(
+            "--encoder",
+            metavar="MODEL",
+            help="Folder or hub id of a sentence encoder, to compare the phases' data.",
+            show_default="LaBSE",
+        ),
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a recipe would take: memory by part, disk, time; how alike its phases are; rows as trained on."""
+    """Estimate memory, time and disk for a recipe and show sample rows. Trains nothing."""
     from qcft.check.recipe import check_recipe
     from qcft.cli.flags import size_of
     from qcft.recipe import load_recipe, parse_assignments
@@ -37,9 +43,12 @@ def check(
     show_work(lambda watch: check_recipe(loaded, runs, watch, size, measure, rows, encoder), print_check, json_, quiet)
 
 
-@app.command()
+@command(KEEP, "qcft doctor")
 def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
-    """Try what qcft rests on: packages, GPU, 4-bit products, disk, hub; exit code 1 when something needed is broken."""
+    """Check that the installation works: packages, GPU, 4-bit maths, disk, hub.
+
+    Exit code 1 if something required is broken.
+    """
     from dataclasses import asdict
 
     from qcft.check.doctor import examine

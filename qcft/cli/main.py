@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ def main() -> NoReturn:
     try:
         os.getcwd()
     except FileNotFoundError:
-        _fail("the working folder is no more", "go to one that is there", 2)
+        _fail("the current folder was deleted", "cd to an existing folder", 2)
     hear(stop_at_once)  # until work begins, which hears them itself
     try:
         _check_words(sys.argv[1:])
@@ -68,7 +69,7 @@ def _check_words(arguments: list[str]) -> None:
             before = flag
         elif argument.strip():
             continue
-        what = f"{before}: the value given" if before.startswith("--") else "an argument"
+        what = f"{before}: the value given" if re.match("--?[a-z]", before) else "an argument"
         raise InputError(f"{what} is empty", "give one, or leave it out; a shell variable that is not set is empty")
 
 

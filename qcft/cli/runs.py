@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcft.cli.grouped import LOOK, RUN
 from qcft.cli.options import (
     AnchorKind,
     As,
@@ -20,11 +21,12 @@ from qcft.cli.options import (
     Json,
     Model,
     Quiet,
+    RecipeName,
     Runs,
     Set,
     Take,
     Test,
-    app,
+    command,
     show_work,
     watched,
 )
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
     from qcft.report.shown import ReportWritten
 
 
-@app.command()
+@command(RUN, "qcft run quickstart --set seed=1 --as second")
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    recipe: RecipeName,
     set_: Set = None,
     name: As = None,
     runs: Runs = Path("runs"),
@@ -56,13 +58,14 @@ def run(
     run_and_show(loaded, runs, dry_run, json_, quiet)
 
 
-@app.command()
+@command(RUN, "qcft phase1 spanish --model smollm2-135m-instruct --data en.jsonl")
 def phase1(
-    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    run: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run.")],
     model: Model = None,
     data: Data = None,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")
+        str | None,
+        typer.Option("--adapter", metavar="FOLDER", help="A PEFT adapter to use as phase 1, instead of data."),
     ] = None,
     take: Take = None,
     columns: Columns = None,
@@ -75,7 +78,7 @@ def phase1(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the first phase (English, unless --data says LANG=PATH), or take in an adapter."""
+    """Train the first phase (English, unless --data says LANG=PATH), or import an adapter."""
     from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase1_recipe
 
@@ -84,16 +87,22 @@ def phase1(
     run_and_show(recipe, runs, dry_run, json_, quiet)
 
 
-@app.command()
+@command(RUN, "qcft phase2 spanish --data es=es.jsonl --replay 0.2")
 def phase2(
     run: Annotated[
-        str | None, typer.Argument(help="Run with a phase 1 [default: the latest]; a new name with --model.")
+        str | None,
+        typer.Argument(
+            metavar="RUN", help="Run with a phase 1; a new name with --model.", show_default="the latest run"
+        ),
     ] = None,
     model: Model = None,
     data: Data = None,
-    replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,
+    replay: Annotated[
+        float | None, typer.Option("--replay", metavar="SHARE", help="Replay's share of the mix, e.g. 0.2.")
+    ] = None,
     replay_loss: Annotated[
-        str | None, typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer (default) or distil.")
+        str | None,
+        typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer or distil.", show_default="answer"),
     ] = None,
     freeze: Freeze = None,
     anchor: AnchorKind = None,
@@ -118,7 +127,7 @@ def phase2(
     run_and_show(recipe, runs, dry_run, json_, quiet, of, earlier)
 
 
-@app.command()
+@command(LOOK, "qcft recipes --show quickstart")
 def recipes(
     show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print one recipe.")] = None,
     json_: Json = False,
@@ -137,7 +146,7 @@ def recipes(
     )
 
 
-@app.command()
+@command(LOOK, "qcft ls")
 def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     """List the runs, the latest first."""
     from qcft.cli.listings import runs_listed
@@ -152,9 +161,12 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
         tables.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
 
 
-@app.command()
+@command(LOOK, "qcft show spanish")
 def show(
-    run: Annotated[str | None, typer.Argument(help="A run, or an ablation [default: the latest run].")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="A run, or an ablation.", show_default="the latest run"),
+    ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -183,14 +195,15 @@ def show(
         tables.print_cost(cost)
 
 
-@app.command()
+@command(LOOK, "qcft report spanish spanish-2 --to both/")
 def report(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs, several as arms [default: the latest].")
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Runs (several as arms).", show_default="the latest"),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("--to", metavar="DIR", help="Folder to write [default: the run's, or report]."),
+        typer.Option("--to", "-o", metavar="DIR", help="Folder to write.", show_default="the run's own, or report"),
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,

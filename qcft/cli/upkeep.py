@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import Json, Runs, app
+from qcft.cli.grouped import KEEP
+from qcft.cli.options import Json, Runs, command
 
 
-@app.command()
+@command(KEEP, "qcft gc --delete")
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; else they are only listed.")] = False,
     runs: Runs = Path("runs"),
@@ -37,7 +38,7 @@ def gc(
     tables.say(f"{len(rows)} {'removed' if delete else 'that no run needs'}, {format.size(total)}{more}")
 
 
-@app.command()
+@command(KEEP, "qcft rm spanish-2")
 def rm(
     run: Annotated[str, typer.Argument(help="Name of the run.")],
     runs: Runs = Path("runs"),
