@@ -1,6 +1,6 @@
 """What a person sees of an ablation: its plan, its arms while they run, what they came to.
 
-In a terminal the arms are a table that stays in its place, elsewhere plain lines.
+In a terminal the arms are a table that stays in its place, over a line of the running arm's work; elsewhere lines.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -35,7 +36,7 @@ class _Line:
 
 
 class ArmsReporter(Reporter):
-    """A listener that shows arms; what the plain reporter shows of an arm's steps is one cell of the table."""
+    """A listener that shows arms; the running arm's step is a cell of the table, its progress the line below."""
 
     def __init__(self, quiet: bool = False) -> None:
         super().__init__(quiet)
@@ -47,7 +48,7 @@ class ArmsReporter(Reporter):
         """Leave the table as it stands."""
         super().close()
         if self.live is not None:
-            self.live.update(self.table(), refresh=True)
+            self.live.update(self.shown(), refresh=True)
             self.live.stop()
 
     def __call__(self, event: Event) -> None:
@@ -59,7 +60,7 @@ class ArmsReporter(Reporter):
                 super().__call__(event)
         elif self.running and isinstance(event, (StepBegun, Progress)):
             self._step(self.lines[self.running], event)
-            self.live.update(self.table())
+            self.live.update(self.shown())
 
     def _arm(self, event: ArmChanged) -> None:
         self._clear()
@@ -75,7 +76,7 @@ class ArmsReporter(Reporter):
             if self.live is None:
                 self.live = Live(console=self.console, refresh_per_second=1 / SHOWN)
                 self.live.start()
-            self.live.update(self.table())
+            self.live.update(self.shown())
             return
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
@@ -83,15 +84,15 @@ class ArmsReporter(Reporter):
         self.console.print(said(text, style=STYLES[event.state]), soft_wrap=True)
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
-        if isinstance(event, StepBegun):
-            line.what = f"{event.position}/{event.total} {event.title}"
-            self._label = ""
+        if isinstance(event, Progress):
+            self._follow(event, time.monotonic())
         else:
-            now = time.monotonic()
-            if event.label != self._label:
-                self._label, self._begun, self._first = event.label, now, event.done
-            share = f" {event.done / event.total:.0%}" if event.total else ""
-            line.what = f"{event.label}{share}  {self._pace(event, now)}"
+            line.what = f"{event.position}/{event.total} {event.title}"
+            self._bar = None
+
+    def shown(self) -> RenderableType:
+        """The table, and the line of progress under it."""
+        return Group(self.table(), self._bar) if self._bar is not None else self.table()
 
     def table(self) -> Table:
         """The arms as they stand."""
@@ -104,7 +105,7 @@ class ArmsReporter(Reporter):
 
     def _window(self) -> list[tuple[str, _Line]]:
         """The lines that the terminal has room for: around the running one."""
-        lines, room = list(self.lines.items()), max(3, self.console.height - 3)
+        lines, room = list(self.lines.items()), max(3, self.console.height - 4)
         at = list(self.lines).index(self.running) if self.running else 0
         first = max(0, min(at - room // 2, len(lines) - room))
         return lines[first : first + room]
