@@ -14,7 +14,7 @@ import yaml
 from qcft.errors import InputError, nearest
 from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
-from qcft.recipe.stages import ABILITIES, DRIFT, is_measurement
+from qcft.recipe.stages import is_measurement
 from qcft.store.holding import hold, runs_lock
 from qcft.store.steps import FREE, check_layout, now
 
@@ -88,8 +88,7 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
             write_json(folder / RUN, {**(read_json(folder / RUN) or {}), "stages": both})
         return NamedRun(name, folder, both)
-    before = {stage: step for stage, step in already.items() if stage.startswith((ABILITIES, DRIFT))}
-    stages = {**stages, **{stage: step for stage, step in before.items() if stage not in stages}}
+    stages = {**stages, **{stage: step for stage, step in already.items() if stage not in stages}}  # measured since
     folder.mkdir(exist_ok=True)
     created = (read_json(folder / RUN) or {}).get("created") or now()
     write_json(folder / RUN, {"version": LAYOUT, "created": created, "stages": stages})  # first: it makes it a run
