@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
@@ -9,7 +10,8 @@ from rich.console import Console
 from qcft.events import ArmChanged, Progress, StepBegun
 from qcft.terminal.ablation_view import ArmsReporter
 from qcft.terminal.format import remaining
-from qcft.terminal.progress import Bar
+from qcft.terminal.progress import Bar, Reporter
+from qcft.terminal.streams import CleanConsole
 
 STATS = {"loss": "5.346", "speed": "1,234 tokens/s", "peak": "11.1 GiB cuda", "English": "English NLL 2.816 (+0.3%)"}
 
@@ -95,3 +97,42 @@ def test_the_view_of_an_ablation_shows_english_too(width, monkeypatch):
 )
 def test_time_left_is_no_more_exact_than_it_is_known(seconds, says):
     assert remaining(seconds) == says
+
+
+def reused(position, total=10, title="train phase2"):
+    return StepBegun("train-1", title, position, total, "reused")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_steps_that_are_reused_are_one_line(terminal, capsys):
+    told = Reporter()
+    told.console = CleanConsole(sys.stderr)
+    told.console._force_terminal = terminal
+    for position in range(1, 10):
+        told(reused(position))
+    told(StepBegun("probe-1", "measure phase2", 10, 10, "resumed"))
+    told(reused(1, 1))
+    told.close()
+    told.close()
+    shown = capsys.readouterr().err
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines() == [
+        "9 steps reused",
+        "[10/10] measure phase2, resumed",
+        "1 step reused",
+    ]
+
+
+def test_a_text_is_wrapped_by_word_on_a_terminal_and_one_line_elsewhere():
+    text = "the lowest layers are frozen: their output is computed once per row"
+    shown = []
+    for terminal in (True, False):
+        stream = io.StringIO()
+        console = CleanConsole(stream)
+        console._force_terminal, console.width = terminal, 30
+        console.told(text, indent=6)
+        shown.append(stream.getvalue())
+    lines = [line.rstrip() for line in shown[0].splitlines()]
+    assert len(lines) > 2
+    assert all(len(line) <= 30 and line.startswith("      ") for line in lines)
+    assert " ".join(line.strip() for line in lines) == text
+    assert shown[1] == f"      {text}\n"

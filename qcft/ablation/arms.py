@@ -25,6 +25,7 @@ from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
 from qcft.training.batches import make_batches
+from qcft.words import counted
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def begin_ablation(
     done = sum(store.state(step) == "done" for step in steps)
     for change in changes_of(named):
         watch.tell(change("to do"))
-    watch.note(f"{ablation.name}: {len(arms)} runs, {every} steps, {len(steps)} of them different, {done} done before")
+    watch.note(
+        f"{ablation.name}: {counted(len(arms), 'run')}, {counted(every, 'step')}, {len(steps)} of them different, "
+        f"{done} done before"
+    )
     return ablation, named
 
 
@@ -188,7 +192,9 @@ def told(error: Exception, step: Step | None) -> Fault:
 def _in_words(done: Run) -> str:
     """The last phase's length in steps and tokens, and what became of English since the base."""
     trained = done.trainings()
-    length = f"{sum(m['steps'] for m in trained)} steps, {sum(m['tokens'] for m in trained):,} tokens"
+    length = (
+        f"{counted(sum(m['steps'] for m in trained), 'step')}, {counted(sum(m['tokens'] for m in trained), 'token')}"
+    )
     since_base = next((c for c in done.table["changes"] if c["from"] == "eval/base"), None)
     english = next((g["name"] for g in done.table["groups"] if g["english"]), None)
     if since_base is None or english is None:

@@ -30,6 +30,7 @@ from qcft.store.runs import NamedRun, held_run, link_stage
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.steps.step import Bench
@@ -99,7 +100,10 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
     records = {step.id: store.done(step.id, watch) for step in steps}
     estimated: dict[str, float] = {}
     finished = sum(record is not None for record in records.values())
-    watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
+    watch.note(
+        f"{recipe.name}: {recipe.model.name}, {counted(len(steps), 'step')}"
+        + f", {finished} done before" * bool(finished)
+    )
     if finished < len(steps):
         quiet()
         if world() == 1 and (card := choose_card()):
@@ -164,7 +168,7 @@ def raise_failed(done: Run) -> None:
     """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
     if done.failed:
         raise QcftError(
-            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
+            f"{counted(len(done.failed), 'evaluation')} failed: "
             + ", ".join(stage.removeprefix(ABILITIES) for stage in done.failed),
             "the others are kept; the same command tries these again",
         )

@@ -17,8 +17,9 @@ from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
 from qcft.report.ablation import Outcome, Spread, in_words
 from qcft.terminal.format import duration, size
 from qcft.terminal.progress import Reporter
-from qcft.terminal.streams import said, stderr, stdout
+from qcft.terminal.streams import stderr, stdout
 from qcft.terminal.tables import grid, print_lines, print_records, say
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.ablation.dry_run import AblationPlan, Sums
@@ -81,7 +82,7 @@ class ArmsReporter(Reporter):
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
-        self.console.print(said(text, style=STYLES[event.state]), soft_wrap=True)
+        self.console.told(text, STYLES[event.state])
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
         if isinstance(event, Progress):
@@ -115,7 +116,7 @@ def tell_crash(text: str) -> None:
     """A line on an arm whose process crashed, which may have left the terminal without its cursor."""
     console = stderr()
     console.show_cursor()
-    console.print(said(text), soft_wrap=True)
+    console.told(text)
 
 
 def print_plan(plan: AblationPlan) -> None:
@@ -134,7 +135,7 @@ def print_plan(plan: AblationPlan) -> None:
     print_records(rows)
     total = plan["total"]
     stdout().print(
-        f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
+        f"{counted(total['steps'], 'step')}, {total['shared']} of them shared; {total['done']} done; "
         f"the rest takes {_cost(total)} and writes {_size(total)}, "
         "going by done steps of their kind, else by shapes"
     )

@@ -10,6 +10,7 @@ from qcft.report.cells import left_out
 from qcft.terminal.format import gib, minutes
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records, print_rows
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.check.recipe import Checked
@@ -65,7 +66,8 @@ def check_lines(found: Checked) -> list[str]:
         how = "recomputing activations" if phase["gradient_checkpointing"] else "keeping activations"
         known = "" if phase["freeze_is_known"] else "; which layers are frozen is known only once they are measured"
         lines.append(
-            f"  {phase['steps']} optimizer steps over {phase['rows']:,} rows, {phase['tokens']:,} tokens, "
+            f"  {counted(phase['steps'], 'optimizer step')} over {counted(phase['rows'], 'row')}, "
+            f"{counted(phase['tokens'], 'token')}, "
             f"at most {phase['pass_tokens']:,} at once, {how}{known}"
         )
         if phase["terms"]:

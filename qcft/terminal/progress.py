@@ -13,6 +13,7 @@ from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
 from qcft.terminal.format import duration, remaining
 from qcft.terminal.streams import said, stderr
 from qcft.terminal.tables import mix_table
+from qcft.words import counted
 
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
 NARROW, WIDE = 8, 24  # columns of a bar
@@ -83,6 +84,7 @@ class Reporter:
         self._bar: Bar | None = None
         self._live: Live | None = None
         self._said = 0.0
+        self._reused = 0
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -90,28 +92,36 @@ class Reporter:
             self._progress(event)
             return
         self._clear()
+        if isinstance(event, StepBegun) and event.state == "reused":
+            self._reused += 1
+            return
+        self._tell_reused()
         if isinstance(event, Note):
             style = "yellow" if event.level == "warning" else "dim"
             prefix = "warning: " if event.level == "warning" else ""
             if not self.quiet or event.level == "warning":
-                self.console.print(said(f"{prefix}{event.text}", style=style), soft_wrap=True)
+                self.console.told(f"{prefix}{event.text}", style)
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
-            how = {"new": "", "resumed": "  going on from where it stopped", "reused": "  done before, reused"}[
-                event.state
-            ]
-            style = "dim" if event.state == "reused" else "bold"
-            self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style=style))
+            how = ", resumed" if event.state == "resumed" else ""
+            self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style="bold"))
         elif isinstance(event, StepEnded):
             more = f": {event.summary}" if event.summary else ""
-            self.console.print(said(f"      {duration(event.seconds)}{more}", style="dim"), soft_wrap=True)
+            self.console.told(f"{duration(event.seconds)}{more}", "dim", indent=6)
         elif isinstance(event, Mixed):
             self.console.print(mix_table(event))
 
     def close(self) -> None:
         """Take the bar off the screen."""
         self._clear()
+        self._tell_reused()
+
+    def _tell_reused(self) -> None:
+        """One line for all steps that were reused one after another."""
+        if self._reused and not self.quiet:
+            self.console.told(f"{counted(self._reused, 'step')} reused", "dim")
+        self._reused = 0
 
     def _progress(self, event: Progress) -> None:
         if self.quiet:
@@ -125,7 +135,7 @@ class Reporter:
         if not self.console.is_terminal:
             if now - self._said > QUIET_SECONDS:
                 self._said = now
-                self.console.print(said(f"      {self._bar.in_words()}", style="dim"), soft_wrap=True)
+                self.console.told(self._bar.in_words(), "dim", indent=6)
         elif self._live is None:
             self._live = Live(self._bar, console=self.console, refresh_per_second=10, transient=True)
             self._live.start()

@@ -31,6 +31,7 @@ from qcft.store.table import Abilities, RunTable, TaskOf, TasksTable
 from qcft.terminal.format import duration
 from qcft.terminal.streams import said, stderr, stdout
 from qcft.training.reference import terms_in_words
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.inspect.layers import LayersTable
@@ -63,7 +64,10 @@ def mix_table(mixed: Mixed) -> Table:
     rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
     terms = f", {mixed.terms}" if mixed.terms else ""
-    title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}{terms}"
+    title = (
+        f"{mixed.phase}: {counted(mixed.steps, 'step')} of about "
+        f"{counted(round(mixed.rows_per_step), 'row')}{frozen}{terms}"
+    )
     cells = [
         (
             *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.tokens:,}", f"{s.tokens / tokens:.1%}"),
@@ -115,8 +119,8 @@ def print_abilities(abilities: Abilities) -> None:
 
 
 def _task_title(task: TaskOf) -> str:
-    shots = f", {task['shots']} shots" if task["shots"] else ""
-    return f"{task['task']}\n{task['metric']}, {task['items']} items{shots}"
+    shots = f", {counted(task['shots'], 'shot')}" if task["shots"] else ""
+    return f"{task['task']}\n{task['metric']}, {counted(task['items'], 'item')}{shots}"
 
 
 def _settings(table: TasksTable) -> str:
@@ -144,7 +148,7 @@ def print_cost(cost: RunCost) -> None:
     """What a run's done steps took, in one line."""
     tokens = f", {cost['tokens']:,} tokens trained or generated" if cost["tokens"] else ""
     text = (
-        f"{cost['steps']} steps done in {duration(cost['seconds'])}{tokens}; "
+        f"{counted(cost['steps'], 'step')} done in {duration(cost['seconds'])}{tokens}; "
         f"peak memory {cost['peak_bytes'] / 2**30:.2f} GiB; {cost['disk_bytes'] / 1e6:,.0f} MB on disk."
     )
     print_lines([text])
@@ -175,7 +179,8 @@ def print_replay(shown: ReplayShown) -> None:
     )
     for cost in (part["generation"] for part in shown["parts"] if part["generation"]):
         console.print(
-            f"generated {cost['answers']:,} answers, {cost['tokens']:,} tokens in {duration(cost['seconds'])}: "
+            f"generated {counted(cost['answers'], 'answer')}, {counted(cost['tokens'], 'token')} in "
+            f"{duration(cost['seconds'])}: "
             f"{cost['tokens_per_second']:,.0f} tokens/s in batches of at most {cost['batch']}"
         )
     for sample in shown["samples"]:
@@ -248,13 +253,13 @@ def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ())
 
 def say(text: str, style: str = "") -> None:
     """A line beside the data, on stderr."""
-    stderr().print(said(text, style), soft_wrap=True)
+    stderr().told(text, style)
 
 
 def print_lines(lines: Iterable[str], style: str = "") -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
-        stdout().print(said(line, style), soft_wrap=True)
+        stdout().told(line, style)
 
 
 def show(document: Thing, json_: bool, printed: Callable[[Thing], None]) -> None:
@@ -271,9 +276,10 @@ def print_json(document: Any) -> None:
 def print_error(message: str, hint: str) -> None:
     """One line that says what is wrong, one that says what to do."""
     console = stderr()
-    console.print(Text.assemble(("error: ", "bold red"), _one_line(message)), soft_wrap=True)
+    wrapped = not console.is_terminal
+    console.print(Text.assemble(("error: ", "bold red"), _one_line(message)), soft_wrap=wrapped)
     if hint:
-        console.print(Text.assemble(("hint: ", "bold"), _one_line(hint)), soft_wrap=True)
+        console.print(Text.assemble(("hint: ", "bold"), _one_line(hint)), soft_wrap=wrapped)
 
 
 def _one_line(text: str) -> str:
