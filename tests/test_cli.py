@@ -179,13 +179,26 @@ def test_run_then_show_ls_and_phase2(qcft, recipe_file, tmp_path):
     assert "phase1 en *" in out
     assert "English (phase1 en)" in out
     _, out, _ = qcft("ls", "--json")
-    assert json.loads(out)[0] | {"model": ""} == {
+    (listed,) = json.loads(out)
+    english = next(g["name"] for g in table["groups"] if g["english"])
+    assert listed.pop("english") == table["changes"][0]["groups"][english]
+    assert listed.pop("made").startswith("20")
+    assert listed | {"model": ""} == {
         "run": "tiny",
+        "kind": "run",
         "model": "",
-        "phases": "phase1, phase2",
-        "steps done": "10 of 10",
+        "phases": ["phase1", "phase2"],
+        "data": {"phase1": ["en"], "phase2": ["es", "pt"]},
+        "replay": 0.2,
+        "freeze": "first:1",
+        "steps": 10,
+        "done": 10,
         "state": "done",
+        "ablation": None,
+        "runs": None,
+        "problem": None,
     }
+    assert qcft("ls")[1].splitlines()[1].split()[:5] == ["tiny", "done", "10", "of", "10"]
     # The latest run with a phase 1, its own data, another ratio: a new run that shares what it can.
     code, out, err = qcft("phase2", "--replay", "0.1", "--freeze", "last:1", "--json")
     assert code == 0, err

@@ -36,16 +36,24 @@ class PreparedArm:
     prepared: PlannedRecipe
 
 
-def prepare_arms(arms: Sequence[ArmRun], watch: Watch) -> list[PreparedArm]:
-    """Read the data of all arms and plan their steps; what they share is read once. Raises InputError with the arm."""
+def prepare_arms(arms: Sequence[ArmRun], watch: Watch, missing: dict[str, str] | None = None) -> list[PreparedArm]:
+    """Read the data of all arms and plan their steps; what they share is read once.
+
+    Raises InputError with the arm; with `missing`, notes there by run what an arm lacks, and leaves it out.
+    """
     set_environment()
     memo: dict[Any, Any] = {}
     found = []
     for number, arm in enumerate(arms):
         watch.progress("reading the arms", number, len(arms), "arms")
-        with _naming(arm):
-            recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
-            found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+        try:
+            with _naming(arm):
+                recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
+                found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+        except InputError as error:
+            if missing is None:
+                raise
+            missing[arm.recipe.name] = error.message
     return found
 
 

@@ -18,7 +18,8 @@ def ablate(
         str, typer.Argument(metavar="RECIPE", help="A recipe file with an ablation section, or a built-in name.")
     ],
     arms: Annotated[
-        str | None, typer.Option("--arms", metavar="A,B", help="Only these arms.", show_default="all")
+        str | None,
+        typer.Option("--arms", metavar="A,B", help="Only these arms, or patterns.", show_default="all"),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.", show_default="all")
@@ -32,6 +33,7 @@ def ablate(
         str | None,
         typer.Option("--on", metavar="ray[:ADDRESS]", help="Run steps as tasks of a Ray cluster, in parallel."),
     ] = None,
+    list_: Annotated[bool, typer.Option("--list", "-l", help="List the arms, their seeds and what they set.")] = False,
     supervised: Annotated[str | None, typer.Option("--supervised", hidden=True)] = None,
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
@@ -43,6 +45,7 @@ def ablate(
     Shared steps run once; if one arm fails, the others continue.
     """
     from qcft import api
+    from qcft.ablation.dry_run import arms_listed
     from qcft.ablation.supervise import stop_with_parent, supervise
     from qcft.cli.flags import parse_seeds, split, words
     from qcft.errors import InputError
@@ -55,9 +58,14 @@ def ablate(
     changes = parse_assignments(set_ or []) | ({"name": name} if name else {})
     plain, every = load_ablation(recipe, changes)
     chosen = chosen_arms(every, words("--arms", arms), parse_seeds(seeds))
-    if dry_run:
-        show_work(lambda watch: api.plan_ablation(chosen, runs, watch), ablation_view.print_plan, json_, quiet)
+    if list_:
+        tables.show(arms_listed(chosen), json_, ablation_view.print_arms)
         return
+    if arms and chosen[0].recipe.heldout.of and not quiet:
+        tables.say("each arm also measures the held-out rows of the other arms' data, which has to be here too", "dim")
+    if dry_run:
+        plan = show_work(lambda watch: api.plan_ablation(chosen, runs, watch), ablation_view.print_plan, json_, quiet)
+        raise typer.Exit(2 if plan["missing"] else 0)
     if not in_process and supervised is None and on is None:
         raise typer.Exit(supervise(sys.argv[1:], runs, ablation_view.tell_crash))
     with watched(quiet, ablation_view.ArmsReporter) as watch, stop_with_parent(watch, supervised is not None):

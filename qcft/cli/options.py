@@ -158,13 +158,14 @@ def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Wat
 
 def show_work(
     work: Callable[[Watch], Thing], printed: Callable[[Thing], None], json_: bool, quiet: bool = False
-) -> None:
-    """Do watched work; print what it comes to as JSON, or as `printed` does."""
+) -> Thing:
+    """Do watched work; print what it comes to as JSON, or as `printed` does; return it."""
     from qcft.terminal import tables
 
     with watched(quiet) as watch:
         found = work(watch)
     tables.show(found, json_, printed)
+    return found
 
 
 def hear_signals(watch: Watch) -> None:

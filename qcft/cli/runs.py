@@ -148,15 +148,17 @@ def recipes(
 
 @command(LOOK, "qcft ls")
 def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
-    """List the runs, the latest first."""
-    from qcft.cli.listings import runs_listed
+    """List the runs, the latest first, and the ablations."""
+    from qcft.cli.listed import in_columns, runs_listed
     from qcft.terminal import tables
 
     listed = runs_listed(runs)
     if json_:
         tables.print_json(listed)
     elif listed:
-        tables.print_records(listed)
+        tables.print_fitting(in_columns(listed), right=("done", "English", "replay"))
+        tables.print_lines(f"{one['run']}: {one['problem']}" for one in listed if one["problem"])
+        tables.say("English: change of NLL in nats per answer token since phase 1 (above 0: worse)", "dim")
     else:
         tables.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
 

@@ -5,7 +5,9 @@ In a terminal the arms are a table that stays in its place, over a line of the r
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,9 +24,12 @@ from qcft.terminal.tables import grid, print_lines, print_records, say
 from qcft.words import counted
 
 if TYPE_CHECKING:
-    from qcft.ablation.dry_run import AblationPlan, Sums
+    from qcft.ablation.dry_run import AblationPlan, ArmListed, Sums
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
+PLAN_NOTE = (
+    "new: not shared with a run above. Times are estimates from finished steps of the same kind, else from model size."
+)
 SHOWN = 0.2  # seconds between two paintings
 
 
@@ -124,20 +129,44 @@ def print_plan(plan: AblationPlan) -> None:
     rows = [
         {
             "run": run["run"],
-            "steps": str(run["steps"]),
-            "not shared with a run above": str(run["own"]),
-            "of these done": str(run["done"]),
-            "to do takes": _cost(run),
-            "and writes": _size(run),
+            **(
+                dict.fromkeys(("steps", "new", "done", "time left", "disk"), "?")
+                if run["run"] in plan["missing"]
+                else {
+                    "steps": str(run["steps"]),
+                    "new": str(run["own"]),
+                    "done": str(run["done"]),
+                    "time left": _cost(run),
+                    "disk": _size(run),
+                }
+            ),
         }
         for run in plan["runs"]
     ]
     print_records(rows)
     total = plan["total"]
+    known = " of the runs that lack nothing" if plan["missing"] else ""
     stdout().print(
-        f"{counted(total['steps'], 'step')}, {total['shared']} of them shared; {total['done']} done; "
-        f"the rest takes {_cost(total)} and writes {_size(total)}, "
-        "going by done steps of their kind, else by shapes"
+        f"{counted(total['steps'], 'step')}{known}, {total['shared']} of them shared; {total['done']} done; "
+        f"the rest takes {_cost(total)} and writes {_size(total)}"
+    )
+    print_lines([PLAN_NOTE], "dim")
+    for text in dict.fromkeys(plan["missing"].values()):
+        say(f"missing: {text}", "yellow")
+
+
+def print_arms(arms: Sequence[ArmListed]) -> None:
+    """The arms of a recipe, their seeds, and what each sets."""
+    print_records(
+        [
+            {
+                "arm": arm["arm"],
+                "seeds": ", ".join(map(str, arm["seeds"])),
+                "sets": ", ".join(f"{key}={json.dumps(value)}" for key, value in arm["set"].items())
+                + (" (mixed: the data of all phases in one)" if arm["mixed"] else ""),
+            }
+            for arm in arms
+        ]
     )
 
 

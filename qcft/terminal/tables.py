@@ -251,9 +251,25 @@ def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ())
     stdout().print(grid([*rows[0]] if rows else [], [row.values() for row in rows], right))
 
 
+def print_fitting(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
+    """Rows as a plain table of as many of the first columns as fit, each whole; all of them where no one looks."""
+    console, titles = stdout(), [*rows[0]]
+    widths = [max(said(cell).cell_len for cell in (title, *(row[title] for row in rows))) for title in titles]
+    while console.is_terminal and len(titles) > 1 and sum(widths) + 2 * len(widths) - 2 > console.width:
+        titles.pop()
+        widths.pop()
+    table = grid(titles, ([row[title] for title in titles] for row in rows), right, no_wrap=titles)
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
 def say(text: str, style: str = "") -> None:
     """A line beside the data, on stderr."""
     stderr().told(text, style)
+
+
+def next_step(command: str) -> None:
+    """What one would do next with what a command left behind, on stderr."""
+    say(f"next: {command}", "dim")
 
 
 def print_lines(lines: Iterable[str], style: str = "") -> None:
