@@ -77,5 +77,6 @@ def ablate(
     if not json_:
         tables.print_answer(page["question"], page["answer"])
         tables.say(f"report: {page['page']}")
+    tables.next_step(f"qcft show {done.name}", quiet)
     asked = {(one.arm, one.seed) for one in chosen}
     raise typer.Exit(any(run["state"] == "failed" and (run["arm"], run["seed"]) in asked for run in outcome["runs"]))

@@ -65,6 +65,7 @@ def replay(
         done = api.replay_watched(recipe, runs, watch, read_run(runs, run).name)
     shown = replay_shown(done.name, done.stages, show or 5 * left_out, left_out)
     tables.show(shown, json_, tables.print_replay)
+    tables.next_step(f"qcft run {runs / done.name / 'recipe.yaml'}", quiet)
 
 
 @command(USE, "qcft merge spanish --stage phase1 --to merged/")
@@ -180,7 +181,9 @@ def dial(
             share=share, to=to,
         )  # fmt: skip
 
-    show_work(work, printed, json_, quiet)
+    done = show_work(work, printed, json_, quiet)
+    told = quiet or merge_at is not None or "pick" in done
+    tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", told)
 
 
 @command(LOOK, "qcft layers spanish --freeze snr:0.5")
@@ -212,4 +215,8 @@ def layers(
 def _deliver(work: Callable[[Watch], Delivered], json_: bool, quiet: bool) -> None:
     from qcft.terminal import tables
 
-    show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
+    done = show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
+    card = Path(done["folder"]) / "README.md"
+    tables.next_step(
+        f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card", quiet
+    )

@@ -99,4 +99,5 @@ def drift(
     def work(watch: Watch) -> DriftShown:
         return api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=texts, apart=apart)
 
-    show_work(work, printed, json_, quiet)
+    found = show_work(work, printed, json_, quiet)
+    tables.next_step(f"qcft report {found['run']}", quiet)

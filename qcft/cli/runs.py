@@ -218,7 +218,8 @@ def report(
         tables.print_answer(written["question"], written["answer"])
         tables.print_lines([written["page"]])
 
-    show_work(lambda watch: api.report(names or [], runs, watch, to), printed, json_)
+    written = show_work(lambda watch: api.report(names or [], runs, watch, to), printed, json_)
+    tables.next_step(f"open {written['page']} in a browser")
 
 
 def run_and_show(
@@ -258,6 +259,9 @@ def run_and_show(
         tables.print_table(done.table)
         tables.say(f"report: {done.folder / 'report' / 'report.html'}", "dim")
     raise_failed(done)
+    last = recipe.phases[-1].name
+    more = f"phase2 {done.name} --data LANG=PATH --replay 0.2" if last == "phase1" else f"export {done.name} --to DIR"
+    tables.next_step(f"qcft {more}", quiet)
 
 
 def _print_steps(steps: list[StepListed]) -> None:

@@ -26,7 +26,7 @@ from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
 from qcft.store.opened import Record
 from qcft.store.results import Run
-from qcft.store.runs import NamedRun, held_run, link_stage
+from qcft.store.runs import NamedRun, held_run, link_stage, put_back
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
@@ -46,10 +46,18 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[st
     return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
 
 
-def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = None, check: Check | None = None) -> Run:
+def run_recipe(
+    recipe: Recipe,
+    runs: Path,
+    watch: Watch,
+    up_to: str | None = None,
+    check: Check | None = None,
+    undo: bool = False,
+) -> Run:
     """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
 
-    `check` may refuse the recipe once its data is read.
+    `check` may refuse the recipe once its data is read. `undo`: where a step fails before anything that this call adds
+    was trained, the run is what it was before.
 
     Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
@@ -59,7 +67,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = Non
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
     if world() == 1:
-        return run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to)
+        return run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to, undo)
     join()
     if recipe.forgetting is not None and recipe.forgetting.stop is not None:
         raise InputError(
@@ -93,7 +101,9 @@ def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
         bench.do(bench.steps[step], store.folder(step))
 
 
-def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str | None = None) -> Run:
+def run_prepared(
+    prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str | None = None, undo: bool = False
+) -> Run:
     """`run_recipe` of a recipe whose data is read and whose steps are planned."""
     recipe, plan = prepared.recipe, prepared.plan
     steps = plan.up_to(up_to) if up_to else plan.steps
@@ -116,9 +126,16 @@ def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)
             warn_if_busy(watch)
-    begun = len(store.claimed)
+    begun, before = len(store.claimed), {step for step, record in records.items() if record is not None}
     with held_run(store.runs, prepared.pinned_recipe(), plan.stages()) as run:
-        done = _work(prepared, steps, records, estimated, run, store, watch)
+        try:
+            done = _work(prepared, steps, records, estimated, run, store, watch)
+        except Interrupted:
+            raise
+        except QcftError:
+            if undo and not any(map(store.is_trained, set(plan.stages().values()) - before)):
+                put_back(run)
+            raise
         if len(store.claimed) > begun:
             discard_changed(prepared.inputs, store, begun, thorough=True)
     return done

@@ -267,9 +267,10 @@ def say(text: str, style: str = "") -> None:
     stderr().told(text, style)
 
 
-def next_step(command: str) -> None:
+def next_step(text: str, quiet: bool = False) -> None:
     """What one would do next with what a command left behind, on stderr."""
-    say(f"next: {command}", "dim")
+    if not quiet:
+        say(f"next: {text}", "dim")
 
 
 def print_lines(lines: Iterable[str], style: str = "") -> None:
