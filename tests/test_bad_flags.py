@@ -98,6 +98,13 @@ CASES = {
     "seeds in other digits": (command("ablate", "ablation.yaml", "--seeds", "²"), "--seeds"),
     "two models chosen twice": (command("drift", "tiny", "--apart", "--to", "phase1"), "--apart chooses both models"),
     "apart from a phase that is not done": (command("drift", "tiny", "--apart"), "phase1 of tiny is not done"),
+    "a pattern that no arm matches": (command("ablate", "ablation.yaml", "--arms", "x*"), "no arm 'x*'"),
+    "a list of no arms": (command("ablate", "ablation.yaml", "--list", "--arms", ","), "--arms"),
+    "a check of neither recipe nor run": (command("check", "nope"), "no recipe 'nope'"),
+    "a check of a replay beyond all": (command("check", "tiny", "--replay", "2"), "ratio"),
+    "a check of data of nothing": (command("check", "tiny", "--data", "es="), "is missing"),
+    "a removal of what is not there": (command("rm", "tiny", "nope"), "no run 'nope'"),
+    "a short flag of nothing": (command("ls", "-r", ""), "-r: the value given is empty"),
     "a drift of no rows": (command("drift", "tiny", "--rows", "0"), "--rows"),
     "replay shown below nothing": (command("replay", "tiny", "--show", "-1"), "--show"),
 }  # fmt: skip

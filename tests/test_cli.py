@@ -164,6 +164,22 @@ def test_dry_run_lists_the_steps_and_does_nothing(qcft, recipe_file, tmp_path):
     assert [s["stage"] for s in json.loads(out)][:3] == ["eval/base-16bit", "eval/base", "phase1"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("phase1.train.scheduler=cosin", "no scheduler 'cosin'"), ("phase1.freeze=first:3", "freezes all 3 layers")],
+)
+def test_dry_run_finds_what_the_real_call_refuses(qcft, tiny_model, color_data, tmp_path, setting, says):
+    command = ["phase1", "x", "-m", tiny_model, "-d", color_data / "en.jsonl", "--set", setting]
+    told = []
+    for more in ([], ["--dry-run"]):
+        code, out, err = qcft(*command, *more)
+        assert (code, out) == (2, "")
+        told.append([line for line in err.splitlines() if line.startswith(("error", "hint"))])
+    assert told[0] == told[1]
+    assert says in told[0][0]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_run_then_show_ls_and_phase2(qcft, recipe_file, tmp_path):
     code, out, err = qcft("run", str(recipe_file), "--json")
     assert code == 0, err

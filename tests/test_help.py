@@ -64,7 +64,7 @@ def test_commands_are_in_groups(qcft):
     at = [out.index(f"\n{group}:\n") for group in GROUPS]
     assert at == sorted(at)
     assert all(f"\n  {name}  " in out for name in COMMANDS)
-    assert qcft("-h")[1] == out
+    assert qcft("-h")[1] == qcft()[1] == out
 
 
 def test_short_flags_are_the_ecosystems_and_mean_one_thing():
@@ -76,11 +76,13 @@ def test_short_flags_are_the_ecosystems_and_mean_one_thing():
                     short.setdefault(flag, set()).add(param.opts[0])
     assert short == {
         "-d": {"--data"},
+        "-l": {"--list"},
         "-m": {"--model"},
         "-n": {"--dry-run"},
         "-o": {"--to"},
         "-q": {"--quiet"},
         "-r": {"--runs"},
+        "-y": {"--yes"},
     }
 
 
@@ -115,5 +117,5 @@ def test_completion_is_typers_own():
 def test_a_shell_that_is_not_known_is_bad_input():
     script = "import sys; sys.argv[0] = 'qcft'; from qcft.cli import main; main()"
     done = python("-c", script, "--show-completion", "tcsh", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-    print(done)
     assert done.returncode == 2
+    assert "'tcsh' is not one of" in done.stderr

@@ -12,7 +12,8 @@ from qcft.files import read_json, write_json
 from qcft.inspect.drift import Asked, measure_drift
 from qcft.recipe import recipe_from
 from qcft.runner.beyond import reach
-from qcft.runner.export import dial_for, goal_for
+from qcft.runner.dialling import dial_for
+from qcft.runner.export import goal_for
 from qcft.runner.recipe import run_recipe
 from qcft.store import read_run
 from qcft.store.upkeep import unused_steps
@@ -30,7 +31,7 @@ def again(recipe, runs, up_to=None):
 
 
 def same_phase2(runs):
-    return phase2_recipe(runs, "tiny", None, [], None, None, {}, [], None, [])[0]
+    return phase2_recipe(runs, "tiny", None, [], {}, {}, [], None, [])[0]
 
 
 def evaluated(runs):
@@ -41,7 +42,8 @@ ADDING = {  # what adds stages that the recipe does not have
     "dial": lambda runs: beyond(runs, lambda recipe: dial_for(recipe, None, "0,1", None, 1.0)),
     "merge": lambda runs: beyond(runs, lambda recipe: goal_for(recipe, None, False, None)),
     "merge dequantised": lambda runs: beyond(runs, lambda recipe: goal_for(recipe, None, True, None)),
-    "drift": lambda runs: measure_drift(Asked("tiny", None, None, None, 1, {}), runs, Watch()),
+    "drift": lambda runs: measure_drift(Asked("tiny", rows=1), runs, Watch()),
+    "drift apart": lambda runs: measure_drift(Asked("tiny", rows=1, apart=True), runs, Watch()),
     "eval": lambda runs: again(evaluated(runs), runs),
 }
 COMMANDS = {

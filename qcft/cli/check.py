@@ -8,12 +8,34 @@ from typing import Annotated
 import typer
 
 from qcft.cli.grouped import KEEP, LOOK
-from qcft.cli.options import Json, Quiet, RecipeName, Runs, Set, command, show_work
+from qcft.cli.options import (
+    AnchorKind,
+    Data,
+    Freeze,
+    Json,
+    Model,
+    Quiet,
+    Replay,
+    ReplayLoss,
+    Runs,
+    Set,
+    command,
+    show_work,
+)
 
 
 @command(LOOK, "qcft check quickstart --vram 8GB")
 def check(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe file, a built-in name (`qcft recipes`), or a run."),
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    replay: Replay = None,
+    replay_loss: ReplayLoss = None,
+    freeze: Freeze = None,
+    anchor: AnchorKind = None,
     set_: Set = None,
     vram: Annotated[
         str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a GPU that is not here, e.g. 8GB.")
@@ -33,13 +55,14 @@ def check(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Estimate memory, time and disk for a recipe and show sample rows. Trains nothing."""
+    """Estimate memory, time and disk of a recipe, a run or a phase 2 and show sample rows. Trains nothing."""
     from qcft.check.recipe import check_recipe
-    from qcft.cli.flags import size_of
-    from qcft.recipe import load_recipe, parse_assignments
+    from qcft.cli.flags import checked_recipe, size_of
     from qcft.terminal.check_view import print_check
 
-    loaded, size = load_recipe(recipe, parse_assignments(set_ or [])), size_of(vram) if vram else None
+    remedies = {"replay": replay, "replay_loss": replay_loss, "freeze": freeze, "anchor": anchor}
+    loaded = checked_recipe(runs, recipe, model, data or [], remedies, set_ or [])
+    size = size_of(vram) if vram else None
     show_work(lambda watch: check_recipe(loaded, runs, watch, size, measure, rows, encoder), print_check, json_, quiet)
 
 

@@ -76,7 +76,8 @@ def _check_words(arguments: list[str]) -> None:
 def _usage_error(error: Any) -> NoReturn:
     """A mistake on the command line, told like any other."""
     context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        sys.stdout.write(f"{error.format_message()}\n")
         sys.exit(0)
     named = [word for word in sys.argv[1:2] if not word.startswith("-")]  # an option without its value has no context
     command = context.command_path if context else " ".join(["qcft", *named])

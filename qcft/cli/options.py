@@ -101,6 +101,11 @@ Freeze = Annotated[
         help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ...",
     ),
 ]
+Replay = Annotated[float | None, typer.Option("--replay", metavar="SHARE", help="Replay's share of the mix, e.g. 0.2.")]
+ReplayLoss = Annotated[
+    str | None,
+    typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer or distil.", show_default="answer"),
+]
 Stage = Annotated[
     str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase.", show_default="the last")
 ]

@@ -22,6 +22,8 @@ from qcft.cli.options import (
     Model,
     Quiet,
     RecipeName,
+    Replay,
+    ReplayLoss,
     Runs,
     Set,
     Take,
@@ -97,13 +99,8 @@ def phase2(
     ] = None,
     model: Model = None,
     data: Data = None,
-    replay: Annotated[
-        float | None, typer.Option("--replay", metavar="SHARE", help="Replay's share of the mix, e.g. 0.2.")
-    ] = None,
-    replay_loss: Annotated[
-        str | None,
-        typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer or distil.", show_default="answer"),
-    ] = None,
+    replay: Replay = None,
+    replay_loss: ReplayLoss = None,
     freeze: Freeze = None,
     anchor: AnchorKind = None,
     take: Take = None,

@@ -40,10 +40,25 @@ Check = Callable[[PlannedRecipe], None]
 
 
 def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
-    """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
+    """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written.
+
+    Raises InputError for what `run_recipe` would refuse before any work.
+    """
     set_environment()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
-    return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
+    states = {step.id: store.state(step.id) for step in prepared.plan.steps}
+    _check([step for step in prepared.plan.steps if states[step.id] != "done"], prepared)
+    return prepared.plan, states
+
+
+def _check(missing: Sequence[Step], prepared: PlannedRecipe) -> None:
+    """Check what the steps that are to be done need. Raises InputError."""
+    if any(step.kind != "suite" for step in missing):
+        quiet()
+        check_prepared(prepared)
+    tasks = dict.fromkeys(step.settings["task"] for step in missing if step.kind == "suite")
+    if tasks:
+        check_tasks(prepared, tasks)
 
 
 def run_recipe(
@@ -119,9 +134,7 @@ def run_prepared(
         if world() == 1 and (card := choose_card()):
             watch.note(f"on {card}; QCFT_DEVICE names another")
         missing = [step for step in steps if not records[step.id]]
-        if any(step.kind != "suite" for step in missing):
-            check_prepared(prepared)
-        check_tasks(prepared, dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
+        _check(missing, prepared)
         estimated = forecast(prepared, missing, store, watch)
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)

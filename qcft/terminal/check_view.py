@@ -49,6 +49,16 @@ def memory_table(found: Checked) -> tuple[list[str], list[list[str]]]:
     return ["memory", *columns], rows
 
 
+def verdict(found: Checked) -> str:
+    """In one line: whether it fits, by the phase that needs most."""
+    here = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]]
+    size = f"{(found['vram_bytes'] or 0) / 2**30:.3g}"
+    where = here if found["here"] else f"{'an' if size[0] == '8' or size in {'11', '18'} else 'a'} {size} GB card"
+    most = max((phase["memory"]["total"] for phase in found["phases"]), default=0)
+    usable = f"{gib(most)} of {gib(found['free_bytes'])} {'free' if found['here'] else 'usable'}"
+    return f"{'fits' if found['fits'] else 'DOES NOT FIT'} {where}: {usable}"
+
+
 def check_lines(found: Checked) -> list[str]:
     """The sentences under the table: whether it fits, how passes are run, time, rows left out or cut, disk."""
     where = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]] if found["here"] else "such a GPU"
@@ -147,6 +157,8 @@ def step_rows(found: Checked) -> list[dict[str, str]]:
 def print_check(found: Checked) -> None:
     """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
     console = stdout()
+    print_lines([verdict(found)], "bold green" if found["fits"] else "bold red")
+    console.print()
     print_records(step_rows(found))
     console.print()
     print_rows(*memory_table(found))
