@@ -157,6 +157,41 @@ def test_an_arm_or_seed_that_is_not_there(qcft, recipe_file):
     assert "did you mean 'plain'" in qcft("ablate", recipe_file, "--arms", "plane")[2]
 
 
+def test_arms_are_listed_and_chosen_by_patterns(qcft, recipe_file, color_data):
+    """Without any data being read."""
+    code, out, err = qcft("ablate", recipe_file, "--list", "--arms", "er-*,mixed", "--json", "--set", "model=nowhere/x")
+    assert code == 0, err
+    listed = json.loads(out)
+    assert [one["arm"] for one in listed] == ["er-ratio-0.1", "er-ratio-0.2", "mixed"]
+    assert listed[0] == {
+        "arm": "er-ratio-0.1",
+        "seeds": [0, 1],
+        "set": {"phase2.freeze": "none", "phase2.replay.ratio": 0.1},
+        "mixed": False,
+    }
+    out = qcft("ablate", recipe_file, "-l")[1]
+    assert 'phase2.freeze="random:0.5"' in out
+    code, _, err = qcft("ablate", recipe_file, "--list", "--arms", "x*")
+    assert code == 2
+    assert "there is no arm 'x*'" in err
+
+
+def test_a_plan_lists_all_arms_and_what_is_missing(qcft, raw, tmp_path):
+    raw["ablation"] = {"arms": [{"name": "plain"}, {"name": "other", "set": {"model.name": "nowhere/at-all"}}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    code, out, err = qcft("ablate", "recipe.yaml", "--dry-run", "--json")
+    assert code == 2
+    plan = json.loads(out)
+    assert [run["arm"] for run in plan["runs"]] == ["plain", "other"]
+    assert list(plan["missing"]) == ["tiny-other-s0"]
+    assert plan["total"]["steps"] == plan["runs"][0]["steps"] == 10
+    code, out, err = qcft("ablate", "recipe.yaml", "--dry-run")
+    assert code == 2
+    assert "missing: arm 'other': model: 'nowhere/at-all'" in err
+    assert out.splitlines()[2].split() == ["tiny-other-s0", *"?????"]
+    assert qcft("ablate", "recipe.yaml", "--dry-run", "--arms", "plain")[0] == 0
+
+
 def test_a_recipe_without_arms_says_so(qcft, raw_recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw_recipe))
@@ -356,7 +391,7 @@ def test_what_takes_next_to_no_time_is_no_unknown(capsys):
     for seconds, unknown, says in ((0.004, 3, "0.0 s + 3 steps unknown"), (0.0, 1, "0.0 s + 1 step unknown"),
                                    (None, 2, "takes unknown"), (70, 0, "takes 1 min 10 s and")):  # fmt: skip
         total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
-        ablation_view.print_plan({"runs": [], "total": total})
+        ablation_view.print_plan({"runs": [], "missing": {}, "total": total})
         assert says in capsys.readouterr().out
 
 

@@ -441,9 +441,9 @@ def test_what_cannot_be_read_hides_no_other_run(place, qcft):
     assert code == 0, error
     listed = {row["run"]: row for row in json.loads(out)}
     assert listed["tiny"]["state"] == "done"
-    assert "newer qcft" in listed["newer"]["phases"]
-    assert "no readable run.json" in listed["broken"]["phases"]
-    assert "no readable ablation.json" in listed["bad"]["phases"]
+    assert "newer qcft" in listed["newer"]["problem"]
+    assert "no readable run.json" in listed["broken"]["problem"]
+    assert "no readable ablation.json" in listed["bad"]["problem"]
     assert {row["state"] for name, row in listed.items() if name != "tiny"} == {"damaged"}
     assert qcft("ls")[0] == 0
     for command in (["show", "tiny"], ["report", "tiny"], ["export", "tiny", "--to", "out", "-q"], ["rm", "tiny"]):
@@ -491,4 +491,4 @@ def test_a_damaged_done_json_is_listed(place, qcft):
     assert code == 0, error
     (row,) = json.loads(out)
     assert row["state"] == "damaged"
-    assert "done.json is altered" in row["phases"]
+    assert "done.json is altered" in row["problem"]

@@ -20,7 +20,7 @@ from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, parse_freeze
-from qcft.training.batches import Fed, make_batches
+from qcft.training.batches import Batches, Fed, make_batches
 from qcft.training.checkpoints import last_whole
 from qcft.training.settings import check_settings, sft_config
 from qcft.training.trainer import Shortcuts
@@ -115,6 +115,16 @@ def test_every_entry_of_lora_a_moves(whole, tiny_model):
     # TRL rounds the fresh factors to bf16 once before they are held in fp32 again.
     still = sum(int((after[n] == p.to(torch.bfloat16).float()).sum()) for n, p in before.items())
     assert still < 0.01 * sum(p.numel() for p in before.values())
+
+
+def test_a_training_of_one_step_learns(tiny_model, tmp_path):
+    """Warm-up begins at a learning rate of 0, which would be all of it; with more steps it is as it was."""
+    trained, _ = train(tiny_model, tmp_path / "one", settings=TRAIN.model_copy(update={"steps": 1, "warmup": 0.5}))
+    assert trained.steps == 1
+    assert [entry["lr"] for entry in log_of(tmp_path / "one")] == [TRAIN.lr]
+    moved = {name for name, weight in adapter_of(tmp_path / "one").items() if "lora_B" in name and weight.any()}
+    assert moved
+    assert sft_config(TRAIN, tmp_path, Batches([[], []], 1, 1, False), 0, False, False).warmup_steps == TRAIN.warmup
 
 
 def test_no_pickled_arguments_and_the_adapter_is_pefts(whole, tiny_model):

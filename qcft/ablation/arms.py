@@ -29,6 +29,7 @@ from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
 from qcft.training.batches import make_batches
+from qcft.words import counted
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,24 @@ class PreparedArm:
     prepared: PlannedRecipe
 
 
-def prepare_arms(arms: Sequence[ArmRun], watch: Watch) -> list[PreparedArm]:
-    """Read the data of all arms and plan their steps; what they share is read once. Raises InputError with the arm."""
+def prepare_arms(arms: Sequence[ArmRun], watch: Watch, missing: dict[str, str] | None = None) -> list[PreparedArm]:
+    """Read the data of all arms and plan their steps; what they share is read once.
+
+    Raises InputError with the arm; with `missing`, notes there by run what an arm lacks, and leaves it out.
+    """
     set_environment()
     memo: dict[Any, Any] = {}
     found = []
     for number, arm in enumerate(arms):
         watch.progress("reading the arms", number, len(arms), "arms")
-        with _naming(arm):
-            recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
-            found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+        try:
+            with _naming(arm):
+                recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
+                found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+        except InputError as error:
+            if missing is None:
+                raise
+            missing[arm.recipe.name] = error.message
     return found
 
 
@@ -126,7 +135,10 @@ def begin_ablation(
     done = sum(store.state(step) == "done" for step in steps)
     for change in changes_of(named):
         watch.tell(change("to do"))
-    watch.note(f"{ablation.name}: {len(arms)} runs, {every} steps, {len(steps)} of them different, {done} done before")
+    watch.note(
+        f"{ablation.name}: {counted(len(arms), 'run')}, {counted(every, 'step')}, {len(steps)} of them different, "
+        f"{done} done before"
+    )
     return ablation, named
 
 
@@ -204,7 +216,9 @@ def told(error: Exception, step: Step | None) -> Fault:
 def _in_words(done: Run) -> str:
     """The last phase's length in steps and tokens, and what became of English since the base."""
     trained = done.trainings()
-    length = f"{sum(m['steps'] for m in trained)} steps, {sum(m['tokens'] for m in trained):,} tokens"
+    length = (
+        f"{counted(sum(m['steps'] for m in trained), 'step')}, {counted(sum(m['tokens'] for m in trained), 'token')}"
+    )
     since_base = next((c for c in done.table["changes"] if c["from"] == "eval/base"), None)
     english = next((g["name"] for g in done.table["groups"] if g["english"]), None)
     if since_base is None or english is None:

@@ -98,19 +98,40 @@ class AblationPlan(TypedDict):
 
     runs: list[PlannedRun]
     steps: list[PlannedStep]
+    missing: dict[str, str]
     total: PlannedTotal
+
+
+class ArmListed(TypedDict):
+    """An arm of a recipe, its seeds, and what it sets."""
+
+    arm: str
+    seeds: list[int]
+    set: dict[str, Any]
+    mixed: bool
+
+
+def arms_listed(arms: Sequence[ArmRun]) -> list[ArmListed]:
+    """Each arm with its seeds and what it sets."""
+    found: dict[str, ArmListed] = {}
+    for one in arms:
+        entry: ArmListed = {"arm": one.arm, "seeds": [], "set": dict(one.set), "mixed": one.as_long_as is not None}
+        found.setdefault(one.arm, entry)["seeds"].append(one.seed)
+    return list(found.values())
 
 
 def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
     """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
 
     `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; where
-    there are none, from shapes for trainings and merges, else they are null. Nothing is written. Raises InputError.
+    there are none, from shapes for trainings and merges, else they are null. `missing`: by run, what an arm needs that
+    is not here; its steps are not known. Nothing is written.
     """
     store = Store(runs)
     known = _done_steps(store)
     steps: dict[str, PlannedStep] = {}
-    prepared = prepare_arms(arms, watch)
+    missing: dict[str, str] = {}
+    prepared = prepare_arms(arms, watch, missing)
     quiet()
     for number, one in enumerate(prepared):
         watch.progress("planning the arms", number, len(prepared), "arms")
@@ -129,6 +150,7 @@ def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationP
     return {
         "runs": [_of_run(one, rows, store) for one in prepared],
         "steps": rows,
+        "missing": missing,
         "total": {**_sums(rows), "steps": len(rows), "shared": sum(len(row["runs"]) > 1 for row in rows)},
     }
 

@@ -88,6 +88,7 @@ class Checked(TypedDict):
     quantised_share: float
     device: str
     here: bool
+    vram_bytes: int | None
     free_bytes: int
     fits: bool
     phases: list[PhaseChecked]
@@ -145,6 +146,7 @@ def check_recipe(
         "quantised_share": quantised_share(prepared.meta_model) if recipe.model.quantize == "nf4" else 0.0,
         "device": where,
         "here": vram is None,
+        "vram_bytes": vram,
         "free_bytes": free,
         "fits": all(phase["fits"] for phase in phases),
         "phases": phases,

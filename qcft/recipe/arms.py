@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,21 @@ def chosen_arms(arms: Sequence[ArmRun], names: Sequence[str] | None, seeds: Sequ
         (seeds, list(dict.fromkeys(one.seed for one in arms)), "seed"),
     ):
         for name in wanted or ():
-            if name not in known:
+            if not any(_matches(one, name) for one in known):
                 texts = [str(one) for one in known]
                 raise InputError(
                     f"there is no {what} {name!r}", nearest(str(name), texts) + f"{what}s: {', '.join(texts)}"
                 )
-    return [one for one in arms if (not names or one.arm in names) and (not seeds or one.seed in seeds)]
+    return [
+        one
+        for one in arms
+        if (not names or any(_matches(one.arm, name) for name in names)) and (not seeds or one.seed in seeds)
+    ]
+
+
+def _matches(known: str | int, wanted: str | int) -> bool:
+    """Whether an arm or seed is the one that is wanted, or an arm's name matches a pattern such as `gr*`."""
+    return known == wanted or (isinstance(wanted, str) and fnmatchcase(str(known), wanted))
 
 
 def _arm(

@@ -23,6 +23,7 @@ from qcft.replay.generation import Generated, Generation
 from qcft.replay.pools import Pool
 from qcft.replay.share import ReplayShare, share_beside
 from qcft.store.metrics import CutAnswers, ReplayedPart, ReplayMetrics
+from qcft.words import counted
 
 FILE, LEFT_OUT = "replay.jsonl", "left_out.jsonl"
 
@@ -207,7 +208,7 @@ def make_replay(
         if missing and (replay.on_shortfall == "error" or not rows):
             raise QcftError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
         if missing:
-            what = f"{len(again)} rows come again" if again else "the share is smaller"
+            what = f"{counted(len(again), 'row')} used twice" if again else "the share is smaller"
             watch.note(f"replay: {rounded(missing)} {_unit(replay)} are missing ({pool.reason}): {what}", "warning")
         carry = (
             amount - have - sum(map(weigh, again)) if replay.on_shortfall != "shrink" or not missing else Fraction(0)

@@ -20,6 +20,7 @@ from qcft.replay.rows import make_replay
 from qcft.steps.needs import answered_at_once, model_held
 from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import ReplayMetrics
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.training.memory import Planned
@@ -113,7 +114,7 @@ class ReplayRows(Work[ReplayMetrics]):
         dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
         cut = sum(part["cut"]["rows"] for part in metrics["parts"] if "cut" in part)
-        text = f"{metrics['rows']} rows: {share}" + (f"; {cut} answers cut at their longest" if cut else "")
+        text = f"{counted(metrics['rows'], 'row')}: {share}" + (f"; {cut} answers cut at their longest" if cut else "")
         return text + (f"; left out {dropped}" if dropped else "")
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int] | None:

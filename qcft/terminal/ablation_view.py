@@ -1,14 +1,17 @@
 """What a person sees of an ablation: its plan, its arms while they run, what they came to.
 
-In a terminal the arms are a table that stays in its place, elsewhere plain lines.
+In a terminal the arms are a table that stays in its place, over a line of the running arm's work; elsewhere lines.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -16,13 +19,17 @@ from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
 from qcft.report.ablation import Outcome, Spread, count_against, epochs_in_words, in_words
 from qcft.terminal.format import duration, size
 from qcft.terminal.progress import Reporter
-from qcft.terminal.streams import said, stderr, stdout
+from qcft.terminal.streams import stderr, stdout
 from qcft.terminal.tables import grid, print_lines, print_records, say
+from qcft.words import counted
 
 if TYPE_CHECKING:
-    from qcft.ablation.dry_run import AblationPlan, PlannedRun, Sums
+    from qcft.ablation.dry_run import AblationPlan, ArmListed, PlannedRun, Sums
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
+PLAN_NOTE = (
+    "new: not shared with a run above. Times are estimates from finished steps of the same kind, else from model size."
+)
 SHOWN = 0.2  # seconds between two paintings
 
 
@@ -35,7 +42,7 @@ class _Line:
 
 
 class ArmsReporter(Reporter):
-    """A listener that shows arms; what the plain reporter shows of an arm's steps is one cell of the table."""
+    """A listener that shows arms; the running arm's step is a cell of the table, its progress the line below."""
 
     def __init__(self, quiet: bool = False) -> None:
         super().__init__(quiet)
@@ -47,7 +54,7 @@ class ArmsReporter(Reporter):
         """Leave the table as it stands."""
         super().close()
         if self.live is not None:
-            self.live.update(self.table(), refresh=True)
+            self.live.update(self.shown(), refresh=True)
             self.live.stop()
 
     def __call__(self, event: Event) -> None:
@@ -59,7 +66,7 @@ class ArmsReporter(Reporter):
                 super().__call__(event)
         elif self.running and isinstance(event, (StepBegun, Progress)):
             self._step(self.lines[self.running], event)
-            self.live.update(self.table())
+            self.live.update(self.shown())
 
     def _arm(self, event: ArmChanged) -> None:
         self._clear()
@@ -75,23 +82,23 @@ class ArmsReporter(Reporter):
             if self.live is None:
                 self.live = Live(console=self.console, refresh_per_second=1 / SHOWN)
                 self.live.start()
-            self.live.update(self.table())
+            self.live.update(self.shown())
             return
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
-        self.console.print(said(text, style=STYLES[event.state]), soft_wrap=True)
+        self.console.told(text, STYLES[event.state])
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
-        if isinstance(event, StepBegun):
-            line.what = f"{event.position}/{event.total} {event.title}"
-            self._label = ""
+        if isinstance(event, Progress):
+            self._follow(event, time.monotonic())
         else:
-            now = time.monotonic()
-            if event.label != self._label:
-                self._label, self._begun, self._first = event.label, now, event.done
-            share = f" {event.done / event.total:.0%}" if event.total else ""
-            line.what = f"{event.label}{share}  {self._pace(event, now)}"
+            line.what = f"{event.position}/{event.total} {event.title}"
+            self._bar = None
+
+    def shown(self) -> RenderableType:
+        """The table, and the line of progress under it."""
+        return Group(self.table(), self._bar) if self._bar is not None else self.table()
 
     def table(self) -> Table:
         """The arms as they stand."""
@@ -104,7 +111,7 @@ class ArmsReporter(Reporter):
 
     def _window(self) -> list[tuple[str, _Line]]:
         """The lines that the terminal has room for: around the running one."""
-        lines, room = list(self.lines.items()), max(3, self.console.height - 3)
+        lines, room = list(self.lines.items()), max(3, self.console.height - 4)
         at = list(self.lines).index(self.running) if self.running else 0
         first = max(0, min(at - room // 2, len(lines) - room))
         return lines[first : first + room]
@@ -114,7 +121,7 @@ def tell_crash(text: str) -> None:
     """A line on an arm whose process crashed, which may have left the terminal without its cursor."""
     console = stderr()
     console.show_cursor()
-    console.print(said(text), soft_wrap=True)
+    console.told(text)
 
 
 def print_plan(plan: AblationPlan) -> None:
@@ -122,21 +129,45 @@ def print_plan(plan: AblationPlan) -> None:
     rows = [
         {
             "run": run["run"],
-            "steps": str(run["steps"]),
-            "not shared with a run above": str(run["own"]),
-            "of these done": str(run["done"]),
-            "to do takes": _cost(run),
-            "and writes": _size(run),
+            **(
+                dict.fromkeys(("steps", "new", "done", "time left", "disk"), "?")
+                if run["run"] in plan["missing"]
+                else {
+                    "steps": str(run["steps"]),
+                    "new": str(run["own"]),
+                    "done": str(run["done"]),
+                    "time left": _cost(run),
+                    "disk": _size(run),
+                }
+            ),
         }
         for run in plan["runs"]
     ]
     print_records(rows)
     _print_lengths(plan["runs"])
     total = plan["total"]
+    known = " of the runs that lack nothing" if plan["missing"] else ""
     stdout().print(
-        f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
-        f"the rest takes {_cost(total)} and writes {_size(total)}, "
-        "going by done steps of their kind, else by shapes"
+        f"{counted(total['steps'], 'step')}{known}, {total['shared']} of them shared; {total['done']} done; "
+        f"the rest takes {_cost(total)} and writes {_size(total)}"
+    )
+    print_lines([PLAN_NOTE], "dim")
+    for text in dict.fromkeys(plan["missing"].values()):
+        say(f"missing: {text}", "yellow")
+
+
+def print_arms(arms: Sequence[ArmListed]) -> None:
+    """The arms of a recipe, their seeds, and what each sets."""
+    print_records(
+        [
+            {
+                "arm": arm["arm"],
+                "seeds": ", ".join(map(str, arm["seeds"])),
+                "sets": ", ".join(f"{key}={json.dumps(value)}" for key, value in arm["set"].items())
+                + (" (mixed: the data of all phases in one)" if arm["mixed"] else ""),
+            }
+            for arm in arms
+        ]
     )
 
 
