@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qcft import api
+from qcft import api, deliveries
 from qcft.events import Listener, Watch
 from qcft.recipe import Recipe, load_recipe
 from qcft.report.arms import arms_of
@@ -159,7 +159,7 @@ def merge(
     new folder `to`; its `folder`, its `stage` and what merging `kept`. `scale`: how much of the last delta is taken."""
     name, at = _named(run, runs)
     with _heard(listener) as heard:
-        return api.merge(name, _path(to), at, Watch(heard), phase=stage, scale=scale)
+        return deliveries.merge(name, _path(to), at, Watch(heard), phase=stage, scale=scale)
 
 
 def export(
@@ -176,7 +176,7 @@ def export(
         return merge(run, to, stage=stage, runs=runs, listener=listener)
     name, at = _named(run, runs)
     with _heard(listener) as heard:
-        return api.export_adapter(name, Path(to), at, Watch(heard), phase=stage)
+        return deliveries.export_adapter(name, Path(to), at, Watch(heard), phase=stage)
 
 
 def compare(

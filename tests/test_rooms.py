@@ -26,6 +26,7 @@ ROWS = [
     {"runner"},
     {"ablation", "check", "inspect"},
     {"api"},
+    {"deliveries"},
     {"terminal"},
     {"cli", "public"},
 ]
@@ -45,6 +46,7 @@ NEVER = {
         "report",
         "plan",
         "api",
+        "deliveries",
         "terminal",
         "cli",
         "public",

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import Json, Quiet, Runs, app, show_work, watched
+from qcft.cli.grouped import COMPARE, USE
+from qcft.cli.options import Json, Quiet, Run, Runs, command, show_work, watched
 
 
-@app.command()
+@command(COMPARE, "qcft compare spanish -n 5 --lang es")
 def compare(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Run = None,
     other: Annotated[str | None, typer.Option("--with", metavar="RUN", help="Another run to compare with.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[
@@ -26,10 +27,13 @@ def compare(
     ] = None,
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", metavar="STAGE", help="base, a phase or a merge [default: base and each phase]."),
+        typer.Option(
+            "--stage", metavar="STAGE", help="base, a phase or a merge. Repeatable.", show_default="base and each phase"
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Of an answer [default: the recipe's].")
+        int | None,
+        typer.Option("--max-new-tokens", metavar="N", min=1, help="Of an answer.", show_default="the recipe's"),
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", metavar="FILE.html", help="Write a page too.")] = None,
     runs: Runs = Path("runs"),
@@ -47,16 +51,17 @@ def compare(
         tables.say(f"page: {to}", "dim")
 
 
-@app.command()
+@command(USE, "qcft chat spanish --stage phase2")
 def chat(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Run = None,
     stage: Annotated[
-        str | None, typer.Option("--stage", metavar="STAGE", help="base, a phase or a merge [default: the last phase].")
+        str | None,
+        typer.Option("--stage", metavar="STAGE", help="base, a phase or a merge.", show_default="the last phase"),
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Of an answer.")] = 512,
     system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="System prompt [default: the phase's].")
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt.", show_default="the phase's")
     ] = None,
     runs: Runs = Path("runs"),
     quiet: Quiet = False,

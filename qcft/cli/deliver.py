@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from qcft.report.shown import Delivered, Dialled
 
 
-Scale = Annotated[float | None, typer.Option("--scale", help="Take this much of the phase's delta [default: 1].")]
+Scale = Annotated[
+    float | None, typer.Option("--scale", metavar="S", help="Take this much of the phase's delta.", show_default="1")
+]
 By = Annotated[
     str | None,
     typer.Option("--by", metavar="layers=0-9:0.5,...", help="Scale the delta by layer; layers not named keep 1."),
@@ -94,11 +96,13 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
-    from qcft import api
+    from qcft import deliveries
 
     def work(watch: Watch) -> Delivered:
         onto_4bit = base is Base.dequantised
-        return api.merge(run, to, runs, watch, phase=stage, dequantised=onto_4bit, dtype=dtype, scale=scale, by=by)
+        return deliveries.merge(
+            run, to, runs, watch, phase=stage, dequantised=onto_4bit, dtype=dtype, scale=scale, by=by
+        )
 
     _deliver(work, json_, quiet)
 
@@ -118,12 +122,12 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
-    from qcft import api
+    from qcft import deliveries
 
     if adapter_only:
-        _deliver(lambda w: api.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
+        _deliver(lambda w: deliveries.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
     else:
-        _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
+        _deliver(lambda w: deliveries.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
 
 
 @command(COMPARE, "qcft dial spanish --scales 0:1:0.25")
@@ -163,7 +167,7 @@ def dial(
     quiet: Quiet = False,
 ) -> None:
     """Score English and the other languages at each scale of a phase's delta, or by layers, without training."""
-    from qcft import api
+    from qcft import deliveries
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
 
@@ -176,7 +180,7 @@ def dial(
         tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
 
     def work(watch: Watch) -> Dialled:
-        return api.dial(
+        return deliveries.dial(
             run, scales, runs, watch, phase=stage, method=method, density=density, by=by or [], merge_at=merge_at,
             share=share, to=to,
         )  # fmt: skip

@@ -86,7 +86,7 @@ def listed(things: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(things[:-1]), *things[-1:])))
 
 
-def counted(change: Paired | Difference) -> str:
+def basis(change: Paired | Difference) -> str:
     """What an interval is over: `48 rows (16 without translations), 3 seeds`."""
     change = change.as_dict() if isinstance(change, Difference) else change
     text = f"{change['rows']:,} row{'s' * (change['rows'] != 1)}"
@@ -104,12 +104,12 @@ def moved(change: Paired | Difference) -> str:
     value, low, high = change["value"], change["low"], change["high"]
     text = f"{'rose' if value > 0 else 'fell'} by {abs(value):.3f} nats per token"
     if low is None or high is None:
-        return f"{text} ({change['method']}, {counted(change)})"
+        return f"{text} ({change['method']}, {basis(change)})"
     if low > 0 or high < 0:
         low, high = sorted((abs(low), abs(high)))
-        return f"{text} (95% interval {low:.3f} to {high:.3f}, {counted(change)})"
+        return f"{text} (95% interval {low:.3f} to {high:.3f}, {basis(change)})"
     return (
-        f"{text} (95% interval of the change {low:+.3f} to {high:+.3f}, {counted(change)}; a change below "
+        f"{text} (95% interval of the change {low:+.3f} to {high:+.3f}, {basis(change)}; a change below "
         f"{(high - low) / 2:.3f}, half the interval's width, could not have been seen)"
     )
 
