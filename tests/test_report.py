@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from qcft import api
 from qcft.events import Watch
 from qcft.files import read_json, read_sealed, write_json, write_sealed
+from qcft.measure.score import read_scores
+from qcft.measure.stats import changes, mean_nll
 from qcft.recipe import parse_assignments, recipe_from
 from qcft.report.arms import arms_of, differences, flow
 from qcft.report.build import build_report
 from qcft.report.layers import by_layer
-from qcft.report.standing import front
+from qcft.report.standing import front, standings
 from qcft.report.suites import last_averages
 from qcft.report.training import running_mean
 
@@ -281,6 +283,27 @@ def test_runs_on_other_rows_stand_in_tables_of_their_own(arms, runs, raw_recipe,
     table["stages"][0]["groups"]["phase1 en"]["answer_tokens"] += 1
     counted = replace(other, run=replace(other.run, table=table))
     assert "stages-2" in {table.name for table in build_report(arms_of([plain, counted])).tables()}
+
+
+def test_arms_are_compared_on_english_that_none_trains_on(arms, runs):
+    """Spanish stands for English of another kind: what is compared are the scores of its rows."""
+    found = []
+    for name in ("plain-s0", "frozen"):
+        whole = api.evidence(name, runs)
+        table = json.loads(json.dumps(whole.run.table))
+        (spanish,) = (g for g in table["groups"] if g["name"] == "phase2 es")
+        spanish.update(lang="en", english=True, trained=False)
+        found.append(replace(whole, run=replace(whole.run, table=table)))
+    scores = [read_scores(one.run.stages["eval/phase2"].opened) for one in found]
+    compared = standings(arms_of(found))
+    assert [one.place[0] for one in compared] == pytest.approx([mean_nll(one["phase2 es"]) for one in scores])
+    before = read_scores(found[0].run.stages["eval/phase1"].opened)
+    for one, after in zip(compared, scores, strict=True):
+        assert one.lost_trained == changes([({0: before["phase1 en"]}, {0: after["phase1 en"]})])[0]
+    tables = {table.name: table for table in build_report(arms_of(found)).tables()}
+    assert any("English like that trained on" in column for column in tables["abilities"].head)
+    plain = standings(arms_of([api.evidence(name, runs) for name in ("plain-s0", "frozen")]))
+    assert [one.lost_trained for one in plain] == [None, None]
 
 
 def test_the_commands_make_the_first_recipe_into_every_arms(arms, runs):

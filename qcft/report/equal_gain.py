@@ -38,7 +38,7 @@ def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
     how far every two are apart there."""
     found = standings(arms)
     names = common_groups([standing.arm for standing in found])
-    dialled = [(standing, runs) for standing in found if (runs := _runs(standing, *names))]
+    dialled = [(standing, runs) for standing in found if (runs := _runs(standing, names.english, names.others))]
     if not dialled:
         return []
     least, of = min((_mean([run.full for run in runs]), standing.arm.name) for standing, runs in dialled)

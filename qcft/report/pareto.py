@@ -178,9 +178,12 @@ def _table(found: Sequence[Standing]) -> Table:
                 f"MA: other languages{seeds}": _level(one.place[1], one.others),
                 f"change of English\n[95% interval over {interval}]": _change(one.lost, f" since {one.since}"),
                 f"change since the base\n[95% interval over {interval}]": _change(one.gained),
+                **({f"English like that trained on\n[95% interval over {interval}]": _change(one.lost_trained)}
+                   if one.lost_trained else {}),
             }
-        )
-        changes = {f"{key}_{part}": value for key, change in (("english", one.lost), ("others", one.gained))
+        )  # fmt: skip
+        parts = {"english": one.lost, "others": one.gained, "english_trained": one.lost_trained}
+        changes = {f"{key}_{part}": value for key, change in parts.items() if change
                    for part, value in change.as_dict().items()}  # fmt: skip
         records += [
             {**whose(one.arm, run), "ea_nll": ea, "ma_nll": ma, "front": one.front, "since": one.since, **changes}
@@ -192,6 +195,11 @@ def _table(found: Sequence[Standing]) -> Table:
         f"{'' if several else f'{ONE_RUN}. '}* No other arm is better at both. The answer is about the "
         f"arm with the most English among those with at least {NEAR:.0%} of the largest gain."
     )
+    if found[0].lost_trained:
+        note += (
+            " English is of a kind that no arm trains on; beside it, the change on rows like those of the first phase, "
+            f"which replay and mixed arms may train on ({basis(found[0].lost_trained)})."
+        )
     return Table.of("abilities", "EA and MA, arm by arm", rows, records, note)
 
 

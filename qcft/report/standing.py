@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qcft.measure.score import read_scores
 from qcft.measure.stats import Difference, Runs, changes, pairwise
@@ -29,7 +29,8 @@ class Standing:
 
     The changes are means over the arm's runs, with 95% intervals over rows, and over seeds where any arm has several
     runs: `lost` (English) since each run's stage of `before`, `gained` (the others; below zero is a gain) since the
-    base as it is loaded. `front`: no other arm is better at both.
+    base as it is loaded. `front`: no other arm is better at both. English is of a kind that no arm trains on where such
+    rows are measured; then `lost_trained` is the change on the other English rows, which are like those trained on.
     """
 
     arm: Arm
@@ -39,6 +40,7 @@ class Standing:
     gained: Difference
     before: tuple[Stage, ...]
     front: bool = False
+    lost_trained: Difference | None = None
 
     @property
     def since(self) -> str:
@@ -71,7 +73,7 @@ class Verdict:
 def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
     """The arms that are measured to their end, on the rows that all of them were measured on."""
     done = [arm for arm in arms if all(run.last for run in arm.runs)]
-    english, others = common_groups(done)
+    english, others, trained = common_groups(done)
     if not english or not others:
         return ()
     measured: list[tuple[Arm, tuple[Stage, ...], list[Stage]]] = []
@@ -87,6 +89,9 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
         return ()
     lost = changes([(_scores(arm, since, english), _last(arm, english)) for arm, since, _ in measured])
     gained = changes([(_scores(arm, base, others), _last(arm, others)) for arm, _, base in measured])
+    also: Sequence[Difference | None] = [None] * len(measured)
+    if trained:
+        also = changes([(_scores(arm, since, trained), _last(arm, trained)) for arm, since, _ in measured])
     found = [
         Standing(
             arm,
@@ -95,8 +100,9 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
             less,
             more,
             before,
+            lost_trained=less_trained,
         )
-        for (arm, before, _), less, more in zip(measured, lost, gained, strict=True)
+        for (arm, before, _), less, more, less_trained in zip(measured, lost, gained, also, strict=True)
     ]
     best = front({s.arm.name: s.place for s in found})
     return tuple(replace(s, front=s.arm.name in best) for s in found)
@@ -132,7 +138,7 @@ def verdict(found: Sequence[Standing]) -> Verdict | None:
 
 def english_pairs(found: Sequence[Standing]) -> dict[tuple[str, str], Difference]:
     """The English NLL of the second arm less that of the first, for all pairs of arms; the intervals hold together."""
-    english, _ = common_groups([s.arm for s in found])
+    english = common_groups([s.arm for s in found]).english
     return pairwise({s.arm.name: _last(s.arm, english) for s in found}) if len(found) > 1 else {}
 
 
@@ -150,8 +156,21 @@ def unequal_training(best: Arm, others: Sequence[Arm]) -> dict[str, float]:
     return {name: share for name, share in shares.items() if abs(share) > UNEQUAL}
 
 
-def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
-    """The English groups and the others whose rows, and their tokens, are the same at every arm's last stage."""
+class Groups(NamedTuple):
+    """Names of held-out groups: the English ones that arms are compared on, those of other languages, and the English
+    ones with rows like those trained on, where the first are not."""
+
+    english: list[str]
+    others: list[str]
+    trained: list[str]
+
+
+def common_groups(arms: Sequence[Arm]) -> Groups:
+    """The groups whose rows, and their tokens, are the same at every arm's last stage.
+
+    An arm that trains on more rows of the first phase, by replay or mixed, is better on rows like them, so arms are
+    compared on English that none trains on, where it is measured.
+    """
     seen = [
         {name: [(row.key, row.tokens) for row in rows] for name, rows in read_scores(run.last.opened).items()}
         for arm in arms
@@ -159,10 +178,14 @@ def common_groups(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
         if run.last
     ]
     if not seen:
-        return [], []
+        return Groups([], [], [])
     names = [name for name, rows in seen[0].items() if all(other.get(name) == rows for other in seen)]
-    languages = {g["name"]: g["lang"] for g in arms[0].runs[0].run.table["groups"]}
-    return [n for n in names if languages[n] == ENGLISH], [n for n in names if languages[n] != ENGLISH]
+    of = {g["name"]: g for g in arms[0].runs[0].run.table["groups"]}
+    english = [name for name in names if of[name]["lang"] == ENGLISH]
+    others = [name for name in names if of[name]["lang"] != ENGLISH]
+    untrained = [name for name in english if not of[name]["trained"]]
+    trained = [name for name in english if name not in untrained]
+    return Groups(untrained, others, trained) if untrained else Groups(english, others, [])
 
 
 def _level(run: Evidence, groups: Sequence[str]) -> float:

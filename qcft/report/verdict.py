@@ -30,6 +30,8 @@ def verdict_in_words(said: Verdict, arms: int) -> str:
         other, share, less = said.beyond
         if less.is_clear:
             text.append(f"{other.arm.name} gained less ({share:.0%} of the most) and has more English: {_by(less)}.")
+    if best.lost_trained:
+        text.append("English is of a kind that no arm trains on; the table has that like the first phase's too.")
     return " ".join([*text, *trained_unlike(best, said.near)])
 
 
