@@ -31,7 +31,9 @@ def again(recipe, runs, up_to=None):
 
 
 def same_phase2(runs):
-    return phase2_recipe(runs, "tiny", None, [], {}, {}, [], None, [])[0]
+    return phase2_recipe(
+        runs, "tiny", None, [], dict.fromkeys(("replay", "replay_loss", "freeze", "anchor")), {}, [], None, []
+    )[0]
 
 
 def evaluated(runs):
