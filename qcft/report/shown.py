@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NotRequired, TypedDict
 
 from qcft.report.curve import CurvePoint
-from qcft.store.metrics import DeltaAmount, DriftFound, KeptMetrics, Paired
+from qcft.store.metrics import DeltaAmount, DriftFound, IntervalOf, KeptMetrics, Paired
 
 
 class ReportWritten(TypedDict):
@@ -37,14 +37,6 @@ class Exported(Delivered):
     phase: str
 
 
-class Share(TypedDict):
-    """A share with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class HalfShown(TypedDict):
     """What a point comes to on half the rows (measure.pick.Half)."""
 
@@ -53,7 +45,7 @@ class HalfShown(TypedDict):
     full_english: Paired
     full_others: Paired
     against_full: Paired
-    kept: Share | None
+    kept: IntervalOf | None
 
 
 class NotPicked(TypedDict):
