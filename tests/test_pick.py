@@ -56,13 +56,18 @@ def test_the_kept_share_is_that_of_the_reporting_rows():
     nll = [*map(mean_nll, rows)]
     assert found.reported.kept.value == pytest.approx((nll[0] - nll[1]) / (nll[0] - nll[2]))
     assert not first & second
-    tokens = np.array([row.tokens for row in rows[0]])
-    sums = [np.array([row.nll for row in one]) for one in rows]
-    draws = np.random.default_rng(1).integers(0, len(tokens), (4000, len(tokens)))
-    base, point, full = (one[draws].sum(axis=1) / tokens[draws].sum(axis=1) for one in sums)
-    low, high = np.percentile((base - point) / (base - full), [2.5, 97.5])
-    # A percentile interval of few rows is too narrow, but not by far.
-    assert (found.reported.kept.low, found.reported.kept.high) == pytest.approx((low, high), abs=1e-3)
+    base, point, full = (np.array([row.nll for row in one]) for one in rows)
+
+    def ratio(draws):
+        gains, wholes = (base - point)[draws], (base - full)[draws]
+        value = gains.sum(axis=-1) / wholes.sum(axis=-1)
+        return value, (gains - value[..., None] * wholes).std(axis=-1) / wholes.mean(axis=-1)
+
+    value, error = ratio(np.arange(len(base)))
+    drawn, errors = ratio(np.random.default_rng(1).integers(0, len(base), (20000, len(base))))
+    low, high = np.percentile((drawn - value) / errors, [2.5, 97.5])  # bootstrap-t
+    bounds = value - high * error, value - low * error
+    assert (found.reported.kept.low, found.reported.kept.high) == pytest.approx(bounds, abs=3e-4)
 
 
 @settings(deadline=None, max_examples=15)
