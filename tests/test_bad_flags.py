@@ -97,7 +97,7 @@ CASES = {
     "seeds with 400 digits": (command("ablate", "ablation.yaml", "--seeds", HUGE), "seed"),
     "seeds in other digits": (command("ablate", "ablation.yaml", "--seeds", "²"), "--seeds"),
     "two models chosen twice": (command("drift", "tiny", "--apart", "--to", "phase1"), "--apart chooses both models"),
-    "apart from a phase that is not done": (command("drift", "tiny", "--apart"), "phase1 of tiny is not done"),
+    "apart from a phase not done": (command("drift", "tiny", "--apart"), "phase1 of the run 'tiny' is not done"),
     "a pattern that no arm matches": (command("ablate", "ablation.yaml", "--arms", "x*"), "no arm 'x*'"),
     "a list of no arms": (command("ablate", "ablation.yaml", "--list", "--arms", ","), "--arms"),
     "a check of neither recipe nor run": (command("check", "nope"), "no recipe 'nope'"),
