@@ -2,7 +2,9 @@
 
 import qcft
 run = qcft.run("recipe.yaml", set={"phase2.replay.ratio": 0.1})
-run.table["changes"]
+run.frame()                              # every number, one a row; in a notebook, `run` shows its table and its plot
+qcft.compare(run, prompts=["Hola"])      # answers of the stages side by side
+qcft.open("quickstart").report()         # what was run before
 """
 
 from __future__ import annotations
@@ -12,21 +14,55 @@ from typing import TYPE_CHECKING, Any
 from qcft.errors import InputError, Interrupted, QcftError
 
 if TYPE_CHECKING:
-    from qcft.api import ablate, run
-    from qcft.store.results import Run, Stage
+    from qcft.public import (
+        Ablation,
+        Comparison,
+        Run,
+        ablate,
+        chat,
+        check_recipe,
+        compare,
+        export,
+        merge,
+        open,
+        run,
+        runs,
+    )
+    from qcft.store.results import Stage
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Interrupted", "QcftError", "Run", "Stage", "ablate", "run"]
+__all__ = [
+    "Ablation",
+    "Comparison",
+    "InputError",
+    "Interrupted",
+    "QcftError",
+    "Run",
+    "Stage",
+    "ablate",
+    "chat",
+    "check_recipe",
+    "compare",
+    "export",
+    "merge",
+    "open",
+    "run",
+    "runs",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when first asked for, so that `import qcft` (and the command line's help) stays quick.
-    if name in {"ablate", "run"}:
-        import qcft.api
-
-        return getattr(qcft.api, name)
-    if name in {"Run", "Stage"}:
+    if name == "Stage":
         import qcft.store.results
 
-        return getattr(qcft.store.results, name)
+        return qcft.store.results.Stage
+    if name in __all__:
+        import qcft.public
+
+        return getattr(qcft.public, name)
     raise AttributeError(f"module 'qcft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "__doc__"]

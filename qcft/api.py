@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +17,14 @@ from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe,
 from qcft.report.ablation import Outcome, outcome
 from qcft.report.arms import Evidence, arms_of
 from qcft.report.build import build_report
-from qcft.report.card import write_card
 from qcft.report.cost import RunCost, costs_of, in_all
-from qcft.report.curve import curve_points
 from qcft.report.drift_section import drift_name
-from qcft.report.shown import Dialled, DriftShown, Exported, Merged, ReportWritten
+from qcft.report.shown import DriftShown, ReportWritten
 from qcft.report.write import write_report
-from qcft.runner.beyond import reach
 from qcft.runner.recipe import Check, run_recipe
-from qcft.runner.stored import check_same_data, not_done
+from qcft.runner.stored import check_same_data
 from qcft.store import Store, read_run
-from qcft.store.ablations import Ablation, arms_begun
+from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.holding import working
 from qcft.store.metrics import LossTerms
 from qcft.store.results import Run
@@ -62,8 +58,8 @@ def run_watched(
 ) -> Run:
     """Run a recipe and write its report. `of`: a run it goes on from, whose `phases` (all by default) must not be
     trained again because their data changed."""
-    done = run_recipe(recipe, runs, watch, check=_same_data(of, phases, runs))
-    _report(done, runs)
+    done = run_recipe(recipe, runs, watch, check=_same_data(of, phases, runs), undo=True)
+    reported(done, runs)
     return done
 
 
@@ -96,10 +92,10 @@ def ablate_watched(
     """
     engine, colon, address = (on or "").partition(":")
     if engine == "ray" and bool(address.strip()) == bool(colon):
-        return run_on_ray(plain, arms, runs, watch, lambda done: _report(done, runs), address or None)
+        return run_on_ray(plain, arms, runs, watch, lambda done: reported(done, runs), address or None)
     if on is not None:
         raise InputError(f"--on {on!r}: qcft knows no such engine", "use ray, or ray:ADDRESS")
-    return run_arms(plain, arms, runs, watch, lambda done: _report(done, runs), skip)
+    return run_arms(plain, arms, runs, watch, lambda done: reported(done, runs), skip)
 
 
 def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
@@ -115,7 +111,7 @@ def ablation_outcome(ablation: Ablation) -> Outcome:
     return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
 
 
-def _report(done: Run, runs: Path) -> Run:
+def reported(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
     with working(runs, done.name), telling_full_disk(runs, FREE):
         whole = evidence(done.name, runs)
@@ -129,7 +125,7 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
     An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
     report/ here for several runs. Raises QcftError.
     """
-    made = arms_begun(names, runs)
+    made = _ablation(names, runs)
     wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
     found = []
     for done, name in enumerate(wanted):
@@ -149,6 +145,17 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
         "answer": document.answer,
         "tables": {table.name: [dict(record) for record in table.records] for table in document.tables()},
     }
+
+
+def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
+    """The arm of each run of an ablation that is begun, where its name is all that is given."""
+    if len(names) != 1 or names[0] not in list_ablations(runs):
+        return None
+    index = Ablation(runs, names[0]).document
+    begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
+    if not begun:
+        raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
+    return begun
 
 
 def cost(run: Run) -> RunCost:
@@ -190,144 +197,6 @@ def evidence(name: str | None, runs: Path) -> Evidence:
     return Evidence(recipe, run, changes)
 
 
-def merge(
-    name: str | None,
-    to: Path | None,
-    runs: Path,
-    watch: Watch,
-    *,
-    phase: str | None = None,
-    dequantised: bool = False,
-    dtype: str | None = None,
-    scale: float | None = None,
-    by: str | None = None,
-    method: str | None = None,
-    density: float = 1.0,
-) -> Merged:
-    """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
-
-    `scale` times the phase's delta is taken, or of each layer's what `by` says: `layers=0-9:0.5`. Raises QcftError.
-    """
-    from qcft.runner.delivery import check_place
-    from qcft.runner.dialling import scaled
-    from qcft.runner.export import deliver_model, goal_for, phases_until
-
-    named = read_run(runs, name)
-    recipe = named.recipe()
-    goal = scaled(goal_for(recipe, phase, dequantised, dtype), scale, by)
-    goal = replace(goal, method=method, density=density)
-    if to is not None:
-        check_place(to)
-    done = reach(named, recipe, goal, runs, watch)
-    assert done.goal is not None
-    whole = _report(done, runs)
-    folder = done.stages[done.goal].opened.part("model", watch)
-    if to is not None:
-        onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
-        at = f" (of the last: {goal.share()})" if goal.way() else ""
-        what = f"{' and '.join(phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
-        deliver_model(
-            recipe,
-            folder,
-            to,
-            lambda work: write_card(work, recipe, whole.table, f"eval/{done.goal}", what, adapter=False),
-            watch,
-        )
-        folder = to
-    return {"folder": str(folder), "stage": done.goal, "kept": whole.table["kept"].get(done.goal)}
-
-
-def export_adapter(
-    name: str | None,
-    to: Path,
-    runs: Path,
-    watch: Watch,
-    *,
-    phase: str | None = None,
-    scale: float | None = None,
-    by: str | None = None,
-) -> Exported:
-    """Write a run's phase (the last by default) as one PEFT adapter of the model as it came, with a model card.
-
-    `scale` and `by` as `merge` has them. Raises QcftError.
-    """
-    from qcft.runner.delivery import check_place
-    from qcft.runner.dialling import scale_by_weight, scaled
-    from qcft.runner.export import deliver_adapter, goal_for, phases_until
-
-    named = read_run(runs, name)
-    recipe = named.recipe()
-    goal = scaled(goal_for(recipe, phase, False, None), scale, by)
-    last = goal.phase
-    check_place(to)
-    stage = f"eval/{last}"
-    whole = read(named.name, runs)
-    if stage not in whole.stages:
-        raise not_done(named, stage)
-    what = f"The adapter of {' and '.join(phases_until(recipe, last))}, for the model as it came."
-    if goal.way():
-        what += f" Of {last}, it has {goal.share()}; below, {last} is measured with all of its delta."
-    deliver_adapter(
-        recipe,
-        Store(runs),
-        whole.stages[stage].step,
-        to,
-        lambda work: write_card(work, recipe, whole.table, stage, what, adapter=True),
-        watch,
-        scale_by_weight(goal, recipe, watch),
-    )
-    return {"folder": str(to), "phase": last}
-
-
-def dial(
-    name: str | None,
-    scales: str | None,
-    runs: Path,
-    watch: Watch,
-    *,
-    phase: str | None = None,
-    method: str | None = None,
-    density: float = 1.0,
-    by: Sequence[str] = (),
-    merge_at: float | None = None,
-    share: float | None = None,
-    to: Path | None = None,
-) -> Dialled:
-    """Measure EA and MA at each scale of a phase's delta, and scaled `by` layers (`layers=0-9:0.5`, `auto`), and draw
-    the curve; merge one scale, or pick the point that keeps a `share` of the languages' gain, when asked to.
-
-    Raises QcftError.
-    """
-    from qcft.inspect.pick import check_share, pick
-    from qcft.runner.delivery import check_place
-    from qcft.runner.dialling import AUTO, SCALES, dial_for, measured_before, with_patterns
-
-    named = read_run(runs, name)
-    recipe = named.recipe()
-    wanted = dial_for(recipe, phase, scales or SCALES, method, density, merge_at, by)
-    if share is not None:
-        check_share(share)
-        if scales is None and not by:
-            wanted = measured_before(wanted, named, runs)
-    if to is not None:
-        check_place(to)
-    if any(text.strip() == AUTO for text in by):
-        wanted = with_patterns(wanted, named, recipe, runs, watch)
-    done = reach(named, recipe, wanted, runs, watch)
-    assert done.goal is not None
-    points = curve_points(done.stages[done.goal].metrics)
-    _report(done, runs)
-    drawing = done.folder / "report" / "plots" / f"{done.goal}.svg"
-    found: Dialled = {"run": named.name, "phase": wanted.phase, "points": points, "drawing": str(drawing)}
-    if share is not None:
-        found["pick"] = pick(done, recipe, wanted, share, runs)
-    if merge_at is not None:
-        found["merged"] = merge(
-            named.name, to, runs, watch, phase=wanted.phase, scale=merge_at, method=method, density=density
-        )
-    return found
-
-
 def drift(
     name: str | None,
     runs: Path,
@@ -347,7 +216,7 @@ def drift(
     from qcft.inspect.drift import Asked, measure_drift
 
     named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts, apart), runs, watch)
-    _report(read(named.name, runs), runs)
+    reported(read(named.name, runs), runs)
     drawing = named.folder / "report" / "plots" / f"{drift_name(stage)}.svg"
     return {"run": named.name, **found, "drawing": str(drawing)}
 
@@ -358,7 +227,7 @@ def keep_similarity(name: str, found: SimilarityFound, runs: Path) -> None:
     with working(runs, name):
         place.mkdir(exist_ok=True)
         write_sealed(place / "similarity.json", dict(found))
-    _report(read(name, runs), runs)
+    reported(read(name, runs), runs)
 
 
 def replay_watched(recipe: Recipe, runs: Path, watch: Watch, of: str | None = None) -> Run:

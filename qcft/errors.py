@@ -35,6 +35,10 @@ class QcftError(Exception):
         self.hint = _told(hint)
         super().__init__(self.message)
 
+    def __str__(self) -> str:
+        """Both lines, as a traceback and a notebook show them."""
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
 
 class InputError(QcftError):
     """A value that was given cannot be used."""

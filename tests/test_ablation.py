@@ -11,6 +11,7 @@ import yaml
 
 import qcft
 from qcft.ablation.arms import prepare_arms
+from qcft.ablation.dry_run import ablation_plan
 from qcft.events import ArmChanged, StepBegun, Watch
 from qcft.files import read_json
 from qcft.models.meta import model_without_weights
@@ -129,6 +130,8 @@ def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_p
         ({"arms": [{"name": "b", "set": {"phase2.data": "nowhere.jsonl"}}]}, "arm 'b': data: there is no file"),
         ({"arms": [{"name": "b", "set": {"phase2.freeze": "first:9"}}]}, "arm 'b': freeze: 'first:9'"),
         ({"arms": [{"name": "b", "mixed": True, "set": {"phase1.lr": 1}}]}, "arm 'b': unknown key 'phase1.lr'"),
+        ({"arms": [{"name": "b", "match": "steps"}]}, "match: steps is for an arm that is mixed"),
+        ({"arms": [{"name": "b", "mixed": True, "match": "rows"}]}, "ablation.arms.0.match"),
     ],
 )
 def test_a_mistake_in_an_arm_is_found_before_anything_is_written(qcft, raw, tmp_path, ablation, says):
@@ -152,6 +155,41 @@ def test_an_arm_or_seed_that_is_not_there(qcft, recipe_file):
         assert code == 2
         assert says in err
     assert "did you mean 'plain'" in qcft("ablate", recipe_file, "--arms", "plane")[2]
+
+
+def test_arms_are_listed_and_chosen_by_patterns(qcft, recipe_file, color_data):
+    """Without any data being read."""
+    code, out, err = qcft("ablate", recipe_file, "--list", "--arms", "er-*,mixed", "--json", "--set", "model=nowhere/x")
+    assert code == 0, err
+    listed = json.loads(out)
+    assert [one["arm"] for one in listed] == ["er-ratio-0.1", "er-ratio-0.2", "mixed"]
+    assert listed[0] == {
+        "arm": "er-ratio-0.1",
+        "seeds": [0, 1],
+        "set": {"phase2.freeze": "none", "phase2.replay.ratio": 0.1},
+        "mixed": False,
+    }
+    out = qcft("ablate", recipe_file, "-l")[1]
+    assert 'phase2.freeze="random:0.5"' in out
+    code, _, err = qcft("ablate", recipe_file, "--list", "--arms", "x*")
+    assert code == 2
+    assert "there is no arm 'x*'" in err
+
+
+def test_a_plan_lists_all_arms_and_what_is_missing(qcft, raw, tmp_path):
+    raw["ablation"] = {"arms": [{"name": "plain"}, {"name": "other", "set": {"model.name": "nowhere/at-all"}}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    code, out, err = qcft("ablate", "recipe.yaml", "--dry-run", "--json")
+    assert code == 2
+    plan = json.loads(out)
+    assert [run["arm"] for run in plan["runs"]] == ["plain", "other"]
+    assert list(plan["missing"]) == ["tiny-other-s0"]
+    assert plan["total"]["steps"] == plan["runs"][0]["steps"] == 10
+    code, out, err = qcft("ablate", "recipe.yaml", "--dry-run")
+    assert code == 2
+    assert "missing: arm 'other': model: 'nowhere/at-all'" in err
+    assert out.splitlines()[2].split() == ["tiny-other-s0", *"?????"]
+    assert qcft("ablate", "recipe.yaml", "--dry-run", "--arms", "plain")[0] == 0
 
 
 def test_a_recipe_without_arms_says_so(qcft, raw_recipe, tmp_path):
@@ -201,16 +239,49 @@ def test_the_run_of_an_arm_is_the_same_run_when_its_recipe_is_run(raw):
         assert again.plan.stages() == one.prepared.plan.stages()
 
 
-def test_the_mixed_arm_has_the_steps_of_both_phases(done):
+def test_the_mixed_arm_has_the_answer_tokens_of_both_phases(done):
+    """To the nearest row: phase 1 has two epochs here."""
     ablation, _ = done
     metrics = {
         state.arm: [read_json(ablation.runs / state.run / p / "done.json") for p in ("phase1", "phase2")]
         for state in ablation.states()
         if state.seed == 0
     }
-    plain = sum(record["metrics"]["steps"] for record in metrics["plain"])
+    fed = {
+        arm: [entry for record in records if record for entry in record["metrics"]["exposure"]]
+        for arm, records in metrics.items()
+    }
+    tokens = {arm: sum(entry["answer_tokens"] for entry in entries) for arm, entries in fed.items()}
     assert metrics["mixed"][0] is None
-    assert metrics["mixed"][1]["metrics"]["steps"] == plain == 18
+    longest = max(round(entry["answer_tokens"] / entry["rows"]) + 1 for entry in fed["mixed"])
+    assert abs(tokens["mixed"] - tokens["plain"]) <= longest / 2
+    assert sum(entry["rows"] for entry in fed["mixed"]) != sum(entry["rows"] for entry in fed["plain"]), "not by rows"
+
+
+def test_a_mixed_arm_matches_in_the_unit_that_it_says(raw):
+    """With one epoch in each phase, as many answer tokens are every row once; steps are the phases' own."""
+    raw["phases"][0]["train"]["epochs"] = 1
+    raw["ablation"] = {"arms": [{"name": "tokens", "mixed": True}, {"name": "steps", "mixed": True, "match": "steps"}]}
+    found = {one.arm.arm: one for one in prepare_arms(expand_ablation(raw)[1], Watch())}
+    trains = {name: one.arm.recipe.phases[0].train for name, one in found.items()}
+    assert (trains["tokens"].steps, trains["tokens"].epochs) == (None, 1.0)
+    assert trains["steps"].steps == 6 + 6
+    assert [one.arm.match for one in found.values()] == ["tokens", "steps"]
+
+
+def test_the_plan_shows_how_long_each_arm_trains(raw, tmp_path):
+    """Optimizer steps, answer tokens, epochs of each phase; replay's share in both units."""
+    plan = ablation_plan(expand_ablation(raw)[1], tmp_path / "runs", Watch())
+    of = {run["arm"]: run["training"] for run in plan["runs"] if run["seed"] == 0}
+    assert of["plain"]["epochs"] == of["lf"]["epochs"] == [2.0, 1.0]
+    assert of["plain"]["steps"] == 18
+    assert of["plain"]["replay"] == {}
+    assert of["mixed"]["answer_tokens"] == pytest.approx(of["plain"]["answer_tokens"], abs=4)
+    replayed = of["er-ratio-0.2"]
+    assert replayed["replay"]["phase2"]["rows"] == 6
+    assert replayed["replay"]["phase2"]["share_of_rows"] == 0.2
+    assert replayed["replay_answer_tokens"] == replayed["replay"]["phase2"]["answer_tokens"] > 0
+    assert replayed["answer_tokens"] == of["plain"]["answer_tokens"]
 
 
 def test_what_arms_share_is_read_once(raw, monkeypatch):
@@ -271,10 +342,15 @@ def test_the_table_of_arms(qcft, done, finished):
     assert arms["lf"]["others"]["mean"] == pytest.approx(
         sum(change[name]["value"] * tokens[name] for name in others) / sum(tokens[name] for name in others)
     )
-    assert arms["lf"]["steps"]["mean"] == arms["mixed"]["steps"]["mean"] == 18
+    assert arms["lf"]["steps"]["mean"] == 18
+    assert arms["lf"]["epochs"] == [2.0, 1.0]
+    assert arms["mixed"]["answer_tokens"]["mean"] == pytest.approx(arms["lf"]["answer_tokens"]["mean"], abs=4)
+    assert arms["mixed"]["english_untrained"] is None
     code, shown, _ = qcft("show", "tiny", "--runs", finished / "runs")
     assert (code, shown.splitlines()[0].split()[:3]) == (0, ["arm", "seeds", "done"])
-    assert shown.endswith("mean of the seeds; `qcft report tiny` says what can be told apart\n")
+    assert "mean of the seeds; `qcft report tiny` says what can be told apart\n" in shown
+    assert shown.endswith("in brackets against plain\n")
+    assert " 2 + 1 " in shown
     assert json.loads(qcft("show", "tiny", "--runs", finished / "runs", "--json")[1]) == outcome
 
 
@@ -315,7 +391,7 @@ def test_what_takes_next_to_no_time_is_no_unknown(capsys):
     for seconds, unknown, says in ((0.004, 3, "0.0 s + 3 steps unknown"), (0.0, 1, "0.0 s + 1 step unknown"),
                                    (None, 2, "takes unknown"), (70, 0, "takes 1 min 10 s and")):  # fmt: skip
         total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
-        ablation_view.print_plan({"runs": [], "total": total})
+        ablation_view.print_plan({"runs": [], "missing": {}, "total": total})
         assert says in capsys.readouterr().out
 
 
@@ -381,6 +457,7 @@ def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
 
 ARMS_OF = {
     "quick-ablation-cpu": 6,
+    "beyond": 15,
     "free-remedies": 7,
     "lora-baseline": 12,
     "ablation-8gb": 27,
@@ -388,12 +465,13 @@ ARMS_OF = {
     "paper-mistral-7b": 58,
     "paper-llama3-8b": 58,
 }
-ON_SHIPPED_DATA = ["quick-ablation-cpu", "free-remedies", "lora-baseline"]
+ON_SHIPPED_DATA = ["quick-ablation-cpu", "beyond", "free-remedies", "lora-baseline"]
 
 
 def test_every_recipe_that_ships_is_in_these_tests():
     assert {name for name in built_in_recipes() if load_recipe(name).ablation} == ARMS_OF.keys()
-    assert {name for name in ARMS_OF if "qcft:" in built_in_recipes()[name].read_text()} == {*ON_SHIPPED_DATA}
+    paths = {name: [one.path for phase in load_recipe(name).phases for one in phase.sources()] for name in ARMS_OF}
+    assert {name for name in ARMS_OF if all(path.startswith("qcft:") for path in paths[name])} == {*ON_SHIPPED_DATA}
 
 
 @pytest.mark.parametrize("command", ["ablate", "run"])
@@ -438,6 +516,7 @@ def test_the_papers_grid():
             assert (f"mixed-{start}-{data}" in by_name) == (start != "instruct")
     assert by_name["gr5-orca-mopenorca"].phases[0].data[0].path == "Open-Orca/SlimOrca"
     assert by_name["lf-h2-instruct-multialpaca"].model.base == "mistralai/Mistral-7B-v0.1"
+    assert {one.match for one in arms if one.arm.startswith("mixed")} == {"steps"}
     assert [s.path for s in by_name["mixed-orca-multialpaca"].phases[0].sources()][:2] == [
         "Open-Orca/SlimOrca",
         "data/multialpaca/fr.jsonl",
@@ -455,6 +534,7 @@ def test_the_quick_ablation_is_checked_whole(tiny_model):
         if name != "first20":
             check_prepared(one.prepared)
     groups = {group.name: len(group.rows) for group in found["none"].prepared.groups}
-    assert list(groups) == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr"]
+    assert list(groups) == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr", "test en"]
     assert min(groups.values()) >= 16
-    assert found["mixed"].arm.recipe.phases[0].train.steps >= 25 + 34  # rows by 4, and packs that are not full
+    train = found["mixed"].arm.recipe.phases[0].train
+    assert (train.steps, train.epochs) == (None, 1.0)  # each row once, as the phases have them

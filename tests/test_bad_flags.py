@@ -98,7 +98,40 @@ CASES = {
     "seeds in other digits": (command("ablate", "ablation.yaml", "--seeds", "²"), "--seeds"),
     "two models chosen twice": (command("drift", "tiny", "--apart", "--to", "phase1"), "--apart chooses both models"),
     "apart from a phase that is not done": (command("drift", "tiny", "--apart"), "phase1 of tiny is not done"),
+    "a pattern that no arm matches": (command("ablate", "ablation.yaml", "--arms", "x*"), "no arm 'x*'"),
+    "a list of no arms": (command("ablate", "ablation.yaml", "--list", "--arms", ","), "--arms"),
+    "a check of neither recipe nor run": (command("check", "nope"), "no recipe 'nope'"),
+    "a check of a replay beyond all": (command("check", "tiny", "--replay", "2"), "ratio"),
+    "a check of data of nothing": (command("check", "tiny", "--data", "es="), "is missing"),
+    "a removal of what is not there": (command("rm", "tiny", "nope"), "no run 'nope'"),
+    "a short flag of nothing": (command("ls", "-r", ""), "-r: the value given is empty"),
     "a drift of no rows": (command("drift", "tiny", "--rows", "0"), "--rows"),
+    "no rows to compare": (command("compare", "tiny", "-n", "0"), "-n"),
+    "rows to compare that are no number": (command("compare", "tiny", "-n", "few"), "-n"),
+    "compared answers without a token": (command("compare", "tiny", "--max-new-tokens", "0"), "--max-new-tokens"),
+    "answers in a chat without a token": (command("chat", "tiny", "--max-new-tokens", "0"), "--max-new-tokens"),
+    "a temperature below nothing": (command("chat", "tiny", "--temperature", "-1"), "temperature: -1"),
+    "a temperature that is no number": (command("chat", "tiny", "--temperature", "nan"), "temperature: nan"),
+    "a temperature without end": (command("chat", "tiny", "--temperature", "1e300"), "temperature: 1e+300"),
+    "a temperature next to nothing": (command("chat", "tiny", "--temperature", "1e-300"), "temperature: 1e-300"),
+    # stages that answer
+    "no phase that can be compared": (command("compare", "tiny"), "no phase of the run 'tiny' is done"),
+    "no phase to chat with": (command("chat", "tiny"), "no phase of the run 'tiny' is done"),
+    "a compared stage that is not there": (command("compare", "tiny", "--stage", "phase9"), "has no stage 'phase9'"),
+    "a stage to chat with that is not there": (command("chat", "tiny", "--stage", "phase9"), "has no stage 'phase9'"),
+    "a stage to chat with that is not done": (command("chat", "tiny", "--stage", "phase1"), "phase1 of the run 'tiny'"),
+    "a run to chat with that is not there": (command("chat", "tony"), "there is no run 'tony'"),
+    "a language without held-out rows": (command("compare", "tiny", "--stage", "base", "--lang", "xx"), "'xx'"),
+    "a file of prompts that is not there": (command("compare", "tiny", "--prompts", "none.txt"), "there is no file"),
+    "a file of prompts of nothing": (command("compare", "tiny", "--prompts", "blank.txt"), "no line of text"),
+    "a file of prompts in bytes": (command("compare", "tiny", "--prompts", "bytes.txt"), "cannot be read as text"),
+    "a file of prompts of zeros": (command("compare", "tiny", "--prompts", "zeros.txt"), "is binary"),
+    "a folder of prompts": (command("compare", "tiny", "--prompts", "runs"), "cannot be read as text"),
+    "a device of prompts": (command("compare", "tiny", "--prompts", "/dev/zero"), "is a device"),
+    "a page that is no page": (command("compare", "tiny", "--to", "en.jsonl"), "is no .html file"),
+    "a page in no folder": (command("compare", "tiny", "--to", "none/page.html"), "cannot be written"),
+    "a page in a file": (command("compare", "tiny", "--to", "en.jsonl/page.html"), "cannot be written"),
+    "a page in a folder that is not written to": (command("compare", "tiny", "--to", "/proc/page.html"), "written"),
     "replay shown below nothing": (command("replay", "tiny", "--show", "-1"), "--show"),
 }  # fmt: skip
 
@@ -112,6 +145,8 @@ def place(raw_recipe, tiny_model, tmp_path, monkeypatch):
     (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(raw))
     (tmp_path / "tiny").symlink_to(tiny_model)
     write_rows(tmp_path / "en.jsonl", [{"instruction": f"what is {i}", "output": "red"} for i in range(40)])
+    for name, content in (("blank.txt", b" \n\n"), ("bytes.txt", b"caf\xe9\n"), ("zeros.txt", b"\0\0\n")):
+        (tmp_path / name).write_bytes(content)
     open_run(tmp_path / "runs", recipe_from(raw_recipe), {"phase1": "train-0000000000"})
     return tmp_path
 

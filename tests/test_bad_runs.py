@@ -115,6 +115,11 @@ READERS = {
         ["dial", "tiny", "--scales", "0.5", "-q"],
         "adapter_model.safetensors is missing or altered",
     ),
+    "answers of a replaced adapter": (
+        replace_adapter,
+        ["compare", "tiny", "--prompt", "a cat", "-q"],
+        "adapter_model.safetensors is missing or altered",
+    ),
     "a merge of a replaced adapter": (
         replace_adapter,
         ["merge", "tiny", "--dtype", "float32", "-q"],
@@ -338,6 +343,20 @@ def test_what_a_run_has_is_delivered_without_its_model(place, qcft, case):
         assert (place / "out/tokenizer_config.json").is_file()
 
 
+@pytest.mark.parametrize("command", [["compare", "tiny", "--prompt", "a cat"], ["chat", "tiny"]])
+def test_a_model_that_is_gone_gives_no_answers(place, qcft, command):
+    own = place / "runs/tiny/recipe.yaml"
+    own.write_text(own.read_text().replace("name: /", "name: /gone/", 1))
+    check_refused(qcft, place, [*command, "-q"], "/gone/")
+
+
+def test_answers_to_given_prompts_need_no_data(place, qcft):
+    drop_data(place)
+    code, out, error = qcft("compare", "tiny", "--prompt", "a cat", "--json", "-q")
+    assert code == 0, error
+    assert json.loads(out)["stages"] == ["base", "phase1", "phase2"]
+
+
 @pytest.mark.parametrize(("lose", "why"), [(edit_data, "changed since the run"), (drop_data, "cannot be read")])
 def test_a_new_merge_without_data_is_made_and_not_measured(place, qcft, lose, why):
     lose(place)
@@ -355,6 +374,7 @@ def test_a_new_merge_without_data_is_made_and_not_measured(place, qcft, lose, wh
 
 REFUSED = {
     "a dial of other scales": ["dial", "tiny", "--scales", "0.5", "-q"],
+    "answers to held-out rows": ["compare", "tiny", "-q"],
     "a drift between others": ["drift", "tiny", "--from", "base", "-q"],
     "replay of another ratio": ["replay", "tiny", "--ratio", "0.1", "-q"],
     "an evaluation": ["eval", "tiny", "--task", "fidelity", "--stage", "base", "--limit", "1", "-q"],
@@ -368,7 +388,7 @@ def test_what_needs_rows_that_changed_is_refused(place, qcft, case):
     check_refused(qcft, place, REFUSED[case], "changed since the run 'tiny' was made")
 
 
-@pytest.mark.parametrize("case", ["a dial of other scales", "a drift between others"])
+@pytest.mark.parametrize("case", ["a dial of other scales", "a drift between others", "answers to held-out rows"])
 def test_what_needs_rows_that_are_gone_is_refused(place, qcft, case):
     drop_data(place)
     check_refused(qcft, place, REFUSED[case], "the held-out rows of the run 'tiny' cannot be read")
@@ -421,9 +441,9 @@ def test_what_cannot_be_read_hides_no_other_run(place, qcft):
     assert code == 0, error
     listed = {row["run"]: row for row in json.loads(out)}
     assert listed["tiny"]["state"] == "done"
-    assert "newer qcft" in listed["newer"]["phases"]
-    assert "no readable run.json" in listed["broken"]["phases"]
-    assert "no readable ablation.json" in listed["bad"]["phases"]
+    assert "newer qcft" in listed["newer"]["problem"]
+    assert "no readable run.json" in listed["broken"]["problem"]
+    assert "no readable ablation.json" in listed["bad"]["problem"]
     assert {row["state"] for name, row in listed.items() if name != "tiny"} == {"damaged"}
     assert qcft("ls")[0] == 0
     for command in (["show", "tiny"], ["report", "tiny"], ["export", "tiny", "--to", "out", "-q"], ["rm", "tiny"]):
@@ -471,4 +491,4 @@ def test_a_damaged_done_json_is_listed(place, qcft):
     assert code == 0, error
     (row,) = json.loads(out)
     assert row["state"] == "damaged"
-    assert "done.json is altered" in row["phases"]
+    assert "done.json is altered" in row["problem"]

@@ -144,6 +144,17 @@ def trained(encoded, i):
     return 0 <= i < len(encoded.labels) and encoded.labels[i] != IGNORED
 
 
+def test_a_cut_answer_is_trained_to_the_end_of_its_text(tokenizer, family):
+    """Whatever the template writes after an answer: its end, a blank, a new line."""
+    cut = Row((Message("user", "what color"),), (Message("assistant", "red an", finished=False),))
+    encoder = Encoder(tokenizer)
+    (encoded,), (whole,) = (encoder.encode_all([one]).encoded for one in (cut, row(*ONE)))
+    ((start, end),) = spans(encoded)
+    assert end == len(encoded.input_ids)
+    assert tokenizer.decode(encoded.input_ids[start:]).strip() == "red an"
+    assert encoded.input_ids[:start] == whole.input_ids[: spans(whole)[0][0]]
+
+
 SYSTEM = ("system", "be brief")
 ONE, TWO = (("user", "what color"), ("assistant", "red")), (("user", "and then"), ("assistant", "blue"))
 TURNS = {"single": ONE, "multi": (*ONE, *TWO), "system": (SYSTEM, *ONE), "system, multi": (SYSTEM, *ONE, *TWO)}

@@ -1,6 +1,7 @@
 """qcft check: what a recipe would take; nothing is trained and nothing is written."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -156,6 +157,31 @@ def test_check_plans_for_a_card_that_is_not_here(qcft, recipe_file):
     assert found["phases"][0]["memory"]["optimizer"] < 0.6 * found["phases"][0]["memory"]["adapters"]
     small = qcft("check", recipe_file, "--vram", "513MB")[1]
     assert "DOES NOT FIT" in small
+
+
+def test_the_verdict_comes_first_and_a_run_or_phase_2_is_checked_too(qcft, recipe_file, raw_recipe, tmp_path):
+    from qcft.recipe import recipe_from
+    from qcft.store import open_run
+
+    code, out, err = qcft("check", recipe_file, "--vram", "8GB", "--rows", "0")
+    assert code == 0, err
+    assert re.match(r"fits an 8 GB card: \d+ MiB of 7\.50 GiB usable\n", out)
+    code, out, _ = qcft("check", recipe_file, "--vram", "513MB", "--rows", "0")
+    assert out.startswith("DOES NOT FIT a 0.501 GB card: ")
+    assert not (tmp_path / "runs").exists()
+    open_run(tmp_path / "runs", recipe_from({**raw_recipe, "name": "mine"}), {"phase1": "train-0000000000"})
+    shares = []
+    for arguments in (["mine"], ["mine", "--freeze", "none", "--replay", "0.1"]):
+        code, out, err = qcft("check", *arguments, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["recipe"] == "mine"
+        shares.append(found["phases"][1]["adapted_share"])
+    assert shares[0] < 0.7 < 0.99 < shares[1]
+    given = ["-m", raw_recipe["model"]["name"], "-d", f"es={raw_recipe['phases'][0]['data'][0]['path']}"]
+    code, out, err = qcft("check", "new", *given, "--json")
+    assert code == 0, err
+    assert [phase["phase"] for phase in json.loads(out)["phases"]] == ["phase2"]
 
 
 def test_check_measures(qcft, recipe_file, tmp_path):

@@ -134,7 +134,7 @@ def test_no_traceback_without_debug(qcft, recipe_file, monkeypatch):
         ("", 0, "mod\\xe8le"),  # a terminal that has no such letter
         (">&-", 0, ""),
         (">/dev/full", 1, "error: the disk that is written to is full\nhint: free some space"),
-        ("--runs ../x; rmdir ../gone; python -m qcft ls", 2, "error: the working folder is no more\nhint: "),
+        ("--runs ../x; rmdir ../gone; python -m qcft ls", 2, "error: the current folder was deleted\nhint: "),
     ],
     ids=["ASCII", "closed", "full", "no folder"],
 )
@@ -164,6 +164,22 @@ def test_dry_run_lists_the_steps_and_does_nothing(qcft, recipe_file, tmp_path):
     assert [s["stage"] for s in json.loads(out)][:3] == ["eval/base-16bit", "eval/base", "phase1"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("phase1.train.scheduler=cosin", "no scheduler 'cosin'"), ("phase1.freeze=first:3", "freezes all 3 layers")],
+)
+def test_dry_run_finds_what_the_real_call_refuses(qcft, tiny_model, color_data, tmp_path, setting, says):
+    command = ["phase1", "x", "-m", tiny_model, "-d", color_data / "en.jsonl", "--set", setting]
+    told = []
+    for more in ([], ["--dry-run"]):
+        code, out, err = qcft(*command, *more)
+        assert (code, out) == (2, "")
+        told.append([line for line in err.splitlines() if line.startswith(("error", "hint"))])
+    assert told[0] == told[1]
+    assert says in told[0][0]
+    assert not (tmp_path / "runs").exists()
+
+
 def test_run_then_show_ls_and_phase2(qcft, recipe_file, tmp_path):
     code, out, err = qcft("run", str(recipe_file), "--json")
     assert code == 0, err
@@ -177,20 +193,33 @@ def test_run_then_show_ls_and_phase2(qcft, recipe_file, tmp_path):
     code, out, _ = qcft("show", "tiny")
     assert "phase2 since phase1" in out
     assert "phase1 en *" in out
-    assert "English (phase1 en)" in out
+    assert ": its loss " in out  # of English, in a sentence
     _, out, _ = qcft("ls", "--json")
-    assert json.loads(out)[0] | {"model": ""} == {
+    (listed,) = json.loads(out)
+    english = next(g["name"] for g in table["groups"] if g["english"])
+    assert listed.pop("english") == table["changes"][0]["groups"][english]
+    assert listed.pop("made").startswith("20")
+    assert listed | {"model": ""} == {
         "run": "tiny",
+        "kind": "run",
         "model": "",
-        "phases": "phase1, phase2",
-        "steps done": "10 of 10",
+        "phases": ["phase1", "phase2"],
+        "data": {"phase1": ["en"], "phase2": ["es", "pt"]},
+        "replay": 0.2,
+        "freeze": "first:1",
+        "steps": 10,
+        "done": 10,
         "state": "done",
+        "ablation": None,
+        "runs": None,
+        "problem": None,
     }
+    assert qcft("ls")[1].splitlines()[1].split()[:5] == ["tiny", "done", "10", "of", "10"]
     # The latest run with a phase 1, its own data, another ratio: a new run that shares what it can.
     code, out, err = qcft("phase2", "--replay", "0.1", "--freeze", "last:1", "--json")
     assert code == 0, err
     assert json.loads(out)["run"] == "tiny-2"
-    assert err.count("reused") == 7
+    assert "7 steps reused" in err
     recipe = yaml.safe_load((tmp_path / "runs" / "tiny-2" / "recipe.yaml").read_text())
     assert recipe["phases"][1]["replay"]["ratio"] == 0.1
     assert recipe["phases"][1]["freeze"] == "last:1"
@@ -237,7 +266,7 @@ def test_phase2_with_a_model_can_be_repeated(qcft, tiny_model, color_data, tmp_p
     """What an interrupted command's hint says: the same command goes on."""
     command = ["phase2", "inst", "--model", str(tiny_model), "--data", f"es={color_data / 'es.jsonl'}", "--take", "12"]
     command += ["--set", "phase2.train={batch: 4, max_length: 64}", "--set", "heldout.share=0.2"]
-    for state in ("train phase2\n", "train phase2  done before"):
+    for state in ("train phase2\n", "4 steps reused"):
         code, _, err = qcft(*command, "--set", "answers.prompts=0")
         assert code == 0, err
         assert state in err

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcft import InputError, api
+from qcft import InputError, api, deliveries
 from qcft.events import Progress, Watch
 from qcft.inspect.versions import deltas_of, version_of
 from qcft.models.adapters import load_adapter
@@ -153,7 +153,7 @@ def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_pa
     before = open_named(runs, "stack").stages["dial-phase2"]
     measured = []
     by = ["layers=0-2:0.5", "layers=1-2:0,0:1", "auto"]
-    found = api.dial("stack", "0:1:0.5", runs, Watch(measured.append), by=by)
+    found = deliveries.dial("stack", "0:1:0.5", runs, Watch(measured.append), by=by)
     points = found["points"]
     labels = {event.label for event in measured if isinstance(event, Progress)}
     assert any("dial phase2 at layers 1-2 at 0:" in label for label in labels)

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from qcft import InputError
 from qcft.data.encode import IGNORED, Encoder
-from qcft.data.rows import Message, Row
+from qcft.data.formats import to_row
+from qcft.data.rows import Message, Row, digest_rows, message_from
 from qcft.data.template import CHATML, CONTROL_TOKENS, SYSTEM_MERGED, Template, set_chat_template
 
 
@@ -37,6 +38,32 @@ def test_every_assistant_turn_is_trained(tokenizer):
     turns = [("user", "the cat"), ("assistant", "red"), ("user", "the dog"), ("assistant", "blue")]
     encoded = only(Encoder(tokenizer).encode(row(*turns)))
     assert trained_text(tokenizer, encoded) == "red<|im_end|>blue<|im_end|>"
+
+
+def test_an_answer_that_was_cut_bears_no_loss_on_an_end_of_turn(tokenizer):
+    cut = Row((Message("user", "the cat"),), (Message("assistant", "a red dog", finished=False),))
+    whole = row(("user", "the cat"), ("assistant", "a red dog"))
+    encoded = Encoder(tokenizer).encode_all([cut, whole]).encoded
+    assert [trained_text(tokenizer, one) for one in encoded] == ["a red dog", "a red dog<|im_end|>"]
+    assert tokenizer.decode(encoded[0].input_ids).endswith("assistant\na red dog")
+    assert encoded[0].input_ids == encoded[1].input_ids[:-1]
+    # Before later turns its end stands in the text, as the template has it, and bears no loss either.
+    more = Row(cut.prompt, (*cut.completion, Message("user", "the dog"), Message("assistant", "blue")))
+    later = only(Encoder(tokenizer).encode(more))
+    assert trained_text(tokenizer, later) == "a red dogblue<|im_end|>"
+    assert "a red dog<|im_end|>" in tokenizer.decode(later.input_ids)
+
+
+def test_a_cut_answer_is_kept_in_files_and_rows_without_the_mark_are_read_as_before():
+    cut = Row((Message("user", "q"),), (Message("assistant", "a", finished=False),))
+    record = cut.as_dict()
+    assert record["completion"] == [{"role": "assistant", "content": "a", "finished": False}]
+    assert to_row(record, "prompt-completion") == cut
+    assert message_from(record["completion"][0]) == cut.completion[0]
+    before = {"role": "assistant", "content": "a"}
+    assert message_from(before) == Message("assistant", "a")
+    assert Message("assistant", "a").as_dict() == before
+    assert digest_rows([cut]) != digest_rows([Row(cut.prompt, (Message("assistant", "a"),))])
 
 
 def test_the_prompt_is_what_generation_is_given(tokenizer):

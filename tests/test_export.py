@@ -52,7 +52,7 @@ def of(folder, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", ["tiny", "stack"])
-def test_a_merged_phase_is_measured_and_loads_elsewhere(runs, qcft, name, tmp_path):
+def test_a_merged_phase_is_measured_and_loads_elsewhere(runs, qcft, tiny_model, name, tmp_path):
     code, out, error = qcft("merge", name, "--runs", runs, "--to", tmp_path / "out", "--json", "-q")
     assert code == 0, error
     told = json.loads(out)
@@ -69,7 +69,10 @@ def test_a_merged_phase_is_measured_and_loads_elsewhere(runs, qcft, name, tmp_pa
     assert {"EA (English)", "MA (other languages)"} <= {cell.strip() for cell in card.split("|")}
     front = yaml.safe_load(card.split("---")[1])
     assert front["language"] == ["en", "es", "pt"]
-    assert str(Path.home()) not in card.split("## Recipe")[0]
+    assert front["base_model"] == tiny_model.name
+    assert "pipeline(" in card
+    assert no_local_path(out, tiny_model)
+    assert no_local_path(runs / name / "report", tiny_model)
     again = qcft("merge", name, "--runs", runs, "--to", tmp_path / "again", "-q")
     assert again[1].strip() == str(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
@@ -93,13 +96,21 @@ def test_lm_eval_loads_the_folder(runs, qcft, tmp_path):
     assert lm_eval.HFLM(pretrained=str(tmp_path / "out"), device="cpu").model
 
 
+def no_local_path(folder, model):
+    """Whether no file that can be read names the folder that tests write to; the names that files have are there."""
+    texts = [p.read_text(errors="replace") for p in folder.rglob("*") if p.suffix in {".json", ".md", ".html", ".csv"}]
+    assert any(model.name in text for text in texts)
+    return not any(str(place) in text for text in texts for place in (model.parent, Path.home(), folder.parent))
+
+
 @pytest.mark.parametrize("name", ["tiny", "stack"])
 def test_one_adapter_holds_all_phases_for_the_model_as_it_came(runs, qcft, tiny_model, name, tmp_path):
     code, _, error = qcft("export", name, "--runs", runs, "--to", tmp_path / "adapter", "--adapter-only", "-q")
     assert code == 0, error
     assert qcft("export", name, "--runs", runs, "--to", tmp_path / "model", "-q")[0] == 0
     config = read_json(tmp_path / "adapter" / "adapter_config.json")
-    assert config["base_model_name_or_path"] == str(tiny_model)
+    assert config["base_model_name_or_path"] == tiny_model.name
+    assert no_local_path(tmp_path / "adapter", tiny_model)
     assert "library_name: peft" in (tmp_path / "adapter" / "README.md").read_text()
     merged = PeftModel.from_pretrained(of(tiny_model), tmp_path / "adapter").merge_and_unload().state_dict()
     for key, tensor in load_file(tmp_path / "model" / "model.safetensors").items():

@@ -20,12 +20,13 @@ from qcft.data.encode import Encoder
 from qcft.data.rows import Message, Row
 from qcft.events import Note, Watch
 from qcft.files import read_json
-from qcft.models.generate import Sampling, _Nucleus, answer_batches
+from qcft.models.generate import Nucleus, Sampling, answer_batches
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Model, Phase, ReplayPart, load_recipe
-from qcft.replay.generation import Answering, Generation
+from qcft.replay.generation import Answering, Generated, Generation
 from qcft.replay.pools import Pool
-from qcft.replay.rows import make_replay
+from qcft.replay.rows import Drawing, make_replay, read_replay
+from qcft.report.cells import cut_in_words
 
 from .helpers.tiny import make_llama
 
@@ -206,7 +207,7 @@ def test_the_nucleus_is_that_of_transformers_and_its_draws_follow_the_probabilit
     scores = torch.randn(1, 300) * 2
     expected = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(0.7)(None, scores)).softmax(-1)[0]
     draws = 3000
-    nucleus = _Nucleus(Sampling(1, 0.7, top_p), list(range(draws)))
+    nucleus = Nucleus(Sampling(1, 0.7, top_p), list(range(draws)))
     found = nucleus(torch.zeros(draws, 1), scores.expand(draws, -1))
     assert (torch.isfinite(found).sum(1) == 1).all()
     counts = torch.bincount(found.argmax(1), minlength=300) / draws
@@ -216,7 +217,7 @@ def test_the_nucleus_is_that_of_transformers_and_its_draws_follow_the_probabilit
 
 def test_more_than_the_likeliest_are_looked_at_where_the_mass_is_spread():
     scores = torch.zeros(4, 5000)
-    found = _Nucleus(Sampling(1, 1.0, 0.9), [0, 1, 2, 3])(torch.zeros(4, 1), scores)
+    found = Nucleus(Sampling(1, 1.0, 0.9), [0, 1, 2, 3])(torch.zeros(4, 1), scores)
     assert len(set(found.argmax(1).tolist())) == 4
 
 
@@ -321,3 +322,40 @@ def qcft_run(recipe_file, runs, changes):
     done = qcft.run(recipe_file, set=changes, runs=runs, listener=heard.append)
     assert not any(isinstance(e, Note) and "replay" in e.text for e in heard)
     return done
+
+
+def test_unfinished_answers_are_kept_up_to_where_they_were_cut(taught, tmp_path):
+    """With what that does to lengths in the metrics; a filter drops them as before. Both draw from one pool."""
+    kept = draw(tmp_path / "kept", taught, 20, max_new_tokens=5)
+    rows = [json.loads(line) for line in (tmp_path / "kept" / "replay.jsonl").read_text().splitlines()]
+    cut = [row for row in rows if not row["completion"][-1].get("finished", True)]
+    part = kept["parts"][0]
+    assert 0 < len(cut) < len(rows) == 20
+    assert part["cut"] == {"rows": len(cut), "answer_tokens": sum(row["answer_tokens"] for row in cut)}
+    assert all("finished" not in row["completion"][-1] for row in rows if row not in cut)
+    encoder = Encoder(load_tokenizer(taught, Model(name="tiny")))
+    for row, _ in read_replay(tmp_path / "kept" / "replay.jsonl"):
+        (encoded,) = encoder.encode(row)
+        assert (encoded.labels[-1] in encoder.end_ids) is row.completion[-1].finished
+    dropped = draw(tmp_path / "dropped", taught, 20, max_new_tokens=5, filters={"language": None, "unfinished": True})
+    assert dropped["parts"][0]["cut"]["rows"] == 0
+    assert dropped["left_out"]["unfinished answer"] >= len(cut)
+    left_out = [json.loads(line) for line in (tmp_path / "dropped" / "left_out.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in cut} <= {row["id"] for row in left_out if row["reason"] == "unfinished answer"}
+    longer = part["answer_tokens"] / part["rows"]
+    assert longer > dropped["answer_tokens"] / dropped["rows"]
+    said = cut_in_words(part)
+    assert f"{20 - len(cut)} answers finished, {len(cut)} cut at their longest" in said
+    assert f"mean {longer:.0f} answer tokens" in said
+    assert cut_in_words(dropped["parts"][0]) == ""
+    assert cut_in_words({key: value for key, value in part.items() if key != "cut"}) == "", "of an earlier version"
+
+
+def test_half_a_character_is_no_part_of_an_answer(tokenizer):
+    """What cuts an answer may cut a character of several tokens: decoding leaves a mark, which nobody wrote."""
+    encoder = Encoder(tokenizer)
+    drawing = Drawing(Pool(ReplayPart(), (), "t", {}), encoder, set())
+    replay = Phase.model_validate({"name": "p", "data": "x", "replay": 0.2}).replay
+    generated = [Generated(ask(i), "red \ufffd", 3, finished, None, 0, 0) for i, finished in enumerate((False, True))]
+    texts = [one.row.completion[0].content for one in drawing.answers(iter(generated), replay, "m", "p")]
+    assert texts == ["red", "red \ufffd"]

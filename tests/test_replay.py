@@ -17,11 +17,13 @@ from qcft.data.mix import mixed_order, stratified
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError, QcftError
 from qcft.events import Note, Watch
+from qcft.prepare.checks import check_prepared
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Filters, Phase, Replay, ReplayPart, Train, load_recipe, recipe_from
 from qcft.replay.amount import repeated, split_amount, take_amount
 from qcft.replay.pools import Pool
 from qcft.replay.rows import check_replay, make_replay, read_replay
+from qcft.replay.share import ReplayShare
 from qcft.training.batches import make_batches
 
 from .helpers.tiny import write_rows
@@ -216,7 +218,8 @@ def test_no_row_is_drawn_as_two_kinds(encoder, tmp_path):
     [
         ("", True, "empty answer"),
         ("  \n", False, "empty answer"),
-        ("A good answer", False, "unfinished answer"),
+        ("A good answer", False, None),
+        ("no no no no no no no no no no no no", False, "loop"),
         ("no no no no no no no no no no no no", True, "loop"),
         ("the cat sat on the mat. " * 6, True, "loop"),
         ("ははははははははははははははははははは", True, "loop"),
@@ -234,6 +237,7 @@ def test_answers_are_left_out_for_a_reason(text, finished, reason):
 
 
 def test_filters_can_be_turned_off_and_duplicates_are_found():
+    assert AnswerFilter(Filters(unfinished=True)).reason("A good answer", False) == "unfinished answer"
     keep = AnswerFilter(Filters(loops=None, language=None, duplicates=False))
     assert keep.reason("no " * 30, True) is None
     assert keep.reason("El gato está en la casa y no quiere salir hoy.", True) is None
@@ -384,3 +388,57 @@ def test_an_unknown_language_is_refused(encoder):
     new = EncodedSet((), (), {})
     with pytest.raises(InputError, match="'english' is no language"):
         check_replay(phase_with(ratio=0.1, filters={"language": "english"}), [], [new], encoder)
+
+
+# --- shares in both units
+
+
+def test_the_share_is_known_in_both_units_before_anything_is_made_unless_it_is_generated(encoder):
+    new = encoder.encode_all(row_of(i, 2, "new") for i in range(40))
+    pool, prompts = pool_of([row_of(i, 30, "old") for i in range(20)]), [row_of(i, 1, "ask") for i in range(60)]
+    share = check_replay(phase_with(ratio=0.2, kind="phase1"), [pool], [new], encoder)
+    replayed = encoder.encode_all(pool.rows[:10])
+    assert (share.rows, share.answer_tokens) == (10, replayed.answer_tokens)
+    assert share.of_rows == 0.2
+    assert share.of_answer_tokens == replayed.answer_tokens / (replayed.answer_tokens + new.answer_tokens)
+    text = f"replay 0.2 of rows: 20.0% of the rows, {share.of_answer_tokens:.1%} of the answer tokens"
+    assert share.in_words() == text
+    generated = check_replay(phase_with(ratio=0.2), [pool_of(prompts, "generative")], [new], encoder)
+    assert (generated.rows, generated.answer_tokens, generated.warning("phase2")) == (10, None, None)
+    assert generated.in_words() == "replay 0.2 of rows: 20.0% of the rows, answer tokens known once it is generated"
+    tokens = check_replay(phase_with(ratio=0.2, unit="tokens"), [pool_of(prompts, "generative")], [new], encoder)
+    assert (tokens.rows, tokens.answer_tokens) == (None, round(new.answer_tokens / 4))
+
+
+@pytest.mark.parametrize(
+    ("unit", "rows", "tokens", "says"),
+    [
+        ("rows", 25, 25, None),
+        ("rows", 25, 66, None),  # 20% and 39.8%
+        ("rows", 25, 70, "20.0% of the rows and 41.2% of the answer tokens, which bear the loss, as its answers are "
+         "longer; --set phase2.replay.unit=tokens makes 0.2 a share of the answer tokens"),
+        ("rows", 25, 5, "its answers are shorter"),
+        ("tokens", 3, 25, "--set phase2.replay.unit=rows makes 0.2 a share of the rows"),
+        ("rows", 25, 0, None),  # nothing to compare
+        ("rows", 25, None, None),
+    ],
+)  # fmt: skip
+def test_shares_that_are_more_than_twice_apart_are_warned_of(unit, rows, tokens, says):
+    warning = ReplayShare(0.2, unit, rows, tokens, 100, 100).warning("phase2")
+    assert warning is None if says is None else says in warning
+
+
+def test_a_run_warns_once_before_any_weights_are_loaded(raw_recipe, tmp_path):
+    rows = [{"instruction": f"say {i}", "output": "red " * 20} for i in range(20)]
+    replay = {
+        "ratio": 0.2,
+        "kind": "english",
+        "data": str(write_rows(tmp_path / "long.jsonl", rows)),
+        "parallel": False,
+    }
+    raw_recipe["phases"][1] |= {"replay": replay}
+    told, memo = [], {}
+    for _ in range(2):  # two arms
+        check_prepared(Prepared(recipe_from(raw_recipe), Watch(told.append), memo), weights=False)
+    warnings = [event.text for event in told if isinstance(event, Note) and event.level == "warning"]
+    assert [("phase2: replay is 20.0% of the rows and" in text) for text in warnings] == [True]

@@ -99,7 +99,7 @@ def test_a_run_leaves_a_page_with_all_its_sections(arms, runs):
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
     assert [title for title in titles if f">{title}</h2>" in page] == titles
     tables = {path.stem for path in (folder / "tables").iterdir()}
-    assert tables == {"stages", "training", "layers", "mix", "cost", "versions", "digests"}
+    assert tables == {"stages", "training", "layers", "mix", "replay", "cost", "versions", "digests"}
     plots = {path.name for path in (folder / "plots").iterdir()}
     names = ("stages", "training-phase1", "training-phase2", "layers", "mix")
     assert plots == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}

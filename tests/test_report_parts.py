@@ -101,8 +101,8 @@ def test_the_headline_of_english(value, low, high, words):
             for name, gain in gains.items()}  # fmt: skip
     answers = [{"mean_tokens": 40.2, "finished": 0.5, "rows": 12}, {"mean_tokens": 17.0, "finished": 0.92, "rows": 12}]
     table = {
-        "groups": [{"name": "phase1 en", "lang": "en", "english": True}]
-        + [{"name": name, "lang": name[-2:], "english": False} for name in gains],
+        "groups": [{"name": "phase1 en", "lang": "en", "english": True, "trained": True}]
+        + [{"name": name, "lang": name[-2:], "english": False, "trained": True} for name in gains],
         "stages": [
             {"stage": f"eval/{name}", "name": name, "precision": "NF4", "answers": own}
             for name, own in (("base", answers[0]), ("phase1", answers[0]), ("phase2", answers[1]))
@@ -121,6 +121,13 @@ def test_the_headline_of_english(value, low, high, words):
         "English answers became shorter: 17 tokens on average instead of 40; 92% of them end by themselves (before: "
         "50%). 12 prompts.",
     ]
+    # A second English group, of a kind that nothing trains on, has a sentence of its own that says so.
+    table["groups"].append({"name": "test en", "lang": "en", "english": True, "trained": False})
+    for change in table["changes"]:
+        change["groups"]["test en"] = entry
+    first, second, *_ = conclusion(table)
+    assert first == words.replace(":", " (phase1 en):", 1)
+    assert second == words.replace(":", " (test en, unlike anything trained on):", 1)
 
 
 def test_languages_have_names_and_unknown_codes_stand_for_themselves():

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "qcft"
 
 # From the ground up. A room imports only from rows above its own; the ground floor's files also from one another.
 ROWS = [
-    {"errors", "files", "events", "hub", "installing", "private", "cache", "safe"},
+    {"errors", "files", "events", "hub", "installing", "private", "cache", "safe", "words"},
     {"recipe"},
     {"store", "data"},
     {"models"},
@@ -26,8 +26,9 @@ ROWS = [
     {"runner"},
     {"ablation", "check", "inspect"},
     {"api"},
+    {"deliveries"},
     {"terminal"},
-    {"cli"},
+    {"cli", "public"},
 ]
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 
@@ -45,8 +46,10 @@ NEVER = {
         "report",
         "plan",
         "api",
+        "deliveries",
         "terminal",
         "cli",
+        "public",
     },
     "trl": {*ROW} - {"training"},
 }
@@ -135,12 +138,13 @@ def test_light_imports(statement):
 
 def test_public_names():
     """Once everything is loaded, `qcft.run` is still the function: no room has the name of a public one."""
-    names = ("InputError", "Interrupted", "QcftError", "Run", "Stage", "ablate", "run")
+    classes = {"Ablation", "Comparison", "InputError", "Interrupted", "QcftError", "Run", "Stage"}
+    names = {"ablate", "chat", "check_recipe", "compare", "export", "merge", "open", "run", "runs"} | classes
     code = (
         "import importlib, qcft\n"
         f"for module in {[*MODULES]}:\n"
         "    module.endswith(('__main__', 'xlsum.utils')) or importlib.import_module(module)\n"
-        f"assert set(qcft.__all__) == set({names})\n"
+        f"assert set(qcft.__all__) == {names} <= set(dir(qcft))\n"
         "print([name for name in qcft.__all__ if not callable(getattr(qcft, name))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

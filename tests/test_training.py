@@ -5,20 +5,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qcft import InputError, Interrupted, QcftError
-from qcft.data.encode import IGNORED
+from qcft.data.encode import IGNORED, Encoder
+from qcft.data.rows import Message, Row
 from qcft.events import Progress, Watch
 from qcft.files import seal
 from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
-from qcft.models.load import load_model
+from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, parse_freeze
-from qcft.training.batches import Fed, make_batches
+from qcft.training.batches import Batches, Fed, make_batches
 from qcft.training.checkpoints import last_whole
 from qcft.training.settings import check_settings, sft_config
 from qcft.training.trainer import Shortcuts
@@ -113,6 +115,16 @@ def test_every_entry_of_lora_a_moves(whole, tiny_model):
     # TRL rounds the fresh factors to bf16 once before they are held in fp32 again.
     still = sum(int((after[n] == p.to(torch.bfloat16).float()).sum()) for n, p in before.items())
     assert still < 0.01 * sum(p.numel() for p in before.values())
+
+
+def test_a_training_of_one_step_learns(tiny_model, tmp_path):
+    """Warm-up begins at a learning rate of 0, which would be all of it; with more steps it is as it was."""
+    trained, _ = train(tiny_model, tmp_path / "one", settings=TRAIN.model_copy(update={"steps": 1, "warmup": 0.5}))
+    assert trained.steps == 1
+    assert [entry["lr"] for entry in log_of(tmp_path / "one")] == [TRAIN.lr]
+    moved = {name for name, weight in adapter_of(tmp_path / "one").items() if "lora_B" in name and weight.any()}
+    assert moved
+    assert sft_config(TRAIN, tmp_path, Batches([[], []], 1, 1, False), 0, False, False).warmup_steps == TRAIN.warmup
 
 
 def test_no_pickled_arguments_and_the_adapter_is_pefts(whole, tiny_model):
@@ -254,3 +266,33 @@ def test_extra_fields_reach_trl(tiny_model, tmp_path):
     train(tiny_model, tmp_path / "plain", settings=settings.model_copy(update={"sft": {}}))
     plain = adapter_of(tmp_path / "plain")
     assert any(not torch.equal(clipped[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_end_of_turn_is_trained_after_an_answer_that_was_cut(tiny_model, tmp_path, monkeypatch, packing):
+    """In what the model is given of each pass, packed or padded."""
+    from qcft.training import trainer
+
+    tokenizer = load_tokenizer(tiny_model, Model(name="tiny"))
+    made = [
+        Row(
+            (Message("user", f"what number is {i}"),),
+            (Message("assistant", "red dog " * (1 + i % 3), finished=i % 2 > 0),),
+        )
+        for i in range(12)
+    ]
+    rows = [
+        replace(tokens, source="finished" if row.completion[0].finished else "cut")
+        for row, tokens in zip(made, Encoder(tokenizer).encode_all(made).encoded, strict=True)
+    ]
+    passes, check = [], trainer.check_collated
+    monkeypatch.setattr(
+        trainer, "check_collated", lambda labels, rows: passes.append((labels.clone(), rows)) or check(labels, rows)
+    )
+    settings = TRAIN.model_copy(update={"packing": packing, "epochs": 1.0})
+    train(tiny_model, tmp_path / "t", settings=settings, rows=rows)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = [(int((labels == end).sum()), sum(row.source == "finished" for row in rows)) for labels, rows in passes]
+    assert sum(found for found, _ in ends) == 6
+    assert all(found == wanted for found, wanted in ends)
+    assert {row.source for _, rows in passes for row in rows} == {"finished", "cut"}

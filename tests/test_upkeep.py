@@ -16,8 +16,9 @@ import yaml
 from qcft import InputError
 from qcft.events import Watch
 from qcft.files import read_json
-from qcft.recipe import recipe_from
+from qcft.recipe import ArmRun, recipe_from
 from qcft.store import Store, list_runs, open_run
+from qcft.store.ablations import open_ablation
 from qcft.store.holding import working
 from qcft.store.upkeep import remove_run, remove_unused, unused_steps
 
@@ -261,7 +262,7 @@ def test_the_commands_are_dry_by_default(store, qcft):
     code, out, err = qcft("gc", "--runs", store.runs)
     assert code == 0
     assert "train-9" in out
-    assert "3 that no run needs" in err
+    assert "3 unused steps" in err
     assert "--delete" in err
     assert store.folder("train-9").exists()
     told = json.loads(qcft("gc", "--runs", store.runs, "--json")[1])
@@ -269,12 +270,57 @@ def test_the_commands_are_dry_by_default(store, qcft):
     assert not told["deleted"]
     code, out, err = qcft("gc", "--delete", "--runs", store.runs)
     assert (code, store.folder("train-9").exists()) == (0, False)
-    assert "3 removed" in err
+    assert "3 unused steps removed" in err
     code, _, err = qcft("rm", "r", "--runs", store.runs)
     assert code == 0
-    assert "removed the run r" in err
+    assert "Removed 'r'." in err
     assert "qcft gc" in err
     assert qcft("gc", "--runs", "nowhere")[0] == 0
+
+
+def test_several_runs_are_removed_or_none(store, qcft):
+    code, _, err = qcft("rm", "r", "nope", "--runs", store.runs)
+    assert code == 2
+    assert "there is no run 'nope'" in err
+    assert len(list_runs(store.runs)) == 2
+    code, _, err = qcft("rm", "r", "s", "r", "--runs", store.runs)
+    assert code == 0, err
+    assert "Removed 'r', 's'." in err
+    assert "next: qcft gc --delete" in err
+    assert list_runs(store.runs) == []
+
+
+@pytest.fixture
+def ablations(store):
+    """Two ablations; an arm of the first is an arm of the second too."""
+    arm = ArmRun("plain", 0, RECIPE, {})
+    made = open_ablation(store.runs, RECIPE.model_copy(update={"name": "a"}), [arm], {("plain", 0): "r"})
+    both = {("plain", 0): "r", ("other", 0): "s"}
+    open_ablation(store.runs, RECIPE.model_copy(update={"name": "b"}), [arm, ArmRun("other", 0, RECIPE, {})], both)
+    (made.folder / "report").mkdir()
+    (made.folder / "report" / "report.html").write_text("")
+    return store
+
+
+def test_an_ablation_goes_with_its_runs_once_that_is_said(ablations, qcft):
+    """But for those of another ablation."""
+    runs = ablations.runs
+    before = listing(runs)
+    code, _, err = qcft("rm", "b", "--runs", runs)
+    assert code == 2
+    assert "goes with the 1 run of its arms: s" in err
+    assert "qcft rm b --yes" in err
+    assert listing(runs) == before
+    listed = {one["run"]: one for one in json.loads(qcft("ls", "--runs", runs, "--json")[1])}
+    assert [listed[name]["kind"] for name in ("a", "b", "r", "s")] == ["ablation", "ablation", "run", "run"]
+    assert (listed["b"]["done"], listed["b"]["runs"], listed["s"]["ablation"]) == (2, 2, "b")
+    assert "2 of 2 runs" in qcft("ls", "--runs", runs)[1]
+    code, _, err = qcft("rm", "b", "--yes", "--runs", runs)
+    assert code == 0, err
+    assert "Removed 's', 'b'." in err
+    assert sorted(p.name for p in runs.iterdir() if not p.name.startswith(".")) == ["a", "r"]
+    assert qcft("rm", "a", "-y", "--runs", runs)[0] == 0  # what shared its run is gone by now
+    assert [p for p in runs.iterdir() if not p.name.startswith(".")] == []
 
 
 def test_a_step_removed_while_a_run_begins_is_made_again(raw_recipe, tmp_path):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qcft.data.encode import EncodedRow
 from qcft.errors import InputError, Interrupted, QcftError, is_out_of_memory, short
 from qcft.events import ArmChanged, Watch
 from qcft.models.cards import choose_card
 from qcft.prepare.checks import check_prepared
-from qcft.recipe import ArmRun, Recipe
+from qcft.recipe import ArmRun, Phase, Recipe
+from qcft.replay.amount import take_amount
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import raise_failed, run_prepared
@@ -25,6 +29,7 @@ from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
 from qcft.training.batches import make_batches
+from qcft.words import counted
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,24 @@ class PreparedArm:
     prepared: PlannedRecipe
 
 
-def prepare_arms(arms: Sequence[ArmRun], watch: Watch) -> list[PreparedArm]:
-    """Read the data of all arms and plan their steps; what they share is read once. Raises InputError with the arm."""
+def prepare_arms(arms: Sequence[ArmRun], watch: Watch, missing: dict[str, str] | None = None) -> list[PreparedArm]:
+    """Read the data of all arms and plan their steps; what they share is read once.
+
+    Raises InputError with the arm; with `missing`, notes there by run what an arm lacks, and leaves it out.
+    """
     set_environment()
     memo: dict[Any, Any] = {}
     found = []
     for number, arm in enumerate(arms):
         watch.progress("reading the arms", number, len(arms), "arms")
-        with _naming(arm):
-            recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
-            found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+        try:
+            with _naming(arm):
+                recipe = _as_long(arm, watch, memo) if arm.as_long_as else arm.recipe
+                found.append(PreparedArm(replace(arm, recipe=recipe), PlannedRecipe(recipe, watch, memo=memo)))
+        except InputError as error:
+            if missing is None:
+                raise
+            missing[arm.recipe.name] = error.message
     return found
 
 
@@ -122,7 +135,10 @@ def begin_ablation(
     done = sum(store.state(step) == "done" for step in steps)
     for change in changes_of(named):
         watch.tell(change("to do"))
-    watch.note(f"{ablation.name}: {len(arms)} runs, {every} steps, {len(steps)} of them different, {done} done before")
+    watch.note(
+        f"{ablation.name}: {counted(len(arms), 'run')}, {counted(every, 'step')}, {len(steps)} of them different, "
+        f"{done} done before"
+    )
     return ablation, named
 
 
@@ -149,16 +165,28 @@ def _naming(arm: ArmRun) -> Iterator[None]:
 
 
 def _as_long(arm: ArmRun, watch: Watch, memo: dict[Any, Any]) -> Recipe:
-    """A mixed arm's recipe, its only phase given the optimizer steps that the phases of `as_long_as` take in all."""
+    """A mixed arm's recipe, its only phase as long as the phases of `as_long_as` are in all: in optimizer steps, or in
+    answer tokens to the nearest row."""
     assert arm.as_long_as is not None
     apart = PlannedRecipe(arm.as_long_as, watch, memo=memo)
-    steps = 0
-    for phase in apart.recipe.phases:
-        rows = [row for encoded in apart.encoded(phase) for row in encoded.encoded]
-        steps += make_batches(rows, apart.order(phase, 0), phase.train).steps
+    laid_out = [
+        make_batches(_rows_of(apart, phase), apart.order(phase, 0), phase.train) for phase in apart.recipe.phases
+    ]
     (only,) = arm.recipe.phases
-    train = only.train.model_copy(update={"steps": steps})
+    length: dict[str, Any] = {"steps": sum(batches.steps for batches in laid_out)}
+    if arm.match == "tokens":
+        mixed = PlannedRecipe(arm.recipe, watch, memo=memo)
+        rows, order = _rows_of(mixed, only), mixed.order(only, 0)
+        fed = (rows[i] for epoch in itertools.count() for i in order(epoch))
+        tokens = Fraction(sum(batches.answer_tokens for batches in laid_out))
+        taken, _ = take_amount(fed, tokens, lambda row: row.answer_tokens)
+        length = {"steps": None, "epochs": max(1, len(taken)) / len(rows)}
+    train = only.train.model_copy(update=length)
     return arm.recipe.model_copy(update={"phases": [only.model_copy(update={"train": train})]})
+
+
+def _rows_of(prepared: PlannedRecipe, phase: Phase) -> list[EncodedRow]:
+    return [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
 
 
 def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, str]) -> None:
@@ -188,7 +216,9 @@ def told(error: Exception, step: Step | None) -> Fault:
 def _in_words(done: Run) -> str:
     """The last phase's length in steps and tokens, and what became of English since the base."""
     trained = done.trainings()
-    length = f"{sum(m['steps'] for m in trained)} steps, {sum(m['tokens'] for m in trained):,} tokens"
+    length = (
+        f"{counted(sum(m['steps'] for m in trained), 'step')}, {counted(sum(m['tokens'] for m in trained), 'token')}"
+    )
     since_base = next((c for c in done.table["changes"] if c["from"] == "eval/base"), None)
     english = next((g["name"] for g in done.table["groups"] if g["english"]), None)
     if since_base is None or english is None:

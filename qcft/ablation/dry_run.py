@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from qcft.ablation.arms import prepare_arms
+from qcft.ablation.arms import PreparedArm, prepare_arms
 from qcft.events import Watch
 from qcft.recipe import ArmRun
 from qcft.replay.amount import replay_amount
-from qcft.runner.forecast import plan_phase
+from qcft.replay.share import ShareShown
+from qcft.runner.forecast import Length, phase_length, plan_phase
 from qcft.runner.libraries import quiet
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.step import Bench, Step
@@ -63,6 +64,17 @@ class Sums(TypedDict):
     unknown: int
 
 
+class PlannedTraining(TypedDict):
+    """How long all phases of an arm train, with the epochs of each; `answer_tokens` are those of its own rows,
+    `replay_answer_tokens` of its replay (None where it is not generated yet), `replay` its shares by phase."""
+
+    steps: int
+    answer_tokens: int
+    replay_answer_tokens: int | None
+    epochs: list[float]
+    replay: dict[str, ShareShown]
+
+
 class PlannedRun(Sums):
     """A run of an arm: its steps, and those (`own`) that no run before it needs, whose sums these are."""
 
@@ -71,6 +83,7 @@ class PlannedRun(Sums):
     seed: int
     steps: int
     own: int
+    training: PlannedTraining
 
 
 class PlannedTotal(Sums):
@@ -85,19 +98,40 @@ class AblationPlan(TypedDict):
 
     runs: list[PlannedRun]
     steps: list[PlannedStep]
+    missing: dict[str, str]
     total: PlannedTotal
+
+
+class ArmListed(TypedDict):
+    """An arm of a recipe, its seeds, and what it sets."""
+
+    arm: str
+    seeds: list[int]
+    set: dict[str, Any]
+    mixed: bool
+
+
+def arms_listed(arms: Sequence[ArmRun]) -> list[ArmListed]:
+    """Each arm with its seeds and what it sets."""
+    found: dict[str, ArmListed] = {}
+    for one in arms:
+        entry: ArmListed = {"arm": one.arm, "seeds": [], "set": dict(one.set), "mixed": one.as_long_as is not None}
+        found.setdefault(one.arm, entry)["seeds"].append(one.seed)
+    return list(found.values())
 
 
 def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
     """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
 
     `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; where
-    there are none, from shapes for trainings and merges, else they are null. Nothing is written. Raises InputError.
+    there are none, from shapes for trainings and merges, else they are null. `missing`: by run, what an arm needs that
+    is not here; its steps are not known. Nothing is written.
     """
     store = Store(runs)
     known = _done_steps(store)
     steps: dict[str, PlannedStep] = {}
-    prepared = prepare_arms(arms, watch)
+    missing: dict[str, str] = {}
+    prepared = prepare_arms(arms, watch, missing)
     quiet()
     for number, one in enumerate(prepared):
         watch.progress("planning the arms", number, len(prepared), "arms")
@@ -114,15 +148,16 @@ def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationP
             steps[step.id]["runs"].append(name)
     rows = list(steps.values())
     return {
-        "runs": [_of_run(arm, rows) for arm in arms],
+        "runs": [_of_run(one, rows, store) for one in prepared],
         "steps": rows,
+        "missing": missing,
         "total": {**_sums(rows), "steps": len(rows), "shared": sum(len(row["runs"]) > 1 for row in rows)},
     }
 
 
-def _of_run(arm: ArmRun, steps: list[PlannedStep]) -> PlannedRun:
-    """An arm's part: its steps, and those that no run before it needs."""
-    name = arm.recipe.name
+def _of_run(one: PreparedArm, steps: list[PlannedStep], store: Store) -> PlannedRun:
+    """An arm's part: its steps, and those that no run before it needs; how long it trains."""
+    arm, name = one.arm, one.arm.recipe.name
     own = [row for row in steps if row["runs"][0] == name]
     return {
         "run": name,
@@ -131,6 +166,30 @@ def _of_run(arm: ArmRun, steps: list[PlannedStep]) -> PlannedRun:
         "steps": sum(name in row["runs"] for row in steps),
         "own": len(own),
         **_sums(own),
+        "training": _training(one.prepared, store),
+    }
+
+
+def _training(prepared: PlannedRecipe, store: Store) -> PlannedTraining:
+    """How long an arm's phases train in all, and each phase's epochs and replay, as far as it is known before."""
+    recipe = prepared.recipe
+    lengths: dict[str, Length] = {}
+    decided_by: tuple[str, ...] = ()  # what freezing has no part in
+    for phase in recipe.phases:
+        decided_by += (prepared.rows_digest(phase), phase.model_dump_json(exclude={"freeze"}))
+        if not phase.adapter:
+            key = ("length", prepared.key, recipe.seed, decided_by)
+            lengths[phase.name] = prepared.once(key, partial(phase_length, prepared, phase, store))
+    for name, one in lengths.items():
+        if one.replay and (warning := one.replay.warning(name)):
+            prepared.once(("warned", warning), partial(prepared.watch.note, warning, "warning"))
+    replayed = [one.replay_answer_tokens for one in lengths.values()]
+    return {
+        "steps": sum(one.steps for one in lengths.values()),
+        "answer_tokens": sum(one.answer_tokens for one in lengths.values()),
+        "replay_answer_tokens": None if None in replayed else sum(one or 0 for one in replayed),
+        "epochs": [one.epochs for one in lengths.values()],
+        "replay": {name: one.replay.shown() for name, one in lengths.items() if one.replay},
     }
 
 

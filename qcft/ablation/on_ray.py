@@ -80,8 +80,9 @@ def run_on_ray(
                         finished(run_prepared(prepared[name], store, watch))
                     except QcftError as refused:  # a merge that kept too little
                         error = refused
-                ablation.end(name, told(error, first_undone(prepared[name], store)) if error else None)
-                watch.tell(changes[name]("failed" if error else "done", str(error) if error else ""))
+                wrong = told(error, first_undone(prepared[name], store)) if error else None
+                ablation.end(name, wrong)
+                watch.tell(changes[name]("failed" if wrong else "done", wrong["message"] if wrong else ""))
     return ablation
 
 

@@ -17,7 +17,8 @@ from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import has_weights
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import Phase, Recipe
-from qcft.runner.forecast import plan_phase
+from qcft.replay.share import ShareShown
+from qcft.runner.forecast import plan_phase, replay_share
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.store import Store
@@ -59,6 +60,7 @@ class PhaseChecked(TypedDict):
     left_out: dict[str, int]
     given: dict[str, int]
     looks: Looks
+    replay: ShareShown | None
     truncated: int
     samples: list[list[Stretch]]
 
@@ -86,6 +88,7 @@ class Checked(TypedDict):
     quantised_share: float
     device: str
     here: bool
+    vram_bytes: int | None
     free_bytes: int
     fits: bool
     phases: list[PhaseChecked]
@@ -128,7 +131,7 @@ def check_recipe(
         if not phase.adapter:
             watch.progress(f"planning {phase.name}", len(phases), len(recipe.phases), "phases")
             plans[phase.name], batches = plan_phase(prepared, phase, where, free)
-            phases.append(_phase(prepared, phase, plans[phase.name], batches, speed, rows))
+            phases.append(_phase(prepared, phase, plans[phase.name], batches, speed, rows, store))
             if measure:
                 from qcft.check.trial import seconds_a_step
 
@@ -143,6 +146,7 @@ def check_recipe(
         "quantised_share": quantised_share(prepared.meta_model) if recipe.model.quantize == "nf4" else 0.0,
         "device": where,
         "here": vram is None,
+        "vram_bytes": vram,
         "free_bytes": free,
         "fits": all(phase["fits"] for phase in phases),
         "phases": phases,
@@ -155,7 +159,13 @@ def check_recipe(
 
 
 def _phase(
-    prepared: PlannedRecipe, phase: Phase, planned: Planned, batches: Batches, speed: Speed | None, rows: int
+    prepared: PlannedRecipe,
+    phase: Phase,
+    planned: Planned,
+    batches: Batches,
+    speed: Speed | None,
+    rows: int,
+    store: Store,
 ) -> PhaseChecked:
     from qcft.training.reference import terms_of
 
@@ -188,6 +198,7 @@ def _phase(
         "left_out": dict(left_out),
         "given": _given(prepared, phase, sets),
         "looks": look_at_rows(prepared, phase, sets),
+        "replay": share.shown() if (share := replay_share(prepared, phase, store)) else None,
         "truncated": sum(row.cut for s in sets for row in s.encoded),
         "samples": [_decoded(prepared, row) for row in _first(sets, rows)],
     }

@@ -7,39 +7,71 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import Json, Quiet, Runs, Set, app, show_work
+from qcft.cli.grouped import KEEP, LOOK
+from qcft.cli.options import (
+    AnchorKind,
+    Data,
+    Freeze,
+    Json,
+    Model,
+    Quiet,
+    Replay,
+    ReplayLoss,
+    Runs,
+    Set,
+    command,
+    show_work,
+)
 
 
-@app.command()
+@command(LOOK, "qcft check quickstart --vram 8GB")
 def check(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe file, a built-in name (`qcft recipes`), or a run."),
+    ] = None,
+    model: Model = None,
+    data: Data = None,
+    replay: Replay = None,
+    replay_loss: ReplayLoss = None,
+    freeze: Freeze = None,
+    anchor: AnchorKind = None,
     set_: Set = None,
     vram: Annotated[
         str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a GPU that is not here, e.g. 8GB.")
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time optimizer steps that are really taken.")] = False,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Rows of each phase to print.")] = 2,
+    measure: Annotated[bool, typer.Option("--measure", help="Run a few real optimizer steps and time them.")] = False,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=0, help="Rows of each phase to print.")] = 2,
     encoder: Annotated[
         str | None,
-        typer.Option("--encoder", help="Folder or hub id of a sentence encoder, to compare the phases' data [LaBSE]."),
+        typer.Option(
+            "--encoder",
+            metavar="MODEL",
+            help="Folder or hub id of a sentence encoder, to compare the phases' data.",
+            show_default="LaBSE",
+        ),
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a recipe would take: memory by part, disk, time; how alike its phases are; rows as trained on."""
+    """Estimate memory, time and disk of a recipe, a run or a phase 2 and show sample rows. Trains nothing."""
     from qcft.check.recipe import check_recipe
-    from qcft.cli.flags import size_of
-    from qcft.recipe import load_recipe, parse_assignments
+    from qcft.cli.flags import checked_recipe, size_of
     from qcft.terminal.check_view import print_check
 
-    loaded, size = load_recipe(recipe, parse_assignments(set_ or [])), size_of(vram) if vram else None
+    remedies = {"replay": replay, "replay_loss": replay_loss, "freeze": freeze, "anchor": anchor}
+    loaded = checked_recipe(runs, recipe, model, data or [], remedies, set_ or [])
+    size = size_of(vram) if vram else None
     show_work(lambda watch: check_recipe(loaded, runs, watch, size, measure, rows, encoder), print_check, json_, quiet)
 
 
-@app.command()
+@command(KEEP, "qcft doctor")
 def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
-    """Try what qcft rests on: packages, GPU, 4-bit products, disk, hub; exit code 1 when something needed is broken."""
+    """Check that the installation works: packages, GPU, 4-bit maths, disk, hub.
+
+    Exit code 1 if something required is broken.
+    """
     from dataclasses import asdict
 
     from qcft.check.doctor import examine

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcft.cli.options import Freeze, Json, Quiet, Runs, Set, Stage, app, show_work, watched
+from qcft.cli.grouped import COMPARE, LOOK, USE
+from qcft.cli.options import Freeze, Json, Quiet, Run, Runs, Set, Stage, command, show_work, watched
 
 if TYPE_CHECKING:
     from qcft.events import Watch
     from qcft.report.shown import Delivered, Dialled
 
 
-Scale = Annotated[float | None, typer.Option("--scale", help="Take this much of the phase's delta [default: 1].")]
+Scale = Annotated[
+    float | None, typer.Option("--scale", metavar="S", help="Take this much of the phase's delta.", show_default="1")
+]
 By = Annotated[
     str | None,
     typer.Option("--by", metavar="layers=0-9:0.5,...", help="Scale the delta by layer; layers not named keep 1."),
@@ -38,18 +41,21 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
-@app.command()
+@command(LOOK, "qcft replay spanish --show 3")
 def replay(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
-    ratio: Annotated[float | None, typer.Option("--ratio", help="Another share of the mix than the run's.")] = None,
+    run: Run = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option("--ratio", metavar="SHARE", help="Share of the mix.", show_default="the run's"),
+    ] = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print the first N rows.")] = 0,
-    left_out: Annotated[bool, typer.Option("--left-out", help="Print rows that were left out, and why.")] = False,
+    left_out: Annotated[bool, typer.Option("--left-out", help="Print rows that were dropped, and why.")] = False,
     set_: Set = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a run's replay rows; make them first, with what they rest on, where they are not made yet."""
+    """Show a run's replay rows, made first (with the steps they depend on) where they are missing."""
     from qcft import api
     from qcft.cli.flags import replay_recipe
     from qcft.cli.listings import replay_shown
@@ -61,17 +67,28 @@ def replay(
         done = api.replay_watched(recipe, runs, watch, read_run(runs, run).name)
     shown = replay_shown(done.name, done.stages, show or 5 * left_out, left_out)
     tables.show(shown, json_, tables.print_replay)
+    tables.next_step(f"qcft run {runs / done.name / 'recipe.yaml'}", quiet)
 
 
-@app.command()
+@command(USE, "qcft merge spanish --stage phase1 --to merged/")
 def merge(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Run = None,
     stage: Stage = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder to write [default: runs/RUN].")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", "-o", metavar="DIR", help="Folder to write.", show_default="the run's own"),
+    ] = None,
     base: Annotated[
-        Base, typer.Option("--base", help="Onto the 16-bit weights, or what 4 bits made of them (16-bit use only).")
+        Base,
+        typer.Option(
+            "--base",
+            help="Merge onto the original 16-bit weights, or onto the dequantised 4-bit weights (only for later use in "
+            "16 bits).",
+        ),
     ] = Base.original,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Of the weights [default: the base's].")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Precision of the merged weights.", show_default="the base's")
+    ] = None,
     scale: Scale = None,
     by: By = None,
     runs: Runs = Path("runs"),
@@ -79,22 +96,24 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
-    from qcft import api
+    from qcft import deliveries
 
     def work(watch: Watch) -> Delivered:
         onto_4bit = base is Base.dequantised
-        return api.merge(run, to, runs, watch, phase=stage, dequantised=onto_4bit, dtype=dtype, scale=scale, by=by)
+        return deliveries.merge(
+            run, to, runs, watch, phase=stage, dequantised=onto_4bit, dtype=dtype, scale=scale, by=by
+        )
 
     _deliver(work, json_, quiet)
 
 
-@app.command()
+@command(USE, "qcft export spanish --to spanish-model/")
 def export(
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")],
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="DIR", help="Folder to write.")],
+    run: Run = None,
     stage: Stage = None,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="One PEFT adapter for the model as it came.")
+        bool, typer.Option("--adapter-only", help="Write one PEFT adapter of all phases, for the unmodified model.")
     ] = False,
     scale: Scale = None,
     by: By = None,
@@ -103,20 +122,20 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
-    from qcft import api
+    from qcft import deliveries
 
     if adapter_only:
-        _deliver(lambda w: api.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
+        _deliver(lambda w: deliveries.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
     else:
-        _deliver(lambda w: api.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
+        _deliver(lambda w: deliveries.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
 
 
-@app.command()
+@command(COMPARE, "qcft dial spanish --scales 0:1:0.25")
 def dial(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Run = None,
     scales: Annotated[
         str | None,
-        typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1 [default: 0:1:0.1]."),
+        typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.", show_default="0:1:0.1"),
     ] = None,
     by: Annotated[
         list[str] | None,
@@ -142,13 +161,13 @@ def dial(
     method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
     density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
     merge_at: Annotated[float | None, typer.Option("--merge-at", help="Merge the phase at this scale.")] = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Folder for the merged point.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", "-o", metavar="DIR", help="Folder for the merged point.")] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Score English and the other languages at each scale of a phase's delta, or by layers, without training."""
-    from qcft import api
+    from qcft import deliveries
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
 
@@ -161,15 +180,17 @@ def dial(
         tables.print_lines([done["merged"]["folder"]] if "merged" in done else [])
 
     def work(watch: Watch) -> Dialled:
-        return api.dial(
+        return deliveries.dial(
             run, scales, runs, watch, phase=stage, method=method, density=density, by=by or [], merge_at=merge_at,
             share=share, to=to,
         )  # fmt: skip
 
-    show_work(work, printed, json_, quiet)
+    done = show_work(work, printed, json_, quiet)
+    told = quiet or merge_at is not None or "pick" in done
+    tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", told)
 
 
-@app.command()
+@command(LOOK, "qcft layers spanish --freeze snr:0.5")
 def layers(
     target: Annotated[
         str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model as phase 2 would start from.")
@@ -177,7 +198,9 @@ def layers(
     freeze: Freeze = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="The model this one was tuned from, for most-changed and least-changed."),
+        typer.Option(
+            "--base", metavar="MODEL", help="The model this one was tuned from, for most-changed and least-changed."
+        ),
     ] = None,
     set_: Set = None,
     snr: Annotated[bool, typer.Option(help="Measure the signal-to-noise ratios (minutes for a large model).")] = True,
@@ -196,4 +219,8 @@ def layers(
 def _deliver(work: Callable[[Watch], Delivered], json_: bool, quiet: bool) -> None:
     from qcft.terminal import tables
 
-    show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
+    done = show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
+    card = Path(done["folder"]) / "README.md"
+    tables.next_step(
+        f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card", quiet
+    )

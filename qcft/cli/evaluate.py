@@ -7,31 +7,47 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import DryRun, Json, Quiet, Runs, Set, app
+from qcft.cli.grouped import RUN
+from qcft.cli.options import DryRun, Json, Quiet, Run, Runs, Set, command
 from qcft.cli.runs import run_and_show
 
 
-@app.command("eval")
+@command(RUN, "qcft eval spanish --suite english --limit 200", "eval")
 def evaluate(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Run = None,
     suite: Annotated[
-        list[str] | None, typer.Option("--suite", help="english or multilingual: the paper's tasks. Repeatable.")
+        list[str] | None,
+        typer.Option("--suite", metavar="SUITE", help="english or multilingual: the paper's tasks. Repeatable."),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="Any task of lm-eval, fidelity, or alpaca_eval. Repeatable."),
+        typer.Option("--task", metavar="TASK", help="Any task of lm-eval, fidelity, or alpaca_eval. Repeatable."),
     ] = None,
     language: Annotated[
         list[str] | None,
-        typer.Option("--language", help="Of the multilingual suite [default: those trained]. Repeatable."),
+        typer.Option(
+            "--language", metavar="LANG", help="Of the multilingual suite. Repeatable.", show_default="those trained"
+        ),
     ] = None,
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", help="base, phase1, merged ... [default: the base, and each phase once]. Repeatable."),
+        typer.Option(
+            "--stage",
+            metavar="STAGE",
+            help="base, phase1, merged ... Repeatable.",
+            show_default="the base, and each phase once",
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Items of each task.")] = None,
-    shots: Annotated[int | None, typer.Option("--shots", help="Examples in each prompt [default: the task's].")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="A cap on answers.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Items of each task.", show_default="all")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", metavar="N", help="Examples in each prompt.", show_default="the task's"),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", metavar="N", help="A cap on answers.")
+    ] = None,
     local: Annotated[
         list[str] | None,
         typer.Option("--local", metavar="TASK=PATH", help="A file with the hub's columns. Repeatable."),
@@ -42,7 +58,7 @@ def evaluate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a run's stages on suites and tasks; what was evaluated before is kept."""
+    """Evaluate a run's stages on suites and tasks; earlier results are kept."""
     from qcft.cli.flags import eval_recipe
     from qcft.store import read_run
 

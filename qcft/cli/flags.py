@@ -9,7 +9,7 @@ from typing import Any
 
 from qcft.cli.data_flags import LANG_PATH, sources_of, tests_of
 from qcft.errors import InputError
-from qcft.recipe import Recipe, parse_assignments, recipe_from
+from qcft.recipe import Recipe, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.store import NamedRun, list_runs, read_run
 
 LARGEST = 1 << 50  # bytes
@@ -95,6 +95,28 @@ def phase2_recipe(
     if name is not None:
         raw["name"] = name
     return recipe_from(raw, parse_assignments(assignments)), of
+
+
+def checked_recipe(
+    runs: Path,
+    target: str | None,
+    model: str | None,
+    data: list[str],
+    remedies: dict[str, Any],
+    assignments: list[str],
+) -> Recipe:
+    """The recipe of `qcft check`: a file's, a built-in one, a run's, or that of `qcft phase2` with the same flags.
+
+    Raises InputError.
+    """
+    if model is not None or data or any(value is not None for value in remedies.values()):
+        return phase2_recipe(runs, target, model, data, remedies, {}, [], None, assignments)[0]
+    names = [run.name for run in list_runs(runs)]
+    if target is None or (target in names and target not in built_in_recipes() and not Path(target).is_file()):
+        found = read_run(runs, target)
+        raw = found.recipe().model_dump(mode="json") | {"name": found.name}
+        return recipe_from(raw, parse_assignments(assignments))
+    return load_recipe(target, parse_assignments(assignments))
 
 
 def eval_recipe(

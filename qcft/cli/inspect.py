@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcft.cli.options import Json, Quiet, Runs, app, show_work
+from qcft.cli.grouped import COMPARE
+from qcft.cli.options import Json, Quiet, Run, Runs, command, show_work
 
 if TYPE_CHECKING:
     from qcft.events import Watch
@@ -15,16 +16,22 @@ if TYPE_CHECKING:
     from qcft.report.shown import DriftShown
 
 
-@app.command()
+@command(COMPARE, "qcft similarity en.jsonl es=es.jsonl")
 def similarity(
-    a: Annotated[str, typer.Argument(help="[LANG=]PATH,..., RUN:PHASE, or a run: its last two phases.")],
-    b: Annotated[str | None, typer.Argument(help="The other data set.")] = None,
+    a: Annotated[str, typer.Argument(metavar="A", help="[LANG=]PATH,..., RUN:PHASE, or a run: its last two phases.")],
+    b: Annotated[str | None, typer.Argument(metavar="B", help="The other data set.")] = None,
     encoder: Annotated[
-        str | None, typer.Option("--encoder", help="Hub id or folder of a sentence encoder [default: LaBSE].")
+        str | None,
+        typer.Option(
+            "--encoder", metavar="MODEL", help="Hub id or folder of a sentence encoder.", show_default="LaBSE"
+        ),
     ] = None,
-    take: Annotated[int | None, typer.Option("--take", min=1, help="Rows of each source, the first ones.")] = None,
+    take: Annotated[
+        int | None, typer.Option("--take", metavar="N", min=1, help="First rows of each source.", show_default="all")
+    ] = None,
     column: Annotated[
-        str | None, typer.Option("--column", help="Column of text to compare, for records of no known format.")
+        str | None,
+        typer.Option("--column", metavar="NAME", help="Column of text to compare, for records of no known format."),
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
@@ -42,14 +49,22 @@ def similarity(
     show_work(lambda watch: similarity_table(a, b, runs, encoder, take, column, watch), printed, json_, quiet)
 
 
-@app.command()
+@command(COMPARE, "qcft drift spanish")
 def drift(
-    run: Annotated[str | None, typer.Argument(help="Name of the run [default: the latest].")] = None,
+    run: Run = None,
     since: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE", help="base, a phase or a merge [default: what the phase began with]."),
+        typer.Option(
+            "--from",
+            metavar="STAGE",
+            help="Stage to start from: base, a phase or a merge.",
+            show_default="what the phase began with",
+        ),
     ] = None,
-    to: Annotated[str | None, typer.Option("--to", metavar="STAGE", help="[default: the last phase]")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="STAGE", help="Stage to end at.", show_default="the last phase"),
+    ] = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="RUN", help="Compare with another run's last phase, or --from.")
     ] = None,
@@ -59,7 +74,7 @@ def drift(
             "--apart", help="Train the last phase's data from the base, apart from phase 1, and compare the two models."
         ),
     ] = False,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each language.")] = 16,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Held-out rows of each language.")] = 16,
     text: Annotated[
         list[str] | None,
         typer.Option("--text", metavar="[LANG=]FILE", help="Lines of a file instead of held-out rows. Repeatable."),
@@ -68,7 +83,7 @@ def drift(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show how far a phase moved the model, layer by layer: its weights (MPD) and what it makes of the same text."""
+    """Show how far a phase moved the model, layer by layer: weights (MPD) and hidden states."""
     from qcft import api
     from qcft.cli.flags import text_files
     from qcft.report.drift_section import drift_rows, drift_says, note
@@ -84,4 +99,5 @@ def drift(
     def work(watch: Watch) -> DriftShown:
         return api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=texts, apart=apart)
 
-    show_work(work, printed, json_, quiet)
+    found = show_work(work, printed, json_, quiet)
+    tables.next_step(f"qcft report {found['run']}", quiet)

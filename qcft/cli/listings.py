@@ -14,11 +14,9 @@ from qcft.cli.flags import second_phase
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.replay.share import ShareShown
 from qcft.store import Store, list_runs, read_run
-from qcft.store.ablations import run_states
-from qcft.store.holding import holders
 from qcft.store.metrics import ReplayMetrics
-from qcft.store.opened import run_again
 from qcft.store.results import Stage
 
 if TYPE_CHECKING:
@@ -57,13 +55,14 @@ def layers_table(
 
 
 class StepListed(TypedDict):
-    """A step of a plan; `seconds` that it took, once it is done."""
+    """A step of a plan; `seconds` that it took, once it is done; of replay its share of the mix."""
 
     id: str
     stage: str
     title: str
     state: str
     seconds: float | None
+    replay: ShareShown | None
 
 
 def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: bool) -> ReplayShown:
@@ -144,53 +143,19 @@ def recipe_text(name: str) -> str:
     return known[name].read_text(encoding="utf-8")
 
 
-def runs_listed(runs: Path) -> list[dict[str, str]]:
-    """Runs with their model, phases, how many of their steps are done, and whether they are done."""
-    listed = []
-    store = Store(runs)
-    in_ablations, problems = run_states(runs)
-    for run in list_runs(runs):
-        try:  # one that cannot be read does not hide the others
-            if run.problem:
-                raise InputError(run.problem)
-            recipe = run.recipe()
-            model, phases = recipe.model.name, ", ".join(phase.name for phase in recipe.phases)
-            damaged = [step for step in run.stages.values() if _is_damaged(store, step)]
-            if damaged:
-                raise InputError(f"{damaged[0]}: done.json is altered; `{run_again(run.folder)}` rebuilds it")
-        except InputError as error:
-            listed.append(_unreadable(run.name, error.message))
-            continue
-        todo = [step for step in run.stages.values() if store.state(step) != "done"]
-        at_work = holders(run.folder) or any(map(store.is_claimed, todo))
-        alone = "running" if at_work else "to do" if todo else "done"
-        listed.append(
-            {
-                "run": run.name,
-                "model": model,
-                "phases": phases,
-                "steps done": f"{len(run.stages) - len(todo)} of {len(run.stages)}",
-                "state": in_ablations.get(run.name, alone),
-            }
-        )
-    return listed + [_unreadable(name, problem) for name, problem in problems.items()]
-
-
-def _is_damaged(store: Store, step: str) -> bool:
-    """Whether a step is done by the name of its files, and its done.json is not as it was written."""
-    return store.state(step) == "done" and store.record(step) is None
-
-
-def _unreadable(name: str, problem: str) -> dict[str, str]:
-    return {"run": name, "model": "?", "phases": problem, "steps done": "?", "state": "damaged"}
-
-
 def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
-    """The steps a recipe comes to, and the state of each."""
+    """The steps a recipe comes to, and the state of each; of replay its share of the mix, as far as it is known."""
+    from qcft.runner.forecast import replay_share
     from qcft.runner.recipe import plan_recipe
 
     store = Store(runs)
-    plan, states = plan_recipe(recipe, runs, watch)
+    prepared, states = plan_recipe(recipe, runs, watch)
+    shares: dict[str, ShareShown] = {}
+    for step in prepared.plan.steps:
+        if step.kind == "replay" and (share := replay_share(prepared, prepared.recipe.phase(step.phase or ""), store)):
+            shares[step.id] = share.shown()
+            if warning := share.warning(step.phase or ""):
+                watch.note(warning, "warning")
     return [
         {
             "id": step.id,
@@ -198,8 +163,9 @@ def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
             "title": step.title,
             "state": states[step.id],
             "seconds": record["seconds"] if (record := store.record(step.id)) else None,
+            "replay": shares.get(step.id),
         }
-        for step in plan.steps
+        for step in prepared.plan.steps
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,7 @@ def main() -> NoReturn:
     try:
         os.getcwd()
     except FileNotFoundError:
-        _fail("the working folder is no more", "go to one that is there", 2)
+        _fail("the current folder was deleted", "cd to an existing folder", 2)
     hear(stop_at_once)  # until work begins, which hears them itself
     try:
         _check_words(sys.argv[1:])
@@ -68,14 +69,15 @@ def _check_words(arguments: list[str]) -> None:
             before = flag
         elif argument.strip():
             continue
-        what = f"{before}: the value given" if before.startswith("--") else "an argument"
+        what = f"{before}: the value given" if re.match("--?[a-z]", before) else "an argument"
         raise InputError(f"{what} is empty", "give one, or leave it out; a shell variable that is not set is empty")
 
 
 def _usage_error(error: Any) -> NoReturn:
     """A mistake on the command line, told like any other."""
     context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        sys.stdout.write(f"{error.format_message()}\n")
         sys.exit(0)
     named = [word for word in sys.argv[1:2] if not word.startswith("-")]  # an option without its value has no context
     command = context.command_path if context else " ".join(["qcft", *named])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from qcft.cli.grouped import GROUPS, Grouped
 from qcft.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,18 +19,28 @@ if TYPE_CHECKING:
     from qcft.terminal.progress import Reporter
 
 Thing = TypeVar("Thing")
+Work = TypeVar("Work", bound=Callable[..., None])
 STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
 SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
 if SIGHUP is not None:
     STOPPED[SIGHUP] = 129
 
 app = typer.Typer(
+    cls=Grouped,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    rich_markup_mode=None,  # Rich takes `[...]` in a text for markup, and takes longer than all else of a help
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Two-phase continual fine-tuning on one GPU, in 4 bits: teach a model languages and keep its English.",
     epilog="Start with: qcft run quickstart",
 )
+
+
+def command(group: str, example: str, name: str | None = None) -> Callable[[Work], Work]:
+    """Register a command under a group of `qcft --help`, with an example at the end of its own."""
+    assert group in GROUPS
+    return app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
+
 
 Set = Annotated[
     list[str] | None,
@@ -46,16 +57,22 @@ def _folder(text: str | Path) -> Path:
 
 Runs = Annotated[
     Path,
-    typer.Option("--runs", envvar="QCFT_RUNS", parser=_folder, metavar="FOLDER", help="Folder that holds the runs."),
+    typer.Option(
+        "--runs", "-r", envvar="QCFT_RUNS", parser=_folder, metavar="FOLDER", help="Folder that holds the runs."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the steps and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the steps and do nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
-Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder, .gguf file, or smollm2-135m-instruct.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2-135m-instruct."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
+        "-d",
         metavar="[LANG=]PATH",
         help="Data set: file, folder, hub id (also ID/SPLIT@REVISION), or qcft:NAME. Repeatable, one per language.",
     ),
@@ -64,7 +81,10 @@ Test = Annotated[
     list[str] | None,
     typer.Option("--test", metavar="LANG=PATH", help="Your own test set: measured at every stage, never trained."),
 ]
-Take = Annotated[int | None, typer.Option("--take", help="Rows to train on from each data set.")]
+Take = Annotated[
+    int | None,
+    typer.Option("--take", metavar="N", help="Rows to train on from each data set.", show_default="all"),
+]
 Columns = Annotated[
     str | None,
     typer.Option(
@@ -75,7 +95,24 @@ Columns = Annotated[
 ]
 Freeze = Annotated[
     str | None,
-    typer.Option("--freeze", help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ..."),
+    typer.Option(
+        "--freeze",
+        metavar="SPEC",
+        help="Layers without adapters: none, first:20, random:0.5, most-changed:0.5, snr:0.5 ...",
+    ),
+]
+Replay = Annotated[float | None, typer.Option("--replay", metavar="SHARE", help="Replay's share of the mix, e.g. 0.2.")]
+ReplayLoss = Annotated[
+    str | None,
+    typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer or distil.", show_default="answer"),
+]
+Stage = Annotated[
+    str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase.", show_default="the last")
+]
+To = Annotated[Path | None, typer.Option("--to", "-o", metavar="DIR", help="Folder to write.")]
+Run = Annotated[str | None, typer.Argument(metavar="RUN", help="Name of the run.", show_default="the latest")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a built-in name (`qcft recipes`).")
 ]
 AnchorKind = Annotated[
     str | None,
@@ -85,7 +122,6 @@ AnchorKind = Annotated[
         help="Hold new rows to the model the phase starts from: target-masked, or kl:0.01.",
     ),
 ]
-Stage = Annotated[str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase [default: the last].")]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
 
 
@@ -100,7 +136,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
     cpu: Annotated[
@@ -111,14 +147,15 @@ def options(
 
 
 @contextmanager
-def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Watch]:
-    """Work that is shown on stderr and hears Ctrl-C."""
+def watched(quiet: bool, shown_by: type[Reporter] | None = None, stops: bool = True) -> Iterator[Watch]:
+    """Work that is shown on stderr and, where it `stops`, hears Ctrl-C."""
     from qcft.events import Watch
     from qcft.terminal import progress
 
     reporter = (shown_by or progress.Reporter)(quiet)
     watch = Watch(reporter)
-    hear_signals(watch)
+    if stops:
+        hear_signals(watch)
     try:
         yield watch
     finally:
@@ -127,13 +164,14 @@ def watched(quiet: bool, shown_by: type[Reporter] | None = None) -> Iterator[Wat
 
 def show_work(
     work: Callable[[Watch], Thing], printed: Callable[[Thing], None], json_: bool, quiet: bool = False
-) -> None:
-    """Do watched work; print what it comes to as JSON, or as `printed` does."""
+) -> Thing:
+    """Do watched work; print what it comes to as JSON, or as `printed` does; return it."""
     from qcft.terminal import tables
 
     with watched(quiet) as watch:
         found = work(watch)
     tables.show(found, json_, printed)
+    return found
 
 
 def hear_signals(watch: Watch) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcft.cli.grouped import LOOK, RUN
 from qcft.cli.options import (
     AnchorKind,
     As,
@@ -20,11 +21,14 @@ from qcft.cli.options import (
     Json,
     Model,
     Quiet,
+    RecipeName,
+    Replay,
+    ReplayLoss,
     Runs,
     Set,
     Take,
     Test,
-    app,
+    command,
     show_work,
     watched,
 )
@@ -35,9 +39,9 @@ if TYPE_CHECKING:
     from qcft.report.shown import ReportWritten
 
 
-@app.command()
+@command(RUN, "qcft run quickstart --set seed=1 --as second")
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a built-in name (see `qcft recipes`).")],
+    recipe: RecipeName,
     set_: Set = None,
     name: As = None,
     runs: Runs = Path("runs"),
@@ -56,13 +60,14 @@ def run(
     run_and_show(loaded, runs, dry_run, json_, quiet)
 
 
-@app.command()
+@command(RUN, "qcft phase1 spanish --model smollm2-135m-instruct --data en.jsonl")
 def phase1(
-    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    run: Annotated[str, typer.Argument(metavar="NAME", help="Name of the run.")],
     model: Model = None,
     data: Data = None,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="A PEFT adapter to take as phase 1, instead of data.")
+        str | None,
+        typer.Option("--adapter", metavar="FOLDER", help="A PEFT adapter to use as phase 1, instead of data."),
     ] = None,
     take: Take = None,
     columns: Columns = None,
@@ -75,7 +80,7 @@ def phase1(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the first phase (English, unless --data says LANG=PATH), or take in an adapter."""
+    """Train the first phase (English, unless --data says LANG=PATH), or import an adapter."""
     from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase1_recipe
 
@@ -84,17 +89,18 @@ def phase1(
     run_and_show(recipe, runs, dry_run, json_, quiet)
 
 
-@app.command()
+@command(RUN, "qcft phase2 spanish --data es=es.jsonl --replay 0.2")
 def phase2(
     run: Annotated[
-        str | None, typer.Argument(help="Run with a phase 1 [default: the latest]; a new name with --model.")
+        str | None,
+        typer.Argument(
+            metavar="RUN", help="Run with a phase 1; a new name with --model.", show_default="the latest run"
+        ),
     ] = None,
     model: Model = None,
     data: Data = None,
-    replay: Annotated[float | None, typer.Option("--replay", help="Replay's share of the mix, e.g. 0.2.")] = None,
-    replay_loss: Annotated[
-        str | None, typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer (default) or distil.")
-    ] = None,
+    replay: Replay = None,
+    replay_loss: ReplayLoss = None,
     freeze: Freeze = None,
     anchor: AnchorKind = None,
     take: Take = None,
@@ -118,7 +124,7 @@ def phase2(
     run_and_show(recipe, runs, dry_run, json_, quiet, of, earlier)
 
 
-@app.command()
+@command(LOOK, "qcft recipes --show quickstart")
 def recipes(
     show: Annotated[str | None, typer.Option("--show", metavar="NAME", help="Print one recipe.")] = None,
     json_: Json = False,
@@ -137,24 +143,29 @@ def recipes(
     )
 
 
-@app.command()
+@command(LOOK, "qcft ls")
 def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
-    """List the runs, the latest first."""
-    from qcft.cli.listings import runs_listed
+    """List the runs, the latest first, and the ablations."""
+    from qcft.cli.listed import in_columns, runs_listed
     from qcft.terminal import tables
 
     listed = runs_listed(runs)
     if json_:
         tables.print_json(listed)
     elif listed:
-        tables.print_records(listed)
+        tables.print_fitting(in_columns(listed), right=("done", "English", "replay"))
+        tables.print_lines(f"{one['run']}: {one['problem']}" for one in listed if one["problem"])
+        tables.say("English: change of NLL in nats per answer token since phase 1 (above 0: worse)", "dim")
     else:
         tables.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
 
 
-@app.command()
+@command(LOOK, "qcft show spanish")
 def show(
-    run: Annotated[str | None, typer.Argument(help="A run, or an ablation [default: the latest run].")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="A run, or an ablation.", show_default="the latest run"),
+    ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
@@ -183,14 +194,15 @@ def show(
         tables.print_cost(cost)
 
 
-@app.command()
+@command(LOOK, "qcft report spanish spanish-2 --to both/")
 def report(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs, several as arms [default: the latest].")
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="Runs (several as arms).", show_default="the latest"),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("--to", metavar="DIR", help="Folder to write [default: the run's, or report]."),
+        typer.Option("--to", "-o", metavar="DIR", help="Folder to write.", show_default="the run's own, or report"),
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
@@ -203,7 +215,8 @@ def report(
         tables.print_answer(written["question"], written["answer"])
         tables.print_lines([written["page"]])
 
-    show_work(lambda watch: api.report(names or [], runs, watch, to), printed, json_)
+    written = show_work(lambda watch: api.report(names or [], runs, watch, to), printed, json_)
+    tables.next_step(f"open {written['page']} in a browser")
 
 
 def run_and_show(
@@ -243,9 +256,13 @@ def run_and_show(
         tables.print_table(done.table)
         tables.say(f"report: {done.folder / 'report' / 'report.html'}", "dim")
     raise_failed(done)
+    last = recipe.phases[-1].name
+    more = f"phase2 {done.name} --data LANG=PATH --replay 0.2" if last == "phase1" else f"export {done.name} --to DIR"
+    tables.next_step(f"qcft {more}", quiet)
 
 
 def _print_steps(steps: list[StepListed]) -> None:
     from qcft.terminal import tables
 
-    tables.print_rows(["step", "what", "state"], [[s["id"], s["title"], s["state"]] for s in steps])
+    rows = [[s["id"], s["title"] + (f": {s['replay']['in_words']}" if s["replay"] else ""), s["state"]] for s in steps]
+    tables.print_rows(["step", "what", "state"], rows)

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from qcft.cli.options import Json, Runs, app
+from qcft.cli.grouped import KEEP
+from qcft.cli.options import Json, Runs, command
 
 
-@app.command()
+@command(KEEP, "qcft gc --delete")
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them; else they are only listed.")] = False,
     runs: Runs = Path("runs"),
@@ -21,6 +22,7 @@ def gc(
 
     from qcft.store.upkeep import remove_unused, unused_steps
     from qcft.terminal import format, tables
+    from qcft.words import counted
 
     found, left = remove_unused(runs) if delete else (unused_steps(runs), [])
     total = sum(one.bytes for one in found)
@@ -33,27 +35,41 @@ def gc(
         tables.print_rows(["step", "size", "why"], rows)
     for one in left:
         tables.say(f"{one.step} was left: a process works on it")
-    more = "" if delete or not rows else "; remove them with `qcft gc --delete`"
-    tables.say(f"{len(rows)} {'removed' if delete else 'that no run needs'}, {format.size(total)}{more}")
+    if not rows:
+        tables.say("Nothing to clean up.")
+        return
+    what = counted(len(rows), "unused step")
+    tables.say(f"{what} removed, {format.size(total)}." if delete else f"{what}, {format.size(total)}.")
+    if not delete:
+        tables.next_step("qcft gc --delete")
 
 
-@app.command()
+@command(KEEP, "qcft rm spanish spanish-2")
 def rm(
-    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Runs, or ablations.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the runs of an ablation's arms with it.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Remove a run: its recipe, report and links. Its steps stay, for other runs or `qcft gc`."""
-    from qcft.errors import InputError
-    from qcft.store.upkeep import remove_run, unused_steps
-    from qcft.terminal import format, tables
+    """Remove runs (recipe, report and links), or an ablation with its runs.
 
-    others = remove_run(runs, run)
-    if others:
-        tables.say(f"left in {runs / run}, as qcft did not write it: {', '.join(others)}")
+    Their steps stay, for other runs or `qcft gc`.
+    """
+    from qcft.errors import InputError
+    from qcft.store.upkeep import remove_named, unused_steps
+    from qcft.terminal import format, tables
+    from qcft.words import counted
+
+    removed = remove_named(runs, names, yes)
+    for name, others in removed.items():
+        if others:
+            tables.say(f"left in {runs / name}, as qcft did not write it: {', '.join(others)}")
+    what = f"Removed {', '.join(map(repr, removed))}."
     try:
         unused = unused_steps(runs)
     except InputError as error:  # another run cannot be read
-        tables.say(f"removed the run {run}; which steps are in no run now is not known: {error.message}")
+        tables.say(f"{what} Which steps are no longer used is not known: {error.message}")
         return
-    more = f"; {len(unused)} steps ({format.size(sum(u.bytes for u in unused))}) are in no run now: `qcft gc`"
-    tables.say(f"removed the run {run}{more if unused else ''}")
+    size = format.size(sum(one.bytes for one in unused))
+    more = f" {counted(len(unused), 'step is', 'steps are')} no longer used ({size})."
+    tables.say(what + (more if unused else ""))
+    tables.next_step("qcft gc --delete" if unused else "qcft ls")

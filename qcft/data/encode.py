@@ -68,6 +68,7 @@ class Encoder:
     """Turns conversations into tokens with one tokenizer and its chat template (by default as `Template` reads it).
 
     Loss falls on every assistant turn that is to be trained, up to and with its end-of-turn token, and on nothing else.
+    An answer that is not finished bears loss up to the end of its text, where a row that ends with it ends.
     Raises InputError when the template cannot be used at all.
     """
 

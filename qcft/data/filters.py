@@ -31,7 +31,7 @@ class AnswerFilter:
         """Why an answer is left out, or None."""
         if not text.strip():
             return "empty answer"
-        if not finished:
+        if self.filters.unfinished and not finished:
             return "unfinished answer"
         if self.filters.loops is not None and repetition(text) > self.filters.loops:
             return "loop"

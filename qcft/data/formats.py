@@ -182,7 +182,10 @@ def _with_system(system: str, messages: list[Message]) -> list[Message]:
 
 
 def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
-    """A turn with what else it says: whether an answer is trained, and the reasoning before it. Raises Unusable."""
+    """A turn with what else it says: whether an answer is trained, the reasoning before it, whether it was cut.
+
+    Raises Unusable.
+    """
     if role != "assistant":
         return Message(role, text)
     weight, train = turn.get("weight"), turn.get("train")
@@ -191,7 +194,8 @@ def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
     if train not in (None, False, True):
         raise Unusable("train is neither true nor false")
     reasoning = next((_text(turn[key]) for key in REASONING if turn.get(key)), "")
-    return Message(role, text, weight != 0 and train is not False, reasoning if reasoning.strip() else None)
+    trained, thoughts = weight != 0 and train is not False, reasoning if reasoning.strip() else None
+    return Message(role, text, trained, thoughts, turn.get("finished") is not False)
 
 
 def _row(messages: list[Message], record: Record) -> Row:

@@ -15,12 +15,14 @@ _AS_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",",
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train`: whether an assistant's turn bears loss; `reasoning`: the thoughts before its text."""
+    """One turn. `train`: whether an assistant's turn bears loss; `reasoning`: the thoughts before its text; `finished`:
+    false for an answer that was cut, whose end of turn bears no loss."""
 
     role: Role
     content: str
     train: bool = True
     reasoning: str | None = None
+    finished: bool = True
 
     def as_dict(self) -> dict[str, object]:
         """The turn as plain data; what is as usual is left out."""
@@ -29,6 +31,7 @@ class Message:
             "content": self.content,
             **({} if self.train else {"train": False}),
             **({"reasoning_content": self.reasoning} if self.reasoning is not None else {}),
+            **({} if self.finished else {"finished": False}),
         }
 
 
@@ -85,7 +88,8 @@ class Row:
 
 def message_from(turn: Mapping[str, Any]) -> Message:
     """A turn from what `Message.as_dict` gave."""
-    return Message(turn["role"], turn["content"], turn.get("train", True), turn.get("reasoning_content"))
+    reasoning, finished = turn.get("reasoning_content"), turn.get("finished", True)
+    return Message(turn["role"], turn["content"], turn.get("train", True), reasoning, finished)
 
 
 def digest_rows(rows: Iterable[Row]) -> str:

@@ -225,7 +225,7 @@ class Template:
                 if answer.role == "assistant" and answer.train:
                     before, think = tuple(messages[:i]), _thinks(answer, thinking)
                     asked |= {(before, True, think): None, ((*before, answer), False, think): None}
-                    if self._takes_start(think):
+                    if self._takes_start(think) or not answer.finished:
                         asked[(*before, replace(answer, content=ANSWER)), False, think] = None
         known = [one for one in asked if one[0]]
         found = render_all(self.tokenizer, [self._conversation(*one) for one in known]) if known else []
@@ -238,7 +238,8 @@ class Template:
         return self._prompt_and_answer([*messages, Message("assistant", ANSWER)], "off")[0]
 
     def _prompt_and_answer(self, messages: Sequence[Message], thinking: Thinking) -> tuple[str, str]:
-        """What stands before the last turn's answer when the model gives it, and the answer to its end of turn.
+        """What stands before the last turn's answer when the model gives it, and the answer to its end of turn, or to
+        the end of its text where it is not finished.
 
         What a template writes between its generation prompt and an answer without thoughts, such as an empty think
         block, is no part of the answer, unless thinking is on: then the model has to write it.
@@ -251,8 +252,8 @@ class Template:
             if self._takes_start(think):
                 at = self._content_start(messages, whole, think)
                 start = at if whole[start:at].strip() else start
-            return whole[:start], self._ended(whole, start)
-        rest = self._ended(whole, self._content_start(messages, whole, think))
+            return whole[:start], self._ended(messages, whole, start, think)
+        rest = self._ended(messages, whole, self._content_start(messages, whole, think), think)
         if not OPENED.search(opening):
             return opening, rest
         if not think:
@@ -272,8 +273,20 @@ class Template:
             raise TemplateRefused(REWRITES)
         return at
 
-    def _ended(self, whole: str, start: int) -> str:
-        """The text from `start` to the end of its turn, which is added where the template writes none."""
+    def _content_end(self, messages: Sequence[Message], whole: str, think: bool) -> int:
+        """Where the last turn's text ends in the conversation as rendered."""
+        tried = self._render([*messages[:-1], replace(messages[-1], content=ANSWER)], False, think)
+        at = tried.rfind(ANSWER)
+        after = tried[at + len(ANSWER) :]
+        if at < 0 or not whole.endswith(after):
+            raise TemplateRefused(REWRITES)
+        return len(whole) - len(after)
+
+    def _ended(self, messages: Sequence[Message], whole: str, start: int, think: bool) -> str:
+        """The text from `start` to the end of its turn, which is added where the template writes none; of an answer
+        that is not finished, without it."""
+        if not messages[-1].finished:
+            return whole[start : self._content_end(messages, whole, think)]
         end = whole.rfind(self.end_of_turn, start) if self._ends_turns else -1
         return whole[start : end + len(self.end_of_turn)] if end >= 0 else whole[start:].rstrip("\n") + self.end_of_turn
 

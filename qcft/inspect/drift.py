@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import oddity, read_json, write_json, write_sealed
+from qcft.files import read_json, write_json, write_sealed
 from qcft.inspect.apart import train_apart
 from qcft.inspect.floor import seed_floor
 from qcft.inspect.mpd import parameter_difference
+from qcft.inspect.prompts import text_lines
 from qcft.inspect.versions import (
     Version,
     check_base,
@@ -163,13 +164,8 @@ def _file_texts(files: Mapping[str, Path], prepared: PreparedModel) -> dict[str,
     """The lines of text files, without a chat template. Raises InputError."""
     texts = {}
     for lang, path in files.items():
-        if (odd := oddity(path)) is not None:
-            raise InputError(f"drift: {str(path)!r} is {odd}", "give a UTF-8 file")
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"drift: {str(path)!r} cannot be read as text: {error}", "give a UTF-8 file") from None
-        encoded = [list(prepared.tokenizer(line)["input_ids"])[:TEXT_TOKENS] for line in lines if line]
+        lines = text_lines(path, "drift", "give a UTF-8 file with a sentence a line")
+        encoded = [list(prepared.tokenizer(line)["input_ids"])[:TEXT_TOKENS] for line in lines]
         texts[lang] = [ids for ids in encoded if len(ids) > 2]
         if not texts[lang]:
             raise InputError(f"drift: {str(path)!r} has no line of text", "give a file with a sentence a line")

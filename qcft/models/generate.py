@@ -129,7 +129,7 @@ def _generate(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     ends = torch.tensor(end_ids, device=model.device)
-    nucleus = _Nucleus(sampling, positions) if sampling.temperature > 0 else None
+    nucleus = Nucleus(sampling, positions) if sampling.temperature > 0 else None
     made: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     cache: Any = None
@@ -180,7 +180,7 @@ def _can_shrink(cache: Any) -> bool:
     return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
-class _Nucleus:
+class Nucleus:
     """Top-p sampling (Holtzman et al. 2020, arXiv 1904.09751) that leaves one token, each row by its own generator."""
 
     def __init__(self, sampling: Sampling, positions: list[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,9 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
         new = prepared.encoded(phase)
         _check_length(phase, sum(len(one.rows) for one in new))
         if phase.replay and phase.replay.ratio > 0:
-            check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
+            replayed = check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
+            if warning := replayed.warning(phase.name):
+                prepared.once(("warned", warning), partial(prepared.watch.note, warning, "warning"))  # not for each arm
     if prepared.recipe.model.quantize == "nf4" and (share := quantised_share(prepared.meta_model)) < FEW:
         prepared.watch.note(
             f"only {share:.0%} of the weights of {_config(prepared).model_type} are in linear modules (embeddings and "

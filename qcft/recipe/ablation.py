@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,19 +14,28 @@ from qcft.recipe.parts import NAME, Number, Part, Seed
 # A recipe key, and its values: a list of plain values, or values under names of their own. Under the key `set` each
 # name stands for a mapping of several keys and their values.
 Grid = dict[str, list[Any] | dict[str, Any]]
+Match = Literal["tokens", "steps"]
 
 
 class Arm(Part):
     """One variant, or with `grid` several. `set` changes recipe keys as `--set` does, null included.
 
-    `mixed`: the last phase alone, trained on the data of all phases, without replay, for as many optimizer steps as all
-    phases take together without replay.
+    `mixed`: the last phase alone, trained on the data of all phases, without replay, for as long as all phases train
+    together without replay. `match` says in which unit: answer tokens, to the nearest row (where it is left out), or
+    optimizer steps.
     """
 
     name: str = ""
     set: dict[str, Any] = {}
     grid: Grid = {}
     mixed: bool = False
+    match: Match | None = None
+
+    @model_validator(mode="after")
+    def _match_is_of_a_mixed_arm(self) -> Self:
+        if self.match is not None and not self.mixed:
+            raise ValueError(f"match: {self.match} is for an arm that is mixed | add mixed: true, or leave match out")
+        return self
 
 
 class Ablation(Part):
@@ -55,17 +64,18 @@ class Ablation(Part):
                 raise ValueError(f"arms: two arms are named {name!r} | name one otherwise")
         return self
 
-    def variants(self) -> Iterator[tuple[str, dict[str, Any], bool]]:
-        """Every arm's name, what it sets, and whether it is mixed; grids expanded, the last key fastest."""
+    def variants(self) -> Iterator[tuple[str, dict[str, Any], Match | None]]:
+        """Every arm's name, what it sets, and of a mixed one what is matched; grids expanded, the last key fastest."""
         arms = self.arms or ([Arm()] if self.grid else [])
         for arm in arms:
+            match = (arm.match or "tokens") if arm.mixed else None
             axes = [_axis(key, values) for key, values in {**arm.grid, **self.grid, **arm.grid}.items()]
             for chosen in product(*axes):
                 name = "-".join(filter(None, (arm.name, *(label for label, _ in chosen))))
                 settings = dict(arm.set)
                 for _, more in chosen:
                     settings |= more
-                yield name, settings, arm.mixed
+                yield name, settings, match
 
 
 def _axis(key: str, values: list[Any] | Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from qcft.errors import InputError, nearest
+from qcft.recipe.ablation import Match
 from qcft.recipe.load import changed, read_recipe, recipe_from
 from qcft.recipe.schema import Measured, Recipe
 
@@ -16,7 +18,8 @@ from qcft.recipe.schema import Measured, Recipe
 class ArmRun:
     """One arm with one seed: a recipe of its own. `set` is what makes the plain recipe this one.
 
-    `as_long_as`: for a mixed arm, the recipe whose phases' optimizer steps, without replay, its own must come to.
+    `as_long_as`: for a mixed arm, the recipe whose phases it trains as long as, without replay: in answer tokens or in
+    optimizer steps, as `match` says.
     """
 
     arm: str
@@ -24,6 +27,7 @@ class ArmRun:
     recipe: Recipe
     set: Mapping[str, Any]
     as_long_as: Recipe | None = None
+    match: Match | None = None
 
 
 def load_ablation(recipe: str | Path, changes: Mapping[str, Any] | None = None) -> tuple[Recipe, list[ArmRun]]:
@@ -44,9 +48,9 @@ def expand_ablation(
         raise InputError(f"the recipe {plain.name!r} has no ablation", "add ablation: {arms: [{name: ..., set: ...}]}")
     raw = {**changed(raw, changes or {}, folder), "ablation": None}
     arms = [
-        _arm(raw, folder, plain.name, name, seed, settings, mixed)
+        _arm(raw, folder, plain.name, name, seed, settings, match)
         for seed in plain.ablation.seeds or [plain.seed]
-        for name, settings, mixed in plain.ablation.variants()
+        for name, settings, match in plain.ablation.variants()
     ]
     measured = measured_of([plain, *(one.recipe for one in arms)])
     if all(measured_of([one.recipe]) == measured for one in arms):
@@ -68,22 +72,38 @@ def chosen_arms(arms: Sequence[ArmRun], names: Sequence[str] | None, seeds: Sequ
         (seeds, list(dict.fromkeys(one.seed for one in arms)), "seed"),
     ):
         for name in wanted or ():
-            if name not in known:
+            if not any(_matches(one, name) for one in known):
                 texts = [str(one) for one in known]
                 raise InputError(
                     f"there is no {what} {name!r}", nearest(str(name), texts) + f"{what}s: {', '.join(texts)}"
                 )
-    return [one for one in arms if (not names or one.arm in names) and (not seeds or one.seed in seeds)]
+    return [
+        one
+        for one in arms
+        if (not names or any(_matches(one.arm, name) for name in names)) and (not seeds or one.seed in seeds)
+    ]
+
+
+def _matches(known: str | int, wanted: str | int) -> bool:
+    """Whether an arm or seed is the one that is wanted, or an arm's name matches a pattern such as `gr*`."""
+    return known == wanted or (isinstance(wanted, str) and fnmatchcase(str(known), wanted))
 
 
 def _arm(
-    raw: dict[str, Any], folder: Path | None, run: str, name: str, seed: int, settings: Mapping[str, Any], mixed: bool
+    raw: dict[str, Any],
+    folder: Path | None,
+    run: str,
+    name: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    match: Match | None,
 ) -> ArmRun:
     own = {"name": f"{run}-{name}-s{seed}", "seed": seed}
     try:
         raw = changed(raw, {**settings, **own}, folder)
-        recipe = recipe_from(_joined(raw) if mixed else raw)
-        return ArmRun(name, seed, recipe, settings, _without_replay(recipe_from(raw)) if mixed else None)
+        if match is None:
+            return ArmRun(name, seed, recipe_from(raw), settings)
+        return ArmRun(name, seed, recipe_from(_joined(raw)), settings, _without_replay(recipe_from(raw)), match)
     except InputError as error:
         message = error.message.removeprefix("recipe: ").removeprefix("--set ")
         raise InputError(f"arm {name!r}: {message}", error.hint) from None

@@ -10,13 +10,16 @@ from qcft.recipe.parts import Count, Number, Part, Sources, named
 
 
 class Filters(Part):
-    """Which generated answers are left out of replay, beside those that are empty or did not come to their end.
+    """Which generated answers are left out of replay, beside those that are empty.
 
-    `duplicates`: an answer of ten words or more that was given before. `loops`: answers in which more than this
-    share of five-word sequences came before (null: any). `language`: answers clearly in another (null: any).
-    `refusals`: answers that begin by declining, in English.
+    `unfinished`: answers that did not end within `max_new_tokens`; else they are kept, cut there, without loss on an
+    end of turn. Those are the longer ones: without them replay teaches shorter answers. `duplicates`: an answer of ten
+    words or more that was given before. `loops`: answers in which more than this share of five-word sequences came
+    before (null: any). `language`: answers clearly in another (null: any). `refusals`: answers that begin by
+    declining, in English.
     """
 
+    unfinished: bool = False
     duplicates: bool = True
     loops: Annotated[Number, Field(gt=0, le=1)] | None = 0.3
     language: str | None = "en"

@@ -21,7 +21,9 @@ from qcft.recipe import Phase, Replay
 from qcft.replay.amount import repeated, replay_amount, rounded, split_amount, take_amount
 from qcft.replay.generation import Generated, Generation
 from qcft.replay.pools import Pool
-from qcft.store.metrics import ReplayedPart, ReplayMetrics
+from qcft.replay.share import ReplayShare, share_beside
+from qcft.store.metrics import CutAnswers, ReplayedPart, ReplayMetrics
+from qcft.words import counted
 
 FILE, LEFT_OUT = "replay.jsonl", "left_out.jsonl"
 
@@ -95,8 +97,11 @@ class Drawing:
             if answer.skipped is not None:
                 self.leave(answer.row, answer.skipped)
                 continue
-            row = Row(answer.row.prompt, (Message("assistant", answer.text),), answer.row.id)
-            reason = keep.reason(answer.text, answer.finished)
+            # What cuts an answer may cut a character too, of which a mark is left.
+            text = answer.text if answer.finished else answer.text.rstrip("\ufffd").rstrip()
+            given = Message("assistant", text, finished=answer.finished)
+            row = Row(answer.row.prompt, (given,), answer.row.id)
+            reason = keep.reason(text, answer.finished)
             encoded = self.encoder.encode(row) if reason is None else reason
             if isinstance(encoded, str):
                 self.leave(row, encoded)
@@ -133,8 +138,9 @@ def wanted(replay: Replay, new: Sequence[EncodedSet]) -> list[Fraction]:
     return split_amount(replay_amount(replay, _new(replay, new)), [part.weight for part in replay.parts()])
 
 
-def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet], encoder: Encoder) -> None:
-    """Check before any weights are loaded that the pools can be large enough. Raises InputError."""
+def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet], encoder: Encoder) -> ReplayShare:
+    """Check before any weights are loaded that the pools can be large enough; replay's share, as far as it is known
+    before answers are generated. Raises InputError."""
     replay = phase.replay
     assert replay is not None
     language = replay.filters.language
@@ -145,6 +151,7 @@ def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet],
             nearest(language, sorted(known_languages())) + "give a code such as en, or null to keep every language",
         )
     weigh, seen = weigher(replay), set[str]()
+    drawn: list[Candidate] = []
     for pool, amount in zip(pools, wanted(replay, new), strict=True):
         drawing = Drawing(pool, encoder, seen)
         if pool.part.kind == "generative":
@@ -152,6 +159,7 @@ def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet],
         else:
             rows, missing = take_amount(drawing.rows(), amount, weigh)
             have = sum(map(weigh, rows))
+            drawn += rows + (repeated(rows, missing, weigh) if replay.on_shortfall == "repeat" else [])
             if len(pools) > 1 and missing <= max(map(weigh, rows), default=0):
                 missing = Fraction(0)  # what the other kinds are rounded by may make up for it
         if not have and amount > 0:
@@ -161,6 +169,10 @@ def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet],
             )
         if missing and replay.on_shortfall == "error":
             raise InputError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase.name))
+    if not generative:
+        return share_beside(replay, new, sum(one.rows for one in drawn), sum(one.answer_tokens for one in drawn))
+    asked = rounded(replay_amount(replay, _new(replay, new)))
+    return share_beside(replay, new, *((asked, None) if replay.unit == "rows" else (None, asked)))
 
 
 def make_replay(
@@ -196,7 +208,7 @@ def make_replay(
         if missing and (replay.on_shortfall == "error" or not rows):
             raise QcftError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
         if missing:
-            what = f"{len(again)} rows come again" if again else "the share is smaller"
+            what = f"{counted(len(again), 'row')} used twice" if again else "the share is smaller"
             watch.note(f"replay: {rounded(missing)} {_unit(replay)} are missing ({pool.reason}): {what}", "warning")
         carry = (
             amount - have - sum(map(weigh, again)) if replay.on_shortfall != "shrink" or not missing else Fraction(0)
@@ -208,6 +220,7 @@ def make_replay(
                 "kind": pool.part.kind,
                 "rows": len(rows) + len(again),
                 "answer_tokens": sum(c.answer_tokens for c in rows + again),
+                "cut": _cut(rows + again),
                 "repeated": len(again),
                 "missing": rounded(missing) if missing else 0,
                 "reason": pool.reason,
@@ -221,13 +234,15 @@ def make_replay(
         [c.row.as_dict() | {"answer_tokens": c.answer_tokens, "provenance": c.provenance} for c in chosen],
     )
     _write(folder / LEFT_OUT, aside)
-    tokens, fresh = sum(c.answer_tokens for c in chosen), sum(s.answer_tokens for s in new)
-    rows_made, new_rows = sum(c.rows for c in chosen), sum(len(s.rows) for s in new)
+    rows_made, tokens = sum(c.rows for c in chosen), sum(c.answer_tokens for c in chosen)
+    made = share_beside(replay, new, rows_made, tokens)
+    if any(generations) and (warning := made.warning(phase)):  # that of other rows is given before any work
+        watch.note(warning, "warning")
     return {
         "rows": rows_made,
         "answer_tokens": tokens,
-        "share_of_rows": rows_made / max(1, rows_made + new_rows),
-        "share_of_answer_tokens": tokens / max(1, tokens + fresh),
+        "share_of_rows": made.of_rows or 0.0,
+        "share_of_answer_tokens": made.of_answer_tokens or 0.0,
         "reason": "; ".join(part["reason"] for part in parts),
         "left_out": dict(sum((Counter(part["left_out"]) for part in parts), Counter[str]())),
         "parts": parts,
@@ -337,6 +352,12 @@ def _counts(left_out: Counter[str]) -> str:
 
 def _size(encoded: Sequence[EncodedRow]) -> tuple[int, int]:
     return len(encoded), sum(one.answer_tokens for one in encoded)
+
+
+def _cut(rows: Sequence[Candidate]) -> CutAnswers:
+    """The rows whose answer is not finished, and their answer tokens."""
+    cut = [one for one in rows if not one.row.completion[-1].finished]
+    return {"rows": len(cut), "answer_tokens": sum(one.answer_tokens for one in cut)}
 
 
 def _short(row: Row) -> str:

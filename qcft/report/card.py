@@ -7,21 +7,39 @@ from pathlib import Path
 import yaml
 
 from qcft.files import write_text
+from qcft.models.embedded import public_name
 from qcft.recipe import Recipe
+from qcft.recipe.shared import shared_yaml, without_folders
 from qcft.report.cells import stage_name, stage_rows
 from qcft.report.markdown import code, fenced, line, markdown_table
 from qcft.report.standing import mean_of
 from qcft.safe import plain
 from qcft.store.table import RunTable
 
+MODEL = """from transformers import pipeline
+
+chat = pipeline("text-generation", model=".")  # this folder
+answer = chat([{{"role": "user", "content": "What is a verb?"}}], max_new_tokens=128)
+print(answer[0]["generated_text"][-1]["content"])
+"""
+ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, ".")  # this folder
+chat = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained("."))
+answer = chat([{{"role": "user", "content": "What is a verb?"}}], max_new_tokens=128)
+print(answer[0]["generated_text"][-1]["content"])
+"""
+
 
 def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: str, adapter: bool) -> None:
     """Write `folder/README.md`. `stage` is the measured stage of the table that the model is; `what` says how it
     was made."""
-    hub = recipe.model.name if recipe.model.name.count("/") == 1 and not Path(recipe.model.name).exists() else None
+    base = public_name(recipe.model.name)
     languages = sorted({g["lang"] for g in table["groups"] if g["lang"] != "?"})
     front: dict[str, object] = {
-        **({"base_model": hub} if hub else {}),
+        "base_model": base,
         **({"language": languages} if languages else {}),
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -30,8 +48,10 @@ def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: 
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {line(recipe.name)}\n",
-        f"{line(what)} Base model: {code(_name(recipe.model.name))}. Made with qcft: continual fine-tuning in phases, "
+        f"{line(what)} Base model: {code(base)}. Made with qcft: continual fine-tuning in phases, "
         "measured on rows that were held out of training.\n",
+        "## Use\n",
+        fenced((ADAPTER if adapter else MODEL).format(base=base), "python") + "\n",
         "## Data\n",
         *_data(recipe),
         "\n## English and multilingual ability (EA, MA)\n",
@@ -40,7 +60,7 @@ def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: 
         "only.\n\n## All stages and languages\n",
         markdown_table(stage_rows(table)),
         "\nNLL and the share of answer tokens predicted right.\n\n## Recipe\n",
-        fenced(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "yaml") + "\n",
+        fenced(shared_yaml(recipe), "yaml") + "\n",
     ]
     write_text(folder / "README.md", plain("\n".join(parts)))
 
@@ -63,14 +83,9 @@ def _data(recipe: Recipe) -> list[str]:
     lines = []
     for phase in recipe.phases:
         if phase.adapter:
-            lines.append(f"- {phase.name}: an adapter made elsewhere, {code(_name(phase.adapter))}")
+            lines.append(f"- {phase.name}: an adapter made elsewhere, {code(without_folders(phase.adapter))}")
         for source in phase.sources():
             take = f", first {source.take:,} rows" if source.take else ""
             lang = line(str(source.lang or "language not given"))
-            lines.append(f"- {phase.name}: {code(_name(source.path))} ({lang}{take})")
+            lines.append(f"- {phase.name}: {code(without_folders(source.path))} ({lang}{take})")
     return lines
-
-
-def _name(path: str) -> str:
-    """A path without the folders of the machine it lay on."""
-    return Path(path).name if Path(path).is_absolute() else path

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qcft.measure.stats import Difference
 from qcft.report.languages import language_name
-from qcft.store.metrics import AnswerLengths, Paired
+from qcft.store.metrics import AnswerLengths, Paired, ReplayedPart
 from qcft.store.table import Between, GroupOf, Named, StageChange, StagesTable, Transfer
 
 
@@ -86,7 +86,7 @@ def listed(things: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(things[:-1]), *things[-1:])))
 
 
-def counted(change: Paired | Difference) -> str:
+def basis(change: Paired | Difference) -> str:
     """What an interval is over: `48 rows (16 without translations), 3 seeds`."""
     change = change.as_dict() if isinstance(change, Difference) else change
     text = f"{change['rows']:,} row{'s' * (change['rows'] != 1)}"
@@ -104,13 +104,26 @@ def moved(change: Paired | Difference) -> str:
     value, low, high = change["value"], change["low"], change["high"]
     text = f"{'rose' if value > 0 else 'fell'} by {abs(value):.3f} nats per token"
     if low is None or high is None:
-        return f"{text} ({change['method']}, {counted(change)})"
+        return f"{text} ({change['method']}, {basis(change)})"
     if low > 0 or high < 0:
         low, high = sorted((abs(low), abs(high)))
-        return f"{text} (95% interval {low:.3f} to {high:.3f}, {counted(change)})"
+        return f"{text} (95% interval {low:.3f} to {high:.3f}, {basis(change)})"
     return (
-        f"{text} (95% interval of the change {low:+.3f} to {high:+.3f}, {counted(change)}; a change below "
+        f"{text} (95% interval of the change {low:+.3f} to {high:+.3f}, {basis(change)}; a change below "
         f"{(high - low) / 2:.3f}, half the interval's width, could not have been seen)"
+    )
+
+
+def cut_in_words(part: ReplayedPart) -> str:
+    """Of one kind of a phase's replay: how many answers were cut before their end, and what that did to lengths."""
+    cut = part.get("cut") or {"rows": 0, "answer_tokens": 0}  # none in steps of earlier versions
+    if not cut["rows"]:
+        return ""
+    finished, tokens = part["rows"] - cut["rows"], part["answer_tokens"] - cut["answer_tokens"]
+    without = f"; {tokens / finished:.0f} without those" if finished > 0 else ""
+    return (
+        f"{part['kind']} replay: {finished} answers finished, {cut['rows']} cut at their longest (no loss on an end of "
+        f"turn); mean {part['answer_tokens'] / part['rows']:.0f} answer tokens{without}"
     )
 
 
@@ -120,9 +133,14 @@ def conclusion(table: StagesTable) -> list[str]:
         return []
     english = [g["name"] for g in table["groups"] if g["english"]]
     others = [g for g in table["groups"] if not g["english"]]
+    untrained = {g["name"] for g in table["groups"] if not g["trained"]}
     base = next((c for c in table["changes"] if c["from"] == "eval/base"), table["changes"][0])
     since = table["changes"][0]
-    sentences = [_english(since, name, len(english)) for name in english]
+    several = len(english) > 1
+    sentences = [
+        _english(since, name, f" ({name}{', unlike anything trained on' * (name in untrained)})" if several else "")
+        for name in english
+    ]
     if others:
         sentences.append(_others(table, base, others))
     answers = _answers(table)
@@ -141,7 +159,7 @@ def conclusion(table: StagesTable) -> list[str]:
     return sentences
 
 
-def _english(since: StageChange, name: str, groups: int) -> str:
+def _english(since: StageChange, name: str, which: str) -> str:
     entry = since["groups"][name]
     low, high = entry["low"], entry["high"]
     clear = low is not None and high is not None and (low > 0 or high < 0)
@@ -151,7 +169,7 @@ def _english(since: StageChange, name: str, groups: int) -> str:
         word = "English got worse" if entry["value"] > 0 else "English did not get worse"
     where = "since the base model" if since["from"] == "eval/base" else f"after {since['from_name']}"
     loss = moved(entry).replace(" nats per token", f" nats per token {where}", 1)
-    return f"{word}{f' ({name})' if groups > 1 else ''}: its loss {loss}."
+    return f"{word}{which}: its loss {loss}."
 
 
 def _others(table: StagesTable, base: StageChange, groups: Sequence[GroupOf]) -> str:

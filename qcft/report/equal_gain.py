@@ -12,7 +12,7 @@ from qcft.measure.stats import Difference, Runs, changes, mean_nll, pairwise
 from qcft.recipe import Dial
 from qcft.recipe.stages import dial_stage, point_folder
 from qcft.report.arms import Arm, Evidence
-from qcft.report.cells import bracket, counted
+from qcft.report.cells import basis, bracket
 from qcft.report.document import Table
 from qcft.report.standing import Standing, common_groups, standings
 from qcft.store.metrics import DialMetrics
@@ -61,7 +61,7 @@ def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
         records.append({**record, **_record("own", at_own), **equally})
     note = (
         "Changes of mean NLL in nats per answer token: the other languages' since the base (a gain), English with its "
-        f"95% interval over {counted(dialled[0][0].lost)} (above zero is lost). Read on a straight line between the "
+        f"95% interval over {basis(dialled[0][0].lost)} (above zero is lost). Read on a straight line between the "
         "dial's nearest scales, whose gain is taken as exact; dashes: its points do not reach that gain."
     )
     tables = [Table.of("equal-gain", "English at an equal gain", rows, records, note)]
@@ -81,7 +81,7 @@ def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
     note = (
         f"English NLL of the arm less that of the other, in nats per answer token, each at {SHARE:.0%} of {of}'s gain "
         f"(below zero: the arm has more English). The 95% intervals of all {several.compared} pairs hold together, "
-        f"over {counted(several)}."
+        f"over {basis(several)}."
     )
     return Table.of("equal-gain-pairs", "English at an equal gain, arm against arm", rows, records, note)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
-from qcft.report.arms import Arm, grouped, with_of
+from qcft.report.arms import Arm, Member, grouped, members, with_of
 from qcft.report.cells import left_out
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
 from qcft.report.training import Trained, trainings
+from qcft.store.metrics import ReplayMetrics
+from qcft.store.results import Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +31,8 @@ def mix_section(arms: Sequence[Arm]) -> Section | None:
     if any(len(mix.metrics["mix"]) > 1 for mix in last):
         blocks.append(_bars(last, arms))
     blocks.append(_table(mixes, arms))
+    if replayed := _replay_table(arms):
+        blocks.append(replayed)
     return Section("mix", "What was trained on", tuple(blocks))
 
 
@@ -87,14 +91,15 @@ def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
     for one in mixes:
         mix = one.metrics["mix"]
         fed = {entry["source"]: entry for entry in one.metrics["exposure"]}
-        total = {key: sum(share[key] for share in mix) for key in ("rows", "tokens")}
+        total = sum(share["rows"] for share in mix), sum(share["answer_tokens"] for share in mix)
         for share in mix:
             seen = fed.get(share["source"], {"rows": 0, "tokens": 0, "answer_tokens": 0})
             row = {
                 "phase": one.phase,
                 "source": share["source"],
-                **{key: f"{share[key]:,} ({share[key] / total[key]:.1%})" for key in ("rows", "tokens")},
-                "answer tokens": f"{share['answer_tokens']:,}",
+                "rows": f"{share['rows']:,} ({share['rows'] / total[0]:.1%})",
+                "answer tokens": f"{share['answer_tokens']:,} ({share['answer_tokens'] / total[1]:.1%})",
+                "tokens": f"{share['tokens']:,}",
                 "trained, all epochs": f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
                 "left out": left_out(share["left_out"], "none"),
             }
@@ -106,4 +111,61 @@ def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
                 | {f"trained_{key}": seen[key] for key in ("rows", "tokens", "answer_tokens")}
             )
     words = ("source", "left out")
-    return Table.of("mix", "Sources, and what was fed of them", rows, records, words=words)
+    note = "Answer tokens are those that bear loss."
+    return Table.of("mix", "Sources, and what was fed of them", rows, records, note, words=words)
+
+
+def _replay_table(arms: Sequence[Arm]) -> Table | None:
+    """What each replay was asked to be and what it came to, in both units, and how many answers were cut."""
+    found: dict[str, tuple[str, Stage]] = {}
+    sharing: dict[str, list[Member]] = {}
+    for member in members(arms):
+        run = member[1]
+        phases = [phase.name for phase in run.recipe.phases if phase.replay and phase.replay.ratio > 0]
+        stages = [stage for stage in run.run.stages.values() if stage.step.startswith("replay-")]
+        for phase, stage in zip(phases, stages, strict=False):  # as far as they are done
+            found.setdefault(stage.step, (phase, stage))
+            sharing.setdefault(stage.step, []).append(member)
+    rows, records = [], []
+    for step, (phase, stage) in found.items():
+        made, asked = cast("ReplayMetrics", stage.metrics), stage.opened.inputs["settings"]
+        cut = [part["cut"] for part in made["parts"] if "cut" in part]
+        cut_rows, cut_tokens = sum(one["rows"] for one in cut), sum(one["answer_tokens"] for one in cut)
+        mean = _per(made["answer_tokens"], made["rows"])
+        without = _per(made["answer_tokens"] - cut_tokens, made["rows"] - cut_rows)
+        record = {
+            "phase": phase,
+            "ratio": asked["ratio"],
+            "unit": asked["unit"],
+            "rows": made["rows"],
+            "share_of_rows": made["share_of_rows"],
+            "answer_tokens": made["answer_tokens"],
+            "share_of_answer_tokens": made["share_of_answer_tokens"],
+            "cut": cut_rows,
+            "mean_answer_tokens": mean,
+            "mean_without_cut": without,
+        }
+        row = {
+            "phase": phase,
+            "asked": f"{asked['ratio']:g} of {asked['unit']}",
+            "rows": f"{made['rows']:,} ({made['share_of_rows']:.1%})",
+            "answer tokens": f"{made['answer_tokens']:,} ({made['share_of_answer_tokens']:.1%})",
+            "answers cut": f"{cut_rows:,} of {made['rows']:,}",
+            "mean answer tokens": _whole(mean),
+            "without those cut": _whole(without),
+        }
+        rows.append(with_of(row, sharing[step], arms))
+        records.append(record | {"runs": "; ".join(run.run.name for _, run in sharing[step])})
+    note = (
+        "In brackets: the share of the phase's mix. Answers are cut where they had not ended at max_new_tokens: they "
+        "are trained as far as they go, without loss on an end of turn."
+    )
+    return Table.of("replay", "Replay", rows, records, note, words=("asked",)) if rows else None
+
+
+def _per(tokens: int, rows: int) -> float | None:
+    return tokens / rows if rows else None
+
+
+def _whole(mean: float | None) -> str:
+    return "-" if mean is None else f"{mean:.0f}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.measure.stats import Difference
 from qcft.report.arms import Arm, Evidence, members, whose
-from qcft.report.cells import bracket, conclusion, counted, listed, stage_name
+from qcft.report.cells import basis, bracket, conclusion, listed, stage_name
 from qcft.report.document import Figure, Section, Table
 from qcft.report.plots import FAINT, INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, NEAR, Standing, english_pairs, front, mean_of, standings, verdict
@@ -188,7 +188,7 @@ def _table(found: Sequence[Standing]) -> Table:
         ]
     note = (
         f"Mean {UNIT}, over all tokens of all rows, lower is better. Changes are means over an arm's runs, each "
-        f"interval by itself: English {counted(found[0].lost)}, other languages {counted(found[0].gained)}. "
+        f"interval by itself: English {basis(found[0].lost)}, other languages {basis(found[0].gained)}. "
         f"{'' if several else f'{ONE_RUN}. '}* No other arm is better at both. The answer is about the "
         f"arm with the most English among those with at least {NEAR:.0%} of the largest gain."
     )
@@ -211,7 +211,7 @@ def _pairs(found: Sequence[Standing]) -> Iterator[Table]:
     records = ({"arm": b, "against": a, **d.as_dict()} for (a, b), d in once.items())
     some = next(iter(once.values()))
     note = (
-        f"{UNIT}; {counted(some)}. Where all arms are equal, the chance that any of the intervals "
+        f"{UNIT}; {basis(some)}. Where all arms are equal, the chance that any of the intervals "
         f"({some.compared}, which hold together) excludes zero is 5%. {'' if several else f'{ONE_RUN}.'}"
     )
     yield Table.of("comparisons", "English, arm against arm", rows, records, note.strip(), words=("told apart",))

@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from qcft.recipe.shared import shared_yaml
 from qcft.report.arms import Arm, Evidence, Member, flow, members, shared_by, whose, with_of
 from qcft.report.document import Block, Listing, Section, Table
 
@@ -34,7 +33,7 @@ def arms_section(arms: Sequence[Arm]) -> Section | None:
 def repeat_section(arms: Sequence[Arm]) -> Section:
     """The commands, the recipe they read, versions and digests."""
     first = arms[0].runs[0]
-    recipe = yaml.safe_dump(first.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    recipe = shared_yaml(first.recipe)
     blocks: list[Block] = [
         Listing("The recipe (recipe.yaml)", recipe, "yaml"),
         Listing("The commands", commands(arms), "sh"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
+from qcft.report.ablation import count_against, epochs_in_words, trained_length
 from qcft.report.arms import Arm, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import draw, label, look
@@ -68,6 +69,8 @@ def training_section(arms: Sequence[Arm]) -> Section | None:
             blocks.append(_english(phase, probed, arms))
     if found:
         blocks.append(_table(found, arms))
+    if found and len(arms) > 1:
+        blocks.append(_lengths(arms))
     return Section("training", "Training", tuple(blocks)) if blocks else None
 
 
@@ -145,12 +148,14 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
     terms = [_terms(one) for one in found]
     shown = [key for key in TERMS if any(one.get(key) is not None for one in terms)]
     for one, own in zip(found, terms, strict=True):
-        m = one.metrics
+        m, length = one.metrics, trained_length([one.metrics])
         row = {
             "phase": one.phase,
             "steps": f"{m['steps']:,}",
             "rows": f"{m['rows']:,}",
             "tokens": f"{m['tokens']:,}",
+            "answer tokens": f"{length['answer_tokens']:,}",
+            "epochs": epochs_in_words(length["epochs"]),
             "trainable parameters": f"{m['trainable_parameters']:,}",
             "mean loss": f"{m['loss']:.3f}",
             **{TERMS[key]: "" if (value := own.get(key)) is None else f"{value:.3f}" for key in shown},
@@ -160,6 +165,7 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
         records.append(
             {"phase": one.phase, "step": one.step, "runs": " ".join(run.run.name for _, run in one.runs)}
             | {"steps": m["steps"], "rows": m["rows"], "tokens": m["tokens"]}
+            | {"answer_tokens": length["answer_tokens"]}
             | {"trainable_parameters": m["trainable_parameters"], "loss": m["loss"]}
             | {key: cast("object", own.get(key)) for key in shown}
             | {"seconds": one.seconds}
@@ -176,6 +182,29 @@ def _terms(one: Trained) -> dict[str, float | None]:
     if not terms:
         return {}
     return {"new_loss": terms["new_loss"], "anchor_kl": terms["anchor_kl"], "distil_kl": terms["distil_kl"]}
+
+
+def _lengths(arms: Sequence[Arm]) -> Table:
+    """All phases of each arm's first run together, against the first arm."""
+    rows: list[dict[str, str]] = []
+    records: list[dict[str, object]] = []
+    lengths = {arm.name: trained_length(arm.runs[0].run.trainings()) for arm in arms}
+    first = next(iter(lengths.values()))
+    for name, length in lengths.items():
+        row = {
+            "arm": name,
+            "optimizer steps": count_against(length["steps"], first["steps"], length is first),
+            "answer tokens": count_against(length["answer_tokens"], first["answer_tokens"], length is first),
+            "tokens": count_against(length["tokens"], first["tokens"], length is first),
+            "epochs": epochs_in_words(length["epochs"]),
+        }
+        rows.append(row)
+        records.append({"arm": name, **length, "epochs": row["epochs"]})
+    note = (
+        "All phases together, with replay, of each arm's first seed; in brackets against the first arm. Answer tokens "
+        "are those that bear loss. Epochs of each phase."
+    )
+    return Table.of("lengths", "How long each arm trained", rows, records, note)
 
 
 def _log(path: Path | None) -> tuple[Logged, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qcft.measure.stats import Difference
-from qcft.report.cells import counted, listed, moved
+from qcft.report.cells import basis, listed, moved
 from qcft.report.standing import NEAR, Standing, Verdict, unequal_training
 
 ONE_RUN = "One run each: differences between runs of one arm were not measured"
@@ -20,7 +20,7 @@ def verdict_in_words(said: Verdict, arms: int) -> str:
         text = [
             f"No winner is named. {ONE_RUN}. `{more_seeds([one.arm.runs[0].recipe.seed for one in said.near])}` adds "
             f"seeds. English NLL of those of {arms} arms with {enough}, in nats per answer token, "
-            f"{counted(best.lost)}: {changes}."
+            f"{basis(best.lost)}: {changes}."
         ]
     elif not said.behind:
         text = [f"Only {best.arm.name}, of {arms} arms, has {enough}: {became(best)}."]
@@ -66,7 +66,7 @@ def _compared(best: Standing, behind: Mapping[str, Difference], near: str) -> li
     beaten = {name: d for name, d in behind.items() if d.low is not None and d.low > 0}
     equal = {name: d for name, d in behind.items() if name not in beaten}
     name, first = best.arm.name, next(iter(behind.values()))
-    over = f"95% intervals of all {first.compared} pairs of arms together, {counted(first)}"
+    over = f"95% intervals of all {first.compared} pairs of arms together, {basis(first)}"
     more = f"less English loss than {listed([f'{other} ({_by(d)})' for other, d in beaten.items()])}"
     apart = listed([*equal])
     if not equal:

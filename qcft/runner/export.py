@@ -12,8 +12,9 @@ from qcft.models.adapter_config import CONFIG, WEIGHTS
 from qcft.models.chat import write_chat
 from qcft.models.combine import write_adapter
 from qcft.models.deltas import Scale
+from qcft.models.embedded import public_name
 from qcft.models.load import load_tokenizer
-from qcft.models.sources import described_folder, resolve, weights_folder
+from qcft.models.sources import described_folder, resolve
 from qcft.recipe import Goal, Recipe
 from qcft.runner.delivery import whole_folder
 from qcft.store import Store
@@ -75,16 +76,15 @@ def deliver_adapter(
     with whole_folder(to) as work:
         try:
             source = resolve(recipe.model)
-            base = source.location if source.kind == "hub" else str(weights_folder(source, watch))
         except InputError:  # the model is gone; the training wrote its tokenizer beside the adapter
             if not (stack[-1] / "tokenizer_config.json").is_file():
                 raise
-            write_adapter(stack, work, recipe.model.name, scale)
+            write_adapter(stack, work, public_name(recipe.model.name), scale)
             for file in stack[-1].iterdir():
                 if file.name not in {CONFIG, WEIGHTS}:
                     shutil.copyfile(file, work / file.name)
         else:
-            write_adapter(stack, work, base, scale)
+            write_adapter(stack, work, public_name(recipe.model.name), scale)
             described = described_folder(source, watch)
             write_chat(load_tokenizer(described, recipe.model), work, described)
         finish(work)

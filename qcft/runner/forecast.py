@@ -4,45 +4,87 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
+from qcft.data.encode import EncodedRow
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase
 from qcft.replay.amount import replay_amount, rounded
+from qcft.replay.rows import check_replay
+from qcft.replay.share import ReplayShare, share_made
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.step import Step
 from qcft.store import Store
+from qcft.store.metrics import ReplayMetrics
 
 if TYPE_CHECKING:
     from qcft.training.batches import Batches
     from qcft.training.memory import Memory, Planned
 
 GIB = 2**30
+REPLAY = "replay"  # the source of rows that stand for replay
 SMALL = 50_000_000  # parameters of a model whose training is not told beforehand: it fits anywhere
 
 
-def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Batches]:
-    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone.
+@dataclass(frozen=True)
+class Length:
+    """How long a phase trains: optimizer steps, epochs, answer tokens of its own rows and of its `replay` (None where
+    they are known once it is generated), and replay's share, all as far as they are known before it trains."""
 
-    Replay that is not made yet is taken to be like the phase's own rows.
-    """
+    steps: int
+    epochs: float
+    answer_tokens: int
+    replay_answer_tokens: int | None
+    replay: ReplayShare | None
+
+
+def phase_length(prepared: PlannedRecipe, phase: Phase, store: Store) -> Length:
+    """How long a phase will train."""
+    share = replay_share(prepared, phase, store)
+    rows, batches = _laid_out(prepared, phase, share.rows if share else None)
+    fed = [row for item in batches.items for row in item]
+    epochs, own = len(fed) / len(rows), sum(row.answer_tokens for row in fed if row.source != REPLAY)
+    replayed = share.answer_tokens if share else 0
+    return Length(batches.steps, epochs, own, None if replayed is None else round(epochs * replayed), share)
+
+
+def replay_share(prepared: PlannedRecipe, phase: Phase, store: Store) -> ReplayShare | None:
+    """Replay's share of a phase's mix: as it was made, else as far as it is known before. None without replay."""
+    replay, new = phase.replay, prepared.encoded(phase)
+    if replay is None or replay.ratio == 0:
+        return None
+    step = next(step for step in prepared.plan.steps if step.kind == "replay" and step.phase == phase.name)
+    if record := store.record(step.id):
+        return share_made(replay, new, cast("ReplayMetrics", record["metrics"]))
+    return check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
+
+
+def _laid_out(prepared: Prepared, phase: Phase, replay: int | None = None) -> tuple[list[EncodedRow], Batches]:
+    """A phase's rows and their batches, with so many rows of `replay`, or those of its ratio; they are taken to be like
+    the phase's own."""
+    from qcft.training.batches import make_batches
+
+    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
+    extra = rounded(replay_amount(phase.replay, len(new))) if replay is None else replay
+    rows = [*new, *(replace(new[i % len(new)], source=REPLAY) for i in range(extra))]
+    return rows, make_batches(rows, prepared.order(phase, extra), phase.train)
+
+
+def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple[Planned, Batches]:
+    """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone."""
     from qcft.layers import adapted_in, lowest_adapted
     from qcft.training.attention import attend_by_rows
-    from qcft.training.batches import make_batches
     from qcft.training.footprint import SecondPass, Shape
     from qcft.training.memory import plan_training
     from qcft.training.prefix import cannot_split, worth_storing
     from qcft.training.reference import terms_of
 
     recipe, model = prepared.recipe, prepared.meta_model
-    new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
-    extra = rounded(replay_amount(phase.replay, len(new)))
-    rows = [*new, *(new[i % len(new)] for i in range(extra))]
-    batches = make_batches(rows, prepared.order(phase, extra), phase.train)
+    rows, batches = _laid_out(prepared, phase)
     modules = adapted_in(model, recipe, phase)
     below = lowest_adapted(model, modules)
     config: Any = model.config.get_text_config()

@@ -12,7 +12,6 @@ from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.results import finished_run
 from qcft.models.cards import choose_card
-from qcft.plan import Plan
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Recipe
 from qcft.recipe.stages import ABILITIES
@@ -26,10 +25,11 @@ from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
 from qcft.store.opened import Record
 from qcft.store.results import Run
-from qcft.store.runs import NamedRun, held_run, link_stage
+from qcft.store.runs import NamedRun, held_run, link_stage, put_back
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.steps.step import Bench
@@ -38,17 +38,40 @@ if TYPE_CHECKING:
 Check = Callable[[PlannedRecipe], None]
 
 
-def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[Plan, dict[str, str]]:
-    """The plan and the state of each step (`done`, `partial`, `to do`); nothing is written."""
+def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[PlannedRecipe, dict[str, str]]:
+    """The planned recipe and the state of each step (`done`, `partial`, `to do`); nothing is written.
+
+    Raises InputError for what `run_recipe` would refuse before any work.
+    """
     set_environment()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
-    return prepared.plan, {step.id: store.state(step.id) for step in prepared.plan.steps}
+    states = {step.id: store.state(step.id) for step in prepared.plan.steps}
+    _check([step for step in prepared.plan.steps if states[step.id] != "done"], prepared)
+    return prepared, states
 
 
-def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = None, check: Check | None = None) -> Run:
+def _check(missing: Sequence[Step], prepared: PlannedRecipe) -> None:
+    """Check what the steps that are to be done need. Raises InputError."""
+    if any(step.kind != "suite" for step in missing):
+        quiet()
+        check_prepared(prepared)
+    tasks = dict.fromkeys(step.settings["task"] for step in missing if step.kind == "suite")
+    if tasks:
+        check_tasks(prepared, tasks)
+
+
+def run_recipe(
+    recipe: Recipe,
+    runs: Path,
+    watch: Watch,
+    up_to: str | None = None,
+    check: Check | None = None,
+    undo: bool = False,
+) -> Run:
     """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
 
-    `check` may refuse the recipe once its data is read.
+    `check` may refuse the recipe once its data is read. `undo`: where a step fails before anything that this call adds
+    was trained, the run is what it was before.
 
     Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
@@ -58,7 +81,7 @@ def run_recipe(recipe: Recipe, runs: Path, watch: Watch, up_to: str | None = Non
     # A cheap check first: a runs folder that can't be written would waste the reading of the data.
     writable(runs)
     if world() == 1:
-        return run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to)
+        return run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to, undo)
     join()
     if recipe.forgetting is not None and recipe.forgetting.stop is not None:
         raise InputError(
@@ -92,29 +115,39 @@ def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
         bench.do(bench.steps[step], store.folder(step))
 
 
-def run_prepared(prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str | None = None) -> Run:
+def run_prepared(
+    prepared: PlannedRecipe, store: Store, watch: Watch, up_to: str | None = None, undo: bool = False
+) -> Run:
     """`run_recipe` of a recipe whose data is read and whose steps are planned."""
     recipe, plan = prepared.recipe, prepared.plan
     steps = plan.up_to(up_to) if up_to else plan.steps
     records = {step.id: store.done(step.id, watch) for step in steps}
     estimated: dict[str, float] = {}
     finished = sum(record is not None for record in records.values())
-    watch.note(f"{recipe.name}: {recipe.model.name}, {len(steps)} steps" + f", {finished} done before" * bool(finished))
+    watch.note(
+        f"{recipe.name}: {recipe.model.name}, {counted(len(steps), 'step')}"
+        + f", {finished} done before" * bool(finished)
+    )
     if finished < len(steps):
         quiet()
         if world() == 1 and (card := choose_card()):
             watch.note(f"on {card}; QCFT_DEVICE names another")
         missing = [step for step in steps if not records[step.id]]
-        if any(step.kind != "suite" for step in missing):
-            check_prepared(prepared)
-        check_tasks(prepared, dict.fromkeys(s.settings["task"] for s in missing if s.kind == "suite"))
+        _check(missing, prepared)
         estimated = forecast(prepared, missing, store, watch)
         if any(step.kind == "train" for step in missing):
             use_triton_where_it_works(watch)
             warn_if_busy(watch)
-    begun = len(store.claimed)
+    begun, before = len(store.claimed), {step for step, record in records.items() if record is not None}
     with held_run(store.runs, prepared.pinned_recipe(), plan.stages()) as run:
-        done = _work(prepared, steps, records, estimated, run, store, watch)
+        try:
+            done = _work(prepared, steps, records, estimated, run, store, watch)
+        except Interrupted:
+            raise
+        except QcftError:
+            if undo and not any(map(store.is_trained, set(plan.stages().values()) - before)):
+                put_back(run)
+            raise
         if len(store.claimed) > begun:
             discard_changed(prepared.inputs, store, begun, thorough=True)
     return done
@@ -164,7 +197,7 @@ def raise_failed(done: Run) -> None:
     """Raise QcftError, naming them, where tasks that stages were to be evaluated on gave no score."""
     if done.failed:
         raise QcftError(
-            f"{len(done.failed)} evaluation{'s' * (len(done.failed) > 1)} failed: "
+            f"{counted(len(done.failed), 'evaluation')} failed: "
             + ", ".join(stage.removeprefix(ABILITIES) for stage in done.failed),
             "the others are kept; the same command tries these again",
         )

@@ -18,6 +18,7 @@ from qcft.steps.needs import answers_held
 from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import KeptMetrics
 from qcft.store.opened import Record
+from qcft.words import counted
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Kept(Work[KeptMetrics]):
         """The share that was kept, or that none can be told."""
         share, gain = metrics["share"], metrics["gain"]
         far = f"KL {metrics['kl']:.3f} nats, greedy agreement {metrics['agreement']:.0%}"
+        rows = counted(gain["rows"], "row")
         if share is None:
-            return f"not measurable: a gain of {gain['value']:.3f} nats on {gain['rows']} rows is too small; {far}"
-        return f"{share:.0%} of a gain of {gain['value']:.3f} nats, on {gain['rows']} rows; {far}"
+            return f"not measurable: a gain of {gain['value']:.3f} nats on {rows} is too small; {far}"
+        return f"{share:.0%} of a gain of {gain['value']:.3f} nats, on {rows}; {far}"
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:
         """The model and a batch's logits."""

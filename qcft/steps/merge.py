@@ -15,6 +15,7 @@ from qcft.models.merge import Target, merge_adapters
 from qcft.prepare.settings import ADDED, SPREAD, ModelSettings
 from qcft.recipe import parse_by_layer
 from qcft.steps.step import Bench, Step, Work
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,7 +66,7 @@ class Merge(Work[MergeMetrics]):
 
     def summary(self, metrics: MergeMetrics) -> str:
         """How many weights were changed."""
-        return f"{metrics['merged_weights']} weights changed"
+        return f"{counted(metrics['merged_weights'], 'weight')} changed"
 
     def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
         """The model in 16 bits."""

@@ -13,6 +13,7 @@ from qcft.files import disk_free
 from qcft.recipe import Train
 from qcft.store import Store
 from qcft.store.states import RowStates
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,8 @@ def open_prefix(
         )
         return None
     watch.note(
-        f"prefix cache: the first {below} layers are frozen and run once per row; "
-        f"{len(lengths) - len(new)} of {len(lengths)} rows are there, {_size(needed)} to write"
+        f"the lowest {counted(below, 'layer is', 'layers are')} frozen: the output is computed once per row and stored "
+        f"({len(lengths) - len(new)} of {counted(len(lengths), 'row')} stored so far; {_size(needed)} on disk)"
     )
     with store.claim(step, inputs, watch) as folder:
         states = RowStates(folder, width, itemsize)

@@ -20,6 +20,7 @@ from qcft.replay.rows import make_replay
 from qcft.steps.needs import answered_at_once, model_held
 from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import ReplayMetrics
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.training.memory import Planned
@@ -112,7 +113,9 @@ class ReplayRows(Work[ReplayMetrics]):
         """How much was drawn, and how much was dropped for which reason."""
         dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
-        return f"{metrics['rows']} rows: {share}" + (f"; left out {dropped}" if dropped else "")
+        cut = sum(part["cut"]["rows"] for part in metrics["parts"] if "cut" in part)
+        text = f"{counted(metrics['rows'], 'row')}: {share}" + (f"; {cut} answers cut at their longest" if cut else "")
+        return text + (f"; left out {dropped}" if dropped else "")
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int] | None:
         """The model, and the answers that are generated at once."""

@@ -22,6 +22,7 @@ from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import ALPACA_EVAL, FIDELITY
 from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import AlpacaMetrics, FidelityMetrics, SuiteMetrics, TaskMetrics
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.measure.suites import Scorer
@@ -98,9 +99,9 @@ class Suite(Work[SuiteMetrics]):
             return f"answers in the prompt's language: {told or 'none can be told'}"
         if self.task == ALPACA_EVAL:
             answers = cast("AlpacaMetrics", metrics)
-            return f"{answers['rows']} answers of {answers['mean_tokens']:.0f} tokens"
+            return f"{counted(answers['rows'], 'answer')} of {answers['mean_tokens']:.0f} tokens"
         scored = cast("TaskMetrics", metrics)
-        return f"{scored['metric']} {scored['score']:.4f}, {scored['items']:,} items"
+        return f"{scored['metric']} {scored['score']:.4f}, {counted(scored['items'], 'item')}"
 
     def _suite(self, step: Step, bench: Bench, model: Switched, folder: Path) -> TaskMetrics:
         from qcft.measure.suites import Asked, Scorer

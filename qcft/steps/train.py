@@ -26,6 +26,7 @@ from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import LayersFile, TrainMetrics
 from qcft.training.distributed.ranks import rank, sharded, world
 from qcft.training.reference import Terms, terms_in_words
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +86,9 @@ class Training(Work[TrainMetrics]):
 
     def summary(self, metrics: TrainMetrics) -> str:
         """Steps, tokens, loss and its terms; replay's share of what was trained; what the live probe found."""
-        trained = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens, loss {metrics['loss']:.3f}"
+        trained = (
+            f"{counted(metrics['steps'], 'step')}, {counted(metrics['tokens'], 'token')}, loss {metrics['loss']:.3f}"
+        )
         if terms := metrics.get("terms"):
             trained += f" ({terms_in_words(terms)})"
         return trained + _replayed(metrics) + _probed(metrics)
@@ -139,6 +142,12 @@ class Training(Work[TrainMetrics]):
             str(terms),
         )
         watch.tell(mixed)
+        if batches.steps == 1:
+            watch.note(
+                f"{phase} is trained for 1 optimizer step only ({counted(batches.rows, 'row')}, train.batch "
+                f"{train.batch}), without warm-up; for more steps, lower train.batch or raise train.epochs",
+                "warning",
+            )
         free_memory()  # what loading left behind
         _seed_everything(self.seed)
         under = [bench.adapter(one) for one in step.under]
@@ -313,6 +322,7 @@ def _probed(metrics: TrainMetrics) -> str:
         return ""
     last = next(probe for probe in reversed(found["probes"]) if probe["step"] <= metrics["steps"])
     return (
-        f"; English NLL {last['change']:+.1%} ({len(found['probes'])} probes of {found['rows']} rows, "
+        f"; English NLL {last['change']:+.1%} ({counted(len(found['probes']), 'probe')} of "
+        f"{counted(found['rows'], 'row')}, "
         f"{found['share_of_time']:.1%} of the time)"
     )

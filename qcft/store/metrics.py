@@ -174,8 +174,15 @@ class GenerationCost(TypedDict):
     batch: int
 
 
+class CutAnswers(TypedDict):
+    """Answers that had not ended at max_new_tokens: rows, and their answer tokens."""
+
+    rows: int
+    answer_tokens: int
+
+
 class ReplayedPart(TypedDict):
-    """One kind of replay in a mix; `pool`: rows that it was drawn from."""
+    """One kind of replay in a mix; `pool`: rows that it was drawn from; `cut` is new in steps of later versions."""
 
     kind: str
     rows: int
@@ -186,6 +193,7 @@ class ReplayedPart(TypedDict):
     pool: int
     left_out: dict[str, int]
     generation: GenerationCost | None
+    cut: NotRequired[CutAnswers]
 
 
 class ReplayMetrics(TypedDict):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import yaml
 from qcft.errors import InputError, nearest
 from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
-from qcft.recipe.stages import ABILITIES, DRIFT, is_measurement
+from qcft.recipe.stages import is_measurement
 from qcft.store.holding import hold, runs_lock
 from qcft.store.steps import FREE, check_layout, now
 
-RUN = "run.json"
+RUN, RECIPE = "run.json", "recipe.yaml"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
 REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
 
@@ -31,6 +32,7 @@ class NamedRun:
     folder: Path
     stages: dict[str, str]
     problem: str | None = None
+    before: Mapping[str, str] = field(default_factory=dict)  # its files as they were when it was opened
 
     def recipe(self) -> Recipe:
         """The resolved recipe. Raises InputError when its file is gone, or this qcft cannot read it."""
@@ -83,19 +85,36 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
         name = f"{recipe.name}-{number}"
     folder = runs / name
     already = existing or {}
+    before = {name: (folder / name).read_text(encoding="utf-8") for name in (RUN, RECIPE) if (folder / name).is_file()}
     if _results(already).keys() - wanted.keys():  # the run holds more than this plan
         both = {**already, **{stage: step for stage, step in stages.items() if stage not in already}}
         if stages.keys() - already.keys():  # and this plan more than the run: a merge for use elsewhere, a dial
             write_json(folder / RUN, {**(read_json(folder / RUN) or {}), "stages": both})
-        return NamedRun(name, folder, both)
-    before = {stage: step for stage, step in already.items() if stage.startswith((ABILITIES, DRIFT))}
-    stages = {**stages, **{stage: step for stage, step in before.items() if stage not in stages}}
+        return NamedRun(name, folder, both, before=before)
+    stages = {**stages, **{stage: step for stage, step in already.items() if stage not in stages}}  # measured since
     folder.mkdir(exist_ok=True)
     created = (read_json(folder / RUN) or {}).get("created") or now()
     write_json(folder / RUN, {"version": LAYOUT, "created": created, "stages": stages})  # first: it makes it a run
     document = recipe.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=False)
     write_text(folder / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    return NamedRun(name, folder, stages)
+    return NamedRun(name, folder, stages, before=before)
+
+
+def put_back(run: NamedRun) -> None:
+    """Have a run be what it was when it was opened, so that its name is free for other settings. Steps stay."""
+    with runs_lock(run.folder.parent):
+        for name in (RECIPE, RUN):
+            if name in run.before:
+                write_text(run.folder / name, run.before[name])
+            else:
+                (run.folder / name).unlink(missing_ok=True)
+        named = read_stages(run.folder) or {}
+        for stage in run.stages.keys() - named.keys():
+            for link in (run.folder / stage, run.folder / f"{stage}.path"):
+                if link.is_symlink() or link.is_file():
+                    link.unlink()
+        if not [path for path in run.folder.rglob("*") if not path.is_dir() and not path.name.startswith(".")]:
+            shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def add_stage(run: NamedRun, stage: str, step: str) -> None:

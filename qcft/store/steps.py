@@ -59,6 +59,12 @@ class Store:
             return "done"
         return "partial" if (self.folder(step) / BEGUN).is_file() else "to do"
 
+    def is_trained(self, step: str) -> bool:
+        """Whether a step is a training that is done, or has a checkpoint."""
+        checkpoints = self.folder(step) / "checkpoints"
+        begun = self.state(step) == "done" or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        return step.startswith("train-") and begun
+
     def is_claimed(self, step: str) -> bool:
         """Whether a process works on the step now."""
         from filelock import FileLock, Timeout

@@ -17,12 +17,13 @@ from qcft.store.metrics import (
 
 
 class GroupOf(TypedDict):
-    """A group of held-out rows."""
+    """A group of held-out rows; `trained`: whether rows like its own are trained on, by this run or another arm."""
 
     name: str
     phase: str
     lang: str
     english: bool
+    trained: bool
 
 
 class Named(TypedDict):

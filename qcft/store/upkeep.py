@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
 from qcft.files import telling_unwritable
+from qcft.store.ablations import INDEX, Ablation, list_ablations, readable_ablations
 from qcft.store.holding import holders, runs_lock
 from qcft.store.opened import BEGUN, StepInputs, altered, read_begun
-from qcft.store.runs import is_step, list_runs, read_run, read_stages
+from qcft.store.runs import RUN, is_step, list_runs, read_run, read_stages
 from qcft.store.steps import Store
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -109,6 +111,54 @@ def remove_run(runs: Path, name: str) -> list[str]:
         with suppress(OSError):  # others' files keep it
             run.folder.rmdir()
     return others
+
+
+def remove_named(runs: Path, names: Sequence[str], with_arms: bool) -> dict[str, list[str]]:
+    """Remove runs, and ablations with the runs of their arms; of each that went, the files left as qcft did not write
+    them. All names are looked up before any is removed.
+
+    Raises InputError for a name that is neither, one that a process works on, or an ablation without `with_arms`.
+    """
+    ablations, wanted = set(list_ablations(runs)), list(dict.fromkeys(names))
+    arms: dict[str, list[str]] = {}
+    for name in wanted:
+        if name not in ablations:
+            read_run(runs, name)
+            continue
+        arms[name] = _runs_of(runs, name)
+        if not with_arms and arms[name]:
+            count = counted(len(arms[name]), "run")
+            raise InputError(
+                f"the ablation {name!r} goes with the {count} of its arms: {', '.join(arms[name])}",
+                f"to remove them all: qcft rm {name} --yes",
+            )
+    removed: dict[str, list[str]] = {}
+    for name in wanted:
+        for run in arms.get(name, [name]):
+            if run not in removed:
+                removed[run] = remove_run(runs, run)
+        if name in arms:
+            removed[name] = _remove_ablation(runs, name)
+    return removed
+
+
+def _runs_of(runs: Path, name: str) -> list[str]:
+    """The runs of an ablation's arms that are there and belong to no other ablation."""
+    others = {one.run for other in readable_ablations(runs)[0] if other.name != name for one in other.states()}
+    document = Ablation(runs, name).document
+    there = [entry["run"] for entry in document["runs"] if (runs / entry["run"] / RUN).is_file()]
+    return [run for run in there if run not in others]
+
+
+def _remove_ablation(runs: Path, name: str) -> list[str]:
+    folder = runs / name
+    with telling_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
+        shutil.rmtree(folder / "report", ignore_errors=True)
+        (folder / INDEX).unlink(missing_ok=True)
+        left = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        if not left:
+            shutil.rmtree(folder)
+    return left
 
 
 def size_of(folder: Path) -> int:

@@ -1,28 +1,35 @@
 """What a person sees of an ablation: its plan, its arms while they run, what they came to.
 
-In a terminal the arms are a table that stays in its place, elsewhere plain lines.
+In a terminal the arms are a table that stays in its place, over a line of the running arm's work; elsewhere lines.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
 from qcft.events import ArmChanged, Event, Note, Progress, StepBegun
-from qcft.report.ablation import Outcome, Spread, in_words
+from qcft.report.ablation import Outcome, Spread, count_against, epochs_in_words, in_words
 from qcft.terminal.format import duration, size
 from qcft.terminal.progress import Reporter
-from qcft.terminal.streams import said, stderr, stdout
+from qcft.terminal.streams import stderr, stdout
 from qcft.terminal.tables import grid, print_lines, print_records, say
+from qcft.words import counted
 
 if TYPE_CHECKING:
-    from qcft.ablation.dry_run import AblationPlan, Sums
+    from qcft.ablation.dry_run import AblationPlan, ArmListed, PlannedRun, Sums
 
 STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
+PLAN_NOTE = (
+    "new: not shared with a run above. Times are estimates from finished steps of the same kind, else from model size."
+)
 SHOWN = 0.2  # seconds between two paintings
 
 
@@ -35,7 +42,7 @@ class _Line:
 
 
 class ArmsReporter(Reporter):
-    """A listener that shows arms; what the plain reporter shows of an arm's steps is one cell of the table."""
+    """A listener that shows arms; the running arm's step is a cell of the table, its progress the line below."""
 
     def __init__(self, quiet: bool = False) -> None:
         super().__init__(quiet)
@@ -47,7 +54,7 @@ class ArmsReporter(Reporter):
         """Leave the table as it stands."""
         super().close()
         if self.live is not None:
-            self.live.update(self.table(), refresh=True)
+            self.live.update(self.shown(), refresh=True)
             self.live.stop()
 
     def __call__(self, event: Event) -> None:
@@ -59,7 +66,7 @@ class ArmsReporter(Reporter):
                 super().__call__(event)
         elif self.running and isinstance(event, (StepBegun, Progress)):
             self._step(self.lines[self.running], event)
-            self.live.update(self.table())
+            self.live.update(self.shown())
 
     def _arm(self, event: ArmChanged) -> None:
         self._clear()
@@ -75,23 +82,23 @@ class ArmsReporter(Reporter):
             if self.live is None:
                 self.live = Live(console=self.console, refresh_per_second=1 / SHOWN)
                 self.live.start()
-            self.live.update(self.table())
+            self.live.update(self.shown())
             return
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
-        self.console.print(said(text, style=STYLES[event.state]), soft_wrap=True)
+        self.console.told(text, STYLES[event.state])
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
-        if isinstance(event, StepBegun):
-            line.what = f"{event.position}/{event.total} {event.title}"
-            self._label = ""
+        if isinstance(event, Progress):
+            self._follow(event, time.monotonic())
         else:
-            now = time.monotonic()
-            if event.label != self._label:
-                self._label, self._begun, self._first = event.label, now, event.done
-            share = f" {event.done / event.total:.0%}" if event.total else ""
-            line.what = f"{event.label}{share}  {self._pace(event, now)}"
+            line.what = f"{event.position}/{event.total} {event.title}"
+            self._bar = None
+
+    def shown(self) -> RenderableType:
+        """The table, and the line of progress under it."""
+        return Group(self.table(), self._bar) if self._bar is not None else self.table()
 
     def table(self) -> Table:
         """The arms as they stand."""
@@ -104,7 +111,7 @@ class ArmsReporter(Reporter):
 
     def _window(self) -> list[tuple[str, _Line]]:
         """The lines that the terminal has room for: around the running one."""
-        lines, room = list(self.lines.items()), max(3, self.console.height - 3)
+        lines, room = list(self.lines.items()), max(3, self.console.height - 4)
         at = list(self.lines).index(self.running) if self.running else 0
         first = max(0, min(at - room // 2, len(lines) - room))
         return lines[first : first + room]
@@ -114,7 +121,7 @@ def tell_crash(text: str) -> None:
     """A line on an arm whose process crashed, which may have left the terminal without its cursor."""
     console = stderr()
     console.show_cursor()
-    console.print(said(text), soft_wrap=True)
+    console.told(text)
 
 
 def print_plan(plan: AblationPlan) -> None:
@@ -122,36 +129,91 @@ def print_plan(plan: AblationPlan) -> None:
     rows = [
         {
             "run": run["run"],
-            "steps": str(run["steps"]),
-            "not shared with a run above": str(run["own"]),
-            "of these done": str(run["done"]),
-            "to do takes": _cost(run),
-            "and writes": _size(run),
+            **(
+                dict.fromkeys(("steps", "new", "done", "time left", "disk"), "?")
+                if run["run"] in plan["missing"]
+                else {
+                    "steps": str(run["steps"]),
+                    "new": str(run["own"]),
+                    "done": str(run["done"]),
+                    "time left": _cost(run),
+                    "disk": _size(run),
+                }
+            ),
         }
         for run in plan["runs"]
     ]
     print_records(rows)
+    _print_lengths(plan["runs"])
     total = plan["total"]
+    known = " of the runs that lack nothing" if plan["missing"] else ""
     stdout().print(
-        f"{total['steps']} steps, {total['shared']} of them shared; {total['done']} done; "
-        f"the rest takes {_cost(total)} and writes {_size(total)}, "
-        "going by done steps of their kind, else by shapes"
+        f"{counted(total['steps'], 'step')}{known}, {total['shared']} of them shared; {total['done']} done; "
+        f"the rest takes {_cost(total)} and writes {_size(total)}"
     )
+    print_lines([PLAN_NOTE], "dim")
+    for text in dict.fromkeys(plan["missing"].values()):
+        say(f"missing: {text}", "yellow")
+
+
+def print_arms(arms: Sequence[ArmListed]) -> None:
+    """The arms of a recipe, their seeds, and what each sets."""
+    print_records(
+        [
+            {
+                "arm": arm["arm"],
+                "seeds": ", ".join(map(str, arm["seeds"])),
+                "sets": ", ".join(f"{key}={json.dumps(value)}" for key, value in arm["set"].items())
+                + (" (mixed: the data of all phases in one)" if arm["mixed"] else ""),
+            }
+            for arm in arms
+        ]
+    )
+
+
+def _print_lengths(runs: list[PlannedRun]) -> None:
+    """How long each run trains, against the first one, and what its replay comes to."""
+    rows = []
+    for run in runs:
+        training, first = run["training"], runs[0]["training"]
+        known = training["replay_answer_tokens"]
+        tokens, of_first = training["answer_tokens"] + (known or 0), first["answer_tokens"]
+        of_first += first["replay_answer_tokens"] or 0
+        rows.append(
+            {
+                "run": run["run"],
+                "training steps": ("about " if training["replay"] else "")  # its rows' lengths decide how packs fill
+                + count_against(training["steps"], first["steps"], training is first),
+                "answer tokens": count_against(tokens, of_first, training is first)
+                + (" + generated replay" if known is None else ""),
+                "epochs": epochs_in_words(training["epochs"]),
+                "replay": "; ".join(one["in_words"].removeprefix("replay ") for one in training["replay"].values()),
+            }
+        )
+    if rows:
+        stdout().print()
+        print_records(rows)
+        print_lines(["answer tokens: those that bear loss; in brackets against the first run"], "dim")
+        stdout().print()
 
 
 def print_outcome(outcome: Outcome) -> None:
     """The arms side by side, their training's length with them; those that failed on stderr."""
-    rows = []
-    title = "\n[least, most of the seeds]" if any(arm["done"] > 1 for arm in outcome["arms"]) else ""
-    for arm in outcome["arms"]:
+    rows, arms = [], outcome["arms"]
+    title = "\n[least, most of the seeds]" if any(arm["done"] > 1 for arm in arms) else ""
+    first = next((arm for arm in arms if arm["done"]), None)
+    untrained = any(arm["english_untrained"] for arm in arms)
+    for arm in arms:
         rows.append(
             {
                 "arm": arm["arm"],
                 "seeds done": f"{arm['done']} of {arm['seeds']}",
                 f"English{title}": _nats(arm["english"]),
+                **({f"English, untrained{title}": _nats(arm["english_untrained"])} if untrained else {}),
                 f"other languages{title}": _nats(arm["others"]),
-                "training steps": _count(arm["steps"]),
-                "tokens": _count(arm["tokens"]),
+                "training steps": _against(arm["steps"], first and first["steps"]),
+                "answer tokens": _against(arm["answer_tokens"], first and first["answer_tokens"]),
+                "epochs": epochs_in_words(arm["epochs"]) or "-",
                 "time of all steps": "-" if arm["seconds"] is None else duration(arm["seconds"]["mean"]),
             }
         )
@@ -159,10 +221,22 @@ def print_outcome(outcome: Outcome) -> None:
     note = (
         "English, other languages: NLL since the base in nats per answer token of all rows (lower is better), mean of"
     )
-    print_lines([f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"], "dim")
+    lines = [f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"]
+    if untrained:
+        lines.append("English, untrained: rows of another kind than any that an arm trains on")
+    if first and len(arms) > 1:
+        lines.append(f"training steps, answer tokens (those that bear loss): in brackets against {first['arm']}")
+    print_lines(lines, "dim")
     for run in outcome["runs"]:
         if run["state"] == "failed" and run["error"]:
             say(f"{run['run']} failed: {in_words(run['error'])}", "yellow")
+
+
+def _against(figure: Spread | None, first: Spread | None) -> str:
+    """A mean count, and by how much it differs from the first arm's."""
+    if figure is None or first is None:
+        return "-"
+    return count_against(figure["mean"], first["mean"], figure is first)
 
 
 def _cost(part: Sums) -> str:
@@ -174,10 +248,6 @@ def _cost(part: Sums) -> str:
 
 def _size(part: Sums) -> str:
     return "unknown" if part["unknown"] and not part["bytes"] else size(part["bytes"])
-
-
-def _count(figure: Spread | None) -> str:
-    return "-" if figure is None else f"{figure['mean']:,.0f}"
 
 
 def _nats(figure: Spread | None) -> str:

@@ -10,6 +10,7 @@ from qcft.report.cells import left_out
 from qcft.terminal.format import gib, minutes
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records, print_rows
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.check.recipe import Checked
@@ -48,6 +49,16 @@ def memory_table(found: Checked) -> tuple[list[str], list[list[str]]]:
     return ["memory", *columns], rows
 
 
+def verdict(found: Checked) -> str:
+    """In one line: whether it fits, by the phase that needs most."""
+    here = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]]
+    size = f"{(found['vram_bytes'] or 0) / 2**30:.3g}"
+    where = here if found["here"] else f"{'an' if size[0] == '8' or size in {'11', '18'} else 'a'} {size} GB card"
+    most = max((phase["memory"]["total"] for phase in found["phases"]), default=0)
+    usable = f"{gib(most)} of {gib(found['free_bytes'])} {'free' if found['here'] else 'usable'}"
+    return f"{'fits' if found['fits'] else 'DOES NOT FIT'} {where}: {usable}"
+
+
 def check_lines(found: Checked) -> list[str]:
     """The sentences under the table: whether it fits, how passes are run, time, rows left out or cut, disk."""
     where = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]] if found["here"] else "such a GPU"
@@ -65,11 +76,14 @@ def check_lines(found: Checked) -> list[str]:
         how = "recomputing activations" if phase["gradient_checkpointing"] else "keeping activations"
         known = "" if phase["freeze_is_known"] else "; which layers are frozen is known only once they are measured"
         lines.append(
-            f"  {phase['steps']} optimizer steps over {phase['rows']:,} rows, {phase['tokens']:,} tokens, "
+            f"  {counted(phase['steps'], 'optimizer step')} over {counted(phase['rows'], 'row')}, "
+            f"{counted(phase['tokens'], 'token')}, "
             f"at most {phase['pass_tokens']:,} at once, {how}{known}"
         )
         if phase["terms"]:
             lines.append(f"  {phase['terms']}: a second forward pass, of the model that {name} starts from, is counted")
+        if phase["replay"]:
+            lines.append(f"  {phase['replay']['in_words']}")
         paced = "measured" if phase["measured"] else "from the arithmetic"
         if phase["seconds"] is not None:
             each = phase["seconds"] / phase["steps"]
@@ -145,6 +159,8 @@ def step_rows(found: Checked) -> list[dict[str, str]]:
 def print_check(found: Checked) -> None:
     """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
     console = stdout()
+    print_lines([verdict(found)], "bold green" if found["fits"] else "bold red")
+    console.print()
     print_records(step_rows(found))
     console.print()
     print_rows(*memory_table(found))

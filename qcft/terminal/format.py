@@ -13,6 +13,17 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def remaining(seconds: float) -> str:
+    """An estimate of time: `41 s`, `3 min`, `2 h 5 min`; seconds beyond a minute are more than is known."""
+    return (
+        f"{round(seconds)} s"
+        if seconds < 59.5
+        else f"{round(seconds / 60)} min"
+        if seconds < 3570
+        else duration(seconds)
+    )
+
+
 def size(count: float) -> str:
     """`340 kB`, `1.2 GB`; thousands, as disks are sold."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -1,33 +1,91 @@
-"""The work as it goes: a line per step, one progress bar under them. On stderr."""
+"""The work as it goes: a line per step, one line of progress under them. On stderr."""
 
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bars
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from qcft.events import Event, Mixed, Note, Progress, StepBegun, StepEnded
-from qcft.safe import shown
-from qcft.terminal.format import duration
+from qcft.terminal.format import duration, remaining
 from qcft.terminal.streams import said, stderr
 from qcft.terminal.tables import mix_table
+from qcft.words import counted
 
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
+NARROW, WIDE = 8, 24  # columns of a bar
+GAP = 2  # columns between what stands in one line
+FIRST = ("English", "loss")  # figures that are shown before the pace of the work; others after it
+NAMED = {"loss", "peak"}  # figures shown with their names
+
+
+class Bar:
+    """One piece of work as a line: a bar, how far it is, the time left, then figures as room allows.
+
+    What a narrow terminal has no room for is dropped, the last figure first, so that nothing is cut.
+    """
+
+    def __init__(self, event: Progress, now: float) -> None:
+        self.label = _label(event)
+        self._begun, self._first = now, event.done
+        self.update(event, now)
+
+    def update(self, event: Progress, now: float) -> None:
+        """Take up what an event says."""
+        self.event = event
+        pace, left = self._pace(now)
+        figures = {key: f"{key} {value}" if key in NAMED else value for key, value in event.stats.items()}
+        first = [figures.pop(key) for key in FIRST if key in figures]
+        self.leading = [part for part in (_of(event), left, *first) if part]
+        self.others = [part for part in (pace, *figures.values()) if part]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The line in the width that there is."""
+        room = options.max_width - GAP - NARROW
+        label, shown = "", []
+        for part in (*self.leading, self.event.label, *self.others):
+            wide = GAP + said(part).cell_len
+            if wide > room:
+                break
+            room -= wide
+            if part is self.event.label:
+                label = part
+            else:
+                shown.append(part)
+        line = Table.grid(padding=(0, GAP, 0, 0))
+        bar = ProgressBar(self.event.total or None, self.event.done, min(WIDE, NARROW + room), not self.event.total)
+        cells = [said(part) for part in shown]
+        line.add_row("", *([said(label)] if label else []), bar, *cells)
+        yield line
+
+    def in_words(self) -> str:
+        """The line where no bar can be drawn."""
+        return f"{self.event.label}: " + "  ".join((*self.leading, *self.others))
+
+    def _pace(self, now: float) -> tuple[str, str]:
+        """How fast it goes, and the time left; empty as long as that is not known."""
+        done, seconds = self.event.done - self._first, now - self._begun
+        if done <= 0 or seconds < 0.5:
+            return "", ""
+        rate, ahead = done / seconds, self.event.total - self.event.done
+        pace = f"{rate:.1f} {self.event.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        return pace, f"{remaining(ahead / rate)} left" if ahead > 0 else ""
 
 
 class Reporter:
-    """Listens to the work and shows it: a line per step, one progress bar under them."""
+    """Listens to the work and shows it: a line per step, one line of progress under them."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = stderr()
         self.quiet = quiet
-        self._bars: Bars | None = None
-        self._task: TaskID | None = None
-        self._label = ""
-        self._begun = 0.0
-        self._first = 0.0
+        self._bar: Bar | None = None
+        self._live: Live | None = None
         self._said = 0.0
+        self._reused = 0
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -35,71 +93,80 @@ class Reporter:
             self._progress(event)
             return
         self._clear()
+        if isinstance(event, StepBegun) and event.state == "reused":
+            self._reused += 1
+            return
+        self._tell_reused()
         if isinstance(event, Note):
             style = "yellow" if event.level == "warning" else "dim"
             prefix = "warning: " if event.level == "warning" else ""
             if not self.quiet or event.level == "warning":
-                self.console.print(said(f"{prefix}{event.text}", style=style), soft_wrap=True)
+                self.console.told(f"{prefix}{event.text}", style)
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
-            how = {"new": "", "resumed": "  going on from where it stopped", "reused": "  done before, reused"}[
-                event.state
-            ]
-            style = "dim" if event.state == "reused" else "bold"
-            self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style=style))
+            how = ", resumed" if event.state == "resumed" else ""
+            self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style="bold"))
         elif isinstance(event, StepEnded):
             more = f": {event.summary}" if event.summary else ""
-            self.console.print(said(f"      {duration(event.seconds)}{more}", style="dim"), soft_wrap=True)
+            self.console.told(f"{duration(event.seconds)}{more}", "dim", indent=6)
         elif isinstance(event, Mixed):
             self.console.print(mix_table(event))
 
     def close(self) -> None:
         """Take the bar off the screen."""
         self._clear()
+        self._tell_reused()
+
+    def _tell_reused(self) -> None:
+        """One line for all steps that were reused one after another."""
+        if self._reused and not self.quiet:
+            self.console.told(f"{counted(self._reused, 'step')} reused", "dim")
+        self._reused = 0
 
     def _progress(self, event: Progress) -> None:
         if self.quiet:
             return
         now = time.monotonic()
-        if event.label.split(" (")[0] != self._label:
+        if self._bar is None or self._bar.label != _label(event):
             self._clear()
-            self._label, self._begun, self._first = event.label.split(" (")[0], now, event.done
             self._said = now
-        figures = "  ".join(f"{k} {v}" if k in {"loss", "peak"} else v for k, v in event.stats.items())
-        text = f"{self._pace(event, now)}  {figures}".rstrip()
-        if not self.console.is_terminal:
+        self._follow(event, now)
+        assert self._bar is not None
+        if not (self.console.is_terminal or _has_widgets(self.console)):
             if now - self._said > QUIET_SECONDS:
                 self._said = now
-                self.console.print(said(f"      {event.label}: {_of(event)}  {text}", style="dim"), soft_wrap=True)
-            return
-        if self._bars is None:
-            label = TextColumn("      {task.description}", markup=False)
-            stats = TextColumn("{task.fields[text]}", markup=False)
-            self._bars = Bars(label, BarColumn(24), stats, console=self.console, transient=True)
-            self._bars.start()
-            self._task = self._bars.add_task(shown(event.label), total=event.total or None, text="")
-        assert self._task is not None
-        self._bars.update(
-            self._task,
-            description=shown(event.label),
-            completed=event.done,
-            total=event.total or None,
-            text=f"{_of(event)}  {text}",
-        )
+                self.console.told(self._bar.in_words(), "dim", indent=6)
+        elif self._live is None:
+            self._live = Live(self._bar, console=self.console, refresh_per_second=10, transient=True)
+            self._live.start()
 
-    def _pace(self, event: Progress, now: float) -> str:
-        done, seconds = event.done - self._first, now - self._begun
-        if done <= 0 or seconds < 0.5:
-            return ""
-        rate = done / seconds
-        left = f"  {duration((event.total - event.done) / rate)} left" if event.total > event.done else ""
-        return f"{rate:.1f} {event.unit}/s{left}" if rate >= 1 else f"{1 / rate:.1f} s each{left}"
+    def _follow(self, event: Progress, now: float) -> None:
+        """Have the bar show an event: its own work's, or that of new work."""
+        if self._bar is None or self._bar.label != _label(event):
+            self._bar = Bar(event, now)
+        else:
+            self._bar.update(event, now)
 
     def _clear(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-        self._bars, self._task, self._label = None, None, ""
+        if self._live is not None:
+            self._live.stop()
+        self._live, self._bar = None, None
+
+
+def _label(event: Progress) -> str:
+    """What tells one piece of work from the next."""
+    return event.label.split(" (")[0]
+
+
+def notebook_reporter() -> Reporter | None:
+    """What shows the work in a notebook; None elsewhere."""
+    return Reporter() if stderr().is_jupyter else None
+
+
+def _has_widgets(console: Console) -> bool:
+    """Whether this is a notebook with what Rich's bars need to be drawn again in their place."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
 def _of(event: Progress) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.segment import Segment
 from rich.text import Text
 
@@ -65,6 +66,13 @@ class CleanConsole(Console):
         wide = None if stream.isatty() else WIDE
         super().__init__(file=stream, highlight=False, markup=False, emoji=False, width=wide)
 
+    def told(self, text: str, style: str = "", indent: int = 0) -> None:
+        """Print a text: wrapped by word on a terminal, elsewhere as one line."""
+        if self.is_terminal:
+            self.print(Padding(said(text, style), (0, 0, 0, indent), expand=False))
+        else:
+            self.print(said(" " * indent + text, style), soft_wrap=True)
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """What a renderable comes to. Links are Rich's only style that says more than how text looks."""
         if isinstance(renderable, str):
@@ -93,12 +101,12 @@ def clean_streams() -> None:
             setattr(sys, name, CleanStream(stream))
 
 
-def stdout() -> Console:
+def stdout() -> CleanConsole:
     """The console for data."""
     return CleanConsole(_below(sys.stdout))
 
 
-def stderr() -> Console:
+def stderr() -> CleanConsole:
     """The console for everything else."""
     return CleanConsole(_below(sys.stderr))
 

@@ -13,7 +13,15 @@ from rich.text import Text
 
 from qcft.events import Mixed
 from qcft.report.arms import grouped
-from qcft.report.cells import change_rows, conclusion, continual_in_words, left_out, noise_ratio, stage_rows
+from qcft.report.cells import (
+    change_rows,
+    conclusion,
+    continual_in_words,
+    cut_in_words,
+    left_out,
+    noise_ratio,
+    stage_rows,
+)
 from qcft.report.cost import RunCost
 from qcft.report.task_cells import (
     FIDELITY,
@@ -31,6 +39,7 @@ from qcft.store.table import Abilities, RunTable, TaskOf, TasksTable
 from qcft.terminal.format import duration
 from qcft.terminal.streams import said, stderr, stdout
 from qcft.training.reference import terms_in_words
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from qcft.inspect.layers import LayersTable
@@ -59,19 +68,22 @@ def grid(
 
 
 def mix_table(mixed: Mixed) -> Table:
-    """Sources, rows, tokens and shares of what a phase trains on."""
-    rows, tokens = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "tokens"))
+    """Sources, rows, tokens and shares of what a phase trains on; answer tokens are those that bear loss."""
+    rows, answers = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "answer_tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
     terms = f", {mixed.terms}" if mixed.terms else ""
-    title = f"{mixed.phase}: {mixed.steps} steps of about {mixed.rows_per_step:.0f} rows{frozen}{terms}"
+    title = (
+        f"{mixed.phase}: {counted(mixed.steps, 'step')} of about "
+        f"{counted(round(mixed.rows_per_step), 'row')}{frozen}{terms}"
+    )
     cells = [
         (
-            *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.tokens:,}", f"{s.tokens / tokens:.1%}"),
-            *(f"{s.answer_tokens:,}", left_out(s.left_out, "-")),
+            *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.answer_tokens:,}"),
+            *(f"{s.answer_tokens / answers:.1%}", f"{s.tokens:,}", left_out(s.left_out, "-")),
         )
         for s in mixed.shares
     ]
-    numbers = ("rows", "share", "tokens", "share", "answer tokens")
+    numbers = ("rows", "share", "answer tokens", "share", "tokens")
     return grid(("source", *numbers, "left out"), cells, right=numbers, title=title)
 
 
@@ -115,8 +127,8 @@ def print_abilities(abilities: Abilities) -> None:
 
 
 def _task_title(task: TaskOf) -> str:
-    shots = f", {task['shots']} shots" if task["shots"] else ""
-    return f"{task['task']}\n{task['metric']}, {task['items']} items{shots}"
+    shots = f", {counted(task['shots'], 'shot')}" if task["shots"] else ""
+    return f"{task['task']}\n{task['metric']}, {counted(task['items'], 'item')}{shots}"
 
 
 def _settings(table: TasksTable) -> str:
@@ -144,7 +156,7 @@ def print_cost(cost: RunCost) -> None:
     """What a run's done steps took, in one line."""
     tokens = f", {cost['tokens']:,} tokens trained or generated" if cost["tokens"] else ""
     text = (
-        f"{cost['steps']} steps done in {duration(cost['seconds'])}{tokens}; "
+        f"{counted(cost['steps'], 'step')} done in {duration(cost['seconds'])}{tokens}; "
         f"peak memory {cost['peak_bytes'] / 2**30:.2f} GiB; {cost['disk_bytes'] / 1e6:,.0f} MB on disk."
     )
     print_lines([text])
@@ -173,9 +185,11 @@ def print_replay(shown: ReplayShown) -> None:
     console.print(
         f"{shown['share_of_rows']:.1%} of the mix's rows, {shown['share_of_answer_tokens']:.1%} of its answer tokens"
     )
+    print_lines(line for part in shown["parts"] if (line := cut_in_words(part)))
     for cost in (part["generation"] for part in shown["parts"] if part["generation"]):
         console.print(
-            f"generated {cost['answers']:,} answers, {cost['tokens']:,} tokens in {duration(cost['seconds'])}: "
+            f"generated {counted(cost['answers'], 'answer')}, {counted(cost['tokens'], 'token')} in "
+            f"{duration(cost['seconds'])}: "
             f"{cost['tokens_per_second']:,.0f} tokens/s in batches of at most {cost['batch']}"
         )
     for sample in shown["samples"]:
@@ -246,15 +260,32 @@ def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ())
     stdout().print(grid([*rows[0]] if rows else [], [row.values() for row in rows], right))
 
 
+def print_fitting(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
+    """Rows as a plain table of as many of the first columns as fit, each whole; all of them where no one looks."""
+    console, titles = stdout(), [*rows[0]]
+    widths = [max(said(cell).cell_len for cell in (title, *(row[title] for row in rows))) for title in titles]
+    while console.is_terminal and len(titles) > 1 and sum(widths) + 2 * len(widths) - 2 > console.width:
+        titles.pop()
+        widths.pop()
+    table = grid(titles, ([row[title] for title in titles] for row in rows), right, no_wrap=titles)
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
 def say(text: str, style: str = "") -> None:
     """A line beside the data, on stderr."""
-    stderr().print(said(text, style), soft_wrap=True)
+    stderr().told(text, style)
+
+
+def next_step(text: str, quiet: bool = False) -> None:
+    """What one would do next with what a command left behind, on stderr."""
+    if not quiet:
+        say(f"next: {text}", "dim")
 
 
 def print_lines(lines: Iterable[str], style: str = "") -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
-        stdout().print(said(line, style), soft_wrap=True)
+        stdout().told(line, style)
 
 
 def show(document: Thing, json_: bool, printed: Callable[[Thing], None]) -> None:
@@ -271,9 +302,10 @@ def print_json(document: Any) -> None:
 def print_error(message: str, hint: str) -> None:
     """One line that says what is wrong, one that says what to do."""
     console = stderr()
-    console.print(Text.assemble(("error: ", "bold red"), _one_line(message)), soft_wrap=True)
+    wrapped = not console.is_terminal
+    console.print(Text.assemble(("error: ", "bold red"), _one_line(message)), soft_wrap=wrapped)
     if hint:
-        console.print(Text.assemble(("hint: ", "bold"), _one_line(hint)), soft_wrap=True)
+        console.print(Text.assemble(("hint: ", "bold"), _one_line(hint)), soft_wrap=wrapped)
 
 
 def _one_line(text: str) -> str:

@@ -41,6 +41,11 @@ class Batches:
         """Rows trained in all, each epoch's counted."""
         return sum(len(item) for item in self.items)
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that bear loss in all, each epoch's counted."""
+        return sum(row.answer_tokens for item in self.items for row in item)
+
     def rows_of(self, step: int) -> list[EncodedRow]:
         """The rows of one optimizer step, counted from 1."""
         each = self.per_pass * self.accumulation

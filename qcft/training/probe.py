@@ -29,6 +29,7 @@ from qcft.recipe import Forgetting
 from qcft.store.metrics import EnglishNll, LiveProbe
 from qcft.training.batches import Batches
 from qcft.training.checkpoints import newest_first, seal_newest, step_of
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -135,9 +136,9 @@ class EnglishProbe:
         change, warn, stop = entry["change"], self.probing.warn, self.probing.stop
         self.stopped = stop is not None and change >= stop
         if warn is not None and change >= warn and all(one["change"] < warn for one in self.found[:-1]):
-            where, rows = f"step {step} of {self.batches.steps}", len(self.probing.rows)
+            where, rows = f"step {step} of {self.batches.steps}", counted(len(self.probing.rows), "row")
             self.watch.note(
-                f"English NLL is {entry['nll']:.3f} at {where}, {change:+.0%} since the phase began ({rows} rows); "
+                f"English NLL is {entry['nll']:.3f} at {where}, {change:+.0%} since the phase began ({rows}); "
                 f"forgetting.warn is {warn:.0%}",
                 "warning",
             )

@@ -133,7 +133,7 @@ def sft_config(
         remove_unused_columns=False,  # the numbers of items, which PhaseTrainer knows the rows of
         train_sampling_strategy="sequential",  # the order is the mix's
         lr_scheduler_type=train.scheduler,
-        warmup_steps=train.warmup,
+        warmup_steps=train.warmup if batches.steps > 1 else 0,  # warm-up begins at 0, which would be all of it
         optim=optimizer_for(train, device()),
         gradient_checkpointing=checkpointing,
         bf16=compute_dtype() == torch.bfloat16,

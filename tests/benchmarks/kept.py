@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qcft import api
+from qcft import api, deliveries
 from qcft.data.encode import Encoder
 from qcft.events import StepEnded, Watch
 from qcft.files import read_json
@@ -51,7 +51,7 @@ def one(lang: str, path: str, take: int, runs: Path, model: str, changes: dict) 
     recipe = recipe_from(raw, changes)
     watch = Watch(tell)
     api.run_watched(recipe, runs, watch)
-    found = api.merge(recipe.name, None, runs, watch)
+    found = deliveries.merge(recipe.name, None, runs, watch)
     run = api.read(recipe.name, runs)
     group = next(g for g in run.table["groups"] if g["phase"] == "phase1")["name"]
     prepared = Prepared(recipe, watch)

@@ -32,9 +32,9 @@ def rows_of(tokenizer, count=24):
     return [replace(row, source="odd" if i % 2 else "even") for i, row in enumerate(encoded)]
 
 
-def train(model_folder, folder, watch=None, settings=TRAIN, lora=None, shortcuts=NO_SHORTCUTS):
+def train(model_folder, folder, watch=None, settings=TRAIN, lora=None, shortcuts=NO_SHORTCUTS, rows=None):
     tokenizer = load_tokenizer(model_folder, Model(name="tiny"))
-    rows = rows_of(tokenizer)
+    rows = rows or rows_of(tokenizer)
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
     model = load_model(model_folder, Model(name="tiny"))
     torch.manual_seed(0)

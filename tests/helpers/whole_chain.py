@@ -142,11 +142,11 @@ def _export(run: Any, place: Path, watch: Any) -> str:
     import torch
     from transformers import AutoTokenizer
 
-    from qcft import api
+    from qcft import deliveries
     from qcft.models.meta import auto_class, read_config
     from qcft.recipe import Model
 
-    made = api.merge(run.name, place / "out", place / "runs", watch)
+    made = deliveries.merge(run.name, place / "out", place / "runs", watch)
     folder = place / "runs" / run.name / made["stage"] / "model"
 
     def load(one: Path) -> Any:

@@ -70,7 +70,7 @@ def recipe(model: Path, data: Path) -> dict[str, Any]:
 def work(recipe_file: Path, runs: Path, said: Any, at: str | None, delay: float) -> None:
     """Run in a child process; at the step `at`, and so many seconds later, it is killed by its own hand."""
     loaded = load_recipe(recipe_file)
-    last = plan_recipe(loaded, runs, Watch())[0].steps[-1].id
+    last = plan_recipe(loaded, runs, Watch())[0].plan.steps[-1].id
 
     def listen(event: Any) -> None:
         title = None

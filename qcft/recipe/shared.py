@@ -1,0 +1,28 @@
+"""A recipe as it may leave the machine: without the folders of this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qcft.recipe.schema import Recipe
+
+
+def without_folders(path: str) -> str:
+    """A path without the folders it lies in; a hub id or a built-in name as it is."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def shared_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML; of what lies on this machine only the last name of its path is left."""
+    return yaml.safe_dump(_shared(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _shared(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_shared(one) for one in value]
+    return without_folders(value) if isinstance(value, str) else value
