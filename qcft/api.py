@@ -24,7 +24,7 @@ from qcft.report.write import write_report
 from qcft.runner.recipe import Check, run_recipe
 from qcft.runner.stored import check_same_data
 from qcft.store import Store, read_run
-from qcft.store.ablations import Ablation, arms_begun
+from qcft.store.ablations import Ablation, list_ablations
 from qcft.store.holding import working
 from qcft.store.metrics import LossTerms
 from qcft.store.results import Run
@@ -125,7 +125,7 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
     An ablation's name stands for its runs. It goes to `to`, by default the run's or the ablation's own report/, or
     report/ here for several runs. Raises QcftError.
     """
-    made = arms_begun(names, runs)
+    made = _ablation(names, runs)
     wanted: list[str | None] = [*made] if made else list(dict.fromkeys(names or [None]))
     found = []
     for done, name in enumerate(wanted):
@@ -145,6 +145,17 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
         "answer": document.answer,
         "tables": {table.name: [dict(record) for record in table.records] for table in document.tables()},
     }
+
+
+def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
+    """The arm of each run of an ablation that is begun, where its name is all that is given."""
+    if len(names) != 1 or names[0] not in list_ablations(runs):
+        return None
+    index = Ablation(runs, names[0]).document
+    begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
+    if not begun:
+        raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
+    return begun
 
 
 def cost(run: Run) -> RunCost:

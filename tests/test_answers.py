@@ -221,6 +221,13 @@ class Terminal:
         os.close(child)
         self.seen = ""
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        os.close(self.fd)
+
     def until(self, text, seconds=300):
         """What is printed up to a text."""
         end = time.monotonic() + seconds
@@ -243,17 +250,17 @@ class Terminal:
 
 def test_a_chat_in_a_terminal(place):
     """Ctrl-C ends an answer, then the chat; nothing that the model writes steers the terminal."""
-    terminal = Terminal("chat", "tiny", "--stage", "base", "--temperature", "5", "--max-new-tokens", "400")
-    seen = terminal.until("> ")
-    terminal.type("/stage phase9\n")
-    seen += terminal.until("hint: ")
-    seen += terminal.until("> ")
-    terminal.type(f"{CAT}\n")
-    seen += terminal.until(f"{CAT}\r\n") + terminal.until("\\x")  # an escaped control character of the answer
-    terminal.interrupt()
-    seen += terminal.until("stopped") + terminal.until("> ")
-    terminal.interrupt()
-    assert terminal.process.wait(60) == 0
+    with Terminal("chat", "tiny", "--stage", "base", "--temperature", "5", "--max-new-tokens", "400") as terminal:
+        seen = terminal.until("> ")
+        terminal.type("/stage phase9\n")
+        seen += terminal.until("hint: ")
+        seen += terminal.until("> ")
+        terminal.type(f"{CAT}\n")
+        seen += terminal.until(f"{CAT}\r\n") + terminal.until("\\x")  # an escaped control character of the answer
+        terminal.interrupt()
+        seen += terminal.until("stopped") + terminal.until("> ")
+        terminal.interrupt()
+        assert terminal.process.wait(60) == 0
     assert not steers(seen, moves=True)
 
 

@@ -171,20 +171,6 @@ def list_ablations(runs: Path) -> list[str]:
     return sorted(path.parent.name for path in runs.glob(f"*/{INDEX}"))
 
 
-def arms_begun(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
-    """The arm of each run of an ablation that is begun, where its name is all that is given.
-
-    Raises InputError where none is begun.
-    """
-    if len(names) != 1 or names[0] not in list_ablations(runs):
-        return None
-    index = Ablation(runs, names[0]).document
-    begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
-    if not begun:
-        raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
-    return begun
-
-
 def readable_ablations(runs: Path) -> tuple[list[Ablation], dict[str, str]]:
     """The ablations that can be read, and by name what is wrong with the others."""
     found, problems = [], {}
