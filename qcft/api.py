@@ -58,7 +58,7 @@ def run_watched(
 ) -> Run:
     """Run a recipe and write its report. `of`: a run it goes on from, whose `phases` (all by default) must not be
     trained again because their data changed."""
-    done = run_recipe(recipe, runs, watch, check=_same_data(of, phases, runs), undo=True)
+    done = run_recipe(recipe, runs, watch, check=_same_data(of, phases, runs), undo=of is not None)
     reported(done, runs)
     return done
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_measured_is_refused(raw_recipe, tmp_path):
 def test_the_flag(tmp_path):
     def recipe(*tests):
         keys = {"take": 3, "columns": {"output": "antwort"}}
-        return phase1_recipe("r", "m", ["a.jsonl"], None, keys, [*tests], None, [])
+        return phase1_recipe("r", "m", ["a.jsonl"], None, keys, [*tests], None, None, [])
 
     (found,) = recipe("es=test_es.jsonl").heldout.data
     assert (found.path, found.lang, found.take) == ("test_es.jsonl", "es", None)

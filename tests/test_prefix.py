@@ -102,7 +102,7 @@ def test_other_arms_share_the_rows(model5, tmp_path):
     train(model5, tmp_path / "a", store, extra=0)
     watch = Watch(told.append)
     losses, adapter, _ = train(model5, tmp_path / "b", store, extra=4, watch=watch)
-    assert any("18 of 22 rows are there" in e.text for e in told if isinstance(e, Note))
+    assert any("18 of 22 rows stored so far" in e.text for e in told if isinstance(e, Note))
     assert max(e.total for e in told if isinstance(e, Progress) and "caching" in e.label) == 4
     alone, same, _ = train(model5, tmp_path / "c", Store(tmp_path / "alone"), extra=4)
     assert losses == alone

@@ -162,7 +162,7 @@ def test_the_same_run_gives_the_same_bytes(arms, runs, tmp_path):
         {path.relative_to(tmp_path / place): path.read_bytes() for path in (tmp_path / place).rglob("*.*")}
         for place in ("a", "b")
     )
-    assert len(first) == 19
+    assert len(first) == 20
     assert first == second
 
 

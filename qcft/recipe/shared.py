@@ -10,6 +10,9 @@ import yaml
 from qcft.recipe.schema import Recipe
 
 
+TEXT = "system"  # a prompt, which may begin with a slash as `/no_think` does
+
+
 def without_folders(path: str) -> str:
     """A path without the folders it lies in; a hub id or a built-in name as it is."""
     return Path(path).name if Path(path).is_absolute() else path
@@ -22,7 +25,7 @@ def shared_yaml(recipe: Recipe) -> str:
 
 def _shared(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _shared(one) for key, one in value.items()}
+        return {key: one if key == TEXT else _shared(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_shared(one) for one in value]
     return without_folders(value) if isinstance(value, str) else value

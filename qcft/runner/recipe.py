@@ -52,12 +52,12 @@ def plan_recipe(recipe: Recipe, runs: Path, watch: Watch) -> tuple[PlannedRecipe
 
 def _check(missing: Sequence[Step], prepared: PlannedRecipe) -> None:
     """Check what the steps that are to be done need. Raises InputError."""
-    if any(step.kind != "suite" for step in missing):
-        quiet()
-        check_prepared(prepared)
     tasks = dict.fromkeys(step.settings["task"] for step in missing if step.kind == "suite")
     if tasks:
         check_tasks(prepared, tasks)
+    if any(step.kind != "suite" for step in missing):
+        quiet()
+        check_prepared(prepared)  # warns too, of what is not refused
 
 
 def run_recipe(

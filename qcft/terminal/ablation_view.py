@@ -174,14 +174,15 @@ def print_arms(arms: Sequence[ArmListed]) -> None:
 def _print_lengths(runs: list[PlannedRun]) -> None:
     """How long each run trains, against the first one, and what its replay comes to."""
     rows = []
-    for run in runs:
-        training, first = run["training"], runs[0]["training"]
+    known_runs = [(run["run"], training) for run in runs if (training := run["training"])]
+    for name, training in known_runs:
+        first = known_runs[0][1]
         known = training["replay_answer_tokens"]
         tokens, of_first = training["answer_tokens"] + (known or 0), first["answer_tokens"]
         of_first += first["replay_answer_tokens"] or 0
         rows.append(
             {
-                "run": run["run"],
+                "run": name,
                 "training steps": ("about " if training["replay"] else "")  # its rows' lengths decide how packs fill
                 + count_against(training["steps"], first["steps"], training is first),
                 "answer tokens": count_against(tokens, of_first, training is first)
