@@ -259,6 +259,7 @@ def test_a_chat_in_a_terminal(place):
         seen += terminal.until(f"{CAT}\r\n") + terminal.until("\\x")  # an escaped control character of the answer
         terminal.interrupt()
         seen += terminal.until("stopped") + terminal.until("> ")
+        time.sleep(1)  # a signal between the prompt and the wait for a key is heard with the next key only
         terminal.interrupt()
         assert terminal.process.wait(60) == 0
     assert not steers(seen, moves=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ class Adapters:
         """The model with exactly these adapters live, the lowest first; none of them: the bare weights."""
         new = [folder for folder in dict.fromkeys(stack) if folder not in self._names]
         names = [f"a{len(self._names) + i}" for i in range(len(new))]
-        self._adapted = load_on(self._adapted, new, names)
+        with _packed(self.model):
+            self._adapted = load_on(self._adapted, new, names)
         self._names.update(zip(new, names, strict=True))
         if stack:
             self._adapted.base_model.enable_adapter_layers()
@@ -43,29 +46,47 @@ class Adapters:
         return self.model
 
 
+@contextmanager
+def _packed(model: PreTrainedModel) -> Iterator[None]:
+    """Keep 4-bit weights as they are packed, to the bit.
+
+    On some CPUs bitsandbytes packs them in the first forward pass in evaluation mode. As an adapter is loaded PEFT asks
+    for the model's state dict, for which they are unpacked, and packed again they are other numbers.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    packed = [
+        (layer, layer.weight.data, copy.copy(layer.weight.quant_state))
+        for layer in layers
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    ]
+    try:
+        yield
+    finally:
+        for layer, data, state in packed:
+            layer.weight.data = data
+            layer.weight.quant_state = layer.quant_state = state
+
+
 class Switched(Adapters):
     """`Adapters` of a model that is evaluated.
 
-    It is put into evaluation mode, and, as bitsandbytes repacks 4-bit weights in the first forward pass of that mode
-    on some CPUs, such a pass is done at once, and again where adapters were loaded: PEFT asks for the model's state
-    dict then, for which they are unpacked. So every number comes from the same kernels, in whatever order stages and
-    tasks are evaluated. It must not be trained any more.
+    It is put into evaluation mode, and, as bitsandbytes packs 4-bit weights in the first forward pass of that mode on
+    some CPUs, such a pass is done at once. So every number comes from the same kernels and the same weights, in
+    whatever order stages and tasks are evaluated. It must not be trained any more.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        import torch
+
         super().__init__(model)
-        self._settle()
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
     def use(self, stack: Sequence[Path]) -> PreTrainedModel:
         """The model with these adapters live, ready to be evaluated."""
         super().use(stack)
-        if self._names:
-            self._settle()
+        self.model.eval()  # adapters that were loaded came in training mode
         return self.model
-
-    def _settle(self) -> None:
-        import torch
-
-        self.model.eval()  # what was loaded since came in training mode
-        with torch.no_grad():
-            self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.model.device))

@@ -9,7 +9,6 @@ import yaml
 
 from qcft.recipe.schema import Recipe
 
-
 TEXT = "system"  # a prompt, which may begin with a slash as `/no_think` does
 
 

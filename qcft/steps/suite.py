@@ -65,7 +65,7 @@ class Suite(Work[SuiteMetrics]):
     """Evaluates one stage on one task; `data` is the digest of the task's, `asked` what its kind needs."""
 
     kind: ClassVar[str] = "suite"
-    format: ClassVar[int] = 3
+    format: ClassVar[int] = 4
 
     model: ModelSettings = field(metadata=SPREAD)
     quantize: str
