@@ -352,7 +352,7 @@ def test_the_quickstart_on_a_tiny_model(tiny_model, tmp_path):
         "eval/base-16bit", "eval/base", "phase1", "eval/phase1", "merged", "eval/merged", "kept-merged",
         "replay", "phase2", "eval/phase2",
     ]  # fmt: skip
-    assert [g["name"] for g in done.table["groups"]] == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr"]
+    assert [g["name"] for g in done.table["groups"]] == ["phase1 en", "phase2 es", "phase2 pt", "phase2 fr", "test en"]
     mix = {share["source"]: share["rows"] for share in done.stages["phase2"].metrics["mix"]}
     assert mix["replay (generative)"] == 5  # 0.2 / 0.8 of 18, rounded half up
     assert done.stages["phase2"].metrics["frozen_layers"] == [0, 1]
