@@ -162,6 +162,14 @@ CASES = {
         setting("phase1.train.sft={loss_type: dft, label_smoothing_factor: 0.1}"),
         "loss_type dft and label_smoothing_factor",
     ),
+    "an anchor beside another loss": (
+        setting("phase1.anchor=kl", "phase1.train.sft={loss_type: dft}"),
+        "train.sft.loss_type changes the cross-entropy",
+    ),
+    "an anchor beside smoothed labels": (
+        setting("phase1.anchor=kl", "phase1.train.sft={label_smoothing_factor: 0.1}"),
+        "train.sft.label_smoothing_factor changes the cross-entropy",
+    ),
     "a field qcft sets": (setting("phase1.train.sft={output_dir: x}"), "output_dir is set by qcft itself"),
     "a token in a field": (setting("phase1.train.sft={hub_token: abc}"), "hub_token is set by qcft itself"),
     "a token in a value": (setting(f"model.revision=hf_{'a' * 34}"), "holds an access token"),

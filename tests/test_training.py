@@ -69,6 +69,19 @@ def test_dft_weighs_each_token_by_its_probability(tiny_model, tokenizer, tmp_pat
     assert entry["loss"] < 0.5 * float(-logs.mean())
 
 
+def test_labels_are_smoothed_alike_by_trls_loss_and_by_the_models_own_logits(tiny_model, tmp_path):
+    """Which is seen once the model has learned: at first all tokens are about equally likely."""
+
+    def losses(name, fused, smoothing):
+        settings = TRAIN.model_copy(update={"sft": {"label_smoothing_factor": smoothing}, "steps": 12, "lr": 2e-2})
+        train(tiny_model, tmp_path / name, settings=settings, lora=Lora(r=4), shortcuts=Shortcuts(fused=fused))
+        return [entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry]
+
+    smoothed, own, plain = losses("trl", True, 0.5), losses("own", False, 0.5), losses("plain", False, 0.0)
+    assert own == pytest.approx(smoothed, rel=0.02)
+    assert own[-1] > 1.1 * plain[-1]
+
+
 def test_what_is_trained_is_counted_by_source(whole, tokenizer):
     trained = whole[1]
     rows = rows_of(tokenizer)

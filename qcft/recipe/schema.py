@@ -145,6 +145,14 @@ class Phase(Part):
             raise ValueError(f"phase {self.name!r} has both data and an adapter | give one of them")
         if self.adapter is not None and self.anchor is not None:
             raise ValueError(f"phase {self.name!r} is an adapter made elsewhere and not trained | leave its anchor out")
+        terms = self.anchor is not None or (self.replay is not None and self.replay.loss == "distil")
+        other = [key for key, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0)) if terms
+                 if self.train.sft.get(key, plain) != plain]  # fmt: skip
+        if other:
+            raise ValueError(
+                f"train.sft.{other[0]} changes the cross-entropy that an anchor and distilled replay stand beside | "
+                "leave one of them out"
+            )
         return self
 
     def sources(self) -> list[Source]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcft.data.encode import IGNORED
@@ -121,9 +122,10 @@ def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return total
 
 
-def own_loss(loss_type: str) -> Callable[..., torch.Tensor]:
-    """The loss of a pass from the model's own logits, where TRL's head would give another: `nll` or `dft`."""
-    summed = summed_dft if loss_type == "dft" else summed_nll
+def own_loss(loss_type: str, smoothing: float) -> Callable[..., torch.Tensor]:
+    """The loss of a pass from the model's own logits, where TRL's head would give another: `nll`, its labels smoothed
+    by `smoothing`, or `dft`."""
+    summed = summed_dft if loss_type == "dft" else partial(summed_nll, smoothing=smoothing)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         total = summed(outputs.logits, labels)
@@ -132,9 +134,10 @@ def own_loss(loss_type: str) -> Callable[..., torch.Tensor]:
     return loss
 
 
-def summed_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-sum ln p over the tokens that bear loss, in nats; logits (rows, tokens, vocabulary), labels (rows, tokens)."""
-    return _nll(logits, labels, "sum")
+def summed_nll(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """-sum ln p over the tokens that bear loss, in nats; logits (rows, tokens, vocabulary), labels (rows, tokens).
+    `smoothing`: the share of each label that is spread over the vocabulary."""
+    return _nll(logits, labels, "sum", smoothing)
 
 
 def summed_dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -143,8 +146,9 @@ def summed_dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (each * (-each).exp().detach()).sum()
 
 
-def _nll(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+def _nll(logits: torch.Tensor, labels: torch.Tensor, reduction: str, smoothing: float = 0.0) -> torch.Tensor:
     from torch.nn.functional import cross_entropy
 
     chosen = labels[:, 1:] != IGNORED
-    return cross_entropy(logits[:, :-1][chosen].float(), labels[:, 1:][chosen], reduction=reduction)
+    given = logits[:, :-1][chosen].float(), labels[:, 1:][chosen]
+    return cross_entropy(*given, reduction=reduction, label_smoothing=smoothing)

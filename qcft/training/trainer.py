@@ -170,7 +170,7 @@ def make_trainer(
     answers = AnswerTokens(model.get_base_model())
     loss = None
     if not shortcuts.fused:  # TRL, which takes a loss of ours in the place of `nll` only, is told of no other
-        loss, config.loss_type = own_loss(config.loss_type), "nll"
+        loss, config.loss_type = own_loss(config.loss_type, config.label_smoothing_factor), "nll"
     trainer = PhaseTrainer(
         model=model,
         args=config,
