@@ -53,9 +53,9 @@ def _packed(model: PreTrainedModel) -> Iterator[None]:
     On some CPUs bitsandbytes packs them in the first forward pass in evaluation mode. As an adapter is loaded PEFT asks
     for the model's state dict, for which they are unpacked, and packed again they are other numbers.
     """
-    from bitsandbytes.nn import Linear4bit
+    import bitsandbytes as bnb
 
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
     packed = [
         (layer, layer.weight.data, copy.copy(layer.weight.quant_state))
         for layer in layers
