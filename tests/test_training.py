@@ -20,7 +20,7 @@ from qcft.layers import adapted_modules
 from qcft.models.adapters import add_lora
 from qcft.models.load import load_model, load_tokenizer
 from qcft.recipe import Lora, Model, parse_freeze
-from qcft.training.batches import Batches, Fed, make_batches
+from qcft.training.batches import Fed, make_batches
 from qcft.training.checkpoints import last_whole
 from qcft.training.settings import check_settings, sft_config
 from qcft.training.trainer import Shortcuts
@@ -131,13 +131,22 @@ def test_every_entry_of_lora_a_moves(whole, tiny_model):
 
 
 def test_a_training_of_one_step_learns(tiny_model, tmp_path):
-    """Warm-up begins at a learning rate of 0, which would be all of it; with more steps it is as it was."""
+    """Without warm-up, which would be all of it."""
     trained, _ = train(tiny_model, tmp_path / "one", settings=TRAIN.model_copy(update={"steps": 1, "warmup": 0.5}))
     assert trained.steps == 1
     assert [entry["lr"] for entry in log_of(tmp_path / "one")] == [TRAIN.lr]
     moved = {name for name, weight in adapter_of(tmp_path / "one").items() if "lora_B" in name and weight.any()}
     assert moved
-    assert sft_config(TRAIN, tmp_path, Batches([[], []], 1, 1, False), 0, False, False).warmup_steps == TRAIN.warmup
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"])
+def test_warm_up_starts_above_zero(scheduler, tiny_model, tmp_path):
+    """And ends where it did: at the peak, after as many steps, from where the schedule is transformers' own."""
+    settings = TRAIN.model_copy(update={"steps": 5, "warmup": 0.6, "scheduler": scheduler, "lr": 0.01})
+    train(tiny_model, tmp_path / "run", settings=settings)
+    rates = [entry["lr"] for entry in log_of(tmp_path / "run")]
+    after = {"cosine": 0.5, "linear": 0.5, "constant_with_warmup": 1, "inverse_sqrt": (3 / 4) ** 0.5}[scheduler]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01 * after])
 
 
 def test_no_pickled_arguments_and_the_adapter_is_pefts(whole, tiny_model):

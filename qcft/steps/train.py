@@ -51,7 +51,7 @@ class Training(Work[TrainMetrics]):
     """
 
     kind: ClassVar[str] = "train"
-    format: ClassVar[int] = 4
+    format: ClassVar[int] = 5  # warm-up starts above 0
 
     model: ModelSettings = field(metadata=SPREAD)
     quantize: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,7 +134,7 @@ def sft_config(
         remove_unused_columns=False,  # the numbers of items, which PhaseTrainer knows the rows of
         train_sampling_strategy="sequential",  # the order is the mix's
         lr_scheduler_type=train.scheduler,
-        warmup_steps=train.warmup if batches.steps > 1 else 0,  # warm-up begins at 0, which would be all of it
+        warmup_steps=train.warmup if batches.steps > 1 else 0,
         optim=optimizer_for(train, device()),
         gradient_checkpointing=checkpointing,
         bf16=compute_dtype() == torch.bfloat16,
@@ -151,3 +152,14 @@ def sft_config(
         # Routers are never adapted, so there is nothing to balance; and not every family's base model reports it.
         **{"router_aux_loss_coef": 0.0, **train.sft},
     )
+
+
+def above_zero(share: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """A schedule (step -> share of the learning rate) whose `warmup` first steps rise evenly to the peak, none at 0.
+
+    transformers' schedules start a warm-up at 0, so that the first step, of a short training a good part, changes
+    nothing. Those that start above 0 stay as they are.
+    """
+    if share(0) != 0:
+        return share
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else share(step)

@@ -17,6 +17,7 @@ from qcft.training.distributed.ranks import rank, sharded, world
 from qcft.training.head import AnswerTokens, own_loss, summed_nll
 from qcft.training.passes import Passes
 from qcft.training.reference import NO_TERMS, Reference, Terms
+from qcft.training.settings import above_zero
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,6 +59,7 @@ def make_trainer(
     """The trainer of a phase. Raises QcftError where a library lacks what it overrides."""
     import torch
     from datasets import Dataset
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -157,6 +159,14 @@ def make_trainer(
                 return
             shards.load_optimizer(self, Path(checkpoint))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            if isinstance(scheduler, LambdaLR) and warmup:
+                shares = [above_zero(share, warmup) for share in scheduler.lr_lambdas]
+                scheduler = self.lr_scheduler = LambdaLR(scheduler.optimizer, shares)
+            return scheduler
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """None: TRL would write one beside each checkpoint."""
