@@ -41,5 +41,5 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(name, says, tmp_
 
 
 def test_the_list_of_families_names_all_that_were_tried():
-    text = (Path(__file__).parents[1] / "qcft" / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "recipes" / "README.md").read_text()
     assert [kind for kind, _ in FAMILIES.values() if f"`{kind}`" not in text] == []

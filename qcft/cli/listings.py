@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import takewhile
@@ -125,11 +126,12 @@ def _side(text: str, runs: Path, column: str | None) -> Side:
 
 
 def recipes_listed() -> list[dict[str, str]]:
-    """Built-in recipes with the comment that heads them."""
+    """Built-in recipes with the first sentence of the comment at their top."""
     listed = []
     for name, path in built_in_recipes().items():
         comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-        listed.append({"name": name, "about": " ".join(line.lstrip("# ").strip() for line in comment)})
+        about = " ".join(line.lstrip("# ").strip() for line in comment)
+        listed.append({"name": name, "about": re.split(r"(?<=[.])\s", about, maxsplit=1)[0]})
     return listed
 
 
