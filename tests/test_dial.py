@@ -219,6 +219,21 @@ def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path):
     assert (tmp_path / "picked" / "model.safetensors").is_file()
 
 
+def test_a_pick_goes_by_english_that_nothing_trains_on(stack, raw_recipe, qcft, tmp_path):
+    """`stack` has made `raw_recipe` its own; here it has 20 English rows of another kind besides."""
+    runs, _ = stack
+    rows = [json.dumps({"instruction": f"what follows {n}", "output": f"{n + 1} is blue"}) for n in range(20)]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
+    raw_recipe["heldout"]["data"] = [{"path": str(tmp_path / "other.jsonl"), "lang": "en"}]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**raw_recipe, "name": "other"}))
+    assert qcft("run", tmp_path / "other.yaml", "--runs", runs, "-q")[0] == 0
+    code, out, error = qcft("dial", "other", "--scales", "0,0.5,1", "--pick", "0.5", "--runs", runs, "--json", "-q")
+    assert code == 0, error
+    told = json.loads(out)["pick"]
+    assert told["chosen"]["english"]["rows"] + told["reported"]["english"]["rows"] == 20
+    assert told["chosen"]["others"]["rows"] + told["reported"]["others"]["rows"] == 18
+
+
 @given(st.integers(0, 20), st.integers(1, 20))
 def test_scales_reach_both_ends(low, count):
     scales = scales_of(f"{low / 10}:{(low + count) / 10}:0.1")

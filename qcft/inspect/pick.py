@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -11,7 +12,7 @@ from qcft.errors import InputError
 from qcft.measure.pick import NoPick, Pick, pick_point
 from qcft.measure.score import FILE, RowScore, read_scores
 from qcft.measure.stats import Difference
-from qcft.recipe import ByLayer, Dial, Recipe, parse_by_layer
+from qcft.recipe import TESTS, ByLayer, Dial, Recipe, parse_by_layer
 from qcft.recipe.stages import BASE, PROBES, point_folder
 from qcft.replay.pools import ENGLISH
 from qcft.report.shown import HalfShown, NotPicked, Picked
@@ -35,8 +36,9 @@ def check_share(share: float) -> None:
 def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> Picked | NotPicked:
     """The point to take of a measured dial; `said` holds it in sentences, `next` the command that uses it.
 
-    English counts from the first phase, or from the base where that is the one that was dialled; the gain from the base
-    as it is loaded. Where nothing can be picked, `point` is None and `why` says so.
+    English is that of a kind that nothing trains on, where such rows are held out. It counts from the first phase, or
+    from the base where that is the one that was dialled; the gain counts from the base as it is loaded. Where nothing
+    can be picked, `point` is None and `why` says so.
     """
     assert done.goal is not None
     stage, first = done.stages[done.goal], recipe.phases[0].name
@@ -48,7 +50,11 @@ def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> Pic
     full = point_folder(1.0) if dial.method is None and point_folder(1.0) in points else FULL
     points.setdefault(full, measured[2])
     english = [name for name, g in measured_points[0]["groups"].items() if g["lang"] == ENGLISH]
-    found = pick_point(points, full, measured[0], measured[1], english, share)
+    untrained = [name for name in english if name.startswith(f"{TESTS} ")] or english
+    unused = {*english} - {*untrained}
+    points = {name: _without(groups, unused) for name, groups in points.items()}
+    base, before = (_without(groups, unused) for groups in measured[:2])
+    found = pick_point(points, full, base, before, untrained, share)
     if isinstance(found, NoPick):
         return {"share": share, "point": None, "why": found.why, "said": [f"nothing is picked: {found.why}"]}
     amount = None if found.point == full else amounts[found.point]
@@ -76,6 +82,10 @@ def _record(amount: Amount) -> DeltaAmount:
 def _scores(step: DoneStep, folder: str) -> dict[str, list[RowScore]]:
     """The scores of one of a dial's points."""
     return {name: [RowScore(**score) for score in rows] for name, rows in step.json(f"{folder}/{FILE}").items()}
+
+
+def _without(groups: Mapping[str, list[RowScore]], names: Collection[str]) -> dict[str, list[RowScore]]:
+    return {name: rows for name, rows in groups.items() if name not in names}
 
 
 def _sentences(found: Pick, amount: Amount | None, share: float, since: str) -> list[str]:
