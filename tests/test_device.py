@@ -117,8 +117,9 @@ def test_a_card_that_torch_cannot_use_stops_a_run_before_anything_is_written(
     assert "for the GPU: " in out
 
 
-def test_nor_does_an_ablation_begin(qcft, driver, raw_recipe, tmp_path):
+def test_nor_does_an_ablation_begin(qcft, driver, raw_recipe, tmp_path, monkeypatch):
     driver()
+    monkeypatch.setattr(torch.version, "cuda", None)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**raw_recipe, "ablation": {"arms": [{"name": "plain", "set": {}}]}}))
     code, _, err = qcft("ablate", path, "--in-process")

@@ -186,6 +186,7 @@ def gguf_of(tokenizer, template, path):
         writer.add_token_types: [3 if word.startswith("<|") else 1 for word, _ in words],
         writer.add_token_merges: [" ".join(merge) for merge in parts["merges"]],
         writer.add_eos_token_id: tokenizer.eos_token_id,
+        writer.add_bos_token_id: tokenizer.eos_token_id,  # as every real file has one
         writer.add_chat_template: template,
     }.items():
         add(value)

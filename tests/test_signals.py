@@ -107,6 +107,7 @@ def test_a_closed_terminal_writes_a_checkpoint(recipe_file):
         [sys.executable, "-c", CODE, "training phase1", str(int(signal.SIGHUP)), "twice", "run", str(recipe_file)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=recipe_file.parent, stdin=terminal, stdout=terminal,
         stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )  # fmt: skip
     os.close(terminal)
     shown = b""
