@@ -204,7 +204,7 @@ def _values(annotation: Any) -> str:
     if get_origin(bare) in {Union, types.UnionType}:
         return ", ".join(dict.fromkeys(_values(one) for one in get_args(bare) if one is not type(None)))
     if get_origin(bare) is Literal:
-        return ", ".join(f"`{one}`" for one in get_args(bare))
+        return ", ".join(f"`{str(one).lower()}`" for one in get_args(bare))
     if get_origin(bare) is list:
         return f"list of {_values(get_args(bare)[0])}"
     if _parts(bare):
