@@ -13,8 +13,8 @@ from qcft.recipe.schema import Recipe
 from qcft.recipe.yaml_file import read_yaml
 
 GB = 1 << 30
-# Models that need no account, and the least memory of a card (bytes) that each is suggested for: about twice what the
-# estimate of `qcft check` for it, which leaves room for long rows.
+# Models that need no account, and the least memory of a card (bytes) that each is suggested for: well over what
+# `qcft check` estimates for it (tests/README.md has the table), which leaves room for long rows.
 SUGGESTED = (
     (12 * GB, "Qwen/Qwen2.5-7B-Instruct"),
     (4 * GB, "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
