@@ -126,11 +126,12 @@ def dial(
     """
     from qcft.inspect.pick import check_share, pick
     from qcft.runner.delivery import check_place
-    from qcft.runner.dialling import AUTO, SCALES, dial_for, measured_before, with_patterns
+    from qcft.runner.dialling import AUTO, SCALES, check_scalable, dial_for, measured_before, with_patterns
 
     named = read_run(runs, name)
     recipe = named.recipe()
     wanted = dial_for(recipe, phase, scales or SCALES, method, density, merge_at, by)
+    check_scalable(wanted, named, runs)
     if share is not None:
         check_share(share)
         if scales is None and not by:

@@ -179,6 +179,34 @@ CASES = {
     "all layers frozen": (setting("phase1.freeze=first:3"), "freezes all 3 layers"),
     "a layer the model lacks": (setting("phase1.freeze=layers:7"), "names layer 7"),
     "modules the model lacks": (setting("lora.targets=[q_porj]"), "no linear module 'q_porj'"),
+    "a field PEFT lacks": (setting("lora.peft={use_doar: true}"), "unknown key 'lora.peft.use_doar'"),
+    "a field of PEFT that qcft sets": (setting("lora.peft={target_modules: [q_proj]}"), "is set by qcft itself"),
+    "a field of PEFT that cannot be merged": (
+        setting("lora.peft={modules_to_save: [lm_head]}"),
+        "modules_to_save: qcft trains adapters",
+    ),
+    "a field of PEFT that is no truth": (setting("lora.peft={use_dora: much}"), "lora.peft.use_dora: 'much'"),
+    "fields of PEFT that are none": (setting("lora.peft=dora"), "lora.peft: 'dora'"),
+    "PiSSA on 4 bits": (
+        setting("lora.peft={init_lora_weights: pissa_niter_4}"),
+        "'pissa_niter_4' changes the weights under the adapter",
+    ),
+    "an adapter that begins at random": (
+        setting("lora.peft={init_lora_weights: false}"),
+        "false begins from a random change",
+    ),
+    "a rank of modules the model lacks": (
+        setting("lora.peft={rank_pattern: {q_porj: 2}}"),
+        "'q_porj' is the end of no adapted module's name",
+    ),
+    "a rank of modules over all ranks": (
+        setting("lora.peft={rank_pattern: {q_proj: 1000}}"),
+        "lora.peft.rank_pattern.q_proj: 1000 is more than the rank",
+    ),
+    "a pattern that is none": (setting('lora.peft={alpha_pattern: {"q(": 2}}'), "'q(' is no pattern"),
+    "an alpha of nothing": (setting("lora.peft={alpha_pattern: {q_proj: 0}}"), "q_proj: 0"),
+    "a bias where there is none": (setting("lora.peft={lora_bias: true}"), "has no bias"),
+    "DoRA with a bias": (setting("lora.peft={use_dora: true, lora_bias: true}"), "PEFT has no lora_bias for DoRA"),
     "a phase named twice": (
         setting("phases=[{name: a, data: good.jsonl}, {name: a, data: good.jsonl}]"),
         "two phases are named 'a'",

@@ -1,6 +1,6 @@
 """The command line. Every command's body is a few lines; what is decided is decided elsewhere."""
 
-from qcft.cli import runs, deliver, ablate, evaluate, inspect, answer, check, upkeep  # noqa: F401, I001 (they register their commands, in this order)
+from qcft.cli import runs, init, deliver, ablate, evaluate, inspect, answer, check, upkeep  # noqa: F401, I001 (they register their commands, in this order)
 from qcft.cli.main import main
 from qcft.cli.options import app
 

@@ -12,11 +12,12 @@ from qcft.events import Watch
 from qcft.layers import LinearModule, adapted_in, decoder_layers, linear_modules, lowest_adapted
 from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
+from qcft.models.adapters import trained_numbers
 from qcft.models.load import quiet_libraries
 from qcft.models.meta import model_without_weights
 from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import resolve, weights_folder
-from qcft.recipe import Model, Recipe
+from qcft.recipe import Lora, Model, Recipe
 from qcft.store import NamedRun, Store
 from qcft.store.steps import model_digest
 
@@ -110,7 +111,7 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
     chosen = set(adapted_in(model, recipe, phase, measured))
     modules = linear_modules(model)
     layers = [
-        _layer(i, [m for m in modules if m.layer == i], chosen, recipe.lora.r, change, snr)
+        _layer(i, [m for m in modules if m.layer == i], chosen, recipe.lora, change, snr)
         for i in range(decoder_layers(model)[1])
     ]
     return {
@@ -134,7 +135,7 @@ def _layer(
     number: int,
     modules: list[LinearModule],
     adapted: set[str],
-    rank: int,
+    lora: Lora,
     change: Mapping[str, float] | None,
     snr: Mapping[str, float] | None,
 ) -> LayerRow:
@@ -142,7 +143,9 @@ def _layer(
     return {
         "layer": number,
         "adapted": [module.type for module in modules if module.name in adapted],
-        "trainable_parameters": sum(rank * sum(module.shape) for module in modules if module.name in adapted),
+        "trainable_parameters": sum(
+            trained_numbers(lora, module.name, module.shape) for module in modules if module.name in adapted
+        ),
         "change": None if change is None else sum(change.get(name, 0.0) for name in names),
         "snr": None if snr is None else sum(snr[name] for name in names) / len(names),
         "modules": [

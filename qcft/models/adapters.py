@@ -12,7 +12,7 @@ from qcft.errors import InputError, QcftError, short
 from qcft.files import read_json, write_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
 from qcft.models.deltas import Scale, check_factors, read_adapter, scale_of
-from qcft.private import of
+from qcft.private import of, private
 from qcft.recipe import Lora
 
 if TYPE_CHECKING:
@@ -69,9 +69,27 @@ def _config(modules: list[str], lora: Lora) -> Any:
         lora_dropout=lora.dropout,
         target_modules=modules,
         use_rslora=lora.rslora,
+        **(lora.peft.given() or {}),
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def trained_numbers(lora: Lora, module: str, shape: tuple[int, int]) -> int:
+    """How many numbers the adapter of a module has: its two factors, and DoRA's magnitudes or B's bias.
+
+    `shape`: of the module's weight (out, in).
+    """
+    more = shape[0] if lora.peft.beyond_factors else 0
+    return rank_of(lora, module) * sum(shape) + more
+
+
+def rank_of(lora: Lora, module: str) -> int:
+    """The rank of a module's adapter, by the module's full name."""
+    if not (patterns := lora.peft.rank_pattern):
+        return lora.r
+    key: str = private("peft.utils.other:get_pattern_key")(list(patterns), module)
+    return patterns.get(key, lora.r)
 
 
 def keep_adapters_in_fp32(model: PeftModel) -> None:

@@ -22,6 +22,12 @@ def can_switch(folders: Sequence[Path]) -> bool:
     return all((read_json(folder / CONFIG) or {}).get("bias", "none") == "none" for folder in folders)
 
 
+def reads_weights(folders: Sequence[Path]) -> bool:
+    """Whether an adapter's forward pass reads the 4-bit weights under it, which must not be packed then: DoRA's does,
+    for their norms."""
+    return any((read_json(folder / CONFIG) or {}).get("use_dora") for folder in folders)
+
+
 class Adapters:
     """A loaded model whose adapters are switched on and off; `model` is the model itself, adapters inside it."""
 
@@ -74,13 +80,18 @@ class Switched(Adapters):
 
     It is put into evaluation mode, and, as bitsandbytes packs 4-bit weights in the first forward pass of that mode on
     some CPUs, such a pass is done at once. So every number comes from the same kernels and the same weights, in
-    whatever order stages and tasks are evaluated. It must not be trained any more.
+    whatever order stages and tasks are evaluated. It must not be trained any more. `packed`: False where an adapter
+    reads the weights (see `reads_weights`): PEFT would take packed ones for others.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, packed: bool = True) -> None:
+        import bitsandbytes as bnb
         import torch
 
         super().__init__(model)
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit) and not packed:
+                layer.support_avx512bf16_for_cpu = False
         model.eval()
         with torch.no_grad():
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))

@@ -207,6 +207,7 @@ class Planner:
             "float32" if start.goes_on and self.quantize != "none" else None,
             phase.anchor.resolved() if phase.anchor else None,
             phase.replay.loss if phase.replay and replay else "answer",
+            recipe.lora.peft.given(),
             recipe.forgetting,
             self.digests.english.get(phase.name),
         )

@@ -112,12 +112,16 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
     from qcft.layers import adapted_in, linear_modules
 
     modules = adapted_in(prepared.meta_model, prepared.recipe, phase)
-    full = max(min(module.shape) for module in linear_modules(prepared.meta_model, prepared.recipe.lora.targets))
-    if prepared.recipe.lora.r > full:
-        raise InputError(
-            f"recipe: lora.r: {prepared.recipe.lora.r} is more than the rank that any change of this model can have",
-            f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
-        )
+    targets = linear_modules(prepared.meta_model, prepared.recipe.lora.targets)
+    full = max(min(module.shape) for module in targets)
+    ranks = {f"peft.rank_pattern.{key}": rank for key, rank in prepared.recipe.lora.peft.rank_pattern.items()}
+    for key, rank in {"r": prepared.recipe.lora.r, **ranks}.items():
+        if rank > full:
+            raise InputError(
+                f"recipe: lora.{key}: {rank} is more than the rank that any change of this model can have",
+                f"use at most {full}, the smaller side of its largest matrix; 8 to 64 are common",
+            )
+    _check_peft(prepared, [module.name for module in targets])
     if prepared.meta_model.base_model is prepared.meta_model:
         raise InputError(
             f"model: {_config(prepared).model_type} has no inner model apart from its head, which training goes by",
@@ -137,6 +141,33 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
             f"model: {prepared.recipe.model.name!r} holds no tensor of its own for {min(unmergeable)}, onto which "
             f"{phase.name} could be merged",
             "name other modules with lora.targets, or start the next phase stacked",
+        )
+
+
+def _check_peft(prepared: Prepared, targets: list[str]) -> None:
+    """Check that patterns of `lora.peft` name some of the modules (full names), and that what it trains beside the
+    factors can be merged, and saved by processes that share the weights."""
+    from qcft.private import private
+    from qcft.training.distributed.ranks import sharded
+
+    peft = prepared.recipe.lora.peft
+    matched = private("peft.utils.other:get_pattern_key")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(peft, field):
+            if all(matched([pattern], name) != pattern for name in targets):
+                raise InputError(
+                    f"recipe: lora.peft.{field}: {pattern!r} is the end of no adapted module's name",
+                    f"name a module of lora.targets, such as {targets[0]}, or a pattern of several",
+                )
+    if peft.lora_bias and (without := [n for n in targets if prepared.meta_model.get_submodule(n).bias is None]):
+        raise InputError(
+            f"recipe: lora.peft.lora_bias: {without[0]} has no bias that the adapter's could be merged into",
+            "leave lora_bias out, or name modules with a bias in lora.targets",
+        )
+    if peft.beyond_factors and sharded():
+        raise InputError(
+            f"recipe: lora.peft.{peft.beyond_factors} is not trained by processes that share the weights (FSDP)",
+            "leave it out, or launch with --multi_gpu in the place of --use_fsdp",
         )
 
 

@@ -9,6 +9,7 @@ from qcft.recipe.freeze import FreezeSpec, frozen_layers, frozen_modules, parse_
 from qcft.recipe.goal import Dial, Goal
 from qcft.recipe.load import built_in_recipes, load_recipe, parse_assignments, read_recipe, recipe_from
 from qcft.recipe.parts import Source
+from qcft.recipe.peft import Peft
 from qcft.recipe.replay import Filters, Replay, ReplayPart
 from qcft.recipe.schema import (
     TESTS,
@@ -48,6 +49,7 @@ __all__ = [
     "Measured",
     "Merge",
     "Model",
+    "Peft",
     "Phase",
     "Recipe",
     "Replay",

@@ -32,6 +32,11 @@ MEANINGS = {
     "lora.dropout": "of the adapters' input",
     "lora.targets": "which modules get adapters: all linear ones, or the last parts of their names (`q_proj`)",
     "lora.rslora": "scale by alpha / sqrt(r)",
+    "lora.peft.use_dora": "train a magnitude for each output beside the factors (DoRA)",
+    "lora.peft.lora_bias": "train a bias beside factor B, where every adapted module has one",
+    "lora.peft.init_lora_weights": "how factor A starts: PEFT's own way, or Gaussian",
+    "lora.peft.rank_pattern": "ranks of modules by the end of their names: `{q_proj: 32}`",
+    "lora.peft.alpha_pattern": "alphas of modules by the end of their names",
     "heldout.share": "of each source's rows, set aside for measuring",
     "heldout.rows": "the most that are scored of each language",
     "heldout.data": "your own test sets, measured at every stage and never trained",
@@ -199,7 +204,7 @@ def _values(annotation: Any) -> str:
     if get_origin(bare) in {Union, types.UnionType}:
         return ", ".join(dict.fromkeys(_values(one) for one in get_args(bare) if one is not type(None)))
     if get_origin(bare) is Literal:
-        return ", ".join(f"`{one}`" for one in get_args(bare))
+        return ", ".join(f"`{str(one).lower()}`" for one in get_args(bare))
     if get_origin(bare) is list:
         return f"list of {_values(get_args(bare)[0])}"
     if _parts(bare):

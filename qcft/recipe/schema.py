@@ -14,6 +14,7 @@ from qcft.recipe.anchor import Anchor, check_anchor
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import FreezeSpec, parse_freeze
 from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
+from qcft.recipe.peft import Peft
 from qcft.recipe.replay import Replay, ratio_alone
 from qcft.recipe.stages import taken_for
 
@@ -39,13 +40,17 @@ class Model(Part):
 
 
 class Lora(Part):
-    """The shape of the adapters. `targets`: all linear layers, or the last names of modules (`q_proj`)."""
+    """The shape of the adapters. `targets`: all linear layers, or the last names of modules (`q_proj`).
+
+    `peft`: further fields of PEFT's LoraConfig, passed on as they are.
+    """
 
     r: Annotated[Count, Field(ge=1)] = 16
     alpha: Annotated[Number, Field(gt=0)] = 32
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
     rslora: bool = False
+    peft: Peft = Peft()
 
 
 class Train(Part):
@@ -259,6 +264,27 @@ class Recipe(Part):
             if i and phase.adapter is not None:
                 raise ValueError(
                     f"phases: {phase.name!r}: only the first phase can be an adapter made elsewhere | put it first"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _deltas_are_used_whole(self) -> Self:
+        first, field = self.phases[0], self.lora.peft.beyond_factors
+        for number, phase in enumerate(self.phases[1:], 1):
+            if phase.start == "continue" and number == 1 and first.adapter and self.lora.peft.given():
+                raise ValueError(
+                    f"lora.peft: {phase.name} continues the adapter of {first.name}, whose own config holds | "
+                    f"leave lora.peft out, or set {phase.name}.start to merged"
+                )
+            if field and phase.start == "stacked":
+                raise ValueError(
+                    f"lora.peft.{field}: such an adapter cannot be part of a stack, which {phase.name}.start asks for"
+                    f" | set {phase.name}.start to merged, or leave lora.peft.{field} out"
+                )
+            if field and phase.freeze.measure == "change" and not (number == 1 and first.adapter):
+                raise ValueError(
+                    f"lora.peft.{field}: how much such an adapter changed is not known, which {phase.name}.freeze "
+                    f"({phase.freeze.text}) depends on | use another freeze, such as snr:0.5"
                 )
         return self
 

@@ -99,6 +99,12 @@ def with_patterns(dial: Dial, run: NamedRun, recipe: Recipe, runs: Path, watch: 
     return replace(dial, by=tuple(dict.fromkeys((*dial.by, *tried))))
 
 
+def check_scalable(dial: Dial, run: NamedRun, runs: Path) -> None:
+    """Check that the phase's delta has a scale, which DoRA's has not. Raises InputError."""
+    if step := run.stages.get(dial.phase):
+        read_adapter(Store(runs).opened(step).part("adapter"), scale=0.5)
+
+
 def measured_before(dial: Dial, run: NamedRun, runs: Path) -> Dial:
     """The dial of this phase that the run has, whatever its points; where it has none, the one given."""
     step = run.stages.get(dial_stage(dial))

@@ -103,6 +103,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
 def _numbers_under(prepared: Prepared, phase: Phase) -> int:
     """Numbers in the adapters that lie live and frozen under a phase's own."""
     from qcft.layers import adapted_in, linear_modules
+    from qcft.models.adapters import trained_numbers
 
     recipe, model = prepared.recipe, prepared.meta_model
     by_name = {module.name: module.shape for module in linear_modules(model)}
@@ -111,7 +112,7 @@ def _numbers_under(prepared: Prepared, phase: Phase) -> int:
         place -= 1
         if not recipe.phases[place].adapter:
             modules = adapted_in(model, recipe, recipe.phases[place])
-            total += recipe.lora.r * sum(sum(by_name[name]) for name in modules)
+            total += sum(trained_numbers(recipe.lora, name, by_name[name]) for name in modules)
     return total
 
 

@@ -17,7 +17,7 @@ from qcft.measure.catalog import language_of
 from qcft.measure.fidelity import JudgedAnswer, judge_answer, summarise_answers
 from qcft.models.generate import Answer, Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
-from qcft.models.switch import Switched, can_switch
+from qcft.models.switch import Switched, can_switch, reads_weights
 from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import ALPACA_EVAL, FIDELITY
 from qcft.steps.step import Bench, Step, Work
@@ -48,11 +48,12 @@ class Loaded:
     def use(self, step: Step, quantize: str, bench: Bench) -> Switched:
         """The stage's model: its weights loaded, unless they are, and its adapters live."""
         stack = [bench.adapter(one) for one in step.stack]
-        key = (step.weights, quantize, None if can_switch(stack) else tuple(stack))
+        reading = reads_weights(stack)
+        key = (step.weights, quantize, tuple(stack) if reading or not can_switch(stack) else None)
         if key != self._key:
             self._key = self.model = self.scorer = None
             free_memory()
-            self.model = Switched(load_model(bench.weights(step), bench.model.asked, quantize))
+            self.model = Switched(load_model(bench.weights(step), bench.model.asked, quantize), not reading)
             self._key = key
             self.loads += 1
         assert self.model is not None

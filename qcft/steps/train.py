@@ -47,7 +47,7 @@ class Training(Work[TrainMetrics]):
     """Trains a phase's adapter on its rows and its replay.
 
     `carried`: the precision in which the adapter of an earlier phase is continued. `forgetting` is watched on the rows
-    of `english`, which changes nothing unless it may stop the training.
+    of `english`, which changes nothing unless it may stop the training. `peft`: `lora.peft`, where it is given.
     """
 
     kind: ClassVar[str] = "train"
@@ -56,7 +56,7 @@ class Training(Work[TrainMetrics]):
     model: ModelSettings = field(metadata=SPREAD)
     quantize: str
     seed: int
-    lora: Lora
+    lora: Lora = field(metadata={"without": {"peft"}})
     freeze: FreezeSpec
     rows: str
     limits: Limits
@@ -67,6 +67,7 @@ class Training(Work[TrainMetrics]):
     carried: str | None = field(default=None, metadata=ADDED)
     anchor: Anchor | None = field(default=None, metadata=ADDED)
     replay_loss: Literal["answer", "distil"] = field(default="answer", metadata=ADDED)
+    peft: Mapping[str, Any] | None = field(default=None, metadata=ADDED)
     forgetting: Forgetting | None = field(default=None, metadata=CIRCUMSTANCE)
     english: str | None = field(default=None, metadata=CIRCUMSTANCE)
 
@@ -155,7 +156,7 @@ class Training(Work[TrainMetrics]):
             adapted = load_stack(model, [*under, bench.adapter(step.adapter)], modules, copied=bool(terms))
         else:
             adapted = add_lora_over(model, under, modules, self.lora)
-        check_live(adapted, modules, bench.model.tokenizer, watch)
+        check_live(adapted, modules, bench.model.tokenizer, watch, self.peft)
         below = lowest_adapted(model, modules)
         probing = None
         if self.forgetting is not None and (english := self._english_rows(bench)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,15 +73,24 @@ def _key(model: PreTrainedModel, *more: str) -> str:
     return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def check_live(adapted: PeftModel, modules: Sequence[str], tokenizer: PreTrainedTokenizerBase, watch: Watch) -> None:
+def check_live(
+    adapted: PeftModel,
+    modules: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    watch: Watch,
+    peft: Mapping[str, Any] | None = None,
+) -> None:
     """Run a row forward and backward, to see that every adapter on `modules` that was run learns from it, and nothing
-    else does: once for each model, modules and version of the libraries. Raises QcftError, by family."""
+    else does: once for each model, modules, `peft` (fields of LoraConfig) and version of the libraries.
+
+    Raises QcftError, by family.
+    """
 
     def make(folder: Path) -> None:
         _check_live(adapted, modules, tokenizer)
         write_json(folder / "live.json", {"modules": len(modules)})
 
-    cached_folder(f"live/{_key(adapted.get_base_model(), *modules)}", make, watch)
+    cached_folder(f"live/{_key(adapted.get_base_model(), *modules, *map(str, (peft or {}).items()))}", make, watch)
 
 
 def _check_live(adapted: PeftModel, modules: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -267,6 +267,14 @@ def _stand_in(model: PreTrainedModel) -> None:
                 product = product + self.bias
             return product.to(x.dtype)
 
+        @property
+        def W_q(self) -> Any:
+            """What PEFT knows a module by that dequantises its weight itself, as DoRA has it do."""
+            return self.weight
+
+        def dequantize(self) -> torch.Tensor:
+            return torch.empty(self.shape, dtype=torch.bfloat16, device=self.weight.device)
+
     for name in quantised_modules(model):
         model.set_submodule(name, Quantised(model.get_submodule(name)))
     model.is_loaded_in_4bit = True

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.data.encode import EncodedRow
 from qcft.errors import QcftError, short
 from qcft.layers import decoder_layers, linear_modules, lowest_adapted
+from qcft.models.adapters import trained_numbers
 from qcft.models.size import HALF, weight_bytes
 from qcft.recipe import Train
 from qcft.training.batches import Batches
@@ -147,7 +148,7 @@ def _memory(model: PreTrainedModel, shape: Shape, train: Train, cost: Footprint,
     gone = tuple(layers[:below]) if shape.cut else ()
     weights = weight_bytes(model, shape.quantize, gone)
     by_name = {module.name: module.shape for module in linear_modules(model)}
-    trained = sum(shape.lora.r * sum(by_name[name]) for name in shape.modules)
+    trained = sum(trained_numbers(shape.lora, name, by_name[name]) for name in shape.modules)
     mapped = HALF * 2 * weight_bytes(model, shape.quantize).packed if shape.device == "cpu" else 0
     return Memory(
         weights=weights.packed,
