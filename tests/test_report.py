@@ -521,11 +521,16 @@ def evaluated(evidence, ea, ma, limit=10):
              "stages": [stage("base", 0.5, 0.1), stage("phase2", ea, ma)]}  # fmt: skip
     language = {"right": 0.75, "told": 4, "rows": 4, "mean_tokens": 5.0, "unfinished": 0.0}
     asked = {"data": "d", "prompts": limit, "max_new_tokens": 64}
-    cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}, "asked": asked}
+    cells = [
+        {"stage": name, "name": name, "precision": "NF4", "task": "fidelity", "languages": {"es": language},
+         "asked": asked}
+        for name in ("base", "phase2")
+    ]  # fmt: skip
     stages = dict(evidence.run.stages)
     for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
-        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}
-    abilities = {"tables": [table], "fidelity": [cell], "alpaca_eval": []}
+        tasks_of = (*names, "fidelity")
+        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in tasks_of}
+    abilities = {"tables": [table], "fidelity": cells, "alpaca_eval": []}
     return replace(
         evidence, run=replace(evidence.run, stages=stages, table={**evidence.run.table, "abilities": abilities})
     )
@@ -547,7 +552,8 @@ def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, 
     assert tables["task-changes"].rows[0][1:3] == (
         "phase2 since base\n[95% intervals, 2 together]", "-20.0\n[-20.0, +10.0]",
     )  # fmt: skip
-    assert tables["fidelity"].rows[0][2] == "75% of 4 in it\n5 tokens, 0% unfinished"
+    assert tables["fidelity"].rows[0][1:] == ("all", "75% of 4 in it\n5 tokens, 0% unfinished")
+    assert len(tables["fidelity"].rows) == 5  # the base once, and what the last phase of each run left
     assert "pareto-tasks" in {figure.name for figure in document.figures()}
     assert tables["tasks"].head[2] == "hellaswag \u2191\nacc, 10 items"
     in_spanish = [row for row in tidy_table(tables["tasks"]) if row["rows_of"] == "xquad_es"]

@@ -30,6 +30,7 @@ LEGEND_ROW, NAME_ROW = 0.21, 0.15  # inches
 WIDTH = 4.8  # inches: as wide as a phone, so that text stays readable there
 WIDE = 9.6  # inches: as wide as the page on a desk, with text of the same size
 PNG_DPI = 400
+LONGEST = 40  # letters of a line in a legend
 NAMES = 0.35  # of the width: what names beside the y-axis may take before they are wrapped
 UNIT = "NLL, nats per answer token"
 BETTER, LOWER = "better \u2192", "\u2190 better"  # at the end of an axis' title: along the axis, a y-axis' upwards
@@ -181,12 +182,14 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
     if not labels:  # matplotlib leaves out what begins with an underscore
         return
     figure: Any = axes.figure
+    labels = [textwrap.fill(label, LONGEST) for label in labels]
     if figure.get_figwidth() > WIDTH:
         figure.set_figheight(max(figure.get_figheight(), LEGEND_ROW * (len(labels) + 2)))
         figure.legend(handles, labels, loc="outside right upper")
         return
+    columns = 1 if max(map(len, labels)) > LONGEST * 0.6 else min(columns, len(labels))
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(labels) / columns))
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def better_up_and_right(axes: Axes) -> None:

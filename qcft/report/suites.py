@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from qcft.report.arms import Arm, Evidence, grouped, members, shared_once, whose, with_of
+from qcft.report.arms import Arm, Evidence, grouped, members, shared_once, whose
 from qcft.report.cells import continual_in_words
 from qcft.report.document import Block, Prose, Section, Table
 from qcft.report.task_cells import (
@@ -112,15 +112,15 @@ def _changes(scored: Sequence[Scored], more: str, several: bool) -> Table:
 
 def _fidelity(cells: Sequence[Answered], more: str, arms: Sequence[Arm]) -> Table:
     rows = [
-        with_of(row, [(arm, run)], arms)
-        for row, (arm, run, _) in zip(fidelity_rows([cell for _, _, cell in cells]), cells, strict=True)
+        (cell["stage"], run.run.stages[f"abilities/{cell['stage']}/{cell['task']}"].step, row, (arm, run))
+        for row, (arm, run, cell) in zip(fidelity_rows([cell for _, _, cell in cells]), cells, strict=True)
     ]
     records = (
         {**whose(arm, run), "stage": cell["stage"], "lang": lang, **entry}
         for arm, run, cell in cells
         for lang, entry in cell["languages"].items()
     )
-    return Table.of(f"fidelity{more}", "The language of answers", rows, records, FIDELITY)
+    return Table.of(f"fidelity{more}", "The language of answers", shared_once(rows, arms), records, FIDELITY)
 
 
 def _settings(table: TasksTable) -> str:

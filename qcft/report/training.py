@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 from qcft.report.ablation import count_against, epochs_in_words, trained_length
 from qcft.report.arms import Arm, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import LOWER, draw, label, look
+from qcft.report.plots import LONGEST, LOWER, draw, label, look
 from qcft.store.metrics import TrainMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-LONGEST = 40  # letters of a legend's entry
 
 
 class Logged(TypedDict):
