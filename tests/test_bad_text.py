@@ -19,6 +19,7 @@ from qcft.report.document import Answer, Document, Listing, Prose, Sample, Secti
 from qcft.report.markdown import code, to_markdown
 from qcft.report.page import to_page
 from qcft.report.plots import draw
+from qcft.report.tidy import COLUMNS
 from qcft.report.write import to_csv
 from qcft.safe import IN_JSON, STEERING, plain
 
@@ -193,13 +194,13 @@ def test_a_csv_cell_is_no_formula():
         "-",
         CLEAR,
     ]
-    records = tuple({"text": text, "=head": value} for text, value in zip(texts, [-0.12, None, 3] * 4, strict=True))
+    records = tuple({"text": text, "=head": value} for text, value in zip(texts, [-0.12, 2, 3] * 4, strict=True))
     rows = list(csv.reader(to_csv(Table("t", "", (), (), records)).splitlines(keepends=True)))
-    assert rows[0] == ["text", "'=head"]
-    shown = [row[0] for row in rows[1:]]
+    assert rows[0] == [*COLUMNS, "text"]
+    shown = [row[-1] for row in rows[1:]]
     assert shown[:7] == ["'=1+1", "'+cmd|' /C calc'!A0", "'-2+3", "'@SUM(A1)", "'\t=1", r"'\x0d=1", "'\n=1"]
     assert shown[7:] == ["-0.12", "+1e-5", "es", "'-", r"\x1b[2J"]
-    assert [row[1] for row in rows[1:4]] == ["-0.12", "", "3"]
+    assert [row[5:7] for row in rows[1:4]] == [["'=head", "-0.12"], ["'=head", "2"], ["'=head", "3"]]
 
 
 @pytest.mark.parametrize("label", ["$\\frac$", "$x$", HOSTILE, "\0", "日本 🦜", "<script>&", "_", "-->"])

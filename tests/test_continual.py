@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from qcft.data.rows import Message, Row
 from qcft.files import file_digest
 from qcft.measure.ability_table import abilities_table, continual_nll
 from qcft.measure.catalog import family_of, language_of
@@ -229,10 +230,12 @@ def test_a_tasks_language_is_what_its_items_are_in(task, text, lang, family):
 
 
 def test_answers_in_a_language_that_cannot_be_told():
+    row = Row((Message("user", "?"),), (Message("assistant", "Un gato."),))
     answer = Answer("El gato rojo corre por la casa y duerme en el jardín.", 14, True)
-    assert [judge_answer("?", answer, lang)["right"] for lang in ("es", "es-MX", "en", "xx")] == [
+    assert [judge_answer(row, answer, lang)["right"] for lang in ("es", "es-MX", "en", "xx")] == [
         True,
         True,
         False,
         None,
     ]
+    assert judge_answer(row, answer, "es")["reference"] == "Un gato."

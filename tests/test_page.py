@@ -9,6 +9,8 @@ from qcft.events import Watch
 from qcft.files import read_json, write_json
 from qcft.recipe import recipe_from
 
+from .helpers.runs import seal_again
+
 sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = '<script>document.title = "owned"</script><img src="https://example.org/x" onerror="document.title=1">'
@@ -38,8 +40,9 @@ def reports(made, raw_recipe):
             api.run(recipe_from({**raw_recipe, "name": name}, {"phase2.freeze": freeze}), runs=runs)
         file = runs / ".steps" / read_json(runs / "one" / "run.json")["stages"]["eval/phase2"] / "answers.json"
         answers = read_json(file)
-        answers[0]["text"] = EVIL + "x" * 300
+        answers[0]["text"] = EVIL + " x" * 300
         write_json(file, answers)
+        seal_again(file.parent)
         api.report(["one"], runs, Watch(), made / "single")
         api.report(["one", "two"], runs, Watch(), made / "arms")
     return made
@@ -64,12 +67,30 @@ def test_the_page_fits_keeps_to_itself_and_can_be_read(browser, reports, kind, w
     # Nothing sticks out of the page but inside a box that scrolls.
     out = page.evaluate(
         """width => [...document.querySelectorAll('main *, header *')].filter(element =>
-        !element.closest('.scroll, pre, svg') && element.getBoundingClientRect().right > width + 1
+        !element.closest('.scroll, pre, svg, .desk') && element.getBoundingClientRect().right > width + 1
     ).map(element => element.tagName + '.' + element.className)""",
         width,
     )
     assert out == []
-    assert page.locator("svg").count() >= 4
+    # Nothing hides its last rows, and only tables that are wider than the page say so.
+    heights = page.evaluate(
+        "[...document.querySelectorAll('.scroll, pre, p, h3')].map(e => e.scrollHeight - e.clientHeight)"
+    )
+    assert max(heights) <= 1
+    tables = page.evaluate("""[...document.querySelectorAll('.scroll')].map(box => [
+        box.scrollWidth > box.clientWidth, box.querySelector('.wide').clientWidth > 0
+    ])""")
+    assert all(wider == says for wider, says in tables)
+    assert {wider for wider, _ in tables} == ({True, False} if width == 390 else {False})
+    # Each plot is there once, as wide as the page or as a phone's.
+    plots = page.locator("figure svg:visible")
+    assert plots.count() == page.locator("figure:has(svg)").count() >= 4
+    widths = plots.evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
+    assert min(widths) > 0.85 * width
+    whole = page.locator(".answers details").first
+    assert not whole.locator("p").is_visible()
+    whole.locator("summary").click()
+    assert whole.locator("p").is_visible()
     assert contrast(page, "body", "body") > 7
     assert contrast(page, ".note", "body") > 4.5
     assert contrast(page, "svg text", "body", "fill") > 7

@@ -22,8 +22,10 @@ from qcft.recipe import parse_assignments, recipe_from
 from qcft.report.arms import arms_of, differences, flow
 from qcft.report.build import build_report
 from qcft.report.layers import by_layer
+from qcft.report.samples import start_of
 from qcft.report.standing import front, standings
 from qcft.report.suites import last_averages
+from qcft.report.tidy import COLUMNS, tidy_table
 from qcft.report.training import running_mean
 
 from .helpers.runs import seal_again
@@ -95,7 +97,8 @@ def test_a_run_leaves_a_page_with_all_its_sections(arms, runs):
     page, text = pages(folder)
     checked = parsed(page)
     titles = [
-        "English against the other languages", "Stages and languages", "Greedy answers to held-out English prompts",
+        "Before and after phase2", "English against the other languages", "Stages and languages",
+        "Greedy answers to held-out English prompts",
         "Training", "Layer by layer", "What was trained on", "Cost", "To repeat it",
     ]  # fmt: skip
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
@@ -111,7 +114,8 @@ def test_a_run_leaves_a_page_with_all_its_sections(arms, runs):
     # Nothing comes from elsewhere, and nothing runs.
     assert not [tag for tag, _ in checked.seen if tag in {"script", "iframe", "object", "img", "base", "form"}]
     links = [a[key] for _, a in checked.seen for key in ("href", "src", "xlink:href") if key in a]
-    assert all(link.startswith(("#", "data:")) for link in links)
+    files = {link for link in links if not link.startswith(("#", "data:"))}
+    assert files == {f"tables/{name}.csv" for name in tables} | {f"plots/{name}" for name in plots}
     assert not re.findall(r"url\((?!#)", page)
     assert any("default-src 'none'" in a.get("content", "") for _, a in checked.seen)
     ids = [a["id"] for _, a in checked.seen if "id" in a]
@@ -119,24 +123,91 @@ def test_a_run_leaves_a_page_with_all_its_sections(arms, runs):
     assert {link[1:] for link in links if link[0] == "#"} <= set(ids)
 
 
+def test_the_report_begins_with_answers_before_and_after(arms, runs, raw_recipe, tmp_path):
+    """In English and in each language that was taught, with the rows' own answers; those that are stored."""
+    page, text = pages(runs / "replayed" / "report")
+    assert "No answers in Spanish and Portuguese are stored. `qcft eval replayed --task fidelity`" in page
+    assert text.index("after: phase2") < text.index("## English against the other languages")
+    asked = {"tasks": ["fidelity"], "fidelity": {"prompts": 2, "max_new_tokens": 8}}
+    if not (runs / "answered").exists():
+        api.run(recipe_from({**raw_recipe, "name": "answered", "evaluate": asked}, ARMS["replayed"]), runs=runs)
+    run = api.evidence("answered", runs)
+    section = build_report(arms_of([run])).sections[0]
+    assert (section.title, [fold.title for fold in section.blocks]) == (
+        "Before and after phase2", ["English", "Spanish", "Portuguese"]
+    )  # fmt: skip
+    assert [len(fold.samples) for fold in section.blocks] == [2, 2, 2]
+    stored = {
+        lang: [run.run.stages[f"abilities/{stage}/fidelity"].opened.json("answers.json")[lang][1]["text"]
+               for stage in ("merged", "phase2")]
+        for lang in ("es", "pt")
+    }  # fmt: skip
+    for fold, color in zip(section.blocks, ("green|red|blue", "verde|rojo|azul", "verde|vermelho|azul"), strict=True):
+        sample = fold.samples[1]
+        assert [answer.stage for answer in sample.answers] == ["before: phase1 merged", "after: phase2", "reference"]
+        assert re.fullmatch(f"({color}) ({color})", sample.answers[2].text)
+        if sample.lang in stored:
+            shown = [answer.text for answer in sample.answers[:2]]
+            assert shown == [answer or "(no text)" for answer in stored[sample.lang]]
+    # Of several arms what each ends with, beside the first one's start; each prompt once.
+    document = build_report(arms_of([api.evidence(name, runs) for name in ("answered", "frozen")]))
+    (english, *_), sections = document.sections[0].blocks, {one.anchor: one for one in document.sections}
+    titles = ["before: phase1 merged", "after: answered", "after: frozen", "reference"]
+    assert [answer.stage for answer in english.samples[0].answers] == titles
+    assert len(sections["answers"].blocks) == 1  # of three prompts
+
+
+def test_what_the_last_phase_starts_from(arms, runs):
+    run = api.evidence("replayed", runs)
+    assert start_of(run) == "merged"
+    recipe = run.recipe.model_dump(mode="json")
+    for start, stage in (("stacked", "phase1"), ("base", "base")):
+        assert start_of(replace(run, recipe=recipe_from(recipe, {"phase2.start": start}))) == stage
+    assert start_of(replace(run, recipe=recipe_from(recipe, {"phase1": None}))) == "base"
+
+
+def test_old_answers_have_no_reference(arms, runs, tmp_path):
+    """Steps of earlier versions do not hold the rows' own answers."""
+    copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    for step in copy.glob(".steps/probe-*"):
+        write_json(step / "answers.json", [
+            {key: value for key, value in answer.items() if key != "reference"}
+            for answer in read_json(step / "answers.json")
+        ])  # fmt: skip
+        seal_again(step)
+    english = build_report(arms_of([api.evidence("frozen", copy)])).sections[0].blocks[0]
+    titles = ["before: phase1 merged", "after: phase2"]
+    assert [[answer.stage for answer in sample.answers] for sample in english.samples] == [titles] * 2
+
+
 def test_numbers_stand_unrounded_in_the_tables(arms, runs):
     done = api.read("replayed", runs)
     folder = runs / "replayed" / "report" / "tables"
     rows = list(csv.DictReader((folder / "stages.csv").open()))
-    levels = {(r["stage"], r["precision"], r["group"]): float(r["nll"]) for r in rows if r["nll"]}
+    assert [*rows[0]][:9] == [*COLUMNS]
+    levels = {(r["stage"], r["precision"], r["rows_of"]): float(r["value"]) for r in rows if r["measure"] == "nll"}
     for stage in done.table["stages"]:
         for name, score in stage["groups"].items():
             assert levels[stage["name"], stage["precision"], name] == score["nll"]
-    change = next(r for r in rows if r["since"] == "phase1" and r["group"] == "phase1 en")
-    assert float(change["low"]) == done.table["changes"][0]["groups"]["phase1 en"]["low"]
+    (change,) = [r for r in rows if r["measure"] == "nll change" and r["since"] == "phase1" and r["language"] == "en"]
+    known = done.table["changes"][0]["groups"]["phase1 en"]
+    assert [float(change[key]) for key in ("value", "low", "high", "rows")] == [
+        known[key] for key in ("value", "low", "high", "rows")
+    ]
+    assert (change["arm"], change["seed"], change["stage"]) == ("replayed", "0", "phase2")
     cost = list(csv.DictReader((folder / "cost.csv").open()))
     assert {r["step"] for r in cost} == {stage.step for stage in done.stages.values()}
-    assert sum(float(r["seconds"]) for r in cost) == pytest.approx(api.cost(done)["seconds"])
-    layers = list(csv.DictReader((runs / "plain-s0" / "report" / "tables" / "layers.csv").open()))
-    assert [r["phase2 frozen"] for r in layers] == ["False"] * 3
-    layers = list(csv.DictReader((runs / "frozen" / "report" / "tables" / "layers.csv").open()))
-    assert [r["phase2 frozen"] for r in layers] == ["True", "True", "False"]
-    assert [float(r["phase2 change"]) > 0 for r in layers] == [False, False, True]
+    seconds = [float(r["value"]) for r in cost if r["measure"] == "seconds"]
+    assert sum(seconds) == pytest.approx(api.cost(done)["seconds"])
+    assert [r["frozen"] for r in changes_of_layers(runs / "plain-s0")] == ["False"] * 3
+    layers = changes_of_layers(runs / "frozen")
+    assert [r["frozen"] for r in layers] == ["True", "True", "False"]
+    assert [float(r["value"]) > 0 for r in layers] == [False, False, True]
+
+
+def changes_of_layers(run: Path) -> list[dict]:
+    rows = csv.DictReader((run / "report" / "tables" / "layers.csv").open())
+    return [row for row in rows if row["stage"] == "phase2"]
 
 
 def test_the_change_of_a_layer_is_the_norm_of_its_delta(arms, runs):
@@ -151,8 +222,7 @@ def test_the_change_of_a_layer_is_the_norm_of_its_delta(arms, runs):
         if ".layers.2." in name and "lora_A" in name:
             delta = config["lora_alpha"] / config["r"] * weights[name.replace("lora_A", "lora_B")].double() @ a.double()
             total += float(torch.linalg.norm(delta)) ** 2
-    layers = list(csv.DictReader((runs / "frozen" / "report" / "tables" / "layers.csv").open()))
-    assert float(layers[2]["phase2 change"]) == pytest.approx(total**0.5, rel=1e-6)
+    assert float(changes_of_layers(runs / "frozen")[2]["value"]) == pytest.approx(total**0.5, rel=1e-6)
 
 
 def test_the_same_run_gives_the_same_bytes(arms, runs, tmp_path):
@@ -425,7 +495,16 @@ def evaluated(evidence, ea, ma, limit=10):
     """A run as it is once its last phase and its base are evaluated on two tasks."""
     names = {"hellaswag": "en", "xquad_es": "es"}
     tasks = [
-        {"task": task, "lang": lang, "metric": "acc", "items": 10, "shots": 0, "limit": limit, "max_new_tokens": None}
+        {
+            "task": task,
+            "lang": lang,
+            "metric": "acc",
+            "items": 10,
+            "shots": 0,
+            "limit": limit,
+            "max_new_tokens": None,
+            "higher_is_better": True,
+        }
         for task, lang in names.items()
     ]
 
@@ -442,11 +521,16 @@ def evaluated(evidence, ea, ma, limit=10):
              "stages": [stage("base", 0.5, 0.1), stage("phase2", ea, ma)]}  # fmt: skip
     language = {"right": 0.75, "told": 4, "rows": 4, "mean_tokens": 5.0, "unfinished": 0.0}
     asked = {"data": "d", "prompts": limit, "max_new_tokens": 64}
-    cell = {"stage": "phase2", "name": "phase2", "precision": "NF4", "languages": {"es": language}, "asked": asked}
+    cells = [
+        {"stage": name, "name": name, "precision": "NF4", "task": "fidelity", "languages": {"es": language},
+         "asked": asked}
+        for name in ("base", "phase2")
+    ]  # fmt: skip
     stages = dict(evidence.run.stages)
     for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
-        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}
-    abilities = {"tables": [table], "fidelity": [cell], "alpaca_eval": []}
+        tasks_of = (*names, "fidelity")
+        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in tasks_of}
+    abilities = {"tables": [table], "fidelity": cells, "alpaca_eval": []}
     return replace(
         evidence, run=replace(evidence.run, stages=stages, table={**evidence.run.table, "abilities": abilities})
     )
@@ -468,8 +552,15 @@ def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, 
     assert tables["task-changes"].rows[0][1:3] == (
         "phase2 since base\n[95% intervals, 2 together]", "-20.0\n[-20.0, +10.0]",
     )  # fmt: skip
-    assert tables["fidelity"].rows[0][2] == "75% of 4 in it\n5 tokens, 0% unfinished"
+    assert tables["fidelity"].rows[0][1:] == ("all", "75% of 4 in it\n5 tokens, 0% unfinished")
+    assert len(tables["fidelity"].rows) == 5  # the base once, and what the last phase of each run left
     assert "pareto-tasks" in {figure.name for figure in document.figures()}
+    assert tables["tasks"].head[2] == "hellaswag \u2191\nacc, 10 items"
+    in_spanish = [row for row in tidy_table(tables["tasks"]) if row["rows_of"] == "xquad_es"]
+    assert {(row["arm"], row["language"], row["measure"]) for row in in_spanish} == {
+        (arm, "es", "acc") for arm in ("plain", "frozen", "replayed")
+    }
+    assert in_spanish[0]["value"] == 0.1
     # Other settings stand in a table of their own, and no plot is made of both.
     found[-1] = evaluated(api.evidence("replayed", runs), 0.2, 0.1, limit=20)
     document = build_report(arms_of(found))
@@ -503,6 +594,33 @@ def test_show_tells_the_cost(arms, runs, qcft):
     assert code == 0
     assert re.search(r"^9 steps done in .*peak memory .* GiB; .* MB on disk\.$", out, re.MULTILINE)
     assert json.loads(qcft("show", "frozen", "--runs", runs, "--json")[1])["cost"]["steps"] == 9
+
+
+BROWSER = """#!/bin/sh
+printf '%s' "$1" > "$(dirname "$0")/opened"
+echo noise
+"""
+
+
+def test_report_opens_the_page_in_the_browser(arms, runs, tmp_path, qcft, monkeypatch, capfd):
+    browser = tmp_path / "browser"
+    browser.write_text(BROWSER)
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    monkeypatch.setattr("webbrowser._tryorder", None)  # which browsers there are is found once in a process
+    code, out, error = qcft("report", "frozen", "--runs", runs, "--to", "a folder", "--open", "--json")
+    assert (code, "next:" in error) == (0, False)
+    assert json.loads(out)["page"] == "a folder/report.html"
+    assert (tmp_path / "opened").read_text() == (tmp_path / "a folder" / "report.html").as_uri()
+
+
+def test_report_says_where_no_browser_can_be_opened(arms, runs, tmp_path, qcft, monkeypatch):
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    code, out, error = qcft("report", "frozen", "--runs", runs, "--to", "out", "--open")
+    assert (code, "out/report.html" in out.splitlines()) == (0, True)
+    assert "no browser could be opened: there is no display" in error
+    assert "next: open out/report.html in a browser" in error
 
 
 @pytest.mark.parametrize("names", [["nope"], ["frozen", "nope"]])

@@ -1,5 +1,6 @@
 """Parts of the report on their own: the answer's words, the looks of plots, text that is no text."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,11 @@ from qcft.report.arms import Arm, Evidence
 from qcft.report.cells import conclusion
 from qcft.report.document import Answer, Document, Sample, Section, Table
 from qcft.report.languages import language_name
-from qcft.report.plots import look
+from qcft.report.layers import _bars
+from qcft.report.page import HEAD, shortened, to_page
+from qcft.report.plots import WIDE, WIDTH, _canvas, label, look
 from qcft.report.standing import Standing, Verdict
+from qcft.report.tidy import COLUMNS, tidy_table
 from qcft.report.verdict import verdict_in_words
 from qcft.report.write import write_report
 from qcft.store.results import Run, Stage
@@ -147,6 +151,83 @@ def test_control_characters_of_an_answer_are_shown_and_not_written(tmp_path):
         text = (tmp_path / name).read_text()
         assert not [c for c in text if (ord(c) < 32 and c != "\n") or c == "\u202e"]
         assert "a\\x00b\\x1b" in text.replace("\\\\", "\\")
+
+
+LONG = "Once upon a time there was a passage. " * 20 + "Who said so?"
+
+
+def test_long_texts_are_shortened_and_not_lost():
+    assert shortened("short\n" * 9) == ""
+    head, end = shortened(LONG, 20).split(" … ")
+    assert LONG.startswith(head)
+    assert len(head) <= HEAD
+    assert (end, len(end)) == (LONG[-20:], 20)
+    many = "\n".join("abcdefghijklmnopqrst")
+    assert shortened(many) == many[:13] + " …"
+    assert shortened("ab" * 400, 3) == "ab" * (HEAD // 2) + " … bab"
+    page = to_page(Document("t", "q", "a", (Section("s", "S", (Sample(LONG, "en", (Answer("x", many, False),)),)),)))
+    assert page.count(f">{LONG}</p>") == 1
+    assert page.count(f">{many}<span") == 1
+    assert page.count("<summary>show all</summary>") == 2
+    assert "download" not in page  # a page alone has no files beside it
+
+
+def test_a_tidy_table_has_one_number_a_row():
+    own = {"english_value": 0.5, "english_low": 0.4, "english_high": 0.6, "english_rows": 16}
+    record = {
+        "arm": "one",
+        "seed": 1,
+        "lang": "es",
+        "front": True,
+        "nll": 2.0,
+        "none": None,
+        **own,
+        "value": 0,
+        "low": -1,
+    }
+    rows = tidy_table(Table("t", "", (), (), (record,), measure="change"))
+    assert [*rows[0]] == [*COLUMNS, "front", "rows"]
+    assert [(row["measure"], row["value"], row["low"], row["high"], row["rows"]) for row in rows] == [
+        ("nll", 2.0, None, None, None), ("english", 0.5, 0.4, 0.6, 16), ("change", 0, -1, None, None)
+    ]  # fmt: skip
+    assert {(row["arm"], row["seed"], row["language"], row["front"]) for row in rows} == {("one", 1, "es", True)}
+    words = {"what": "python", "value": "3.11"}
+    assert tidy_table(Table("t", "", (), (), (words,))) == [words]
+
+
+@pytest.mark.parametrize("width", [WIDTH, WIDE])
+def test_the_titles_and_names_of_axes_are_whole(width):
+    """However long: within the figure, and none on another."""
+
+    def body(axes):
+        axes.barh(range(3), [1, 2, 3])
+        names = ["a", "an arm with a name that is much too long for a plot, and another arm", "c"]
+        axes.set_yticks(range(3), names)
+        label(axes, "tokens, of which there are more than this plot is wide " * 2, "English NLL, nats per answer token")
+
+    canvas = _canvas(body, width, 2.4, 1)
+    canvas.draw_without_rendering()
+    (axes,) = canvas.axes
+    for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_yticklabels()):
+        box = text.get_window_extent()
+        assert box.x0 >= -1
+        assert box.x1 <= canvas.bbox.x1 + 1
+        assert box.y0 >= -1
+        assert box.y1 <= canvas.bbox.y1 + 1
+    lower, middle, upper = (text.get_window_extent() for text in axes.get_yticklabels())
+    assert lower.y1 <= middle.y0
+    assert middle.y1 <= upper.y0
+
+
+def test_a_legend_stands_beside_a_wide_plot_and_close_under_a_narrow_one():
+    """No mark outside the axes takes room between them: a phase without frozen layers once did."""
+    changes = {"phase1": {0: 1.0, 1: 1.0}, "phase2": {1: 1.0}}
+    figure = _bars(changes, {"phase1": [], "phase2": [0]}, 2)
+    heights = [float(re.search(r'<svg[^>]* height="([\d.]+)pt"', svg)[1]) for svg in (figure.svg, figure.wide)]
+    assert heights[0] > heights[1]
+    axis = re.compile(r'<g id="patch_2">\s*<path d="M [\d.]+ ([\d.]+)')  # the axes' lower left corner
+    for svg, height, most in zip((figure.svg, figure.wide), heights, (90, 45), strict=True):
+        assert height - float(axis.search(svg)[1]) < most
 
 
 def test_a_table_takes_its_head_from_its_rows_and_knows_which_columns_are_text():

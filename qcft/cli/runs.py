@@ -204,18 +204,24 @@ def report(
         Path | None,
         typer.Option("--to", "-o", metavar="DIR", help="Folder to write.", show_default="the run's own, or report"),
     ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
     """Write the report of a run, or of several side by side: one page, Markdown, plots and tables as files."""
     from qcft import api
     from qcft.terminal import tables
+    from qcft.terminal.browser import open_page
 
     def printed(written: ReportWritten) -> None:
         tables.print_answer(written["question"], written["answer"])
         tables.print_lines([written["page"]])
 
     written = show_work(lambda watch: api.report(names or [], runs, watch, to), printed, json_)
+    if open_ and open_page(Path(written["page"])):
+        return
+    if open_:
+        tables.say("no browser could be opened: there is no display, or BROWSER names none that runs", "yellow")
     tables.next_step(f"open {written['page']} in a browser")
 
 

@@ -54,6 +54,11 @@ class Row:
         """The whole conversation, in order."""
         return self.prompt + self.completion
 
+    @property
+    def reference(self) -> str | None:
+        """The row's own answer to its prompt; None where it has none."""
+        return self.completion[0].content if self.completion else None
+
     @cached_property
     def prompt_digest(self) -> str:
         """Digest of what the user said first (a system turn left aside)."""

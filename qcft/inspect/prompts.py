@@ -34,7 +34,7 @@ class Question:
     @property
     def reference(self) -> str | None:
         """The held-out row's answer."""
-        return self.row.completion[0].content if self.row.completion else None
+        return self.row.reference
 
 
 def prompt_text(text: str, what: str = "the prompt") -> str:

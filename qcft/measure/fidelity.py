@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 from qcft.data.filters import identified, known_languages
+from qcft.data.rows import Row
 from qcft.models.generate import Answer
-from qcft.store.metrics import AnsweredIn
+from qcft.store.metrics import AnsweredIn, JudgedAnswer
 
 
-class JudgedAnswer(TypedDict):
-    """One answer, the language it was `found` to be in, and whether that is the `right` one."""
-
-    prompt: str
-    text: str
-    tokens: int
-    finished: bool
-    found: str | None
-    right: bool | None
-
-
-def judge_answer(prompt: str, answer: Answer, lang: str) -> JudgedAnswer:
-    """An answer to a prompt in a language: `right` is whether it is in that language, None where it is too short to
-    tell, or the language is none that can be told."""
+def judge_answer(row: Row, answer: Answer, lang: str) -> JudgedAnswer:
+    """An answer to a row's prompt in a language: `right` is whether it is in that language, None where it is too short
+    to tell, or the language is none that can be told."""
     found, wanted = identified(answer.text), lang.split("-")[0]
     right = None if found is None or wanted not in known_languages() else found == wanted
     return {
-        "prompt": prompt,
+        "prompt": row.prompt[-1].content,
         "text": answer.text,
         "tokens": answer.tokens,
         "finished": answer.finished,
         "found": found,
         "right": right,
+        "reference": row.reference,
     }
 
 

@@ -13,13 +13,14 @@ from qcft.report.layers import layers_section
 from qcft.report.mix import mix_section
 from qcft.report.pareto import ability_section, question_and_answer
 from qcft.report.repeat import arms_section, repeat_section
-from qcft.report.samples import samples_section
+from qcft.report.samples import before_section, samples_section
 from qcft.report.similarity_section import similarity_section
 from qcft.report.stages import stages_section
 from qcft.report.suites import suites_section
 from qcft.report.training import training_section
 
 SECTIONS: tuple[Callable[[Sequence[Arm]], Section | None], ...] = (
+    before_section,
     ability_section,
     arms_section,
     suites_section,

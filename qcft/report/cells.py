@@ -37,7 +37,7 @@ def change_rows(table: StagesTable) -> list[dict[str, str]]:
             )
         if answers:
             start, end = answers[change["from"]]["mean_tokens"], answers[change["to"]]["mean_tokens"]
-            line[_answers_title(answers)] = f"{end - start:+.0f} tokens"
+            line[_answers_title(answers)] = f"{round(end - start):+} tokens"
         lines.append(line)
     return lines
 

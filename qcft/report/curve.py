@@ -11,7 +11,7 @@ from qcft.report.arms import Arm, members
 from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.equal_gain import equal_gain_tables
-from qcft.report.plots import INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
+from qcft.report.plots import INK, LOWER, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, mean_of
 from qcft.store.metrics import AnswerLengths, DeltaAmount, DialMetrics
 
@@ -82,7 +82,11 @@ def dial_section(arms: Sequence[Arm]) -> Section | None:
                 blocks.append(_curve(points, file, what))
                 if any("by" in point for point in points):
                     blocks.append(_plane(points, f"{file}-layers", what))
-                blocks.append(Table.of(file, f"The dial of {what}", curve_rows(points), _flat(points)))
+                blocks.append(
+                    Table.of(
+                        file, f"The dial of {what}: NLL (\u2193 lower is better)", curve_rows(points), _flat(points)
+                    )
+                )
     blocks += equal_gain_tables(arms)
     return Section("dial", "English and the languages at each scale of a delta", tuple(blocks)) if blocks else None
 
@@ -111,7 +115,7 @@ def _curve(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
                     [scale for scale, _ in line], [nll for _, nll in line], label=AVERAGES[key], color=own.colour,
                     marker=own.marker, linestyle=own.line,
                 )  # fmt: skip
-        label(axes, "scale of the delta", "NLL, nats per answer token")
+        label(axes, "scale of the delta", f"{UNIT}\n{LOWER}")
 
     return draw(
         name,

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are read; `records` are the same numbers unrounded, a line each, for the CSV file.
+    """Cells as they are read; `records` are the same numbers unrounded, a line each, for `--json` and the CSV file.
 
-    `name` names that file. `words` are the columns that hold text, not numbers; `strong` the rows that stand out.
+    `name` names that file, `measure` says what the `value` of a record is; `values` are the file's rows where they do
+    not follow from the records (report.tidy). `words` are the columns that hold text, not numbers; `strong` the rows
+    that stand out.
     """
 
     name: str
@@ -21,29 +23,36 @@ class Table:
     note: str = ""
     words: tuple[int, ...] = (0,)
     strong: frozenset[int] = frozenset()
+    measure: str = "value"
+    values: tuple[Mapping[str, object], ...] = ()
 
     @classmethod
     def of(
         cls, name: str, caption: str, rows: Sequence[Mapping[str, str]], records: Iterable[Mapping[str, object]],
-        note: str = "", words: Iterable[str] = (), strong: Iterable[int] = (),
+        note: str = "", words: Iterable[str] = (), strong: Iterable[int] = (), measure: str = "value",
+        values: Iterable[Mapping[str, object]] = (),
     ) -> Table:  # fmt: skip
         """A table of rows that say each cell's title; the first column, `of`, `change` and `words` hold text."""
         head = tuple(rows[0]) if rows else ()
         text = {*head[:1], "of", "change", *words}
         places = tuple(i for i, title in enumerate(head) if title in text)
         cells = tuple(tuple(row.values()) for row in rows)
-        return cls(name, caption, head, cells, tuple(records), note, places, frozenset(strong))
+        return cls(
+            name, caption, head, cells, tuple(records), note, places, frozenset(strong), measure, tuple(values)
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: `svg` and `png` are its files, `alt` says what it shows to those who can't see it."""
+    """A plot: `svg` and `png` are its files, `wide` the SVG for wide screens, `alt` says what it shows to those who
+    can't see it."""
 
     name: str
     caption: str
     alt: str
     svg: str
     png: bytes = field(repr=False)
+    wide: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Samples under a title, which a reader can open and close; `is_open` at first."""
+
+    title: str
+    samples: tuple[Sample, ...]
+    is_open: bool
+
+
+@dataclass(frozen=True)
 class Listing:
     """A file's text, word for word, in `language` (yaml, sh)."""
 
@@ -80,7 +98,7 @@ class Prose:
     sentences: tuple[str, ...]
 
 
-Block = Table | Figure | Sample | Listing | Prose
+Block = Table | Figure | Sample | Fold | Listing | Prose
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
         full, gain = standing.lost, _mean([run.full for run in runs])
         cells = {
             "arm": standing.arm.name,
-            "gain of the full delta": f"{gain:.3f}",
-            f"English, since {standing.since}": _cell(full),
+            "gain of the full delta \u2191": f"{gain:.3f}",
+            f"English \u2193, since {standing.since}": _cell(full),
             f"at {SHARE:.0%} of its gain": _cell(at_own),
         }
         rows.append({**cells, **({f"at {SHARE:.0%} of {of}'s gain": _cell(at_equal)} if several else {})})
@@ -83,7 +83,9 @@ def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
         f"(below zero: the arm has more English). The 95% intervals of all {several.compared} pairs hold together, "
         f"over {basis(several)}."
     )
-    return Table.of("equal-gain-pairs", "English at an equal gain, arm against arm", rows, records, note)
+    return Table.of(
+        "equal-gain-pairs", "English at an equal gain, arm against arm", rows, records, note, measure="english"
+    )
 
 
 def _runs(standing: Standing, english: Sequence[str], others: Sequence[str]) -> list[_Run]:

@@ -37,7 +37,7 @@ def layers_section(arms: Sequence[Arm]) -> Section | None:
     blocks: list[Block] = [(_bars if len(arms) == 1 else _map)(columns, frozen, count)]
     seeds = len(arms) > 1 and any(len(arm.runs) > 1 for arm in arms)
     note = " Of each arm's first seed." if seeds else ""
-    blocks.append(_table(columns, frozen, count, _measured(first) if len(arms) == 1 else {}, note))
+    blocks.append(_table(columns, frozen, count, _measured(first) if len(arms) == 1 else {}, note, len(arms) > 1))
     return Section("layers", "Layer by layer", tuple(blocks))
 
 
@@ -78,13 +78,12 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
                 places, [changes.get(layer, 0.0) for layer in range(count)], wide, label=name,
                 color=look(i).colour, hatch=look(i).hatch, edgecolor=PAPER, linewidth=0.4,
             )  # fmt: skip
-        shown: set[str] = set()
         for i, (name, layers) in enumerate(frozen.items()):
-            axes.plot(
-                layers, [0] * len(layers), linestyle="", marker="+x*1"[i % 4], markersize=5, color=INK, clip_on=False,
-                label=f"frozen in {name}" if layers and name not in shown else None, zorder=4,
-            )  # fmt: skip
-            shown.add(name)
+            if layers:  # marks that there are none of would make the layout leave room under the axes
+                axes.plot(
+                    layers, [0] * len(layers), linestyle="", marker="+x*1"[i % 4], markersize=5, color=INK,
+                    clip_on=False, label=f"frozen in {name}", zorder=4,
+                )  # fmt: skip
         axes.set_xlim(-0.7, count - 0.3)
         label(axes, "decoder layer", "norm of change")
 
@@ -141,22 +140,30 @@ def _table(
     count: int,
     snr: Mapping[int, float],
     note: str,
+    of_arms: bool,
 ) -> Table:
     most = max(max(changes.values()) for changes in columns.values())
     places = 3 if most >= 0.1 else 6
     rows, records = [], []
+    values: list[dict[str, object]] = []
     for layer in range(count):
         cells = [str(layer)]
         record: dict[str, object] = {"layer": layer}
         for name, changes in columns.items():
-            cells.append("frozen" if layer in frozen[name] else f"{changes.get(layer, 0.0):.{places}f}")
-            record |= {f"{name} change": changes.get(layer, 0.0), f"{name} frozen": layer in frozen[name]}
+            change, still = changes.get(layer, 0.0), layer in frozen[name]
+            cells.append("frozen" if still else f"{change:.{places}f}")
+            record |= {f"{name} change": change, f"{name} frozen": still}
+            own = {"arm" if of_arms else "stage": name, "measure": "norm of change", "value": change}
+            values.append({**own, "layer": layer, "frozen": still})
         if snr:
-            cells.append(noise_ratio(snr.get(layer)))
-            record["snr"] = snr.get(layer)
+            ratio = snr.get(layer)
+            cells.append(noise_ratio(ratio))
+            record |= {"snr": ratio}
+            values.append({"measure": "signal to noise", "value": ratio, "layer": layer})
         rows.append(tuple(cells))
         records.append(record)
     head = ("layer", *columns, *(("signal to noise",) if snr else ()))
     note = f"||s B A||_F over the layer's adapted modules.{note}"
     note += " Signal to noise: the mean of the layer's modules, before the phase." if snr else ""
-    return Table("layers", "Norm of the change in each layer", head, tuple(rows), tuple(records), note)
+    title = "Norm of the change in each layer"
+    return Table("layers", title, head, tuple(rows), tuple(records), note, values=tuple(values))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from qcft.report.document import Block, Document, Figure, Listing, Prose, Sample, Table
+from qcft.report.document import Block, Document, Figure, Fold, Listing, Prose, Sample, Table
 
 
 def to_markdown(document: Document) -> str:
@@ -37,6 +37,8 @@ def _block(block: Block) -> str:
         case Sample():
             answers = (f"- {line(a.stage)}: {line(a.text)}{'' if a.finished else ' ...'}" for a in block.answers)
             return "\n".join((f"**{line(block.prompt)}**\n", *answers))
+        case Fold():
+            return "\n\n".join((f"### {line(block.title)}", *map(_block, block.samples)))
         case Listing():
             return f"{line(block.caption)}:\n\n{fenced(block.text, block.language)}"
         case Prose():

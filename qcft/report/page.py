@@ -1,4 +1,7 @@
-"""A report as one HTML page that needs nothing beside it: no script, no network, every text escaped."""
+"""A report as one HTML page that needs nothing beside it: no script, no network, every text escaped.
+
+Its links to the tables and plots as files work where these are beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from qcft.report.document import Document
 from qcft.report.plots import inline_svg
 
 HERE = Path(__file__).parent
+LONG, LINES = 360, 9  # characters and lines of a text that is shown whole
+HEAD = 220  # characters of a longer one that are shown at first
 
 
-def to_page(document: Document) -> str:
-    """The report as HTML."""
+def to_page(document: Document, files: bool = False) -> str:
+    """The report as HTML. `files`: whether it links to the tables and plots that `write_report` writes beside it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -24,9 +29,23 @@ def to_page(document: Document) -> str:
     environment.tests["a"] = _is_a
     environment.globals |= {
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704
-        "inline": lambda figure: Markup(inline_svg(figure)),  # noqa: S704
+        "inline": lambda figure, wide=False: Markup(inline_svg(figure, wide)),  # noqa: S704
+        "shortened": shortened,
     }
-    return environment.get_template("page.html").render(document=document)
+    return environment.get_template("page.html").render(document=document, files=files)
+
+
+def shortened(text: str, tail: int = 0) -> str:
+    """How a long text begins, and its last `tail` characters, where a prompt may have its question; empty for a text
+    that is shown whole."""
+    lines = text.strip().split("\n")
+    if len(text) <= LONG and len(lines) <= LINES:
+        return ""
+    head = "\n".join(lines[: LINES - 2])
+    if len(head) > HEAD:
+        head = head[:HEAD].rsplit(None, 1)[0]
+    end = text.strip()[len(head) :][-tail:] if tail else ""
+    return f"{head} … {end}".strip()
 
 
 def _is_a(block: Any, kind: str) -> bool:

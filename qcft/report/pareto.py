@@ -10,7 +10,7 @@ from qcft.measure.stats import Difference
 from qcft.report.arms import Arm, Evidence, members, whose
 from qcft.report.cells import basis, bracket, conclusion, listed, stage_name
 from qcft.report.document import Figure, Section, Table
-from qcft.report.plots import FAINT, INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
+from qcft.report.plots import BETTER, FAINT, INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
 from qcft.report.standing import ENGLISH, NEAR, Standing, english_pairs, front, mean_of, standings, verdict
 from qcft.report.suites import last_averages
 from qcft.report.verdict import ONE_RUN, became, verdict_in_words
@@ -92,7 +92,7 @@ def _pareto_of_tasks(places: Mapping[str, Sequence[tuple[float, float]]]) -> Fig
         percent = {name: [(100 * ea, 100 * ma) for ea, ma in runs] for name, runs in places.items()}
         _scatter(axes, percent, front(means))
         axes.margins(0.12)
-        label(axes, "MA: tasks in other languages, %", "EA: English tasks, %")
+        label(axes, f"MA: tasks in other languages, %, {BETTER}", f"EA: English tasks, %\n{BETTER}")
 
     return draw(
         "pareto-tasks",
@@ -174,11 +174,11 @@ def _table(found: Sequence[Standing]) -> Table:
             {
                 "arm": one.arm.name + ("\u00a0*" if one.front else ""),
                 "runs": str(len(one.english)),
-                f"EA: English{seeds}": _level(one.place[0], one.english),
-                f"MA: other languages{seeds}": _level(one.place[1], one.others),
-                f"change of English\n[95% interval over {interval}]": _change(one.lost, f" since {one.since}"),
-                f"change since the base\n[95% interval over {interval}]": _change(one.gained),
-                **({f"English like that trained on\n[95% interval over {interval}]": _change(one.lost_trained)}
+                f"EA: English \u2193{seeds}": _level(one.place[0], one.english),
+                f"MA: other languages \u2193{seeds}": _level(one.place[1], one.others),
+                f"change of English \u2193\n[95% interval over {interval}]": _change(one.lost, f" since {one.since}"),
+                f"change since the base \u2193\n[95% interval over {interval}]": _change(one.gained),
+                **({f"English like that trained on \u2193\n[95% interval over {interval}]": _change(one.lost_trained)}
                    if one.lost_trained else {}),
             }
         )  # fmt: skip
@@ -190,8 +190,8 @@ def _table(found: Sequence[Standing]) -> Table:
             for run, ea, ma in zip(one.arm.runs, one.english, one.others, strict=True)
         ]
     note = (
-        f"Mean {UNIT}, over all tokens of all rows, lower is better. Changes are means over an arm's runs, each "
-        f"interval by itself: English {basis(found[0].lost)}, other languages {basis(found[0].gained)}. "
+        f"Mean {UNIT}, over all tokens of all rows, lower is better (\u2193). Changes are means over an arm's runs, "
+        f"each interval by itself: English {basis(found[0].lost)}, other languages {basis(found[0].gained)}. "
         f"{'' if several else f'{ONE_RUN}. '}* No other arm is better at both. The answer is about the "
         f"arm with the most English among those with at least {NEAR:.0%} of the largest gain."
     )
@@ -222,7 +222,9 @@ def _pairs(found: Sequence[Standing]) -> Iterator[Table]:
         f"{UNIT}; {basis(some)}. Where all arms are equal, the chance that any of the intervals "
         f"({some.compared}, which hold together) excludes zero is 5%. {'' if several else f'{ONE_RUN}.'}"
     )
-    yield Table.of("comparisons", "English, arm against arm", rows, records, note.strip(), words=("told apart",))
+    yield Table.of(
+        "comparisons", "English, arm against arm", rows, records, note.strip(), words=("told apart",), measure="english"
+    )
 
 
 def _change(change: Difference, since: str = "") -> str:

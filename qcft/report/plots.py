@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,16 +19,21 @@ from qcft.safe import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 INK, FAINT, PAPER = "#1b1b1e", "#8a8a90", "#fefefe"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a8528c", "#b07c00", "#4a4a52")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo", "----")
-LEGEND_ROW = 0.21  # inches
+HATCHES = ("", "///", "..", "xx", "\\\\\\", "++", "o", "--")  # a dot is as many bytes of SVG as fifty lines
+LEGEND_ROW, NAME_ROW = 0.21, 0.15  # inches
 WIDTH = 4.8  # inches: as wide as a phone, so that text stays readable there
-PNG_DPI = 200
+WIDE = 9.6  # inches: as wide as the page on a desk, with text of the same size
+PNG_DPI = 400
+LONGEST = 40  # letters of a line in a legend
+NAMES = 0.35  # of the width: what names beside the y-axis may take before they are wrapped
 UNIT = "NLL, nats per answer token"
+BETTER, LOWER = "better \u2192", "\u2190 better"  # at the end of an axis' title: along the axis, a y-axis' upwards
 
 # The page gives these colours its own, by the reader's choice of dark or light.
 ON_PAGE = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
@@ -87,30 +93,78 @@ def draw(
     """A plot that `body` draws on the axes it is given, or on several that share what is across; `height` in inches, a
     legend apart.
 
-    Equal drawings give equal bytes.
+    It is drawn twice, for a phone (also the files) and for a wide page. Equal drawings give equal bytes.
     """
     import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
 
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in the PNG; the SVG's reader has other fonts
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # a label longer than the plot is wide
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
-        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
-        body(canvas.subplots(panels, sharex=True))
-        svg, png = io.BytesIO(), io.BytesIO()
-        unsigned = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no dates, no versions
-        canvas.savefig(svg, format="svg", metadata=unsigned)
+        canvas = _canvas(body, WIDTH, height, panels)
+        svg, png = _svg(canvas), io.BytesIO()
         canvas.set_layout_engine("none")  # laid out already
         canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return Figure(name, caption, alt, plain(svg.getvalue().decode()), png.getvalue())
+        return Figure(name, caption, alt, svg, png.getvalue(), _svg(_canvas(body, WIDE, height, panels)))
 
 
-def inline_svg(figure: Figure) -> str:
+def _canvas(body: Callable[[Any], None], width: float, height: float, panels: int) -> Canvas:
+    from matplotlib.figure import Figure as NewCanvas
+
+    canvas = NewCanvas(figsize=(width, height), layout="constrained")
+    body(canvas.subplots(panels, sharex=True))
+    for wrap in (_wrap_names, _wrap_across, _wrap_up):  # in this order: each leaves the axes another size
+        canvas.draw_without_rendering()
+        for axes in canvas.axes:
+            wrap(axes)
+    return canvas
+
+
+def _svg(canvas: Canvas) -> str:
+    svg = io.BytesIO()
+    unsigned = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # no dates, no versions
+    canvas.savefig(svg, format="svg", metadata=unsigned)
+    return plain(svg.getvalue().decode())
+
+
+def _wrap_names(axes: Axes) -> None:
+    """Wrap names beside the y-axis that take too much of the width; the figure grows by their lines."""
+    figure: Any = axes.figure
+    names, room = axes.get_yticklabels(), NAMES * figure.bbox.width
+    wrapped = [_wrapped(one.get_text(), one.get_window_extent().width, room) for one in names]
+    if wrapped != [one.get_text() for one in names]:
+        axes.set_yticks(axes.get_yticks(), wrapped, fontsize=9)
+        most = max(name.count("\n") for name in wrapped)
+        figure.set_figheight(figure.get_figheight() + NAME_ROW * most * len(wrapped))
+
+
+def _wrap_across(axes: Axes) -> None:
+    """Wrap the x-axis' title where it is longer than the axis, which wrapping the other title may make shorter."""
+    title = axes.xaxis.label
+    title.set_text(_wrapped(title.get_text(), title.get_window_extent().width, 0.9 * axes.bbox.width))
+
+
+def _wrap_up(axes: Axes) -> None:
+    """Wrap the y-axis' title where it is longer than the axis."""
+    title = axes.yaxis.label
+    title.set_text(_wrapped(title.get_text(), title.get_window_extent().height, axes.bbox.height))
+
+
+def _wrapped(text: str, size: float, room: float) -> str:
+    """A text of this size on as many lines as it needs for the room."""
+    if size <= room:
+        return text
+    lines = text.split("\n")
+    width = max(1, int(max(map(len, lines)) * room / size))
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, width))
+
+
+def inline_svg(figure: Figure, wide: bool = False) -> str:
     """A plot as a part of an HTML page: ids that are unique there, colours that follow the page."""
-    svg = figure.svg[figure.svg.index("<svg") :]
-    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{figure.name}-", svg)
+    svg = figure.wide if wide else figure.svg
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{figure.name}-{'wide-' * wide}", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt" height="[\d.]+pt"', r'\1 aria-hidden="true"', svg)
     return re.sub("|".join(ON_PAGE), lambda colour: ON_PAGE[colour[0]], svg)
 
@@ -123,19 +177,25 @@ def label(axes: Axes, across: str, up: str) -> None:
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:
-    """A legend under the axes, where it hides nothing and takes nothing from them: the figure grows by it."""
+    """A legend where it hides nothing: under the axes, by which the figure grows; beside them in a wide figure."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:  # matplotlib leaves out what begins with an underscore
         return
     figure: Any = axes.figure
+    labels = [textwrap.fill(label, LONGEST) for label in labels]
+    if figure.get_figwidth() > WIDTH:
+        figure.set_figheight(max(figure.get_figheight(), LEGEND_ROW * (len(labels) + 2)))
+        figure.legend(handles, labels, loc="outside right upper")
+        return
+    columns = 1 if max(map(len, labels)) > LONGEST * 0.6 else min(columns, len(labels))
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * math.ceil(len(labels) / columns))
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(columns, len(labels)))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def better_up_and_right(axes: Axes) -> None:
     """EA against MA: both rise as NLL falls."""
     axes.margins(0.12)
-    axes.set_xlabel(f"MA: other languages ({UNIT})")
-    axes.set_ylabel("EA: English (NLL)")
+    axes.set_xlabel(f"MA: other languages ({UNIT}), {BETTER}")
+    axes.set_ylabel(f"EA: English\nNLL, {BETTER}")
     axes.invert_xaxis()
     axes.invert_yaxis()

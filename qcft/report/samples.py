@@ -1,48 +1,119 @@
-"""Answers to the same prompts, stage by stage or arm by arm, side by side."""
+"""Stored answers to the same prompts side by side: before and after the last phase, then stage by stage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from qcft.report.arms import Arm
-from qcft.report.cells import stage_name
-from qcft.report.document import Answer, Sample, Section
+from qcft.recipe import FIDELITY
+from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
+from qcft.report.arms import Arm, Evidence, members
+from qcft.report.cells import listed, stage_name
+from qcft.report.document import Answer, Block, Fold, Prose, Sample, Section
+from qcft.report.languages import language_name
 from qcft.report.standing import ENGLISH
-from qcft.store.metrics import PromptAnswer
+from qcft.store.metrics import JudgedAnswer, PromptAnswer
 
-SAMPLES = 4
+EACH = 2  # prompts of each language before and after
+OPEN = 4  # languages whose answers are open at first
+SAMPLES = 4  # English prompts stage by stage
+Stored = PromptAnswer | JudgedAnswer
+
+
+def before_section(arms: Sequence[Arm]) -> Section | None:
+    """The first prompts in English and in each taught language: the answers that are stored of the stage that the last
+    phase starts from and of its end (of several arms, each one's first run), and the rows' own answers."""
+    stages = _ends(arms)
+    if not stages:
+        return None
+    given = {title: _stored(run, stage) for title, (run, stage) in stages.items()}
+    groups = [g for _, run in members(arms) for g in run.run.table["groups"]]
+    taught = dict.fromkeys(g["lang"] for g in groups if not g["english"] and g["lang"] != "?")
+    blocks: list[Block] = []
+    missing: list[str] = []
+    for lang in (ENGLISH, *taught):
+        samples = _side_by_side({title: found.get(lang, ()) for title, found in given.items()}, lang)[:EACH]
+        if samples:
+            blocks.append(Fold(language_name(lang), samples, len(blocks) < OPEN))
+        elif lang != ENGLISH:
+            missing.append(language_name(lang))
+    if missing:
+        name = arms[0].runs[0].run.name
+        blocks.append(
+            Prose(
+                (
+                    f"No answers in {listed(missing)} are stored. `qcft eval {name} --task {FIDELITY}` stores some for "
+                    f"this page; `qcft compare {name}` prints some, with the rows' own answers.",
+                )
+            )
+        )
+    title = f"Before and after {arms[0].runs[0].recipe.phases[-1].name}"
+    return Section("before", title, tuple(blocks)) if blocks else None
 
 
 def samples_section(arms: Sequence[Arm]) -> Section | None:
-    """The first prompts with every stage's answers; of several arms, the last stage's of each one's first run."""
-    given = _given(arms)
-    first = next(iter(given.values()), {})
-    samples = []
-    for key, entry in list(first.items())[:SAMPLES]:
-        answers = tuple(
-            Answer(name, answers[key]["text"], answers[key]["finished"])
-            for name, answers in given.items()
-            if key in answers and answers[key]["prompt"] == entry["prompt"]
+    """The first English prompts with every stage's answers; of several arms, those prompts that are not shown before
+    and after."""
+    if len(arms) == 1:
+        run = arms[0].runs[0]
+        stages = {stage_name(row): (run, row["stage"].removeprefix(PROBES)) for row in run.run.table["stages"]}
+    else:
+        stages = _ends(arms)
+    given = {title: _stored(run, stage).get(ENGLISH, ()) for title, (run, stage) in stages.items()}
+    samples = _side_by_side(given, ENGLISH)[EACH if len(arms) > 1 else 0 : SAMPLES]
+    title = "Greedy answers to held-out English prompts" if len(arms) == 1 else "More answers in English"
+    return Section("answers", title, samples) if samples else None
+
+
+def start_of(run: Evidence) -> str:
+    """The measured stage that a run's last phase starts from: `merged`, `phase1`, `base`."""
+    *earlier, last = run.recipe.phases
+    if not earlier or last.start == "base":
+        return BASE
+    before = earlier[-1].name
+    merged = merged_stage(before, run.recipe.phases[0].name)
+    return merged if last.start == "merged" and PROBES + merged in run.run.stages else before
+
+
+def _ends(arms: Sequence[Arm]) -> dict[str, tuple[Evidence, str]]:
+    """Title -> run and stage: the start of the first arm's last phase, and the end of each arm's. None are given where
+    no end is measured."""
+    first = arms[0].runs[0]
+    after = {
+        f"after: {arm.label(run)}" if len(arms) > 1 else f"after: {run.last.name.removeprefix(PROBES)}": (
+            run,
+            run.recipe.phases[-1].name,
         )
-        samples.append(Sample(entry["prompt"], ENGLISH, answers))
-    return Section("answers", "Greedy answers to held-out English prompts", tuple(samples)) if samples else None
+        for arm in arms
+        if (run := arm.runs[0]).last
+    }
+    start = start_of(first)
+    names = {row["stage"]: row["name"] for row in first.run.table["stages"]}
+    before = {f"before: {names[PROBES + start]}": (first, start)} if PROBES + start in names else {}
+    return before | after if after else {}
 
 
-def _given(arms: Sequence[Arm]) -> dict[str, dict[str, PromptAnswer]]:
-    """Stage or arm -> prompt's key -> answer. Of several arms the first phase, and the last of each one's first run."""
-    found: dict[str, dict[str, PromptAnswer]] = {}
-    for arm in arms:
-        run = arm.runs[0]
-        for row in run.run.table["stages"]:
-            stage = run.run.stages[row["stage"]]
-            name = stage_name(row)
-            if len(arms) > 1:
-                if stage == run.last:
-                    name = arm.label(run)
-                elif stage.name not in {"eval/base", f"eval/{run.recipe.phases[0].name}"}:
-                    continue
-            answers = cast("list[PromptAnswer]", stage.opened.json("answers.json"))
-            if answers:
-                found.setdefault(name, {answer["key"]: answer for answer in answers})
+def _stored(run: Evidence, stage: str) -> dict[str, Sequence[Stored]]:
+    """Language -> the answers of a stage that the run holds, in the order of their prompts."""
+    stages = run.run.stages
+    found: dict[str, Sequence[Stored]] = {}
+    if judged := stages.get(f"{ABILITIES}{stage}/{FIDELITY}"):
+        found |= cast("Mapping[str, list[JudgedAnswer]]", judged.opened.json("answers.json"))
+    if answered := stages.get(PROBES + stage):
+        english = cast("list[PromptAnswer]", answered.opened.json("answers.json"))
+        found |= {ENGLISH: english} if english else {}
     return found
+
+
+def _side_by_side(given: Mapping[str, Iterable[Stored]], lang: str) -> tuple[Sample, ...]:
+    """The prompts of the first stage that has some, with every stage's answer and the row's own."""
+    by_prompt = {title: {answer["prompt"]: answer for answer in answers} for title, answers in given.items()}
+    prompts = next((found for found in by_prompt.values() if found), {})
+    samples = []
+    for prompt in prompts:
+        own = {title: found[prompt] for title, found in by_prompt.items() if prompt in found}
+        answers = [Answer(title, answer["text"] or "(no text)", answer["finished"]) for title, answer in own.items()]
+        references = [text for answer in own.values() if (text := answer.get("reference"))]
+        answers += [Answer("reference", text, finished=True) for text in references[:1]]
+        samples.append(Sample(prompt, lang, tuple(answers)))
+    return tuple(samples)

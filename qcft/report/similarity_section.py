@@ -8,22 +8,25 @@ from typing import cast
 
 from qcft.files import read_sealed
 from qcft.measure.similarity import SimilarityFound, SimilarityRecord
-from qcft.report.arms import Arm, members
+from qcft.report.arms import Arm, members, whose
 from qcft.report.document import Block, Prose, Section, Table
 
 
 def similarity_rows(found: SimilarityFound) -> list[dict[str, str]]:
     """The rows of a table: the two data sets, each language of a side that has several, the scale's pairs."""
+    return [{f"DES by {found['encoder']['name']}": what, **_cells(entry)} for what, entry in _entries(found)]
+
+
+def _entries(found: SimilarityFound) -> list[tuple[str, SimilarityRecord | float]]:
+    """What is compared, and how alike it is; of the paper's pairs the value alone."""
     names = [_short(side["name"]) for side in (found["a"], found["b"])]
-    rows = [(f"{names[0]} - {names[1]}", _cells(found["des"]))]
+    entries: list[tuple[str, SimilarityRecord | float]] = [(f"{names[0]} - {names[1]}", found["des"])]
     for entry in found["languages"]:
         side = _short(entry["of"])
         other = next((name for name in names if name != side), side)
-        rows.append((f"{side}, {entry['lang']} only - {other}", _cells(entry)))
-    for pair, value in (found["scale"]["paper"] or {}).items():
-        rows.append((f"paper: {pair}", {"value": f"{value:.3f}", "95% interval": "", "rows": ""}))
-    rows += [(f"qcft's {word} pair", _cells(entry)) for word, entry in found["scale"]["qcft"].items()]
-    return [{f"DES by {found['encoder']['name']}": what, **cells} for what, cells in rows]
+        entries.append((f"{side}, {entry['lang']} only - {other}", entry))
+    entries += [(f"paper: {pair}", value) for pair, value in (found["scale"]["paper"] or {}).items()]
+    return entries + [(f"qcft's {word} pair", entry) for word, entry in found["scale"]["qcft"].items()]
 
 
 def similarity_section(arms: Sequence[Arm]) -> Section | None:
@@ -36,7 +39,12 @@ def similarity_section(arms: Sequence[Arm]) -> Section | None:
             rows = similarity_rows(found)
             of = f" of {arm.label(run)}" if several else ""
             name = f"similarity-{run.run.name}" if several else "similarity"
-            blocks.append(Table.of(name, f"Similarity of the data{of}", rows, rows, words={"rows"}))
+            values = [
+                {**whose(arm, run), "measure": "DES", "between": what, **_numbers(entry)}
+                for what, entry in _entries(found)
+            ]
+            title = f"Similarity of the data{of}"
+            blocks.append(Table.of(name, title, rows, rows, words={"rows"}, values=values))
             blocks.append(Prose(tuple(found["says"])))
     return Section("similarity", "How alike the phases' instructions are", tuple(blocks)) if blocks else None
 
@@ -46,9 +54,17 @@ def _short(name: str) -> str:
     return ", ".join(str(Path(*Path(part).parts[-2:])) if ":" not in part else part for part in name.split(","))
 
 
-def _cells(entry: SimilarityRecord) -> dict[str, str]:
+def _cells(entry: SimilarityRecord | float) -> dict[str, str]:
+    if isinstance(entry, float):
+        return {"value": f"{entry:.3f}", "95% interval": "", "rows": ""}
     return {
         "value": f"{entry['value']:.3f}",
         "95% interval": f"[{entry['low']:.3f}, {entry['high']:.3f}]",
         "rows": " and ".join(f"{n:,}" for n in entry["rows"]),
     }
+
+
+def _numbers(entry: SimilarityRecord | float) -> dict[str, object]:
+    if isinstance(entry, float):
+        return {"value": entry}
+    return {key: entry[key] for key in ("value", "low", "high")}

@@ -8,6 +8,8 @@ from qcft.report.arms import Arm, Evidence, Member, grouped, members, shared_onc
 from qcft.report.cells import change_rows, conclusion, continual_in_words, stage_rows
 from qcft.report.document import Block, Prose, Section, Table
 
+LOWER_NLL = "NLL (\u2193 lower is better)"
+CAPTION, CHANGE = f"{LOWER_NLL} and token accuracy (\u2191 higher is better)", "nll change"
 NOTE = (
     "Held-out rows: mean NLL in nats per answer token (lower is better) and the share of answer tokens predicted "
     "right. In brackets 95% intervals of changes, each by itself, paired, over rows: bootstrap-t, or Student's t for "
@@ -47,7 +49,7 @@ def _single(arm: Arm, run: Evidence) -> Table:
     levels, changes = stage_rows(run.run.table), change_rows(run.run.table)
     records = ({**record, "arm": run.run.name} for of in (_level_records, _change_records) for record in of(arm, run))
     strong = range(len(levels), len(levels) + len(changes))
-    return Table.of("stages", "Stages and languages", [*levels, *changes], records, NOTE, strong=strong)
+    return Table.of("stages", CAPTION, [*levels, *changes], records, NOTE, strong=strong, measure=CHANGE)
 
 
 def _levels(measured: Sequence[Member], arms: Sequence[Arm], more: str) -> Table:
@@ -58,7 +60,7 @@ def _levels(measured: Sequence[Member], arms: Sequence[Arm], more: str) -> Table
         for stage, cells in zip(run.run.table["stages"], stage_rows(run.run.table), strict=True)
     ]
     records = (record for arm, run in measured for record in _level_records(arm, run))
-    return Table.of(f"stages{more}", "Stages and languages", shared_once(rows, arms), records, NOTE)
+    return Table.of(f"stages{more}", CAPTION, shared_once(rows, arms), records, NOTE)
 
 
 def _changes(measured: Sequence[Member], more: str) -> Iterator[Table]:
@@ -67,7 +69,9 @@ def _changes(measured: Sequence[Member], more: str) -> Iterator[Table]:
     ]
     if rows:
         records = (record for arm, run in measured for record in _change_records(arm, run))
-        yield Table.of(f"changes{more}", "What changed, with 95% intervals", rows, records)
+        yield Table.of(
+            f"changes{more}", f"What changed, with 95% intervals: {LOWER_NLL}", rows, records, measure=CHANGE
+        )
 
 
 def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:

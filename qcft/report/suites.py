@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from qcft.report.arms import Arm, Evidence, grouped, members, shared_once, whose, with_of
+from qcft.report.arms import Arm, Evidence, grouped, members, shared_once, whose
 from qcft.report.cells import continual_in_words
 from qcft.report.document import Block, Prose, Section, Table
 from qcft.report.task_cells import (
@@ -74,19 +74,25 @@ def _answered(arms: Sequence[Arm]) -> list[Answered]:
 
 def _matrix(scored: Sequence[Scored], arms: Sequence[Arm], more: str) -> Table:
     tasks, sides = scored[0][2]["tasks"], sides_of([table for _, _, table in scored])
-    titles = {t["task"]: f"{t['task']}\n{t['metric']}, {t['items']:,} items" for t in tasks}
-    rows, records = [], []
+    arrows = {t["task"]: "\u2191" if t["higher_is_better"] else "\u2193" for t in tasks}
+    titles = {t["task"]: f"{t['task']} {arrows[t['task']]}\n{t['metric']}, {t['items']:,} items" for t in tasks}
+    rows, records, values = [], [], []
     for arm, run, table in scored:
         for stage in table["stages"]:
             key = " ".join(run.run.stages[f"abilities/{stage['stage']}/{task}"].step for task in stage["scores"])
             rows.append((stage["stage"], key, score_row(stage, titles, sides), (arm, run)))
-            records.append(
-                {**whose(arm, run), "stage": stage["stage"], "precision": stage["precision"]}
-                | {task: stage["scores"].get(task) for task in titles}
-                | {side: stage[side] for side in sides}
-            )
+            which = {**whose(arm, run), "stage": stage["stage"], "precision": stage["precision"]}
+            averages = {side: stage[side] for side in sides}
+            records.append(which | {task: stage["scores"].get(task) for task in titles} | averages)
+            values += [
+                {**which, "language": t["lang"], "rows_of": t["task"], "measure": t["metric"], "value": score}
+                for t in tasks
+                if (score := stage["scores"].get(t["task"])) is not None
+            ]
+            values += [{**which, "measure": side, "value": mean} for side, mean in averages.items() if mean is not None]
     note = f"{_settings(scored[0][2])} {NOTE}"
-    return Table.of(f"tasks{more}", "Stages and tasks", shared_once(rows, arms), records, note)
+    title = "Stages and tasks, in percent (\u2191 higher is better)"
+    return Table.of(f"tasks{more}", title, shared_once(rows, arms), records, note, values=values)
 
 
 def _changes(scored: Sequence[Scored], more: str, several: bool) -> Table:
@@ -101,20 +107,20 @@ def _changes(scored: Sequence[Scored], more: str, several: bool) -> Table:
                 | {part: value for part, value in entry.items() if part != "clear"}
                 for key, entry in (change["tasks"] | averages).items()
             ]
-    return Table.of(f"task-changes{more}", "What changed, in points", rows, records)
+    return Table.of(f"task-changes{more}", "What changed, in points", rows, records, measure="score change")
 
 
 def _fidelity(cells: Sequence[Answered], more: str, arms: Sequence[Arm]) -> Table:
     rows = [
-        with_of(row, [(arm, run)], arms)
-        for row, (arm, run, _) in zip(fidelity_rows([cell for _, _, cell in cells]), cells, strict=True)
+        (cell["stage"], run.run.stages[f"abilities/{cell['stage']}/{cell['task']}"].step, row, (arm, run))
+        for row, (arm, run, cell) in zip(fidelity_rows([cell for _, _, cell in cells]), cells, strict=True)
     ]
     records = (
-        {"run": run.run.name, "stage": cell["stage"], "lang": lang, **entry}
-        for _, run, cell in cells
+        {**whose(arm, run), "stage": cell["stage"], "lang": lang, **entry}
+        for arm, run, cell in cells
         for lang, entry in cell["languages"].items()
     )
-    return Table.of(f"fidelity{more}", "The language of answers", rows, records, FIDELITY)
+    return Table.of(f"fidelity{more}", "The language of answers", shared_once(rows, arms), records, FIDELITY)
 
 
 def _settings(table: TasksTable) -> str:

@@ -1,14 +1,20 @@
-"""A run's measurements in long form: one number a row, for pandas and the like."""
+"""Measurements in long form, one number a row, for pandas and the like: a run's, and those of a report's table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qcft.recipe.stages import PROBES
+from qcft.report.document import Table
 from qcft.store.table import Abilities, RunTable
 
 COLUMNS = ("arm", "seed", "stage", "language", "rows_of", "measure", "value", "low", "high")
+
+# Keys of records, with the columns that they fill.
+NAMED = {"lang": "language", "group": "rows_of", "to": "stage", "phase": "stage"}
+NUMBERED = {"seed", "layer", "scale"}  # numbers that say which one, and measure nothing
+BASIS = ("low", "high", "level", "clusters", "seeds", "method", "compared", "rows")  # of an interval
 
 
 def tidy_rows(table: RunTable, arm: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -63,3 +69,39 @@ def _tasks(abilities: Abilities) -> Iterator[Row]:
         for lang, answered in cell["languages"].items():
             if answered["right"] is not None:
                 yield cell["stage"], lang, cell["task"], "answers in their language", answered["right"], None, None
+
+
+def tidy_table(table: Table) -> list[dict[str, object]]:
+    """A table's numbers, one a row: COLUMNS first, then what else says which number it is, and the basis of intervals.
+
+    The records as they are where they hold no numbers.
+    """
+    rows = table.values or [row for record in table.records for row in _melted(record, table.measure)]
+    if not rows:
+        return [_named(record) for record in table.records]
+    more = dict.fromkeys(key for row in rows for key in row if key not in COLUMNS)
+    return [{key: row.get(key) for key in (*COLUMNS, *more)} for row in rows]
+
+
+def _melted(record: Mapping[str, object], measure: str) -> Iterator[dict[str, object]]:
+    """A row for each number of a record; `english_low`, `english_rows` and their like stand beside `english_value`."""
+    numbers = {key: value for key, value in record.items() if key not in NUMBERED and _is_number(value)}
+    parts = {prefix + part for prefix in map(_prefix, numbers) for part in BASIS}
+    which = _named({key: value for key, value in record.items() if key not in parts and key not in numbers})
+    for key, value in numbers.items():
+        if key not in parts:
+            own = {part: record[whole] for part in BASIS if (whole := _prefix(key) + part) in record}
+            name = measure if key == "value" else key.removesuffix("_value")
+            yield {**which, "measure": name, "value": value, **own}
+
+
+def _prefix(key: str) -> str:
+    return key.removesuffix("value") if key == "value" or key.endswith("_value") else f"{key}_"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _named(record: Mapping[str, object]) -> dict[str, object]:
+    return {NAMED.get(key, key): value for key, value in record.items() if value is not None}

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 from qcft.report.ablation import count_against, epochs_in_words, trained_length
 from qcft.report.arms import Arm, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import draw, label, look
+from qcft.report.plots import LONGEST, LOWER, draw, label, look
 from qcft.store.metrics import TrainMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-LONGEST = 40  # letters of a legend's entry
 
 
 class Logged(TypedDict):
@@ -90,7 +88,7 @@ def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figur
             name = "running mean" if len(logged) == 1 else _whose(one, arms)
             axes.plot(tokens, running_mean(losses), linewidth=1.8, label=name if name not in labelled else None, **line)
             labelled.add(name)
-        label(axes, "tokens, thousands", "loss, nats per token")
+        label(axes, "tokens, thousands", f"loss, nats per token\n{LOWER}")
 
     several = " A line for each run of an arm." if len(logged) > len({one.runs[0][0].name for one in logged}) else ""
     return draw(
@@ -122,7 +120,7 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
                 color=own.colour, linestyle=own.line, marker=own.marker,
                 markersize=4, label=arm.label(run),
             )  # fmt: skip
-        label(axes, "tokens, thousands", "English NLL, nats per token")
+        label(axes, "tokens, thousands", f"English NLL\nnats per token, {LOWER}")
 
     return draw(
         f"english-{phase}",

@@ -12,6 +12,7 @@ from qcft.files import write_bytes, write_text
 from qcft.report.document import Document, Table
 from qcft.report.markdown import to_markdown
 from qcft.report.page import to_page
+from qcft.report.tidy import tidy_table
 from qcft.safe import plain
 
 PAGE = "report.html"
@@ -28,17 +29,18 @@ def write_report(folder: Path, document: Document) -> Path:
         write_text(folder / "plots" / f"{figure.name}.svg", figure.svg)
         write_bytes(folder / "plots" / f"{figure.name}.png", figure.png)
     write_text(folder / "report.md", plain(to_markdown(document)))
-    write_text(folder / PAGE, plain(to_page(document)))
+    write_text(folder / PAGE, plain(to_page(document, files=True)))
     return folder / PAGE
 
 
 def to_csv(table: Table) -> str:
-    """A table's numbers, unrounded."""
-    names = list(dict.fromkeys(name for record in table.records for name in record))
+    """A table's numbers, unrounded, one a row (report.tidy)."""
+    rows = tidy_table(table)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(_cell, names))
-    writer.writerows([_cell(record.get(name)) for name in names] for record in table.records)
+    writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
     return text.getvalue()
 
 

@@ -80,6 +80,7 @@ class Measuring(Work[Metrics]):
                 "text": answer.text,
                 "tokens": answer.tokens,
                 "finished": answer.finished,
+                "reference": row.reference,
             }
             for (_, row), answer in zip(prompts, answers, strict=True)
         ]

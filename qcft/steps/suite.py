@@ -14,14 +14,14 @@ from qcft.errors import QcftError, short
 from qcft.files import write_json, write_text
 from qcft.measure.alpaca import alpaca_prompts
 from qcft.measure.catalog import language_of
-from qcft.measure.fidelity import JudgedAnswer, judge_answer, summarise_answers
+from qcft.measure.fidelity import judge_answer, summarise_answers
 from qcft.models.generate import Answer, Sampling, answer_prompts
 from qcft.models.load import free_memory, load_model
 from qcft.models.switch import Switched, can_switch, reads_weights
 from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import ALPACA_EVAL, FIDELITY
 from qcft.steps.step import Bench, Step, Work
-from qcft.store.metrics import AlpacaMetrics, FidelityMetrics, SuiteMetrics, TaskMetrics
+from qcft.store.metrics import AlpacaMetrics, FidelityMetrics, JudgedAnswer, SuiteMetrics, TaskMetrics
 from qcft.words import counted
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ class Suite(Work[SuiteMetrics]):
             encoder = bench.rows.group_encoder(group)
             label = f"{step.title}: {group.lang}"
             answers = _answers(bench, model, encoder, rows, self.asked["max_new_tokens"], label)
-            judged.setdefault(group.lang, []).extend(
-                judge_answer(row.prompt[-1].content, answer, group.lang) for row, answer in answers
-            )
+            judged.setdefault(group.lang, []).extend(judge_answer(row, answer, group.lang) for row, answer in answers)
         write_json(folder / "answers.json", judged)
         return {"task": FIDELITY, "languages": {lang: summarise_answers(rows) for lang, rows in judged.items()}}
 

@@ -50,13 +50,28 @@ class AnswerLengths(TypedDict):
 
 
 class PromptAnswer(TypedDict):
-    """An entry of answers.json: an English prompt by the key of its row, and the greedy answer."""
+    """An entry of answers.json: an English prompt by the key of its row, the greedy answer, and the row's own answer
+    (not in steps of earlier versions)."""
 
     key: str
     prompt: str
     text: str
     tokens: int
     finished: bool
+    reference: NotRequired[str | None]
+
+
+class JudgedAnswer(TypedDict):
+    """An answer in answers.json of a `suite` step, by its prompt's language: the language it was `found` to be in,
+    whether that is the `right` one, and the row's own answer (not in steps of earlier versions)."""
+
+    prompt: str
+    text: str
+    tokens: int
+    finished: bool
+    found: str | None
+    right: bool | None
+    reference: NotRequired[str | None]
 
 
 class ProbeMetrics(TypedDict):
