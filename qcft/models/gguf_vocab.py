@@ -32,7 +32,9 @@ TEKKEN = (
 PRE_TOKENIZERS = {
     (GPT2,): "gpt-2", (DIGIT, GPT2): "smollm", (LLAMA3,): "llama-bpe", (QWEN2,): "qwen2", (TEKKEN,): "tekken",
 }  # fmt: skip
-WITHOUT_MERGES = {"llama-bpe": "smaug-bpe"}  # the same splits, where whole words in the vocabulary are merged all the same
+WITHOUT_MERGES = {
+    "llama-bpe": "smaug-bpe"
+}  # the same splits, where whole words in the vocabulary are merged all the same
 NORMALIZERS = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}
 
 

@@ -141,8 +141,8 @@ def _beyond(config: PreTrainedConfig) -> Iterator[tuple[bool, str]]:
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
     """The settings of the rotary embeddings; of Gemma 3 those of its global layers."""
-    found: dict[str, Any] = config.rope_parameters
-    return found.get("full_attention", found)
+    found: dict[str, Any] = config.rope_parameters.get("full_attention", config.rope_parameters)
+    return found
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
@@ -186,7 +186,7 @@ def _add_rotary(writer: GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def _rotary_factors(config: PreTrainedConfig) -> np.ndarray | None:
-    """What Llama 3's scaling divides each frequency of the rotary embeddings by; None where there is no such scaling."""
+    """What Llama 3's scaling divides each rotary frequency by; None where there is no such scaling."""
     import torch
 
     rope = _rope(config)
@@ -244,7 +244,7 @@ def _packed(one: _Tensor) -> np.ndarray:
     import gguf
     import numpy as np
 
-    tensor = one.stored.read()
+    tensor: Any = one.stored.read()
     if one.heads:
         tensor = _paired(tensor, one.heads)
     rows = max(1, BLOCK // max(1, prod(tensor.shape[1:])))
