@@ -1,16 +1,19 @@
 """A model written as GGUF: read back with equal tokens and logits, its metadata as llama.cpp expects them."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qcft.errors import InputError
+from qcft.errors import InputError, QcftError
 from qcft.events import Watch
-from qcft.models.gguf_vocab import PRE_TOKENIZERS
-from qcft.models.gguf_write import write_gguf
+from qcft.models.gguf_tools import find_tools, quantize
+from qcft.models.gguf_vocab import PRE_TOKENIZERS, add_tokenizer, check_tokenizer
+from qcft.models.gguf_write import check_writable, write_gguf
 from qcft.models.load import load_gguf
 from qcft.models.sources import check_gguf, resolve, weights_folder
 from qcft.recipe import Model
@@ -132,3 +135,186 @@ def test_a_file_read_back_has_equal_tokens_and_logits(kind, tmp_path):
     )
     assert (expected - found).abs().max() < 0.02 * expected.std()
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+def test_each_type_reads_back_within_its_rounding(kind, tmp_path):
+    folder = make(tmp_path / "model", "llama", split="gpt-2")
+    file = write(folder, tmp_path / "out" / "tiny.gguf", kind)
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    assert types["token_embd.weight"] == types["blk.0.attn_q.weight"] == kind.upper()
+    assert types["output_norm.weight"] == types["blk.0.attn_norm.weight"] == "F32"
+    ids = torch.tensor([[5, 9, 100, 200, 300]])
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    found = logits(load_gguf(file, folder, Model(name=str(folder))), ids)
+    assert (expected - found).std() < 0.05 * expected.std()
+
+
+def test_rows_that_are_no_multiple_of_a_block_stay_in_16_bits(tmp_path):
+    folder = make(tmp_path / "model", "llama", intermediate_size=40)
+    file = write(folder, tmp_path / "out" / "tiny.gguf", "q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_scaled_rotary_embeddings_are_in_the_file(tmp_path):
+    """Llama 3's as a tensor of factors, by the formula of llama.cpp's converter; others as metadata."""
+    folder = make(tmp_path / "llama3", "llama", rope_parameters=LLAMA3_ROPE)
+    file = write(folder, tmp_path / "out" / "tiny.gguf")
+    (factors,) = [tensor.data for tensor in GGUFReader(file).tensors if tensor.name == "rope_freqs.weight"]
+    long, short = (LLAMA3_ROPE["original_max_position_embeddings"] / factor for factor in (1.0, 4.0))
+    expected = []
+    for i in range(8):
+        wave = 2 * torch.pi * LLAMA3_ROPE["rope_theta"] ** (2 * i / 16)
+        smooth = (64 / wave - 1.0) / (4.0 - 1.0)
+        expected.append(1.0 if wave < short else 8.0 if wave > long else 1 / ((1 - smooth) / 8.0 + smooth))
+    assert factors.tolist() == pytest.approx(expected, rel=1e-5)
+    assert len(set(expected)) > 2
+    # What qcft reads back for measuring has the scaling, though transformers reads none from a file.
+    ids = torch.arange(3, 203)[None]
+    before = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), ids)
+    assert torch.allclose(logits(load_gguf(file, folder, Model(name=str(folder))), ids), before, atol=0.1)
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    found = fields(write(make(tmp_path / "linear", "qwen2", rope_parameters=rope), tmp_path / "out" / "two.gguf"))
+    assert (found["qwen2.rope.scaling.type"], found["qwen2.rope.scaling.factor"]) == ("linear", 4.0)
+
+
+def test_the_metadata_are_llama_cpps(tmp_path):
+    folder = make(tmp_path / "model", "gemma3_text")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
+    found = fields(write(folder, tmp_path / "out" / "tiny.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(tokens) == SMALL["vocab_size"]
+    assert tokens[-1] == f"[PAD{SMALL['vocab_size'] - 1}]"
+    kinds = dict(zip(tokens, types, strict=True))
+    assert (kinds["<|im_end|>"], kinds["<0x0A>"], kinds["<unk>"], kinds["▁the"], types[-1]) == (3, 6, 2, 1, 5)
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id == 3
+    assert found["tokenizer.ggml.eot_token_id"] == 1
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.ggml.add_space_prefix"] is False
+    assert found["gemma3.attention.sliding_window"] == 16
+    assert found["gemma3.rope.freq_base_swa"] == 10000.0
+    assert found["general.file_type"] == 1
+    old = fields(write(make(tmp_path / "old", "llama", "old"), tmp_path / "out" / "old.gguf"))
+    assert old["tokenizer.ggml.add_space_prefix"] is True
+
+
+@pytest.mark.parametrize("split", PRE_TOKENIZERS.values())
+def test_how_a_tokenizer_splits_text_is_named(split, tmp_path):
+    give_tokenizer(tmp_path, split)
+    writer = GGUFWriter(tmp_path / "unused.gguf", "llama")
+    add_tokenizer(writer, AutoTokenizer.from_pretrained(tmp_path), 1200, [])
+    expected = {"llama-bpe": "smaug-bpe"}.get(split, split)  # the same splits, of a tokenizer that merges all words
+    assert writer.kv_data[0]["tokenizer.ggml.pre"].value == expected
+
+
+REFUSED = {
+    "another activation": ("llama", {"hidden_act": "gelu"}, "the activation gelu"),
+    "dynamic rotary embeddings": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "of the type dynamic",
+    ),
+    "a part of each head": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "on a part of each head",
+    ),
+    "biases": ("qwen3", {"attention_bias": True}, "biases in attention"),
+    "another scale": ("gemma3_text", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16"),
+    "another order of layers": ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "another order"),
+    "another family": ("olmo2", {}, "not olmo2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_gguf_has_no_place_for_is_refused(case, tmp_path):
+    from transformers import CONFIG_MAPPING
+
+    kind, options, says = REFUSED[case]
+    CONFIG_MAPPING[kind](**{**SMALL, **SHAPES.get(kind, {}), **options}).save_pretrained(tmp_path)
+    give_tokenizer(tmp_path, "gpt-2")
+    with pytest.raises(InputError, match="--gguf: ") as refused:
+        check_writable(tmp_path, Model(name=str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path))
+    assert says in refused.value.message
+
+
+def test_tokenizers_that_gguf_has_no_words_for_are_refused(tmp_path):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    word = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    make_words(tmp_path)
+    lower, digits = (Tokenizer.from_file(str(tmp_path / "tokenizer.json")) for _ in range(2))
+    lower.normalizer = normalizers.Lowercase()
+    digits.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), digits.pre_tokenizer])
+    for made, says in ((word, "WordLevel"), (lower, "Lowercase"), (digits, "Punctuation")):
+        with pytest.raises(InputError, match=says):
+            check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
+
+
+def test_a_number_beyond_16_bits_is_refused_and_a_window_is_told(tmp_path):
+    folder = make(tmp_path / "model", "mistral", sliding_window=64)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.3.mlp.up_proj.weight"][5, 5] = 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    told = []
+    with pytest.raises(QcftError, match=r"blk.3.ffn_up.weight has numbers beyond 65,504"):
+        write_gguf(folder, tmp_path / "x.gguf", "f16", "x", Model(name=str(folder)), Watch(told.append))
+    assert "the last 64 only" in told[0].text
+    write(folder, tmp_path / "out" / "x.gguf", "bf16")
+
+
+def test_a_weight_without_a_name_is_refused(tmp_path):
+    folder = make(tmp_path / "model", "qwen3")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.layers.0.extra.weight": torch.ones(4)}, folder / "model.safetensors")
+    with pytest.raises(QcftError, match=r"no name for the weight model.layers.0.extra.weight"):
+        write_gguf(folder, tmp_path / "x.gguf", "f16", "x", Model(name=str(folder)), Watch())
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("kind", [*SHAPES, "llama3"])
+def test_llama_cpp_has_the_tokens_and_greedy_answers_of_transformers(kind, tmp_path):
+    """Five prompts; F16 in llama.cpp, 32 bits in transformers. Where two tokens of a random model are as good as equal,
+    rounding may choose."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    options = {"rope_parameters": LLAMA3_ROPE} if kind == "llama3" else {}
+    folder = make(tmp_path / "model", "llama" if kind == "llama3" else kind, **options)
+    file = write(folder, tmp_path / "out" / "tiny.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    chosen = 0
+    with closing(llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, verbose=False, logits_all=True)) as theirs:
+        for text in [*TEXTS, "Name three colors.", "¿Qué hora es? It is 12:45."]:
+            prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            assert theirs.tokenize(prompt.encode(), add_bos=False, special=True) == ids
+            with torch.no_grad():
+                whole = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=None)
+            theirs.reset()
+            theirs.eval(whole[0].tolist())
+            found, expected = torch.tensor(theirs.scores[: whole.shape[1]]), logits(model, whole)[0]
+            assert (found - expected).abs().max() < 0.01 * expected.std()
+            best = expected.topk(2).values
+            clear = (best[:, 0] - best[:, 1] > 0.02 * expected.std())[len(ids) - 1 : -1]
+            assert torch.equal(found.argmax(-1)[len(ids) - 1 : -1][clear], whole[0, len(ids) :][clear])
+            chosen += int(clear.sum())
+    assert chosen > 40  # of 80
+
+
+@pytest.mark.llama
+def test_llama_cpps_quantizer_writes_q4_k_m(tmp_path):
+    pytest.importorskip("llama_cpp")
+    folder = make(tmp_path / "model", "llama", hidden_size=256, intermediate_size=512)
+    source = write(folder, tmp_path / "out" / "tiny.gguf", "bf16")
+    quantize(find_tools(None), source, tmp_path / "out" / "four.gguf", Watch())
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "out" / "four.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == "Q4_K"
+    ids = torch.tensor([[5, 9, 100, 200, 300]])
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+    found = logits(load_gguf(tmp_path / "out" / "four.gguf", folder, Model(name=str(folder))), ids)
+    assert 0.001 < (expected - found).std() / expected.std() < 0.6

@@ -284,7 +284,7 @@ def _confirm_push(repo: str, public: bool, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise InputError(f"--push {repo}: nobody can be asked whether that is the right name", "add --yes")
+        raise InputError(f"--push {repo}: nobody can be asked whether that is the right name", "add --yes where it is")
     kind = "public, for everybody to read" if public else "private"
     if not typer.confirm(f"Upload to {repo} ({kind})?", err=True):
         raise InputError(f"--push {repo}: not confirmed, nothing was done", "give another name, or leave --push out")

@@ -28,7 +28,7 @@ def check_upload(repo: str, public: bool) -> None:
 
     check_repo(repo)
     if constants.HF_HUB_OFFLINE:
-        raise InputError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded", "unset it")
+        raise InputError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded", "unset it, or leave --push out")
     if not get_token():
         raise InputError("--push: there is no token of the hub here", "run `hf auth login`, or set HF_TOKEN")
     try:
