@@ -175,6 +175,9 @@ def test_scaled_rotary_embeddings_are_in_the_file(tmp_path):
     ids = torch.arange(3, 203)[None]
     before = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), ids)
     assert torch.allclose(logits(load_gguf(file, folder, Model(name=str(folder))), ids), before, atol=0.1)
+    told = []
+    weights_folder(resolve(Model(name=str(file))), Watch(told.append))
+    assert any("does not read how it scales its rotary embeddings" in event.text for event in told)
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     found = fields(write(make(tmp_path / "linear", "qwen2", rope_parameters=rope), tmp_path / "out" / "two.gguf"))
     assert (found["qwen2.rope.scaling.type"], found["qwen2.rope.scaling.factor"]) == ("linear", 4.0)
