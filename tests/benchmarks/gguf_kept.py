@@ -1,6 +1,6 @@
-"""A finished run's last phase as GGUF: the answers of llama.cpp, and what each type of file kept.
+"""A finished run's phase as GGUF: the answers of llama.cpp, and what each type of file kept.
 
-    PYTHONPATH=LLAMA python tests/benchmarks/gguf_kept.py quickstart [--runs runs] [--llama-cpp DIR] [--threads 2]
+    PYTHONPATH=LLAMA python tests/benchmarks/gguf_kept.py quickstart [--runs runs] [--stage PHASE] [--llama-cpp DIR]
 
 LLAMA: the folder of llama-cpp-python, for the answers and for Q4_K_M (or llama.cpp's quantizer by --llama-cpp). Five
 prompts are answered greedily by llama.cpp from the F16 file and by transformers in 32 bits from the merged folder: the
@@ -66,18 +66,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--stage", help="a phase; the last by default")
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     watch, figures = Watch(tell), {}
     with tempfile.TemporaryDirectory() as place:
-        merged = deliveries.merge(given.run, None, given.runs, watch)
+        merged = deliveries.merge(given.run, None, given.runs, watch, phase=given.stage)
         for kind in ("f16", "q8_0", "q4_k_m"):
             where = Path(place) / kind
             how = deliveries.Elsewhere(kind, given.llama_cpp)
             try:
-                found = deliveries.export(given.run, where, given.runs, watch, elsewhere=how)
+                found = deliveries.export(given.run, where, given.runs, watch, phase=given.stage, elsewhere=how)
             except QcftError as error:
                 print(f"{kind}: not made: {error.message}")
                 continue
