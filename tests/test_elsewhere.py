@@ -261,5 +261,6 @@ def test_what_others_can_read_is_not_uploaded_to_unasked(hub, tmp_path):
     assert "no token" in hub.run("-c", UPLOAD, "me/new", "public", HF_TOKEN="").stdout
     hub.faults["commit"] = [500] * 40
     said = hub.run("-c", UPLOAD, "me/more", "private").stdout
-    assert said.startswith("1 --push: 'me/more'")
+    assert said.startswith("1 --push: no upload to 'me/more': ")
+    assert "500" in said
     assert "hf upload me/more folder" in said

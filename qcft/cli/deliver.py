@@ -159,7 +159,6 @@ def export(
     """Write a phase's model (the last by default), its adapter or a GGUF file to a folder, with a model card."""
     from qcft import deliveries
     from qcft.models.ollama import create_command
-    from qcft.terminal import tables
 
     elsewhere = deliveries.Elsewhere(gguf, llama_cpp, ollama, push, public)
     elsewhere.check(adapter_only)
@@ -171,9 +170,12 @@ def export(
             run, to, runs, watch, phase=stage, scale=scale, by=by, adapter_only=adapter_only, elsewhere=elsewhere
         )
 
-    done = _deliver(work, json_, quiet)
-    if ollama is not None:
-        tables.next_step(f"ollama run {ollama}" if done.get("ollama") else create_command(ollama, to), quiet)
+    def then(done: Delivered) -> str | None:
+        if ollama is None:
+            return None
+        return f"ollama run {ollama}" if done.get("ollama") else create_command(ollama, to)
+
+    _deliver(work, json_, quiet, then)
 
 
 @command(COMPARE, "qcft dial spanish --scales 0:1:0.25")
@@ -262,17 +264,21 @@ def layers(
     )
 
 
-def _deliver(work: Callable[[Watch], Delivered], json_: bool, quiet: bool) -> Delivered:
+def _deliver(
+    work: Callable[[Watch], Delivered],
+    json_: bool,
+    quiet: bool,
+    then: Callable[[Delivered], str | None] = lambda done: None,
+) -> None:
+    """Do the work and print the folder, then what one would do next: what `then` says, else what the card shows."""
     from qcft.terminal import tables
 
     done = show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
     card = Path(done["folder"]) / "README.md"
     if "pushed" in done:
         tables.say(f"uploaded: {done['pushed']}")
-    tables.next_step(
-        f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card", quiet
-    )
-    return done
+    shown = f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card"
+    tables.next_step(then(done) or shown, quiet)
 
 
 def _confirm_push(repo: str, public: bool, yes: bool) -> None:
@@ -286,5 +292,9 @@ def _confirm_push(repo: str, public: bool, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise InputError(f"--push {repo}: nobody can be asked whether that is the right name", "add --yes where it is")
     kind = "public, for everybody to read" if public else "private"
-    if not typer.confirm(f"Upload to {repo} ({kind})?", err=True):
+    try:
+        sure = typer.confirm(f"Upload to {repo} ({kind})?", err=True)
+    except typer.Abort:  # Ctrl-C or Ctrl-D
+        sure = False
+    if not sure:
         raise InputError(f"--push {repo}: not confirmed, nothing was done", "give another name, or leave --push out")

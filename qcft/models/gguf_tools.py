@@ -48,13 +48,13 @@ class Tools:
 
 def find_tools(folder: Path | None) -> Tools:
     """The tools in llama.cpp's folder, where one is given, else on PATH. Raises InputError for a folder without any."""
-    tools = Tools(_find(CONVERTER, folder), _find(QUANTIZER, folder), folder is not None)
-    if folder is not None and tools.converter is tools.quantizer is None:
+    converter, quantizer = (_find(name, folder) for name in (CONVERTER, QUANTIZER))
+    if folder is not None and converter is quantizer is None:
         raise InputError(
             f"--llama-cpp: {str(folder)!r} holds neither {CONVERTER} nor {QUANTIZER}",
             "name llama.cpp's folder, with the quantizer in it, in bin/ or in build/bin/",
         )
-    return tools
+    return Tools(converter, quantizer or _find(QUANTIZER, None), folder is not None)
 
 
 def convert(tools: Tools, folder: Path, file: Path, kind: str, watch: Watch) -> None:

@@ -61,9 +61,13 @@ def check_gguf_asked(recipe: Recipe, kind: str, llama_cpp: Path | None, ollama: 
         )
     set_environment()
     converts = tools.given and tools.converter is not None
+    try:
+        source = resolve(recipe.model)
+    except InputError:  # the model is gone: what was merged of it is checked as it is written
+        return Asked(kind, converts, tools, ollama)
     if not converts:
         try:
-            folder = described_folder(resolve(recipe.model), watch)
+            folder = described_folder(source, watch)
             check_writable(folder, recipe.model, load_tokenizer(folder, recipe.model))
         except InputError as error:
             if tools.converter is None or not error.message.startswith("--gguf"):

@@ -6,9 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
-from qcft.errors import InputError, Interrupted, QcftError
+from qcft.errors import InputError, Interrupted, QcftError, short
 from qcft.events import Watch
-from qcft.hub import retried, unreachable
+from qcft.hub import retried
 
 REPO = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # as huggingface_hub has it
 LONGEST = 96
@@ -35,8 +35,8 @@ def check_upload(repo: str, public: bool) -> None:
         found = HfApi().model_info(repo, timeout=10)
     except RepositoryNotFoundError:
         return
-    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
-        raise unreachable("--push", repo, error, OFFLINE) from None
+    except Exception as error:  # whatever the hub's HTTP client raises
+        raise InputError(f"--push: the hub cannot be asked about {repo!r}: {short(error)}", OFFLINE) from None
     if found.private is public:
         raise InputError(
             f"--push: {repo!r} is on the hub already, and {'private' if public else 'everybody can read it'}",
@@ -55,10 +55,13 @@ def upload(folder: Path, repo: str, public: bool, watch: Watch) -> str:
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported with qcft")
 
     try:
-        retried(send, "--push", repo, watch, OFFLINE)
+        retried(send, "--push", repo, watch)
     except Interrupted:
         raise
     except QcftError as error:
         command = f"hf upload {shlex.quote(repo)} {shlex.quote(str(folder))}"
-        raise QcftError(error.message, f"{folder} is whole; to try again: {command}") from None
+        why = short(error.__context__ or error)  # what the hub's client raised
+        raise QcftError(
+            f"--push: no upload to {repo!r}: {why}", f"{folder} is whole; to try again: {command}"
+        ) from None
     return f"{constants.ENDPOINT}/{repo}"
