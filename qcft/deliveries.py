@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcft.api import read, reported
+from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.report.card import write_card
+from qcft.report.card import A_MODEL, AN_ADAPTER, gguf_use, write_card
 from qcft.report.curve import curve_points
-from qcft.report.shown import Dialled, Exported, Merged
+from qcft.report.shown import Dialled, Exported, GgufWritten, Merged
 from qcft.runner.beyond import reach
 from qcft.runner.stored import not_done
 from qcft.store import Store, read_run
@@ -56,7 +57,7 @@ def merge(
             recipe,
             folder,
             to,
-            lambda work: write_card(work, recipe, whole.table, f"eval/{done.goal}", what, adapter=False),
+            lambda work: write_card(work, recipe, whole.table, f"eval/{done.goal}", what, A_MODEL),
             watch,
         )
         folder = to
@@ -98,11 +99,115 @@ def export_adapter(
         Store(runs),
         whole.stages[stage].step,
         to,
-        lambda work: write_card(work, recipe, whole.table, stage, what, adapter=True),
+        lambda work: write_card(work, recipe, whole.table, stage, what, AN_ADAPTER),
         watch,
         scale_by_weight(goal, recipe, watch),
     )
     return {"folder": str(to), "phase": last}
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where an export goes beyond a folder: a GGUF file's type (q8_0 where Ollama's name alone is given), llama.cpp's
+    folder, the hub's repository."""
+
+    gguf: str | None = None
+    llama_cpp: Path | None = None
+    ollama: str | None = None
+    push: str | None = None
+    public: bool = False
+
+    @property
+    def type(self) -> str | None:
+        """The type of the GGUF file; None where none is asked for."""
+        return self.gguf or ("q8_0" if self.ollama is not None else None)
+
+    def check(self, adapter_only: bool) -> None:
+        """Raise InputError for flags that do not go together."""
+        if adapter_only and self.type:
+            flag = "--gguf" if self.gguf else "--ollama"
+            raise InputError(
+                f"{flag} does not go with --adapter-only: a GGUF file holds a whole model", "leave one out"
+            )
+        if self.llama_cpp is not None and not self.type:
+            raise InputError("--llama-cpp is for --gguf alone", "add --gguf q8_0, or leave --llama-cpp out")
+        if self.public and not self.push:
+            raise InputError("--public is for --push alone", "add --push USER/REPO, or leave --public out")
+
+
+def export(
+    name: str | None,
+    to: Path,
+    runs: Path,
+    watch: Watch,
+    *,
+    phase: str | None = None,
+    scale: float | None = None,
+    by: str | None = None,
+    adapter_only: bool = False,
+    elsewhere: Elsewhere | None = None,
+) -> Merged | Exported | GgufWritten:
+    """Write a run's phase (the last by default) to `to` as a model, an adapter or a GGUF file, and upload the folder
+    where that is asked for. Raises QcftError; what cannot be done is refused before any work."""
+    from qcft.runner.upload import check_upload, upload
+
+    elsewhere = elsewhere or Elsewhere()
+    elsewhere.check(adapter_only)
+    if elsewhere.push:
+        check_upload(elsewhere.push, elsewhere.public)
+    found: Merged | Exported | GgufWritten
+    if adapter_only:
+        found = export_adapter(name, to, runs, watch, phase=phase, scale=scale, by=by)
+    elif elsewhere.type:
+        found = export_gguf(name, to, runs, watch, elsewhere, phase=phase, scale=scale, by=by)
+    else:
+        found = merge(name, to, runs, watch, phase=phase, scale=scale, by=by)
+    if elsewhere.push:
+        found["pushed"] = upload(to, elsewhere.push, elsewhere.public, watch)
+    return found
+
+
+def export_gguf(
+    name: str | None,
+    to: Path,
+    runs: Path,
+    watch: Watch,
+    how: Elsewhere,
+    *,
+    phase: str | None = None,
+    scale: float | None = None,
+    by: str | None = None,
+) -> GgufWritten:
+    """Write a run's phase, merged, as one GGUF file with a model card, a Modelfile beside it for Ollama; measure what
+    the file kept. `scale` and `by` as `merge` has them. Raises QcftError."""
+    from qcft.models.ollama import create
+    from qcft.runner.delivery import check_place, whole_folder
+    from qcft.runner.dialling import scaled
+    from qcft.runner.export import goal_for, phases_until
+    from qcft.runner.gguf import check_gguf_asked, kept_in_file, kept_line, write_file
+
+    named = read_run(runs, name)
+    recipe = named.recipe()
+    goal = scaled(goal_for(recipe, phase, False, None), scale, by)
+    check_place(to)
+    kind = str(how.type)
+    asked = check_gguf_asked(recipe, kind, how.llama_cpp, how.ollama, watch)
+    done = reach(named, recipe, goal, runs, watch)
+    assert done.goal is not None
+    table = reported(done, runs).table
+    model = done.stages[done.goal].opened.part("model", watch)
+    at = f" (of the last: {goal.share()})" if goal.way() else ""
+    what = f"{' and '.join(phases_until(recipe, goal.phase))}{at}, merged onto the 16-bit weights, as {kind} GGUF."
+    with whole_folder(to) as work:
+        file = work / f"{recipe.name}-{goal.phase}-{kind.upper()}.gguf"
+        write_file(recipe, model, file, asked, watch)
+        kept = kept_in_file(read_run(runs, named.name), done.goal, file, model, runs, watch)
+        what += f" {kept_line(kept, recipe.model.quantize)}"
+        write_card(work, recipe, table, f"eval/{done.goal}", what, gguf_use(file.name, how.ollama))
+    watch.note(f"{file.name}: {kept_line(kept, recipe.model.quantize)}")
+    made = how.ollama if how.ollama is not None and create(how.ollama, to, watch) else None
+    return {"folder": str(to), "stage": done.goal, "kept": kept, "file": str(to / file.name), "type": kind,
+            "ollama": made}  # fmt: skip
 
 
 def dial(

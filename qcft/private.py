@@ -26,6 +26,7 @@ NAMES = {
     "transformers:Trainer._load_optimizer_and_scheduler": "training: the optimizer's state of several processes",
     "transformers:AutoModelForCausalLM._model_mapping": "the class of a model",
     "transformers:AutoModelForImageTextToText._model_mapping": "the class of a model with an image encoder",
+    "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS": "the rotary embeddings of a GGUF file",
     "transformers.integrations.sdpa_attention:sdpa_attention_forward": "attention row by row",
     "transformers.utils.chat_template_utils:render_jinja_template": "chat templates",
     "transformers.quantizers.base:get_keys_to_not_convert": "which modules are loaded in 4 bits",

@@ -16,7 +16,7 @@ from qcft.report.arms import arms_of
 from qcft.report.build import build_report
 from qcft.report.comparison import Compared, samples_of
 from qcft.report.notebook import in_notebook, samples_in_notebook
-from qcft.report.shown import Exported, Merged
+from qcft.report.shown import Exported, GgufWritten, Merged
 from qcft.report.tidy import COLUMNS, tidy_rows
 from qcft.store import ablations, list_runs, read_run, results
 from qcft.terminal.progress import notebook_reporter
@@ -168,15 +168,26 @@ def export(
     to: str | Path,
     stage: str | None = None,
     adapter_only: bool = False,
+    gguf: str | None = None,
+    llama_cpp: str | Path | None = None,
+    ollama: str | None = None,
+    push: str | None = None,
+    public: bool = False,
     runs: str | Path = "runs",
     listener: Listener | None = None,
-) -> Merged | Exported:
-    """Write a phase's model (the last by default), or one PEFT adapter of all phases, to a new folder with a card."""
-    if not adapter_only:
-        return merge(run, to, stage=stage, runs=runs, listener=listener)
+) -> Merged | Exported | GgufWritten:
+    """Write a phase's model (the last by default), or one PEFT adapter of all phases, to a new folder with a card.
+
+    `gguf` (f16, bf16, q8_0, q4_k_m) writes one file for llama.cpp and Ollama instead, and measures what it kept;
+    `llama_cpp` is llama.cpp's folder, `ollama` a name under which Ollama gets it. `push` uploads the folder to the
+    hub's repository USER/REPO, private unless `public`.
+    """
     name, at = _named(run, runs)
+    elsewhere = deliveries.Elsewhere(gguf, _path(llama_cpp), ollama, push, public)
     with _heard(listener) as heard:
-        return deliveries.export_adapter(name, Path(to), at, Watch(heard), phase=stage)
+        return deliveries.export(
+            name, Path(to), at, Watch(heard), phase=stage, adapter_only=adapter_only, elsewhere=elsewhere
+        )
 
 
 def compare(

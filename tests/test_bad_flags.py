@@ -32,6 +32,10 @@ def by(text):
     return command("dial", "tiny", "--by", text)
 
 
+def gguf(*flags):
+    return command("export", "tiny", "--to", "out", *flags)
+
+
 HUGE = "9" * 400
 CASES = {
     # lists of nothing
@@ -87,6 +91,19 @@ CASES = {
     "a merge at no number": (command("merge", "tiny", "--scale", "nan"), "--scale"),
     "a merge by patterns": (command("merge", "tiny", "--by", "auto"), "does not begin with 'layers='"),
     "an export by no layers": (command("export", "tiny", "--to", "out", "--by", "layers="), "is not a range"),
+    "a GGUF of an unknown type": (gguf("--gguf", "q3"), "--gguf 'q3' is not known"),
+    "a GGUF of an adapter": (gguf("--gguf", "q8_0", "--adapter-only"), "--gguf does not go with --adapter-only"),
+    "an adapter for Ollama": (gguf("--ollama", "x", "--adapter-only"), "--ollama does not go with --adapter-only"),
+    "a GGUF in four bits without a quantizer": (gguf("--gguf", "q4_k_m"), "neither on PATH nor named"),
+    "a folder without llama.cpp": (gguf("--gguf", "f16", "--llama-cpp", "runs"), "holds neither"),
+    "a folder of llama.cpp that is not there": (gguf("--gguf", "f16", "--llama-cpp", "none"), "holds neither"),
+    "llama.cpp for no GGUF": (gguf("--llama-cpp", "runs"), "--llama-cpp is for --gguf alone"),
+    "a name that Ollama has no place for": (gguf("--ollama", "bad name!"), "--ollama: 'bad name!' is no name"),
+    "a repository without its owner": (gguf("--push", "norepo"), "--push: 'norepo' is no name"),
+    "a repository of three parts": (gguf("--push", "a/b/c", "--yes"), "is no name of a repository"),
+    "a repository that nobody confirms": (gguf("--push", "me/tiny"), "nobody can be asked"),
+    "an upload without a hub": (gguf("--push", "me/tiny", "--yes"), "HF_HUB_OFFLINE is set"),
+    "everybody may read nothing": (gguf("--public"), "--public is for --push alone"),
     "a ratio that is no number": (command("replay", "tiny", "--ratio", "nan"), "ratio"),
     "a replay below nothing": (command("phase2", "tiny", "--replay", "-0.1", "--data", "es=en.jsonl"), "ratio"),
     "a take of nothing": (command("phase1", "x", "--model", "tiny", "--data", "en.jsonl", "--take", "0"), "take"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -107,7 +108,7 @@ def merge(
     _deliver(work, json_, quiet)
 
 
-@command(USE, "qcft export spanish --to spanish-model/")
+@command(USE, "qcft export spanish --to spanish-gguf/ --gguf q8_0")
 def export(
     to: Annotated[Path, typer.Option("--to", "-o", metavar="DIR", help="Folder to write.")],
     run: Run = None,
@@ -115,19 +116,66 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write one PEFT adapter of all phases, for the unmodified model.")
     ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            "--gguf",
+            metavar="f16|bf16|q8_0|q4_k_m",
+            help="Write one GGUF file and its card instead of the 16-bit folder, for llama.cpp and Ollama, and measure "
+            "what it kept of the gain. For Llama, Mistral, Qwen 2 and 3 and Gemma 3; others, and q4_k_m, need "
+            "llama.cpp's tools.",
+        ),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-cpp",
+            metavar="DIR",
+            help="Folder of llama.cpp: use its converter, and its llama-quantize.",
+            show_default="what is on PATH",
+        ),
+    ] = None,
+    ollama: Annotated[
+        str | None,
+        typer.Option(
+            "--ollama",
+            metavar="NAME",
+            help="Write a Modelfile beside the GGUF file (q8_0 unless --gguf says otherwise) and run `ollama create "
+            "NAME` where Ollama is installed.",
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="USER/REPO", help="Upload the folder to the hub, as a private repository."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read what --push uploads.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without being asked again.")] = False,
     scale: Scale = None,
     by: By = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a phase's model (the last by default) or its adapter to a folder, with a model card."""
+    """Write a phase's model (the last by default), its adapter or a GGUF file to a folder, with a model card."""
     from qcft import deliveries
+    from qcft.models.ollama import create_command
 
-    if adapter_only:
-        _deliver(lambda w: deliveries.export_adapter(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
-    else:
-        _deliver(lambda w: deliveries.merge(run, to, runs, w, phase=stage, scale=scale, by=by), json_, quiet)
+    elsewhere = deliveries.Elsewhere(gguf, llama_cpp, ollama, push, public)
+    elsewhere.check(adapter_only)
+    if push is not None:
+        _confirm_push(push, public, yes)
+
+    def work(watch: Watch) -> Delivered:
+        return deliveries.export(
+            run, to, runs, watch, phase=stage, scale=scale, by=by, adapter_only=adapter_only, elsewhere=elsewhere
+        )
+
+    def then(done: Delivered) -> str | None:
+        if ollama is None:
+            return None
+        return f"ollama run {ollama}" if done.get("ollama") else create_command(ollama, to)
+
+    _deliver(work, json_, quiet, then)
 
 
 @command(COMPARE, "qcft dial spanish --scales 0:1:0.25")
@@ -216,11 +264,37 @@ def layers(
     )
 
 
-def _deliver(work: Callable[[Watch], Delivered], json_: bool, quiet: bool) -> None:
+def _deliver(
+    work: Callable[[Watch], Delivered],
+    json_: bool,
+    quiet: bool,
+    then: Callable[[Delivered], str | None] = lambda done: None,
+) -> None:
+    """Do the work and print the folder, then what one would do next: what `then` says, else what the card shows."""
     from qcft.terminal import tables
 
     done = show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
     card = Path(done["folder"]) / "README.md"
-    tables.next_step(
-        f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card", quiet
-    )
+    if "pushed" in done:
+        tables.say(f"uploaded: {done['pushed']}")
+    shown = f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card"
+    tables.next_step(then(done) or shown, quiet)
+
+
+def _confirm_push(repo: str, public: bool, yes: bool) -> None:
+    """Have the repository's name confirmed in a terminal. Raises InputError where nobody can be asked, or says no."""
+    from qcft.errors import InputError
+    from qcft.runner.upload import check_repo
+
+    check_repo(repo)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InputError(f"--push {repo}: nobody can be asked whether that is the right name", "add --yes where it is")
+    kind = "public, for everybody to read" if public else "private"
+    try:
+        sure = typer.confirm(f"Upload to {repo} ({kind})?", err=True)
+    except typer.Abort:  # Ctrl-C or Ctrl-D
+        sure = False
+    if not sure:
+        raise InputError(f"--push {repo}: not confirmed, nothing was done", "give another name, or leave --push out")

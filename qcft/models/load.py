@@ -207,3 +207,25 @@ def quiet_libraries() -> None:
 
 def _bytes_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def load_gguf(file: Path, folder: Path, model: Model) -> PreTrainedModel:
+    """A GGUF file's weights, dequantised to 16 bits, under the config of the `folder` that it was made of.
+
+    The file's own metadata are not used: transformers reads no scaling of rotary embeddings from them. Raises
+    QcftError where transformers cannot read the file, or weights are missing in it.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from qcft.models.meta import read_config
+
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, config=read_config(folder, model).get_text_config(),
+            dtype=compute_dtype(), quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # of a family that transformers reads no GGUF of, anything
+        raise QcftError(f"transformers cannot read it: {short(error)}", "measure it with llama.cpp") from None
+    if missing := sorted({name for name, _ in loaded.named_parameters()} & set(info["missing_keys"])):
+        raise QcftError(f"transformers finds no {missing[0]} in it", "measure it with llama.cpp")
+    return loaded.to(device())

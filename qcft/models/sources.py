@@ -154,6 +154,12 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
 
     watch.note(f"converting {file.name} to 16 bit, once")
     check_gguf(file)
+    if _scales_rotary(file):
+        watch.note(
+            f"{file.name}: transformers does not read how it scales its rotary embeddings, so what comes of it is "
+            "another model; use its safetensors folder",
+            "warning",
+        )
     place, name = str(file.parent), file.name
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
@@ -167,6 +173,16 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
             raise InputError(f"model: {file.name!r} is altered: {tensor_name} is not finite", "fetch it again")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _scales_rotary(file: Path) -> bool:
+    """Whether a GGUF file has rotary embeddings that are scaled: Llama 3's factors, linear scaling or YaRN."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    return any(one.name == "rope_freqs.weight" for one in reader.tensors) or any(
+        key.endswith(".rope.scaling.type") and field.contents() != "none" for key, field in reader.fields.items()
+    )
 
 
 def _unreadable(file: Path, what: str, error: Exception) -> InputError:

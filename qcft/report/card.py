@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -31,9 +32,31 @@ chat = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pre
 answer = chat([{{"role": "user", "content": "What is a verb?"}}], max_new_tokens=128)
 print(answer[0]["generated_text"][-1]["content"])
 """
+GGUF = """llama-cli -m {file} -cnv          # or: llama-server -m {file}
+"""
+OLLAMA = "ollama create {name} -f Modelfile && ollama run {name}\n"
 
 
-def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: str, adapter: bool) -> None:
+@dataclass(frozen=True)
+class Use:
+    """What a folder holds, and how one uses it: the library's name on the hub, the snippet, its language."""
+
+    library: str
+    snippet: str
+    language: str = "python"
+    tags: tuple[str, ...] = ()
+
+
+A_MODEL, AN_ADAPTER = Use("transformers", MODEL), Use("peft", ADAPTER)
+
+
+def gguf_use(file: str, ollama: str | None) -> Use:
+    """The use of a GGUF file; `ollama`: a name for it there."""
+    snippet = GGUF.format(file=file) + (OLLAMA.format(name=ollama) if ollama else "")
+    return Use("gguf", snippet, "sh", ("gguf",))
+
+
+def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: str, use: Use) -> None:
     """Write `folder/README.md`. `stage` is the measured stage of the table that the model is; `what` says how it
     was made."""
     base = public_name(recipe.model.name)
@@ -41,9 +64,9 @@ def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: 
     front: dict[str, object] = {
         "base_model": base,
         **({"language": languages} if languages else {}),
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": use.library,
         "pipeline_tag": "text-generation",
-        "tags": ["qcft", "lora", "continual-fine-tuning"],
+        "tags": ["qcft", "lora", "continual-fine-tuning", *use.tags],
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
@@ -51,7 +74,7 @@ def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: 
         f"{line(what)} Base model: {code(base)}. Made with qcft: continual fine-tuning in phases, "
         "measured on rows that were held out of training.\n",
         "## Use\n",
-        fenced((ADAPTER if adapter else MODEL).format(base=base), "python") + "\n",
+        fenced(use.snippet.format(base=base), use.language) + "\n",
         "## Data\n",
         *_data(recipe),
         "\n## English and multilingual ability (EA, MA)\n",

@@ -19,9 +19,10 @@ class ReportWritten(TypedDict):
 
 
 class Delivered(TypedDict):
-    """What was written to a folder."""
+    """What was written to a folder; `pushed`: its address on the hub, where it was uploaded."""
 
     folder: str
+    pushed: NotRequired[str]
 
 
 class Merged(Delivered):
@@ -35,6 +36,15 @@ class Exported(Delivered):
     """An adapter: its folder and its phase."""
 
     phase: str
+
+
+class GgufWritten(Merged):
+    """A GGUF file in its folder: its path, its type, what it `kept` (None where that was not measured), and the name
+    under which Ollama has it, where it was asked for and is there."""
+
+    file: str
+    type: str
+    ollama: str | None
 
 
 class HalfShown(TypedDict):

@@ -53,18 +53,23 @@ def phases_until(recipe: Recipe, phase: str) -> list[str]:
 def deliver_model(recipe: Recipe, model: Path, to: Path, finish: Callable[[Path], None], watch: Watch) -> None:
     """Copy a merged model's folder to `to`; `finish` adds to it before it is in its place."""
     with whole_folder(to) as work:
-        files = sorted(model.iterdir())
-        for done, file in enumerate(files):
-            watch.progress(f"writing {to.name}", done, len(files), "files")
-            shutil.copyfile(file, work / file.name)
-        try:
-            source = resolve(recipe.model)
-        except InputError:  # the model it was made of is gone; the merge wrote its tokenizer
-            if not (work / "tokenizer_config.json").is_file():
-                raise
-        else:
-            write_chat(load_tokenizer(described_folder(source, watch), recipe.model), work)
+        fill_model(recipe, model, work, watch, shutil.copyfile)
         finish(work)
+
+
+def fill_model(recipe: Recipe, model: Path, folder: Path, watch: Watch, copy: Callable[[Path, Path], object]) -> None:
+    """Copy a merged model's files to a folder, with the tokenizer that it was trained with."""
+    files = sorted(model.iterdir())
+    for done, file in enumerate(files):
+        watch.progress("copying the model", done, len(files), "files")
+        copy(file, folder / file.name)
+    try:
+        source = resolve(recipe.model)
+    except InputError:  # the model it was made of is gone; the merge wrote its tokenizer
+        if not (folder / "tokenizer_config.json").is_file():
+            raise
+    else:
+        write_chat(load_tokenizer(described_folder(source, watch), recipe.model), folder)
 
 
 def deliver_adapter(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.measure.distance import compare, predictions
-from qcft.measure.score import read_scores
+from qcft.measure.score import RowScore, read_scores, score_rows
 from qcft.measure.stats import kept
 from qcft.models.load import free_memory
 from qcft.recipe import Merge
@@ -19,6 +20,9 @@ from qcft.steps.step import Bench, Step, Work
 from qcft.store.metrics import KeptMetrics
 from qcft.store.opened import Record
 from qcft.words import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,38 @@ class Kept(Work[KeptMetrics]):
 
     def do(self, step: Step, bench: Bench, folder: Path) -> KeptMetrics:
         """Compare; the parents are the measurements of the three."""
-        base, live, merged = (read_scores(bench.store.opened(parent)) for parent in step.parents)
-        live_step, merged_step = (bench.steps[parent] for parent in step.parents[1:])
+        merged = step.parents[2]
+        scores = read_scores(bench.store.opened(merged))
+        return self.compare(step, bench, lambda: bench.load(bench.steps[merged], self.quantize), scores)
+
+    def compare(
+        self,
+        step: Step,
+        bench: Bench,
+        load: Callable[[], PreTrainedModel],
+        scores: Mapping[str, Sequence[RowScore]] | None = None,
+    ) -> KeptMetrics:
+        """Compare the step's base and live adapters with the model that `load` gives; it is scored here where its
+        `scores` of each group are not known."""
+        base, live = (read_scores(bench.store.opened(parent)) for parent in step.parents[:2])
+        live_step = bench.steps[step.parents[1]]
         groups = bench.rows.groups(live_step.settings["held_out"])
         # An adapter made elsewhere has no rows of its own here: English stands for them.
         own = [g for g in groups if g.phase in self.phases] or [g for g in groups if g.lang == ENGLISH]
-        a, b, c = ([s for g in own for s in scores[g.name]] for scores in (base, live, merged))
-        rows = [row for group in own for row in bench.rows.measured(group).encoded]
+        measured = {group.name: bench.rows.measured(group) for group in own}
+        rows = [row for group in own for row in measured[group.name].encoded]
         model = bench.load(live_step, live_step.settings["quantize"])
         seen = predictions(model, rows, bench.watch, f"{step.title}: live")
         del model
         free_memory()
-        model = bench.load(merged_step, self.quantize)
+        model = load()
         distance = compare(model, rows, seen, bench.watch, f"{step.title}: merged")
+        if scores is None:
+            scores = {
+                name: score_rows(model, one.encoded, bench.watch, f"{step.title}: {name}")
+                for name, one in measured.items()
+            }
+        a, b, c = ([s for g in own for s in which[g.name]] for which in (base, live, scores))
         found = {"groups": [g.name for g in own], **asdict(kept(a, b, c)), **asdict(distance)}
         return cast("KeptMetrics", found)
 

@@ -1,7 +1,9 @@
 """A hub on this machine whose answers can fail, stall or be cut short: what huggingface_hub and datasets ask."""
 
+import base64
 import hashlib
 import json
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +18,16 @@ class FakeHub:
 
     `faults` maps a file's name to what happens to the next requests for its bytes, one each: an HTTP status, "cut"
     (half of it, then the connection ends), "stall" (nothing for longer than the client waits).
+
+    What is uploaded to a new repository lies in a folder of its own; `private` has those that are.
     """
 
     def __init__(self, models=None, datasets=None):
         self.repos = {("models", name): Path(folder) for name, folder in (models or {}).items()}
         self.repos |= {("datasets", name): Path(folder) for name, folder in (datasets or {}).items()}
         self.faults: dict[str, list] = {}
+        self.private: set[str] = set()
+        self.tokens: set[str] = set()  # that were sent
         self.asked: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
@@ -56,8 +62,53 @@ class FakeHub:
                         self.close_connection = True
 
             def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.take(body)
+                length = self.headers.get("Content-Length")
+                body = self.rfile.read(int(length)) if length else self.chunks()
+                parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+                if parts[1:2] == ["repos"]:
+                    self.make(json.loads(body))
+                elif parts[1:2] == ["validate-yaml"]:
+                    self.answer({"errors": [], "warnings": []})
+                elif parts[4:5] == ["preupload"]:
+                    files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                             for f in json.loads(body)["files"]]  # fmt: skip
+                    self.answer({"files": files})
+                elif parts[4:5] == ["commit"]:
+                    self.commit("/".join(parts[2:4]), body)
+                else:
+                    self.take(body)
+
+            def chunks(self):
+                """The body of a request that does not say how long it is."""
+                body = b""
+                while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                return body
+
+            def make(self, asked):
+                name = f"{asked['organization']}/{asked['name']}"
+                hub.asked.append(f"create {name} {asked.get('visibility')}")
+                hub.tokens.add(self.headers.get("Authorization", ""))
+                if ("models", name) in hub.repos:
+                    self.answer({"url": f"{hub.url}/{name}"}, 409)
+                    return
+                hub.repos["models", name] = Path(tempfile.mkdtemp())
+                if asked.get("visibility") == "private" or asked.get("private"):
+                    hub.private.add(name)
+                self.answer({"url": f"{hub.url}/{name}"})
+
+            def commit(self, name, body):
+                if hub.faults.get("commit"):
+                    self.send(b"", {}, hub.faults["commit"].pop(0))
+                    return
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        file = hub.repos["models", name] / line["value"]["path"]
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        file.write_bytes(base64.b64decode(line["value"]["content"]))
+                url = f"{hub.url}/{name}/commit/{COMMIT}"
+                self.answer({"commitUrl": url, "commitOid": COMMIT, "pullRequestUrl": None})
 
             def do_GET(self):
                 self.take(b"")
@@ -103,7 +154,8 @@ class FakeHub:
                     self.answer([e for e in listed(entries, "", True) if e["path"] in asked])
                 else:
                     siblings = [{"rfilename": e["path"], "size": e["size"]} for e in entries]
-                    self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+                    self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": name in hub.private,
+                                 "tags": []})  # fmt: skip
 
             def give(self, file):
                 data = file.read_bytes()
