@@ -312,6 +312,13 @@ def test_generative_replay_asks_instructions_beside_text_and_refuses_to_ask_text
         assert "kind: phase1" in error.value.hint
 
 
+def test_replayed_documents_are_read_again_from_their_file(raw, tmp_path):
+    rows = [document(text).as_dict() | {"provenance": {"kind": "phase1"}} for text in JAPANESE]
+    path = write_rows(tmp_path / "replay.jsonl", rows)
+    (pool,) = pools(raw, {"kind": "file", "path": str(path)}, 1)
+    assert {row.text for row in pool.rows} <= set(JAPANESE)
+
+
 def test_text_and_instructions_in_one_phase_are_measured_apart(raw, color_data):
     raw["phases"][0]["data"].append({"path": str(color_data / "es.jsonl"), "lang": "ja", "take": 12})
     raw["phases"] = [{**raw["phases"][0], "system": "be brief", "anchor": None, "replay": None}]
@@ -341,6 +348,7 @@ BAD = {
         f"{TOO_SHORT})",
     ),
     "a share of a token": ({**LINES, "path": "good.txt"}, ["phase1.train.text.min_tokens=0"], "min_tokens: 0"),
+    "lines of rows": ({**LINES, "path": "rows.jsonl"}, [], "is no .txt file, which sample_by: is for"),
     "another way to sample": ({"path": "good.txt", "sample_by": "word"}, [], "sample_by: 'word'"),
 }
 

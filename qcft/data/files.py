@@ -55,6 +55,8 @@ def read_file(path: Path, split: str = "train", sample_by: str | None = None) ->
     kind = kind_of(path)
     if split != "train" and kind != "json":
         raise no_split(str(path), split, ["train"])
+    if sample_by is not None and kind != "text":
+        raise InputError(f"data: {str(path)!r} is no .txt file, which sample_by: is for", "leave sample_by: out")
     if kind == "parquet":
         yield from read_parquet(path)
     elif kind == "arrow":

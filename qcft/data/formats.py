@@ -104,6 +104,9 @@ def _history(value: Any) -> list[Message]:
 
 def _prompt_completion(record: Record) -> list[Message]:
     prompt, completion = _conversation(record.get("prompt")), _conversation(record.get("completion"))
+    match completion:
+        case [{"role": "text", "content": content}]:  # a document in a replay.jsonl
+            return _document({"text": content})
     before = _turns(prompt) if isinstance(prompt, list) else [Message("user", _text(prompt))]
     after = _turns(completion) if isinstance(completion, list) else [Message("assistant", _text(completion))]
     return [*(replace(m, train=False) if m.role == "assistant" else m for m in before), *after]
