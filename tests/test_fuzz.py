@@ -140,8 +140,8 @@ GOOD = [json.dumps({"instruction": f"what {i}", "output": "red"}).encode() for i
 @given(
     st.lists(lines, max_size=6),
     st.booleans(),
-    st.sampled_from([".jsonl", ".json", ".csv", ".gz", ".jsonl.gz", ".parquet"]),
-    st.sampled_from(["auto", "alpaca", "messages", "sharegpt", "prompt-completion"]),
+    st.sampled_from([".jsonl", ".json", ".csv", ".gz", ".jsonl.gz", ".parquet", ".txt"]),
+    st.sampled_from(["auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"]),
 )
 def test_data_of_any_kind(folder, tokenizer, content, good, suffix, format):
     """Read, split, digested and tokenised."""

@@ -342,9 +342,9 @@ def test_prompts_of_a_file_need_no_answers(raw_recipe, tmp_path):
     [
         ({"kind": "english", "data": "other.jsonl"}, "none of them the same"),
         ({"kind": "english", "data": "noid.jsonl"}, "0 of its 9 rows have an id"),
-        ({"kind": "file", "path": "texts.jsonl"}, "columns text: no known format"),
+        ({"kind": "file", "path": "texts.jsonl"}, "columns words: no known format"),
         ({"kind": "file", "path": "empty.jsonl"}, "it is empty"),
-        ({"data": "texts.jsonl"}, "columns text: no known format"),
+        ({"data": "texts.jsonl"}, "columns words: no known format"),
         ({"kind": "file", "path": "missing.jsonl"}, "there is no file"),
     ],
 )
@@ -352,7 +352,7 @@ def test_pools_that_cannot_be_used_are_refused(raw_recipe, tmp_path, replay, mes
     rows = [{"instruction": f"say {i}", "output": "red"} for i in range(9)]
     write_rows(tmp_path / "other.jsonl", [{**row, "id": f"z{i}"} for i, row in enumerate(rows)])
     write_rows(tmp_path / "noid.jsonl", rows)
-    write_rows(tmp_path / "texts.jsonl", [{"text": "red"}])
+    write_rows(tmp_path / "texts.jsonl", [{"words": "red"}])
     write_rows(tmp_path / "empty.jsonl", [])
     replay = {k: str(tmp_path / v) if k in {"data", "path"} else v for k, v in replay.items()}
     with pytest.raises(InputError, match=message):

@@ -38,6 +38,13 @@ class Stretch(TypedDict):
     trained: bool
 
 
+class TextChecked(TypedDict):
+    """A phase's documents of raw text, and the training rows that they make."""
+
+    documents: int
+    rows: int
+
+
 class PhaseChecked(TypedDict):
     """What training a phase would take; `memory` in bytes by part, `seconds` None where its pace is not known."""
 
@@ -60,6 +67,7 @@ class PhaseChecked(TypedDict):
     left_out: dict[str, int]
     given: dict[str, int]
     looks: Looks
+    raw_text: TextChecked | None
     replay: ShareShown | None
     truncated: int
     samples: list[list[Stretch]]
@@ -198,6 +206,7 @@ def _phase(
         "left_out": dict(left_out),
         "given": _given(prepared, phase, sets),
         "looks": look_at_rows(prepared, phase, sets),
+        "raw_text": _raw_text(sets),
         "replay": share.shown() if (share := replay_share(prepared, phase, store)) else None,
         "truncated": sum(row.cut for s in sets for row in s.encoded),
         "samples": [_decoded(prepared, row) for row in _first(sets, rows)],
@@ -210,6 +219,11 @@ def _given(prepared: PlannedRecipe, phase: Phase, sets: list[EncodedSet]) -> dic
     for source, one in zip(prepared.sources[phase.name], sets, strict=True):
         given[source.lang] += len(one.rows)
     return dict(given)
+
+
+def _raw_text(sets: list[EncodedSet]) -> TextChecked | None:
+    rows = [row for one in sets for row in one.rows if row.text is not None]
+    return {"documents": len({row.key for row in rows}), "rows": len(rows)} if rows else None
 
 
 def _adapted_share(prepared: PlannedRecipe, phase: Phase) -> float:

@@ -53,8 +53,9 @@ def look_at_rows(prepared: Prepared, phase: Phase, sets: Sequence[EncodedSet]) -
 
 
 def _plain(row: Row) -> str:
-    """What the user says first, without what changes no meaning."""
-    return " ".join(" ".join(m.content for m in row.prompt if m.role != "system").split()).casefold()
+    """What the user says first, or a document, without what changes no meaning."""
+    turns = row.prompt or row.completion
+    return " ".join(" ".join(m.content for m in turns if m.role != "system").split()).casefold()
 
 
 def _answers(row: Row) -> Iterable[Any]:

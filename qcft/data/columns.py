@@ -54,6 +54,9 @@ class Columns:
             return None
         self._first = self._first or shape
         self.format = self._first.format
+        if (shape.format == "text") != (self.format == "text"):
+            other = self.format if shape.format == "text" else shape.format
+            raise mixes_text(self.source, self.what, f"rows of raw text and of {other}", other)
         if not shape.names:
             return shape.format, record
         others = {name: value for name, value in record.items() if name not in shape.names.values()}
@@ -119,3 +122,11 @@ class Columns:
                 return "alpaca", {"instruction": question, "output": answer}
         question = "" if self.answers else next((q for q in QUESTIONS if isinstance(record.get(q), str)), "")
         return ("alpaca", {"instruction": question}) if question else None
+
+
+def mixes_text(source: Source, what: str, both: str, other: str = "messages") -> InputError:
+    """The error for a source that holds `both` raw text and instructions, of the format `other`."""
+    return InputError(
+        f"{what}: {source.path!r} holds {both}, and does not say which to train on",
+        f"set format: text or format: {other} to read one of them, or give each its own source",
+    )

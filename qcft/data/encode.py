@@ -1,17 +1,17 @@
-"""From conversations to tokens: the chat template, the trained tokens, the limit on length."""
+"""From conversations and documents to tokens: the chat template, the trained tokens, the limit on length."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qcft.data.mix import in_groups
 from qcft.data.render import TemplateRefused
 from qcft.data.rows import Message, Row
-from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, Thinking
+from qcft.data.template import END, NO_TEXT, REWRITES, START, Template, Thinking, prepends_bos
 from qcft.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ AT_ONCE, MUCH = 100, 1_000_000  # rows and characters that are rendered at once
 IGNORED = -100  # the label of a token that bears no loss
 MARKED = re.compile(f"{START}([^{START}{END}]*){END}")
 TOO_LONG, NO_ANSWER = "longer than max_length", "no answer to train"
+TOO_SHORT = "shorter than train.text.min_tokens"
+PIECES, NO_END = "cut into pieces of at most max_length", f"a last piece {TOO_SHORT} dropped"
 SPLIT = "made into one training row for each answer: the chat template changes earlier turns"
 
 
@@ -28,7 +30,8 @@ SPLIT = "made into one training row for each answer: the chat template changes e
 class EncodedRow:
     """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from;
     `name`: what a person finds it by; `cut`: whether it lost its end, or turns, to the limit on length; `replay`:
-    whether it is no new row of the phase that trains on it."""
+    whether it is no new row of the phase that trains on it; `bytes`: of raw text that is measured, in UTF-8, those of
+    its labels."""
 
     input_ids: list[int]
     labels: list[int]
@@ -36,6 +39,7 @@ class EncodedRow:
     name: str = ""
     cut: bool = field(default=False, compare=False)
     replay: bool = field(default=False, compare=False)
+    bytes: int = field(default=0, compare=False)
 
     @property
     def answer_tokens(self) -> int:
@@ -69,6 +73,8 @@ class Encoder:
 
     Loss falls on every assistant turn that is to be trained, up to and with its end-of-turn token, and on nothing else.
     An answer that is not finished bears loss up to the end of its text, where a row that ends with it ends.
+    Of a document of raw text every token but the first bears loss, its end among them; with `measuring`, every token
+    that stands for its text, but those of the first character where no BOS stands before it.
     Raises InputError when the template cannot be used at all.
     """
 
@@ -80,6 +86,8 @@ class Encoder:
         long_rows: str = "drop",
         thinking: Thinking = "auto",
         template: Template | None = None,
+        min_tokens: int = 2,
+        measuring: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise InputError("model: its tokenizer has no fast version", "use a model with a tokenizer.json")
@@ -89,6 +97,8 @@ class Encoder:
         self.max_length = max_length
         self.long_rows = long_rows
         self.thinking: Thinking = thinking
+        self.min_tokens = min_tokens
+        self.measuring = measuring
 
     @property
     def end_of_turn(self) -> str:
@@ -119,8 +129,11 @@ class Encoder:
 
         They are one training row, or one for each answer where the template writes earlier turns otherwise once there
         are later ones. A training row longer than `max_length` loses its last turns; if its first exchange alone is
-        too long it is dropped, or with `long_rows="cut"` its answer is cut where the limit falls.
+        too long it is dropped, or with `long_rows="cut"` its answer is cut where the limit falls. A document that is
+        longer becomes several training rows.
         """
+        if row.text is not None:
+            return self._document(row.text, Counter())
         prepared = self._prepare(row)
         return prepared if isinstance(prepared, str) else self._encode(*prepared, Counter())
 
@@ -131,10 +144,13 @@ class Encoder:
         changed: Counter[str] = Counter()
         done = 0
         for chunk in in_groups(rows, _rendered_size, MUCH, AT_ONCE):
-            prepared = [self._prepare(row) for row in chunk]
+            prepared = [self._prepare(row) if row.text is None else "" for row in chunk]
             self.template.render_ahead([one[0] for one in prepared if not isinstance(one, str)], self.thinking)
             for row, one in zip(chunk, prepared, strict=True):
-                encoded = one if isinstance(one, str) else self._encode(*one, changed)
+                if row.text is not None:
+                    encoded = self._document(row.text, changed)
+                else:
+                    encoded = one if isinstance(one, str) else self._encode(*one, changed)
                 done += 1
                 if progress is not None:
                     progress(done)
@@ -142,7 +158,7 @@ class Encoder:
                     left_out[encoded] += 1
                 else:
                     kept += [(row, training_row) for training_row in encoded]
-        return EncodedSet(tuple(r for r, _ in kept), tuple(e for _, e in kept), dict(left_out), dict(changed))
+        return EncodedSet(tuple(r for r, _ in kept), tuple(e for _, e in kept), dict(left_out), dict(+changed))
 
     def _prepare(self, row: Row) -> tuple[list[Message], Counter[str]] | str:
         try:
@@ -167,6 +183,34 @@ class Encoder:
         if len(kept) < len(encoded):
             kept[-1] = replace(kept[-1], cut=True)
         return tuple(kept)
+
+    def _document(self, text: str, changed: Counter[str]) -> tuple[EncodedRow, ...] | str:
+        """A document's tokens, BOS before them where the tokenizer adds it, in pieces of at most `max_length`.
+
+        A later piece begins with the last token of the one before, which is context there, so that each token bears
+        loss once. The bytes of a character that is several tokens count where its first one does.
+        """
+        marked = self.template.marked(text)
+        ids, offsets = self._tokenize(marked)
+        if prepends_bos(self.tokenizer):
+            ids, offsets = [self.tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+        first = 1
+        if self.measuring:
+            first = next((i for i, (start, _) in enumerate(offsets) if i and start >= offsets[0][1]), len(ids))
+        elif self.tokenizer.eos_token_id is None:
+            raise InputError("model: its tokenizer has no EOS token, to end a document", "use another model")
+        else:
+            ids, offsets = [*ids, self.tokenizer.eos_token_id], [*offsets, (len(marked), len(marked))]
+        found: list[EncodedRow] = []
+        for start, begin, end in _pieces(len(ids), first, self.max_length or len(ids)):
+            if begin == end or not (self.measuring or end - start >= self.min_tokens):
+                changed[NO_END] += bool(found)
+                continue
+            scored = marked[offsets[begin - 1][1] : offsets[end - 1][1] if end < len(ids) else None]
+            size = len(scored.replace(START, "").replace(END, "").encode()) if self.measuring else 0
+            found.append(EncodedRow(ids[start:end], [IGNORED] * (begin - start) + ids[begin:end], bytes=size))
+        changed[PIECES] += len(found) > 1
+        return tuple(found) or TOO_SHORT
 
     def _encode_text(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedRow | None:
         """Tokens and labels of a rendered conversation, within `max_length`; None where no answer fits."""
@@ -237,6 +281,15 @@ class Encoder:
         return ids
 
 
+def _pieces(tokens: int, first: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """A document's tokens in pieces [start, end) of at most `most`, which bear loss from `begin` on: (start, begin,
+    end). Together those are the tokens from `first` on, each once."""
+    start = end = 0
+    while end < tokens:
+        start, end = max(0, end - 1), min(max(0, end - 1) + most, tokens)
+        yield start, min(max(first, start + 1), end), end
+
+
 def _rendered_size(row: Row) -> int:
     """About how many characters it takes to render each of a row's turns with those before."""
     return len(row.messages) * sum(len(message.content) for message in row.messages)
@@ -247,6 +300,8 @@ def hint_for(left_out: Mapping[str, int], when_too_long: str) -> str:
     reason = max(left_out, key=lambda one: left_out[one]) if left_out else ""
     if reason == TOO_LONG:
         return when_too_long
+    if reason == TOO_SHORT:
+        return "give longer documents, or lower train.text.min_tokens"
     if reason == NO_ANSWER:
         return "give rows with an answer to train: not train: false, nor weight: 0, on every assistant turn"
     if reason == NO_TEXT:

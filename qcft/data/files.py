@@ -15,14 +15,15 @@ from typing import IO, Any
 from qcft.data.csv_file import read_csv
 from qcft.data.streams import lines_of, open_file
 from qcft.data.tables import read_arrow, read_parquet
+from qcft.data.text_file import read_text_file
 from qcft.errors import InputError, short
 
 KINDS = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".arrow": "arrow",
+    ".arrow": "arrow", ".txt": "text",
 }  # fmt: skip
 SUFFIXES = (*KINDS, ".gz")
-FORMS = "a .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of them, or a hub id OWNER/NAME"
+FORMS = "a .json, .jsonl, .csv, .tsv, .parquet or .txt file (also .gz), a folder of them, or a hub id OWNER/NAME"
 # What reading JSON may raise: no JSON, no UTF-8, a number of thousands of digits; nesting thousands deep.
 UNREADABLE = (ValueError, RecursionError)
 # What lists in a JSON file are named that are not to be trained on.
@@ -38,25 +39,31 @@ class BadLine:
 
 
 def kind_of(path: Path) -> str | None:
-    """`json`, `csv`, `parquet` or `arrow` by the file's name; gzipped files of no other name are JSON lines."""
+    """`json`, `csv`, `parquet`, `arrow` or `text` by the file's name; gzipped files of no other name are JSON lines."""
     names = [suffix.lower() for suffix in path.suffixes]
     if names[-1:] == [".gz"]:
         return KINDS.get(names[-2] if len(names) > 1 else "", "json")
     return KINDS.get(names[-1]) if names else None
 
 
-def read_file(path: Path, split: str = "train") -> Iterator[dict[str, Any] | BadLine]:
-    """The file's records in order, read as they are asked for. Only a JSON file may hold more splits than `train`.
+def read_file(path: Path, split: str = "train", sample_by: str | None = None) -> Iterator[dict[str, Any] | BadLine]:
+    """The file's records in order, read as they are asked for. Only a JSON file may hold more splits than `train`;
+    `sample_by`: what of a file of text is a document (None: all of it).
 
     Raises InputError.
     """
     kind = kind_of(path)
     if split != "train" and kind != "json":
         raise no_split(str(path), split, ["train"])
+    if sample_by is not None and kind != "text":
+        raise InputError(f"data: {str(path)!r} is no .txt file, which sample_by: is for", "leave sample_by: out")
     if kind == "parquet":
         yield from read_parquet(path)
     elif kind == "arrow":
         yield from read_arrow(path)
+    elif kind == "text":
+        with open_file(path) as stream:
+            yield from read_text_file(stream, path, sample_by or "document")
     elif kind == "csv":
         with open_file(path) as stream:
             yield from read_csv(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), path)

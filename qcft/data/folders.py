@@ -10,13 +10,16 @@ What is used of `datasets` beyond its documented names: `datasets.data_files` (`
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcft.data.files import FORMS, SUFFIXES, no_split
+from qcft.data.files import FORMS, SUFFIXES, kind_of, no_split
 from qcft.errors import InputError, nearest, short
+
+ABOUT = re.compile(r"(readme|licen[cs]e|notice)\b.*\.txt$", re.IGNORECASE)  # what tells of the data
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ def split_of(folder: Path, subset: str | None, split: str) -> SplitFiles:
         raise InputError(f"data: the folder {str(base)!r} holds no data files", f"give {FORMS}")
     if split not in splits:
         raise no_split(str(base), split, list(splits))
-    by_stem: dict[Path, Path] = {}
+    by_stem: dict[tuple[Path, bool], Path] = {}
     for file in splits[split]:
-        other = by_stem.setdefault(file.parent / Path(file.name.removesuffix(".gz")).stem, file)
+        stem = file.parent / Path(file.name.removesuffix(".gz")).stem
+        other = by_stem.setdefault((stem, kind_of(file) == "text"), file)
         if other != file:
             raise InputError(
                 f"data: {str(base)!r} holds both {other.name} and {file.name}, which look like the same rows twice",
@@ -118,4 +122,4 @@ def _resolved(patterns: Iterable[str], base: Path) -> list[Path]:
                 raise InputError(
                     f"data: {str(base)!r} lacks {pattern!r}, which its README.md names", "correct README.md"
                 ) from None
-    return sorted(file for file in found if file.name.lower().endswith(SUFFIXES))
+    return sorted(file for file in found if file.name.lower().endswith(SUFFIXES) and not ABOUT.match(file.name))

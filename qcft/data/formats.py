@@ -80,7 +80,8 @@ def _read(record: Record, format: str) -> list[Message]:
         for column in MEDIA_COLUMNS & record.keys():
             if record[column]:
                 raise Unusable(f"with {MEDIA[column.removesuffix('s')]}")
-    return _with_system(_text(record.get("system")), FORMATS[format].read(record))
+    turns = FORMATS[format].read(record)
+    return turns if format == "text" else _with_system(_text(record.get("system")), turns)
 
 
 def _alpaca(record: Record) -> list[Message]:
@@ -103,9 +104,19 @@ def _history(value: Any) -> list[Message]:
 
 def _prompt_completion(record: Record) -> list[Message]:
     prompt, completion = _conversation(record.get("prompt")), _conversation(record.get("completion"))
+    match completion:
+        case [{"role": "text", "content": content}]:  # a document in a replay.jsonl
+            return _document({"text": content})
     before = _turns(prompt) if isinstance(prompt, list) else [Message("user", _text(prompt))]
     after = _turns(completion) if isinstance(completion, list) else [Message("assistant", _text(completion))]
     return [*(replace(m, train=False) if m.role == "assistant" else m for m in before), *after]
+
+
+def _document(record: Record) -> list[Message]:
+    text = _text(record.get("text"))
+    if not text.strip():
+        raise Unusable("empty document" if "text" in record else "no column text")
+    return [Message("text", text)]
 
 
 @dataclass(frozen=True)
@@ -126,15 +137,20 @@ FORMATS = {
     "sharegpt": Format(lambda record: _turns(record.get("conversations")), ("conversations",)),
     "messages": Format(lambda record: _turns(record.get("messages")), ("messages",)),
     "prompt-completion": Format(_prompt_completion, ("prompt", "completion")),
+    "text": Format(_document, ("text",), (), "text alone, or format: text: raw text"),
 }
+ALONE = {"text", "id"}  # the columns of raw text that is known without being named: others may make it something else
 COLUMNS = {name: one.told or ", ".join(one.needs) for name, one in FORMATS.items()}
-PROMPT_COLUMNS = {name: FORMATS[name].needs[0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion")}
+PROMPT_COLUMNS = {
+    name: FORMATS[name].needs[0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
+}
 
 
 def detect_format(columns: set[str], answers: bool = True) -> str | None:
     """The format whose columns these are, those of its answers among them where they are wanted, or None."""
     most = None if answers else 1
-    return next((name for name in PROMPT_COLUMNS if columns.issuperset(FORMATS[name].needs[:most])), None)
+    found = next((name for name in PROMPT_COLUMNS if columns.issuperset(FORMATS[name].needs[:most])), None)
+    return found if found != "text" or {str(name).strip().lower() for name in columns} <= ALONE else None
 
 
 def column_names(record: Mapping[str, Any]) -> str:
@@ -199,7 +215,9 @@ def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
 
 
 def _row(messages: list[Message], record: Record) -> Row:
-    """Cut a conversation into prompt and completion, after checking that it can train."""
+    """Cut a conversation into prompt and completion, after checking that it can train; a document is all completion."""
+    if messages and messages[0].role == "text":
+        return Row((), tuple(messages), _id(record))
     while messages and messages[-1].role != "assistant":
         messages = messages[:-1]  # a question nobody answered trains nothing
     first = next((i for i, m in enumerate(messages) if m.role == "user" and m.content.strip()), None)

@@ -1,4 +1,7 @@
-"""A source's instructions, one after the other: what the user says first, with its input; answers are not needed."""
+"""A source's instructions, one after the other: what the user says first, with its input; answers are not needed.
+
+Of raw text the documents, of which an encoder of sentences reads the beginning.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ def instructions(source: Source, column: str | None = None) -> Iterator[str]:
         if known is not None:
             format, named = known
             try:
-                turns = to_prompt(named, format).prompt
+                row = to_prompt(named, format)
             except Unusable:
                 continue
-            text = "\n".join(turn.content.strip() for turn in turns if turn.role == "user")
+            text = row.text or "\n".join(turn.content.strip() for turn in row.prompt if turn.role == "user")
         elif column in record:
             text = record[column]
         else:

@@ -142,6 +142,8 @@ def read_pool(source: Source, answers: bool, watch: Watch, what: str = "replay")
 
 def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: HeldOut) -> None:
     source, format = reader.source, reader.columns.format
+    whole = format == "text" and source.sample_by in {None, "document"}
+    more = "; a .txt file is one document: set sample_by: paragraph or line for more" if whole else ""
     if not reader.seen:
         raise InputError(f"data: {source.path!r} is empty", "give a data set with at least one row")
     bad = reader.left_out["bad JSON"]
@@ -163,10 +165,10 @@ def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: Held
     if not train:
         raise InputError(
             f"data: all {len(aside)} usable rows of {source.path!r} fall into the held-out share of {held_out.share}",
-            "give more rows or a smaller heldout.share",
+            f"give more rows or a smaller heldout.share{more}",
         )
     if not aside:
         raise InputError(
             f"data: none of the {len(train)} rows of {source.path!r} falls into the held-out share of {held_out.share}",
-            "give more rows or a larger heldout.share, so that there is something to measure on",
+            f"give more rows or a larger heldout.share, so that there is something to measure on{more}",
         )

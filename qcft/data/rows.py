@@ -1,4 +1,4 @@
-"""The one form every data set takes: a conversational prompt and its completion."""
+"""The one form every data set takes: a conversational prompt and its completion, or a document of raw text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "text"]  # text: a whole document
 _AS_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
@@ -40,6 +40,8 @@ class Row:
     """A conversation. `prompt` ends with the first user turn; `completion` begins with the first assistant turn and
     holds all that follows. Every assistant turn is trained unless its `train` is false, and nothing else is.
 
+    A document of raw text has no prompt, and a completion of one turn with the role `text`.
+
     `id` is shared by the translations of one row, where the data has such ids. `english` is the row's English
     version, where the data has one in columns such as `instruction_en`; it may lack a completion.
     """
@@ -59,9 +61,16 @@ class Row:
         """The row's own answer to its prompt; None where it has none."""
         return self.completion[0].content if self.completion else None
 
+    @property
+    def text(self) -> str | None:
+        """The document, of raw text; None for a conversation."""
+        return None if self.prompt else self.completion[0].content
+
     @cached_property
     def prompt_digest(self) -> str:
-        """Digest of what the user said first (a system turn left aside)."""
+        """Digest of what the user said first (a system turn left aside), or of a whole document."""
+        if self.text is not None:
+            return hashlib.sha256(b"text:" + self.text.strip().encode()).hexdigest()
         text = "\n".join(m.content.strip() for m in self.prompt if m.role != "system")
         return hashlib.sha256(b"prompt:" + text.encode()).hexdigest()
 
@@ -74,8 +83,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What a person finds the row by: its id, else how its prompt begins."""
-        return self.id if self.id is not None else " ".join(self.prompt[-1].content.split())[:40]
+        """What a person finds the row by: its id, else how its prompt or document begins."""
+        text = self.prompt[-1].content if self.text is None else self.text
+        return self.id if self.id is not None else " ".join(text.split())[:40]
 
     def is_held_out(self, share: float) -> bool:
         """Whether the row belongs to the held-out `share` of all rows: decided by its key alone, so

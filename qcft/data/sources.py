@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcft.data.files import FORMS, SUFFIXES, BadLine, no_split, read_file
+from qcft.data.columns import mixes_text
+from qcft.data.files import FORMS, SUFFIXES, BadLine, kind_of, no_split, read_file
 from qcft.data.folders import split_of
 from qcft.data.saved import is_saved, read_saved
 from qcft.errors import InputError, QcftError, nearest
@@ -35,7 +36,7 @@ def read_records(source: Source, watch: Watch | None = None) -> Iterator[dict[st
             raise InputError(
                 f"data: {source.path!r} is a file and has no subset {source.subset!r}", "leave subset: out"
             )
-        yield from read_file(path, source.split)
+        yield from read_file(path, source.split, source.sample_by)
     elif there and path.is_dir():
         yield from _read_folder(path, source, watch)
     elif (odd := oddity(path)) is not None:
@@ -76,8 +77,19 @@ def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[
             f"not read, as they belong to no split by their names: {names}{more}",
             "warning",
         )
-    for file in found.files:
-        yield from read_file(file)
+    for file in _readable(found.files, source):
+        yield from read_file(file, sample_by=source.sample_by)
+
+
+def _readable(files: Sequence[Path], source: Source) -> Sequence[Path]:
+    """The files, of text or of other records where the format says which. Raises InputError where nothing does."""
+    texts = [file for file in files if kind_of(file) == "text"]
+    if not texts or len(texts) == len(files) or source.format == "text":
+        return files
+    others = [file for file in files if file not in texts]
+    if source.format == "auto":
+        raise mixes_text(source, "data", f"raw text ({texts[0].name}) beside other files ({others[0].name})")
+    return others
 
 
 def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:
@@ -96,7 +108,12 @@ def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:
                 sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
                 check_download("data", source.path, map(sizes.get, _files_of(source)), watch)
         yield from datasets.load_dataset(
-            source.path, source.subset, split=source.split, revision=source.revision, streaming=source.take is not None
+            source.path,
+            source.subset,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.take is not None,
+            **({"sample_by": source.sample_by} if source.sample_by else {}),
         )
     except QcftError:
         raise

@@ -61,7 +61,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> 
     """
     if named == "chatml":
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else str(tokenizer.eos_token)
-        tokenizer.chat_template = (BOS if _prepends_bos(tokenizer) else "") + CHATML.replace("END", end)
+        tokenizer.chat_template = (BOS if prepends_bos(tokenizer) else "") + CHATML.replace("END", end)
     if not tokenizer.chat_template:
         raise InputError(
             "model: its tokenizer has no chat template",
@@ -97,7 +97,8 @@ def _dated(template: Any) -> Any:
     return FIXED_DATE + template if writes_date else template
 
 
-def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS before text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -318,15 +319,16 @@ class Template:
         return [self._turn(message) for message in messages], {"add_generation_prompt": generate, **thinking}
 
     def _turn(self, message: Message) -> dict[str, str]:
-        content, reasoning = self._marked(message.content), message.reasoning
+        content, reasoning = self.marked(message.content), message.reasoning
         if reasoning is None or self._reasons == "opened":
             return {"role": message.role, "content": content}
-        reasoning = self._marked(reasoning)
+        reasoning = self.marked(reasoning)
         if self._reasons == "inline":
             return {"role": message.role, "content": f"<think>\n{reasoning}{CLOSE}{content}"}
         return {"role": message.role, "content": content, "reasoning_content": reasoning, "thinking": reasoning}
 
-    def _marked(self, text: str) -> str:
+    def marked(self, text: str) -> str:
+        """Text with marks around the control tokens in it, where these are plain text."""
         if self._control is None:
             return text
         if START in text or END in text:

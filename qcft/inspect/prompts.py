@@ -75,7 +75,7 @@ def held_out_questions(prepared: Prepared, langs: Sequence[str], most: int, max_
     prompts leave room for an answer. English rows are the first of those that every stage answers when it is measured.
     Raises InputError for a language without held-out rows."""
     groups: dict[str, Group] = {}
-    for group in prepared.groups:
+    for group in (group for group in prepared.groups if not group.is_text):
         groups.setdefault(group.lang, group)  # the earliest phase's, where several have some
     known = sorted(groups, key=lambda lang: lang != ENGLISH)
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -48,6 +49,12 @@ class Kept:
 def mean_nll(scores: Sequence[RowScore]) -> float:
     """Mean NLL per answer token in nats, whatever row it is of: the logarithm of perplexity (Jelinek et al. 1977)."""
     return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
+
+
+def bits_per_byte(scores: Sequence[RowScore], size: int) -> float:
+    """Bits that the model takes for each of the `size` UTF-8 bytes that the scored tokens stand for: sum of NLL / ln 2
+    / bytes, whatever the tokenizer (Gao et al. 2020, "The Pile", arXiv 2101.00027, section 3.1)."""
+    return sum(s.nll for s in scores) / math.log(2) / size
 
 
 def accuracy(scores: Sequence[RowScore]) -> float:

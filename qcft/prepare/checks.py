@@ -65,6 +65,7 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
             continue
         _check_layers(prepared, phase, weights)
         check_settings(phase.train)
+        _check_text(prepared, phase)
         new = prepared.encoded(phase)
         _check_length(phase, sum(len(one.rows) for one in new))
         if phase.replay and phase.replay.ratio > 0:
@@ -95,6 +96,17 @@ def _check_tokenizer(prepared: Prepared) -> None:
             raise InputError(
                 f"{phase.name}.thinking: the chat template of {prepared.recipe.model.name!r} has no place for thoughts",
                 f"leave {phase.name}.thinking at auto",
+            )
+
+
+def _check_text(prepared: Prepared, phase: Phase) -> None:
+    """Check that a phase on nothing but raw text asks for nothing of the chat template, which it does without."""
+    rows = [row for rows in prepared.rows[phase.name] for row in rows]
+    for key, given in (("system", bool(phase.system)), ("thinking", phase.thinking != "auto")):
+        if given and rows and all(row.text is not None for row in rows):
+            raise InputError(
+                f"{phase.name}.{key}: {phase.name} trains on raw text, which is written without a chat template",
+                f"leave {phase.name}.{key} out, or give the phase instructions",
             )
 
 

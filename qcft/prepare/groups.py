@@ -17,7 +17,7 @@ PROBE_LENGTH = 1024  # tokens of a row that is only measured
 
 @dataclass(frozen=True)
 class Group:
-    """Held-out rows measured together: those of one phase in one language."""
+    """Held-out rows measured together: those of one phase in one language, raw text apart from conversations."""
 
     phase: str
     lang: str
@@ -29,8 +29,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """`phase2 es`."""
-        return f"{self.phase} {self.lang}"
+        """`phase2 es`, or `phase1 es text`."""
+        return f"{self.phase} {self.lang}{' text' if self.is_text else ''}"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are documents of raw text."""
+        return self.rows[0].text is not None
 
 
 def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]], reader: SourceReader) -> list[Group]:
@@ -60,7 +65,7 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
         trained |= {row.prompt_digest for source in sources[phase.name] for row in source.rows}
     groups += _tests(recipe, measured, reader)
     probes = [one for source in recipe.probe for one in source.expanded()]
-    if not any(g.lang == ENGLISH for g in groups) and not any(s.lang == ENGLISH for s in probes):
+    if not any(g.lang == ENGLISH and not g.is_text for g in groups) and not any(s.lang == ENGLISH for s in probes):
         probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
     limits = Measured(
         name="probe", data=[], system=first.system, max_length=PROBE_LENGTH, long_rows=first.train.long_rows
@@ -70,13 +75,13 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
 
 
 def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str], most: int | None) -> list[Group]:
-    """At most `most` rows of each language: one of each prompt, and none that an earlier phase trains on."""
-    by_lang: dict[str, dict[str, Row]] = {}
+    """At most `most` rows of each language and kind: one of each prompt, and none that an earlier phase trains on."""
+    by_lang: dict[tuple[str, bool], dict[str, Row]] = {}
     for source in sources:
-        rows = by_lang.setdefault(source.lang, {})
+        by_lang.setdefault((source.lang, False), {})
         for row in source.held_out:
             if row.prompt_digest not in trained:
-                rows.setdefault(row.prompt_digest, row)
+                by_lang.setdefault((source.lang, row.text is not None), {}).setdefault(row.prompt_digest, row)
     return [
         Group(
             limits.name,
@@ -87,7 +92,7 @@ def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str
             limits.long_rows,
             limits.thinking,
         )
-        for lang, rows in by_lang.items()
+        for (lang, _), rows in by_lang.items()
         if rows
     ]
 
@@ -97,15 +102,14 @@ def _tests(
 ) -> list[Group]:
     """The rows of one's own test sets by language, each prompt once, under the limits of what is measured last in that
     language, else first."""
-    by_lang: dict[str, dict[str, Row]] = {}
+    by_lang: dict[tuple[str, bool], dict[str, Row]] = {}
     for source in recipe.heldout.data:
         for one in source.expanded():
             found = reader.test(one)
-            rows = by_lang.setdefault(found.lang, {})
             for row in found.rows:
-                rows.setdefault(row.prompt_digest, row)
+                by_lang.setdefault((found.lang, row.text is not None), {}).setdefault(row.prompt_digest, row)
     groups = []
-    for lang, rows in by_lang.items():
+    for (lang, _), rows in by_lang.items():
         like = [limits for limits, sources in measured if any(source.lang == lang for source in sources)]
         limits = (like or [limits for limits, _ in measured[:1]])[-1]
         length = max(PROBE_LENGTH, limits.max_length)

@@ -66,10 +66,16 @@ class PreparedModel:
         return self.once(("meta model", self.key), lambda: model_without_weights(self.described, self.asked))
 
     def encoder_for(
-        self, system: str | None, max_length: int | None, long_rows: str, thinking: Thinking = "auto"
+        self,
+        system: str | None,
+        max_length: int | None,
+        long_rows: str,
+        thinking: Thinking = "auto",
+        min_tokens: int = 2,
+        measuring: bool = False,
     ) -> Encoder:
         """The way from rows to tokens with the model's chat template."""
-        return Encoder(self.tokenizer, system, max_length, long_rows, thinking, self.template)
+        return Encoder(self.tokenizer, system, max_length, long_rows, thinking, self.template, min_tokens, measuring)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is made once for all recipes that share it."""

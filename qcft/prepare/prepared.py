@@ -117,8 +117,8 @@ class Prepared(PreparedModel):
     def english_group(self, phase: Phase) -> Group | None:
         """The held-out English rows that a phase's live probe goes by: those of another phase, of `probe`, or that ship
         with qcft. None for a phase that is itself where they are from: it makes what the probe would measure."""
-        others = (group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name)
-        return next(others, None)
+        others = [group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name]
+        return next((group for group in others if not group.is_text), next(iter(others), None))
 
     def pinned_recipe(self) -> Recipe:
         """The recipe with a hub model's revision resolved to its commit, as the run keeps it."""

@@ -47,11 +47,13 @@ class Rows:
 
     def encoder(self, limits: Limits) -> Encoder:
         """The way from rows to tokens under these limits."""
-        return self.model.encoder_for(limits.system, limits.max_length, limits.long_rows, limits.thinking)
+        how = (limits.system, limits.max_length, limits.long_rows, limits.thinking)
+        return self.model.encoder_for(*how, limits.min_tokens)
 
     def group_encoder(self, group: Group) -> Encoder:
         """A held-out group's way from rows to tokens: its phase's."""
-        return self.model.encoder_for(group.system, group.max_length, group.long_rows, group.thinking)
+        how = (group.system, group.max_length, group.long_rows, group.thinking)
+        return self.model.encoder_for(*how, measuring=True)
 
     def groups(self, digest: str) -> Sequence[Group]:
         """The held-out groups. Raises QcftError where they are not those of the digest."""
@@ -129,7 +131,7 @@ class Rows:
 def english_prompts(rows: Rows, held_out: str, most: int) -> list[tuple[Group, Row]]:
     """The held-out English rows whose prompts every stage answers."""
     for group in rows.groups(held_out):
-        if group.lang == ENGLISH:
+        if group.lang == ENGLISH and not group.is_text:
             each = {row.prompt_digest: row for row in rows.measured(group).rows}  # one may be several training rows
             return [(group, row) for row in sorted(each.values(), key=lambda row: row.key)[:most]]
     return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -50,17 +50,19 @@ class Limits(Settings):
     max_length: int
     long_rows: str
     thinking: Thinking = field(default="auto", metadata=ADDED)
+    min_tokens: int = field(default=16, metadata=ADDED)
 
 
 def limits_of(phase: Phase) -> Limits:
     """How a phase's own rows become tokens."""
-    return Limits(phase.system, phase.train.max_length, phase.train.long_rows, phase.thinking)
+    train = phase.train
+    return Limits(phase.system, train.max_length, train.long_rows, phase.thinking, train.text.min_tokens)
 
 
 def kept_alive(limits: Limits, system: str | None) -> Limits:
     """How replay becomes tokens beside rows under `limits`: under the `system` prompt of the phase it keeps alive, and
     with thoughts only in rows that have some: answers are asked for without."""
-    return Limits(system, limits.max_length, limits.long_rows, "off" if limits.thinking == "off" else "auto")
+    return replace(limits, system=system, thinking="off" if limits.thinking == "off" else "auto")
 
 
 def _plain(value: Any, without: set[str] | None = None) -> Any:

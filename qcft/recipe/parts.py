@@ -41,8 +41,9 @@ def _listed(value: Any) -> Any:
 
 
 Column = Literal[
-    "id", "instruction", "input", "output", "system", "history", "messages", "conversations", "prompt", "completion"
-]
+    "id", "instruction", "input", "output", "system", "history", "messages", "conversations", "prompt", "completion",
+    "text",
+]  # fmt: skip
 
 
 class Source(Part):
@@ -50,12 +51,15 @@ class Source(Part):
 
     `{lang}` in `path`, with a list as `lang`, stands for one source per language. `take` is the number
     of rows to train on; held-out rows are read beside them. `columns` says by which name the data has a column.
+    `sample_by`: what of a .txt file is a document of raw text: the whole file (the default), what blank lines part, or
+    each line. A hub data set of .txt files is read by lines, unless this says otherwise.
     """
 
     path: Name
     lang: str | list[str] | None = None
     take: Annotated[Count, Field(ge=1)] | None = None
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion"] = "auto"
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt-completion", "text"] = "auto"
+    sample_by: Literal["document", "paragraph", "line"] | None = None
     columns: dict[Column, Name] = {}
     revision: str | None = None
     subset: str | None = None

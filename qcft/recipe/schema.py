@@ -53,6 +53,13 @@ class Lora(Part):
     peft: Peft = Peft()
 
 
+class Text(Part):
+    """How raw text is trained. `min_tokens`: documents, and last pieces of long ones, that are shorter are dropped and
+    counted."""
+
+    min_tokens: Annotated[Count, Field(ge=2)] = 16
+
+
 class Train(Part):
     """How a phase is trained. `batch` counts rows per optimizer step, whether rows are packed or not.
 
@@ -60,6 +67,7 @@ class Train(Part):
     same rows in every optimizer step. `batch: auto` is the default batch, run so.
 
     `prefix_cache`: keep on disk what the lowest, frozen layers make of each row, and train from that.
+    `long_rows` is about conversations: long documents of raw text are cut into pieces, none is dropped.
     """
 
     lr: Annotated[Number, Field(gt=0)] = 2e-4
@@ -69,6 +77,7 @@ class Train(Part):
     micro_batch: Annotated[Count, Field(ge=1)] | Literal["auto"] = 4
     max_length: Annotated[Count, Field(ge=8)] = 1024
     long_rows: Literal["drop", "cut"] = "drop"
+    text: Text = Text()
     packing: bool = True
     scheduler: str = "cosine"
     warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.03

@@ -105,12 +105,13 @@ class _Finder:
     def prompts(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
         """English prompts: those that are named, else of the phase's own rows, else of the first phase's."""
         if part.phase is not None:
-            named = [(Row(row.prompt, (), row.id), lang) for row, lang in _rows(self.named(part.phase))]
+            named = self.asked(_rows(self.named(part.phase)), part.phase)
             return named, f"prompts of {part.phase}", {}
         drawn, unusable = self.read(part.data, answers=False) if part.data else ([], {})
         reason = f"prompts of {_names(part.data)}"
         if not drawn:
             drawn, reason = self.versions(False)
+            drawn = [(row, lang) for row, lang in drawn if row.text is None]
             drawn = drawn if len(drawn) >= ENOUGH * self.distinct() else []
         if not drawn and self.first:
             english = [s for s in self.first if s.lang == ENGLISH] or self.first
@@ -118,7 +119,18 @@ class _Finder:
         if not drawn:
             drawn, unusable = self.read([Source(path=SHIPPED_ENGLISH, lang=ENGLISH)], answers=False)
             reason = "instructions that ship with qcft: no earlier phase has data"
-        return [(Row(row.prompt, (), row.id), lang) for row, lang in drawn], reason, unusable
+        return self.asked(drawn, reason.split(":")[0].removeprefix("prompts of ")), reason, unusable
+
+    def asked(self, drawn: Drawn, whose: str) -> Drawn:
+        """Rows without their answers. Raises InputError where all of them are raw text, which asks nothing."""
+        prompts = [(Row(row.prompt, (), row.id), lang) for row, lang in drawn if row.text is None]
+        if drawn and not prompts:
+            raise InputError(
+                f"replay: {whose} is raw text, without prompts that the model could answer",
+                f"name instructions, such as {SHIPPED_ENGLISH}, in {self.phase.name}.replay.data, or set kind: phase1 "
+                "to replay an earlier phase's documents as they are",
+            )
+        return prompts
 
     def english(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
         """Real English rows, parallel to the phase's by id unless they need not be."""

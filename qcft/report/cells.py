@@ -11,13 +11,15 @@ from qcft.store.table import Between, GroupOf, Named, StageChange, StagesTable, 
 
 
 def stage_rows(table: StagesTable) -> list[dict[str, str]]:
-    """A row per stage: NLL and token accuracy of each group (English marked); length and finished share of answers."""
+    """A row per stage: NLL and token accuracy of each group (English marked), bits per byte of raw text; length and
+    finished share of answers."""
     lines, answers = [], _answers(table)
     for stage in table["stages"]:
         line = {"stage": stage_name(stage)}
         for group in table["groups"]:
             score = stage["groups"][group["name"]]
-            line[_title(table, group)] = f"{score['nll']:.3f}  {score['accuracy']:.0%}"
+            bits = f"  {score['bits_per_byte']:.3f} b/B" if "bits_per_byte" in score else ""
+            line[_title(table, group)] = f"{score['nll']:.3f}  {score['accuracy']:.0%}{bits}"
         if stage["answers"]:
             line[_answers_title(answers)] = in_short(stage["answers"])
         lines.append(line)
@@ -60,6 +62,13 @@ def in_short(answers: AnswerLengths) -> str:
 def _title(table: StagesTable, group: GroupOf) -> str:
     rows = table["stages"][0]["groups"][group["name"]]["rows"]
     return f"{group['name']}{' *' if group['english'] else ''}\n{rows} rows"
+
+
+def text_note(table: StagesTable) -> str:
+    """What is to be said of groups of raw text; nothing where there are none."""
+    if not any("bits_per_byte" in score for stage in table["stages"][:1] for score in stage["groups"].values()):
+        return ""
+    return "Raw text: every token that stands for text, and b/B, the bits for each of its UTF-8 bytes."
 
 
 def _answers(table: StagesTable) -> dict[str, AnswerLengths]:

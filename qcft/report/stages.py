@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qcft.report.arms import Arm, Evidence, Member, grouped, members, shared_once, whose
-from qcft.report.cells import change_rows, conclusion, continual_in_words, stage_rows
+from qcft.report.cells import change_rows, conclusion, continual_in_words, stage_rows, text_note
 from qcft.report.document import Block, Prose, Section, Table
 
 LOWER_NLL = "NLL (\u2193 lower is better)"
@@ -49,7 +49,11 @@ def _single(arm: Arm, run: Evidence) -> Table:
     levels, changes = stage_rows(run.run.table), change_rows(run.run.table)
     records = ({**record, "arm": run.run.name} for of in (_level_records, _change_records) for record in of(arm, run))
     strong = range(len(levels), len(levels) + len(changes))
-    return Table.of("stages", CAPTION, [*levels, *changes], records, NOTE, strong=strong, measure=CHANGE)
+    return Table.of("stages", CAPTION, [*levels, *changes], records, _note(run), strong=strong, measure=CHANGE)
+
+
+def _note(run: Evidence) -> str:
+    return " ".join(filter(None, (NOTE, text_note(run.run.table))))
 
 
 def _levels(measured: Sequence[Member], arms: Sequence[Arm], more: str) -> Table:
@@ -60,7 +64,7 @@ def _levels(measured: Sequence[Member], arms: Sequence[Arm], more: str) -> Table
         for stage, cells in zip(run.run.table["stages"], stage_rows(run.run.table), strict=True)
     ]
     records = (record for arm, run in measured for record in _level_records(arm, run))
-    return Table.of(f"stages{more}", CAPTION, shared_once(rows, arms), records, NOTE)
+    return Table.of(f"stages{more}", CAPTION, shared_once(rows, arms), records, _note(measured[0][1]))
 
 
 def _changes(measured: Sequence[Member], more: str) -> Iterator[Table]:
@@ -89,6 +93,7 @@ def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:
                 "accuracy": score["accuracy"],
                 "rows": score["rows"],
                 "answer_tokens": score["answer_tokens"],
+                **({"bits_per_byte": score.get("bits_per_byte")} if text_note(run.run.table) else {}),
             }
 
 

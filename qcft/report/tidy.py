@@ -37,6 +37,8 @@ def _held_out(table: RunTable) -> Iterator[Row]:
         for group, score in stage["groups"].items():
             yield name, langs[group], group, "nll", score["nll"], None, None
             yield name, langs[group], group, "accuracy", score["accuracy"], None, None
+            if "bits_per_byte" in score:
+                yield name, langs[group], group, "bits per byte", score["bits_per_byte"], None, None
         if stage["answers"]:
             yield name, "en", None, "answer tokens", stage["answers"]["mean_tokens"], None, None
             yield name, "en", None, "answers finished", stage["answers"]["finished"], None, None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qcft.files import write_json
 from qcft.measure.score import RowScore, score_rows, write_scores
-from qcft.measure.stats import accuracy, mean_nll
+from qcft.measure.stats import accuracy, bits_per_byte, mean_nll
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.prepare.rows import english_prompts
 from qcft.prepare.settings import SPREAD, ModelSettings
@@ -48,6 +48,9 @@ class Measuring(Work[Metrics]):
                 "answer_tokens": sum(s.tokens for s in rows),
                 "left_out": encoded.left_out,
             }
+            if group.is_text:
+                size = sum(one.bytes for one in encoded.encoded)
+                found[group.name] |= {"bytes": size, "bits_per_byte": bits_per_byte(rows, size)}
         answers = self._answers(model, bench, label)
         write_scores(folder, scores)
         write_json(folder / "answers.json", answers)

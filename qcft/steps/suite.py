@@ -135,7 +135,7 @@ class Suite(Work[SuiteMetrics]):
     def _fidelity(self, step: Step, bench: Bench, model: Switched, folder: Path) -> FidelityMetrics:
         judged: dict[str, list[JudgedAnswer]] = {}
         for group in bench.rows.groups(self.data):
-            if group.lang == "?":
+            if group.lang == "?" or group.is_text:
                 continue
             rows = sorted(group.rows, key=lambda row: row.key)[: self.asked["prompts"]]
             encoder = bench.rows.group_encoder(group)

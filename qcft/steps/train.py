@@ -61,7 +61,7 @@ class Training(Work[TrainMetrics]):
     rows: str
     limits: Limits
     replay_system: str | None
-    train: Train = field(metadata={"without": CIRCUMSTANCES})
+    train: Train = field(metadata={"without": CIRCUMSTANCES | {"text"}})  # text: among the limits
     balance: Mapping[str, Any] | None = field(default=None, metadata=ADDED)
     deterministic: bool = field(default=False, metadata=ADDED)
     carried: str | None = field(default=None, metadata=ADDED)
@@ -289,6 +289,8 @@ def _shares(
     shares = []
     for source, encoded in zip(own.sources, new, strict=True):
         name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
+        if source.rows[0].text is not None:
+            name += ", raw text"
         left_out = {**source.left_out}
         for reason, n in encoded.left_out.items():
             left_out[reason] = left_out.get(reason, 0) + n

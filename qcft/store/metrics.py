@@ -30,7 +30,8 @@ class Paired(IntervalOf):
 
 
 class GroupScore(TypedDict):
-    """A model's score on one group of held-out rows; NLL in nats per answer token."""
+    """A model's score on one group of held-out rows; NLL in nats per answer token. Of raw text also the UTF-8 bytes
+    that were scored, and bits per byte."""
 
     phase: str
     lang: str
@@ -39,6 +40,8 @@ class GroupScore(TypedDict):
     rows: int
     answer_tokens: int
     left_out: dict[str, int]
+    bytes: NotRequired[int]
+    bits_per_byte: NotRequired[float]
 
 
 class AnswerLengths(TypedDict):

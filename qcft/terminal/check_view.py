@@ -82,6 +82,11 @@ def check_lines(found: Checked) -> list[str]:
         )
         if phase["terms"]:
             lines.append(f"  {phase['terms']}: a second forward pass, of the model that {name} starts from, is counted")
+        if text := phase["raw_text"]:
+            lines.append(
+                f"  raw text, without a chat template: {counted(text['documents'], 'document')} in "
+                f"{counted(text['rows'], 'row')} of at most {phase['looks']['max_length']:,} tokens"
+            )
         if phase["replay"]:
             lines.append(f"  {phase['replay']['in_words']}")
         paced = "measured" if phase["measured"] else "from the arithmetic"

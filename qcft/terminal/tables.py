@@ -21,6 +21,7 @@ from qcft.report.cells import (
     left_out,
     noise_ratio,
     stage_rows,
+    text_note,
 )
 from qcft.report.cost import RunCost
 from qcft.report.task_cells import (
@@ -98,6 +99,7 @@ def print_table(table: RunTable) -> None:
         "! an English loss whose interval excludes zero; each interval by itself, over rows",
         style="dim",
     )
+    print_lines(filter(None, [text_note(table)]), "dim")
     print_lines(conclusion(table))
     print_lines(continual_in_words(table["continual"], "nats over the phases' own held-out rows"))
     print_abilities(table["abilities"])
