@@ -10,7 +10,7 @@ from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import telling_full_disk, telling_unwritable, write_sealed
+from qcft.files import reporting_full_disk, reporting_unwritable, write_sealed
 from qcft.measure.results import finished_run
 from qcft.measure.similarity import SimilarityFound
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
@@ -24,7 +24,7 @@ from qcft.report.write import write_report
 from qcft.runner.recipe import Check, run_recipe
 from qcft.runner.stored import check_same_data
 from qcft.store import Store, read_run
-from qcft.store.ablations import Ablation, list_ablations
+from qcft.store.ablations import AblationIndex, list_ablations
 from qcft.store.holding import working
 from qcft.store.metrics import LossTerms
 from qcft.store.results import Run
@@ -71,7 +71,7 @@ def ablate(
     seeds: Sequence[int] | None = None,
     runs: str | Path = "runs",
     listener: Listener | None = None,
-) -> Ablation:
+) -> AblationIndex:
     """Run a recipe's arms x seeds in this process (all, or those named), reusing what is done.
 
     An arm that fails is noted and the next one begun: `states()` of what is returned tells. Its page is in report/.
@@ -85,7 +85,7 @@ def ablate(
 
 def ablate_watched(
     plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, skip: Sequence[str] = (), on: str | None = None
-) -> Ablation:
+) -> AblationIndex:
     """Run arms, each run's report written as it ends; `skip` names runs to leave out.
 
     `on`: `ray` for a Ray cluster on this machine, `ray:ADDRESS` for another. Raises InputError.
@@ -105,7 +105,7 @@ def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationP
     return ablation_plan(arms, runs, watch)
 
 
-def ablation_outcome(ablation: Ablation) -> Outcome:
+def ablation_outcome(ablation: AblationIndex) -> Outcome:
     """What an ablation's arms came to so far, side by side."""
     runs = ablation.runs
     return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
@@ -113,7 +113,7 @@ def ablation_outcome(ablation: Ablation) -> Outcome:
 
 def reported(done: Run, runs: Path) -> Run:
     """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    with working(runs, done.name), telling_full_disk(runs, FREE):
+    with working(runs, done.name), reporting_full_disk(runs, FREE):
         whole = evidence(done.name, runs)
         write_report(done.folder / "report", build_report(arms_of([whole])))
     return whole.run
@@ -136,7 +136,7 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
     own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
     place = to or own / "report"
     elsewhere = "write it to another folder with --to, or print its tables with `qcft show`"
-    with telling_full_disk(to or own, FREE), telling_unwritable(place, "the report's folder", elsewhere):
+    with reporting_full_disk(to or own, FREE), reporting_unwritable(place, "the report's folder", elsewhere):
         page = write_report(place, document)
     return {
         "page": str(page),
@@ -151,7 +151,7 @@ def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
     """The arm of each run of an ablation that is begun, where its name is all that is given."""
     if len(names) != 1 or names[0] not in list_ablations(runs):
         return None
-    index = Ablation(runs, names[0]).document
+    index = AblationIndex(runs, names[0]).document
     begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
     if not begun:
         raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
@@ -213,9 +213,9 @@ def drift(
 
     `apart` compares the paper's way: phase 1, and the last phase's data trained from the same base. Raises QcftError.
     """
-    from qcft.inspect.drift import Asked, measure_drift
+    from qcft.inspect.drift import DriftRequest, measure_drift
 
-    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts, apart), runs, watch)
+    named, stage, found = measure_drift(DriftRequest(name, since, to, against, rows, texts, apart), runs, watch)
     reported(read(named.name, runs), runs)
     drawing = named.folder / "report" / "plots" / f"{drift_name(stage)}.svg"
     return {"run": named.name, **found, "drawing": str(drawing)}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import altered_file, seal, telling_full_disk
+from qcft.files import altered_file, reporting_full_disk, seal
 
 
 def cache_folder() -> Path:
@@ -28,7 +28,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcft"
 
 
-def give_home() -> None:
+def ensure_home() -> None:
     """Where the system names no home folder (no HOME, and a user without an entry), one of the user's own among the
     temporary files: libraries would write to a folder `~` here, or fail. Raises InputError where that is another's."""
     if sys.platform == "win32" or os.path.expanduser("~") != "~":
@@ -83,7 +83,7 @@ def cached_folder(name: str, make: Callable[[Path], None], watch: Watch | None =
             shutil.rmtree(place, ignore_errors=True)
             work.mkdir(parents=True)
             try:
-                with telling_full_disk(work, "free some space, or name another cache folder with QCFT_CACHE"):
+                with reporting_full_disk(work, "free some space, or name another cache folder with QCFT_CACHE"):
                     make(work)
                     seal(work)
                 work.rename(place)

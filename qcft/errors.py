@@ -31,8 +31,8 @@ class QcftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        self.message = _told(message)
-        self.hint = _told(hint)
+        self.message = _printable(message)
+        self.hint = _printable(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -80,6 +80,6 @@ def nearest(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def _told(text: str) -> str:
+def _printable(text: str) -> str:
     """A text as it may be shown, on one line, without the rest of a word that is longer than any path."""
     return re.sub(r"(\S{80})\S{220,}", r"\1...", shown(text)).replace("\n", "\\n")

@@ -102,13 +102,13 @@ class Watch:
         self._listeners = [listener] if listener else []
         self.stop_code: int | None = None
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Pass an event on to who listens."""
         for listener in self._listeners:
             listener(event)
 
     @contextmanager
-    def heard_by(self, listener: Listener) -> Iterator[None]:
+    def listening(self, listener: Listener) -> Iterator[None]:
         """Have another listener hear what is told meanwhile."""
         before = self._listeners
         self._listeners = [*before, listener]
@@ -119,12 +119,12 @@ class Watch:
 
     def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         """Tell a line of text, without secrets that it may hold."""
-        self.tell(Note(without_tokens(text), level))
+        self.emit(Note(without_tokens(text), level))
 
     def progress(self, label: str, done: float, total: float, unit: str, **stats: str) -> None:
         """Tell how far a piece of work is; raises Interrupted if a stop was asked for."""
         self.check_stop()
-        self.tell(Progress(label, done, total, unit, stats))
+        self.emit(Progress(label, done, total, unit, stats))
 
     def ask_to_stop(self, exit_code: int = 130) -> None:
         """Ask the work to end at its next safe point (from a signal handler)."""

@@ -139,7 +139,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
+def reporting_full_disk(place: Path, hint: str) -> Iterator[None]:
     """What writers raise when the disk that holds `place` is full, as a QcftError of one line and this hint."""
     try:
         yield
@@ -152,7 +152,7 @@ def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
 
 
 @contextmanager
-def telling_unwritable(
+def reporting_unwritable(
     folder: Path, what: str = "the runs folder", hint: str = "name another with --runs"
 ) -> Iterator[None]:
     """What the system raises where a folder cannot be written, as an InputError of one line and this hint."""

@@ -23,10 +23,10 @@ MUCH = 1e8  # bytes; what is less is fetched without a word
 BUSY = {408, 425, 429, 500, 502, 503, 504}
 BROKEN = ConnectionError, TimeoutError
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def retried(call: Callable[[], Answer], what: str, name: str, watch: Watch, offline: str = OFFLINE) -> Answer:
+def retried(call: Callable[[], Result], what: str, name: str, watch: Watch, offline: str = OFFLINE) -> Result:
     """What a call to the hub returns, tried again where it fails midway; what was fetched by then is gone on with.
 
     Raises the error that `unreachable` makes of the last failure.

@@ -12,7 +12,7 @@ from qcft.events import Watch
 from qcft.files import read_json, read_sealed, write_json
 from qcft.recipe import recipe_from
 from qcft.store import Store
-from qcft.store.ablations import Ablation, open_ablation, run_states
+from qcft.store.ablations import AblationIndex, open_ablation, run_states
 from qcft.store.opened import read_begun
 
 from .helpers.bad_input import check_refused, listing
@@ -479,10 +479,10 @@ def test_a_damaged_ablation_is_begun_again(tmp_path, raw_recipe, text):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/ablation.json").write_text(text)
     with pytest.raises(InputError, match=r"no readable ablation\.json"):
-        Ablation(tmp_path, "tiny").states()
+        AblationIndex(tmp_path, "tiny").states()
     assert run_states(tmp_path)[0] == {}
     assert open_ablation(tmp_path, plain, [], {}).name == "tiny"
-    assert Ablation(tmp_path, "tiny").states() == []
+    assert AblationIndex(tmp_path, "tiny").states() == []
 
 
 def test_a_damaged_done_json_is_listed(place, qcft):

@@ -24,7 +24,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import raise_failed, run_prepared
 from qcft.steps.step import Step
 from qcft.store import Store, open_run
-from qcft.store.ablations import Ablation, Fault, open_ablation
+from qcft.store.ablations import AblationIndex, Fault, open_ablation
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
@@ -68,7 +68,7 @@ def run_arms(
     watch: Watch,
     finished: Callable[[Run], Run],
     skip: Sequence[str] = (),
-) -> Ablation:
+) -> AblationIndex:
     """Run all arms, reusing what is done; `finished` is called with each run, `skip` names runs to leave out.
 
     Raises InputError before anything is written; what fails later is noted in the ablation, and the next arm begun.
@@ -82,7 +82,7 @@ def run_arms(
 
 
 def _run_each(
-    ablation: Ablation,
+    ablation: AblationIndex,
     todo: Sequence[tuple[str, PreparedArm]],
     store: Store,
     watch: Watch,
@@ -91,7 +91,7 @@ def _run_each(
     """Run arms one after another; what fails is noted."""
     broken: dict[str, str] = {}  # step -> the run it failed in
     for (name, one), change in zip(todo, changes_of(todo), strict=True):
-        watch.tell(change("running"))
+        watch.emit(change("running"))
         ablation.begin(name)
         try:
             _check_parents(one.prepared, store, broken)
@@ -103,19 +103,19 @@ def _run_each(
             raise
         except Exception as error:  # whatever ends one arm, from a full disk to a bug, must not end the others
             step = first_undone(one.prepared, store)
-            what = told(error, step)
+            what = fault_of(error, step)
             if step and step.kind != "suite":  # nothing rests on an evaluation
                 broken.setdefault(step.id, name)
             ablation.end(name, what)
-            watch.tell(change("failed", what["message"]))
+            watch.emit(change("failed", what["message"]))
             continue
         ablation.end(name)
-        watch.tell(change("done", _in_words(done)))
+        watch.emit(change("done", _in_words(done)))
 
 
 def begin_ablation(
     plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch
-) -> tuple[Ablation, list[tuple[str, PreparedArm]]]:
+) -> tuple[AblationIndex, list[tuple[str, PreparedArm]]]:
     """Check all arms, then write the ablation's index and every arm's named run; the arms by their runs' names."""
     writable(runs)
     prepared = prepare_arms(arms, watch)
@@ -134,7 +134,7 @@ def begin_ablation(
     every = sum(len(one.prepared.plan.steps) for one in prepared)
     done = sum(store.state(step) == "done" for step in steps)
     for change in changes_of(named):
-        watch.tell(change("to do"))
+        watch.emit(change("to do"))
     watch.note(
         f"{ablation.name}: {counted(len(arms), 'run')}, {counted(every, 'step')}, {len(steps)} of them different, "
         f"{done} done before"
@@ -196,7 +196,7 @@ def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, s
             raise QcftError(f"it rests on {step.id} ({step.title}), which failed in {broken[step.id]}", "see there")
 
 
-def told(error: Exception, step: Step | None) -> Fault:
+def fault_of(error: Exception, step: Step | None) -> Fault:
     """What went wrong at a step, for the index: an unexpected error with its traceback."""
     where, title = (step.id, step.title) if step else (None, None)
     if isinstance(error, QcftError):

@@ -25,11 +25,11 @@ from qcft.store.opened import Record, read_begun
 if TYPE_CHECKING:
     from qcft.training.speed import Speed
 
-ALIKE = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide what a row of work takes
+SIMILAR_BY = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide what a row of work takes
 
 
 @dataclass(frozen=True)
-class Done:
+class StepCost:
     """A done step of the store: its kind and settings, seconds and bytes, and how many rows it worked on."""
 
     kind: str
@@ -210,7 +210,7 @@ def _sums(rows: list[PlannedStep]) -> Sums:
     }
 
 
-def _done_steps(store: Store) -> list[Done]:
+def _done_steps(store: Store) -> list[StepCost]:
     found = []
     for folder in store.steps.glob("*-*"):
         begun, record = read_begun(folder), store.record(folder.name)
@@ -219,7 +219,7 @@ def _done_steps(store: Store) -> list[Done]:
         size = sum((folder / name).stat().st_size for name in record["files"] if (folder / name).is_file())
         inputs = begun["inputs"]
         found.append(
-            Done(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
+            StepCost(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
         )
     return found
 
@@ -232,21 +232,21 @@ def _worked_on(kind: str, record: Record) -> float:
     return 1
 
 
-def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[Done]) -> Expected:
+def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[StepCost]) -> Expected:
     record = store.record(step.id)
     if record is not None:
         sizes = [store.folder(step.id) / name for name in record["files"]]
         return {"seconds": record["seconds"], "bytes": sum(p.stat().st_size for p in sizes if p.is_file())}
-    alike = [d for d in known if d.kind == step.kind and d.settings.get("model") == step.settings.get("model")]
-    for key in ALIKE:  # the nearest there are
-        alike = [d for d in alike if d.settings.get(key) == step.settings.get(key)] or alike
+    similar = [d for d in known if d.kind == step.kind and d.settings.get("model") == step.settings.get("model")]
+    for key in SIMILAR_BY:  # the nearest there are
+        similar = [d for d in similar if d.settings.get(key) == step.settings.get(key)] or similar
     rows = _rows(step, prepared)
-    if not alike or not rows:
+    if not similar or not rows:
         return _from_shapes(step, prepared, prepared.bench(store, prepared.watch))
     scaled = step.kind in {"replay", "probe"}
     return {
-        "seconds": fmean(d.seconds / max(1, d.rows) for d in alike) * rows,
-        "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in alike)),
+        "seconds": fmean(d.seconds / max(1, d.rows) for d in similar) * rows,
+        "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in similar)),
     }
 
 

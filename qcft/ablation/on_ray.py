@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qcft.ablation.arms import begin_ablation, changes_of, first_undone, told
+from qcft.ablation.arms import begin_ablation, changes_of, fault_of, first_undone
 from qcft.errors import ChangedInput, InputError, QcftError, short
 from qcft.events import Watch
 from qcft.models.cards import asked_device
@@ -24,7 +24,7 @@ from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import do_step, run_prepared
 from qcft.store import Store
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import AblationIndex
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.training.settings import with_optimizers
@@ -34,7 +34,7 @@ RETRIES = 3  # of a step whose worker was lost
 
 def run_on_ray(
     plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, finished: Callable[[Run], Run], address: str | None
-) -> Ablation:
+) -> AblationIndex:
     """`run_arms` with the steps on a Ray cluster: the one at `address`, or one begun on this machine.
 
     Raises InputError where Ray or the cluster is not there.
@@ -70,7 +70,7 @@ def run_on_ray(
                 left = [ref for ref in refs if ref not in ready]
                 open_arms[name] = left
                 if len(left) < len(refs):
-                    watch.tell(changes[name]("running", f"{len(left)} of {len(parts[name])} steps left"))
+                    watch.emit(changes[name]("running", f"{len(left)} of {len(parts[name])} steps left"))
                 if left:
                     continue
                 del open_arms[name]
@@ -80,9 +80,9 @@ def run_on_ray(
                         finished(run_prepared(prepared[name], store, watch))
                     except QcftError as refused:  # a merge that kept too little
                         error = refused
-                wrong = told(error, first_undone(prepared[name], store)) if error else None
-                ablation.end(name, wrong)
-                watch.tell(changes[name]("failed" if wrong else "done", wrong["message"] if wrong else ""))
+                fault = fault_of(error, first_undone(prepared[name], store)) if error else None
+                ablation.end(name, fault)
+                watch.emit(changes[name]("failed" if fault else "done", fault["message"] if fault else ""))
     return ablation
 
 

@@ -26,10 +26,10 @@ START = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from 
 ENDED, STOPPED = {0, 1, 2}, {129, 130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
 
 
-def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None]) -> int:
+def supervise(arguments: Sequence[str], runs: Path, report: Callable[[str], None]) -> int:
     """Run `qcft ARGUMENTS --supervised ...` until no arm is left that did not crash it; its exit code.
 
-    `tell` is called with a line for each arm whose process crashed.
+    `report` is called with a line for each arm whose process crashed.
 
     Raises QcftError when it crashes outside of any arm.
     """
@@ -37,7 +37,7 @@ def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None])
     while True:
         none = ","  # an empty value would be refused
         command = [sys.executable, "-P", "-c", START, *arguments, "--supervised", ",".join(crashed) or none]
-        with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _forwarding_signals(process):
             code = process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         found = [
@@ -54,7 +54,7 @@ def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None])
         for ablation, run in found:
             hint = "out of memory? the system's log (dmesg) may say; the same command tries it again"
             ablation.end(run, {"message": f"its process crashed ({how})", "hint": hint, "step": None, "title": None})
-            tell(f"{run}: its process crashed ({how}); continuing with the other arms")
+            report(f"{run}: its process crashed ({how}); continuing with the other arms")
             crashed.append(run)
 
 
@@ -73,7 +73,7 @@ def stop_with_parent(watch: Watch, supervised: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _passing_signals_on(process: subprocess.Popen[Any]) -> Iterator[None]:
+def _forwarding_signals(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Ctrl-C and a closed terminal's SIGHUP reach the process by itself, of the same group; SIGTERM is passed on."""
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),

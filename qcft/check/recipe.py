@@ -121,7 +121,7 @@ def check_recipe(
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
     recipe = prepared.recipe
     check_prepared(prepared, weights=False)
-    alike = compare_phases(recipe, encoder, watch)
+    similarity = compare_phases(recipe, encoder, watch)
     where = "cuda" if vram else device()
     free = vram - CONTEXT if vram else free_bytes()
     speed = None if vram else measure_speed()
@@ -154,7 +154,7 @@ def check_recipe(
         "disk_bytes": sum(step["bytes"] for step in steps if step["state"] != "done"),
         "disk_free_bytes": disk_free(runs),
         "cache_bytes": 0 if has_weights(prepared.model) else 2 * parameters,
-        "similarity": alike,
+        "similarity": similarity,
     }
 
 

@@ -14,7 +14,7 @@ from qcft.recipe import Phase
 PLACEHOLDERS = {"n/a", "none", "null", "nan", "<nooutput>", "<noinput>", "no output"}
 
 
-class Counted(TypedDict):
+class RowCount(TypedDict):
     """How many rows, and the name of one of them."""
 
     rows: int
@@ -27,8 +27,8 @@ class Looks(TypedDict):
     max_length: int
     positions: int | None
     rows_beyond: int
-    like_held_out: Counted
-    near_empty: Counted
+    like_held_out: RowCount
+    near_empty: RowCount
 
 
 def look_at_rows(prepared: Prepared, phase: Phase, sets: Sequence[EncodedSet]) -> Looks:
@@ -65,6 +65,6 @@ def _says_nothing(text: str) -> bool:
     return text.strip().lower().rstrip(".") in PLACEHOLDERS or not any(map(str.isalnum, text))
 
 
-def _counted(rows: Iterable[Row]) -> Counted:
+def _counted(rows: Iterable[Row]) -> RowCount:
     found = list(rows)
     return {"rows": len(found), "example": found[0].name if found else None}

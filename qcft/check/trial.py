@@ -26,12 +26,12 @@ def seconds_a_step(recipe: Recipe, phase: Phase, watch: Watch) -> float:
     raw["phases"] = [{**one, "replay": None, "start": "merged", "freeze": freeze, "train": train}]
     times: list[float] = []
 
-    def hear(event: Event) -> None:
+    def listen(event: Event) -> None:
         if isinstance(event, Progress):
             watch.progress(event.label, event.done, event.total, event.unit, **event.stats)
             if event.label == f"training {phase.name}":
                 times.append(time.monotonic())
 
     with tempfile.TemporaryDirectory(prefix="qcft-") as place:
-        run_recipe(recipe_from(raw), Path(place), Watch(hear), up_to=phase.name)
+        run_recipe(recipe_from(raw), Path(place), Watch(listen), up_to=phase.name)
     return (times[-1] - times[0]) / (len(times) - 1)

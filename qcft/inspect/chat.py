@@ -10,7 +10,7 @@ from pathlib import Path
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import exists, telling_unwritable, write_text
+from qcft.files import exists, reporting_unwritable, write_text
 from qcft.inspect.prompts import Question, positions_of, prompt_ids, prompt_text
 from qcft.inspect.stages import StageLoader, StageModel, finished_phases
 from qcft.inspect.versions import version_of
@@ -98,17 +98,17 @@ class Chat:
     def answers(
         self,
         prompt: str,
-        heard: Callable[[str, str], None] = lambda stage, text: None,
+        on_text: Callable[[str, str], None] = lambda stage, text: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[str, Answer]]:
         """Each stage with its answer, as soon as it is whole, the loaded stage's first.
 
-        `heard` gets a stage and the next piece of its text; once `stopped()` is true the answer ends where it is.
+        `on_text` gets a stage and the next piece of its text; once `stopped()` is true the answer ends where it is.
         """
         text = prompt_text(prompt)
         for stage in sorted(self._turns, key=lambda one: not self._loader.has(self._model(one))):
             if not stopped():
-                yield stage, self._answer(stage, text, heard, stopped)
+                yield stage, self._answer(stage, text, on_text, stopped)
 
     def save(self, path: Path) -> int:
         """Write the conversation to a new file, a JSON line for each stage, as training data is written; the number of
@@ -121,12 +121,12 @@ class Chat:
             json.dumps({"run": self.run, "stage": stage, "messages": [m.as_dict() for m in turns]}, ensure_ascii=False)
             for stage, turns in self._turns.items()
         ]
-        with telling_unwritable(path, "the file", "name another file"):
+        with reporting_unwritable(path, "the file", "name another file"):
             write_text(path, "".join(f"{line}\n" for line in lines))
         return sum(map(len, self._turns.values()))
 
     def _answer(
-        self, stage: str, prompt: str, heard: Callable[[str, str], None], stopped: Callable[[], bool]
+        self, stage: str, prompt: str, on_text: Callable[[str, str], None], stopped: Callable[[], bool]
     ) -> Answer:
         model, turns = self._model(stage), [*self._turns[stage], Message("user", prompt)]
         question = Question(Row(tuple(turns), ()), self._system or self._system_of(stage))
@@ -140,7 +140,7 @@ class Chat:
             ids,
             self._prepared.encoder_for(None, None, "drop").end_ids,
             Sampling(int(min(self._most, room)), self._temperature, seed=self._answered),
-            lambda text: heard(stage, text),
+            lambda text: on_text(stage, text),
             stopped,
         )
         self._answered += 1

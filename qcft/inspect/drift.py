@@ -51,7 +51,7 @@ TEXT_TOKENS = 512  # of a line of a text file that are looked at
 
 
 @dataclass(frozen=True)
-class Asked:
+class DriftRequest:
     """What is compared: stages of a run (`base`, a phase, a merge), against another run's where one is named, on how
     many held-out rows of each language, or on the lines of text files by language. `apart`: the first phase and the
     last one's data, each trained from the model as it came."""
@@ -65,7 +65,7 @@ class Asked:
     apart: bool = False
 
 
-def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFound]:
+def measure_drift(asked: DriftRequest, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFound]:
     """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content with the
     `floor` of its MPD, which is also kept beside the run's report.
 
@@ -268,10 +268,10 @@ def _shifts(
     return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}
 
 
-Live = Callable[[], "PreTrainedModel"]  # gives the model with its adapters live
+ModelGetter = Callable[[], "PreTrainedModel"]  # gives the model with its adapters live
 
 
-def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[Live]:
+def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[ModelGetter]:
     """Both models: one load with adapters switched where they share weights, else both in memory."""
     stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
@@ -282,6 +282,6 @@ def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Stor
     return [partial(one.use, stack) for one, stack in zip((first, second), stacks, strict=True)]
 
 
-def _states(live: Live, path: str) -> States:
+def _states(live: ModelGetter, path: str) -> States:
     """Rows to states of a model's layers."""
     return lambda row, layers: layer_outputs(live(), path, row, layers)

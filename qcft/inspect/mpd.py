@@ -14,12 +14,12 @@ from qcft.layers.change import change_between, squared_norm
 from qcft.models.adapters import lora_factors
 from qcft.prepare.model import PreparedModel
 from qcft.store import Store
-from qcft.store.metrics import Difference, LayerDifference, Pair
+from qcft.store.metrics import LayerDifference, Pair, ParameterDifference
 
 
 def parameter_difference(
     since: Version, to: Version, prepared: PreparedModel, store: Store, watch: Watch
-) -> tuple[Difference, list[LayerDifference]]:
+) -> tuple[ParameterDifference, list[LayerDifference]]:
     """Model parameter difference (MPD) of two models of one base, and of each layer.
 
     MPD = 1/n sum_i ||W_i - W'_i||_2 (arXiv 2410.16006), here over the n weight matrices of the decoder layers' linear
@@ -55,7 +55,7 @@ def parameter_difference(
     by_layer: dict[int, list[float]] = {}
     for module in linear_modules(prepared.meta_model):
         by_layer.setdefault(module.layer, []).append(norms.get(module.name, 0.0))
-    whole: Difference = {
+    whole: ParameterDifference = {
         "mpd": found["from-to"],
         "scaled": {key: value / largest if value is not None and largest else value for key, value in found.items()},
         "pairs": found,

@@ -78,7 +78,7 @@ def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") ->
     """The linear modules of the decoder layers that `targets` names, layer by layer.
 
     `targets` is `all-linear` or a list of last names (`q_proj`). The output head is never among them, nor are
-    routers of experts, nor what cannot carry an adapter (see `_passed_by`).
+    routers of experts, nor what cannot carry an adapter (see `_bypassed`).
     Raises InputError for a target the model lacks, and for a model without linear modules.
     """
     from torch import nn
@@ -88,7 +88,7 @@ def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") ->
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(prefix + "."):
-            if _is_router(name, module.out_features, experts) or _passed_by(model, name):
+            if _is_router(name, module.out_features, experts) or _bypassed(model, name):
                 continue
             layer, _, kind = name[len(prefix) + 1 :].partition(".")
             found.append(LinearModule(name, int(layer), kind, (module.out_features, module.in_features)))
@@ -122,7 +122,7 @@ def _is_router(name: str, outputs: int, experts: set[int]) -> bool:
     return bool(experts) and outputs in experts | {1} and ROUTER.search(name) is not None
 
 
-def _passed_by(model: nn.Module, name: str) -> bool:
+def _bypassed(model: nn.Module, name: str) -> bool:
     """Whether a module's weight is used without calling it: fused kernels of Mamba's mixers do that with their output
     projection, so an adapter on it would do nothing."""
     parent, _, last = name.rpartition(".")

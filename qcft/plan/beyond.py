@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcft.plan.plan import Live
+from qcft.plan.plan import PhaseModel
 from qcft.plan.planner import Planner
 from qcft.prepare.digests import Digests
 from qcft.prepare.settings import ModelSettings
@@ -56,7 +56,7 @@ class _Planner(Planner):
         self.measuring = Probe(
             self.model, as_stored["quantize"], as_stored["held_out"], Answers.model_construct(**as_stored["answers"])
         )
-        self.of_phase = Live(
+        self.of_phase = PhaseModel(
             recipe.phase(phase), _phases_until(recipe, phase), trained.weights, trained.id, trained.under, measured,
             self._bare(trained),
         )  # fmt: skip

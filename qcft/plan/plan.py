@@ -10,7 +10,7 @@ from qcft.steps.step import Step
 
 
 @dataclass(frozen=True)
-class Live:
+class PhaseModel:
     """A phase's model as it was trained: weights, the adapters live on them, the phases whose deltas those hold,
     and its measurement beside that of the bare weights."""
 
@@ -37,7 +37,7 @@ class Plan:
     """
 
     steps: tuple[Step, ...]
-    live: Mapping[str, Live] = field(default_factory=dict)
+    live: Mapping[str, PhaseModel] = field(default_factory=dict)
     pools: Mapping[str, Step] = field(default_factory=dict)
 
     def by_id(self) -> dict[str, Step]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from qcft.errors import InputError, nearest
-from qcft.plan.plan import Live
+from qcft.plan.plan import PhaseModel
 from qcft.prepare.digests import Digests
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Evaluate, Recipe
 from qcft.recipe.stages import ABILITIES, BASE, PROBES
@@ -15,7 +15,9 @@ from qcft.steps.step import Step
 from qcft.steps.suite import Suite
 
 
-def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, Live]) -> list[Step]:
+def ability_steps(
+    recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, PhaseModel]
+) -> list[Step]:
     """A step for each stage and task of `digests.tasks`. Raises InputError for a stage that there is not."""
     if not digests.tasks:
         return []
@@ -39,7 +41,7 @@ def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live:
     ]
 
 
-def _usual(recipe: Recipe, live: Mapping[str, Live]) -> list[str]:
+def _usual(recipe: Recipe, live: Mapping[str, PhaseModel]) -> list[str]:
     """The base, and each phase once: as the next phase starts from it, or as it was trained."""
     stages = [BASE]
     for phase, after in zip(recipe.phases, [*recipe.phases[1:], None], strict=True):

@@ -65,7 +65,7 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
             else:
                 store.reuse(step.id, step.inputs(), watch)
                 record = store.opened(step.id).record
-                watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
+                watch.emit(StepBegun(step.id, step.title, position, len(steps), "reused"))
             link_stage(run, step.stage, store.folder(step.id))
             if step.kind == "kept":
                 judge_merge(step, record, recipe.merge, watch)

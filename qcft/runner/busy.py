@@ -45,7 +45,7 @@ def warning_if_slow(watch: Watch, estimated: float | None) -> Iterator[None]:
     """Warn, once, where a training takes several times the `estimated` seconds, as its progress shows."""
     begun, told = time.monotonic(), False
 
-    def hear(event: Event) -> None:
+    def check(event: Event) -> None:
         nonlocal told
         if told or not estimated or not isinstance(event, Progress) or not event.label.startswith("training "):
             return
@@ -58,5 +58,5 @@ def warning_if_slow(watch: Watch, estimated: float | None) -> Iterator[None]:
                 "warning",
             )
 
-    with watch.heard_by(hear):
+    with watch.listening(check):
         yield

@@ -89,10 +89,10 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     below = lowest_adapted(model, modules)
     config: Any = model.config.get_text_config()
     states = sum(len(row.input_ids) for row in rows) * config.hidden_size * 2
-    goes_on = phase.start == "continue" and phase != recipe.phases[0]
-    split = below > 0 and not goes_on and cannot_split(model, phase.train) is None
+    continues = phase.start == "continue" and phase != recipe.phases[0]
+    split = below > 0 and not continues and cannot_split(model, phase.train) is None
     cut = split and worth_storing(phase.train, states, batches.rows > len(rows))
-    second = SecondPass(split and not cut, goes_on) if terms_of(phase) else None
+    second = SecondPass(split and not cut, continues) if terms_of(phase) else None
     by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
     shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where, second)
     under = _numbers_under(prepared, phase)

@@ -7,12 +7,12 @@ import os
 import sys
 from functools import cache
 
-from qcft.cache import give_home
+from qcft.cache import ensure_home
 
 
 def set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
-    give_home()
+    ensure_home()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.platform != "win32" and "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
@@ -31,7 +31,7 @@ def quiet() -> None:
 
 
 @cache
-def spare_the_collector() -> None:
+def exclude_from_gc() -> None:
     """Load what steps work with, and take it out of the garbage collector's sight, once.
 
     The libraries' half a million objects live as long as the process, but every collection walks them: 0.4 s each time

@@ -17,7 +17,7 @@ from qcft.recipe import Recipe
 from qcft.recipe.stages import ABILITIES
 from qcft.runner.busy import warn_if_busy, warning_if_slow
 from qcft.runner.forecast import forecast
-from qcft.runner.libraries import quiet, set_environment, spare_the_collector
+from qcft.runner.libraries import exclude_from_gc, quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
@@ -25,7 +25,7 @@ from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
 from qcft.store.opened import Record
 from qcft.store.results import Run
-from qcft.store.runs import NamedRun, held_run, link_stage, put_back
+from qcft.store.runs import NamedRun, held_run, link_stage, restore
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
@@ -146,7 +146,7 @@ def run_prepared(
             raise
         except QcftError:
             if undo and not any(map(store.is_trained, set(plan.stages().values()) - before)):
-                put_back(run)
+                restore(run)
             raise
         if len(store.claimed) > begun:
             discard_changed(prepared.inputs, store, begun, thorough=True)
@@ -181,7 +181,7 @@ def _work(
             continue
         if records[step.id]:
             store.reuse(step.id, step.inputs(), watch)
-            watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
+            watch.emit(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
         if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
             link_stage(run, step.stage, store.folder(step.id))
@@ -211,16 +211,16 @@ def do_step(step: Step, position: int, total: int, bench: Bench) -> Record:
         record = store.done(step.id)
         if record is not None:
             return record
-        watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
+        watch.emit(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
         if step.kind == "train" and world() > 1:
             tell(step.id)
         begun = time.monotonic()
         _reset_peak()
-        spare_the_collector()
+        exclude_from_gc()
         metrics = bench.do(step, folder)
         kind, peak = _peak()
         record = store.finish(step.id, {**metrics, f"peak_{kind}_bytes": peak}, time.monotonic() - begun)
-    watch.tell(StepEnded(step.id, step.title, record["seconds"], step.work.summary(record["metrics"])))
+    watch.emit(StepEnded(step.id, step.title, record["seconds"], step.work.summary(record["metrics"])))
     return record
 
 

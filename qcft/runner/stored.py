@@ -68,7 +68,7 @@ def check_same_data(run: NamedRun, prepared: Prepared, phases: Sequence[str], st
     same = [
         phase
         for phase in before.phases
-        if phase.name in phases and any(_reads_alike(phase, other) for other in now.phases)
+        if phase.name in phases and any(_same_rows(phase, other) for other in now.phases)
     ]
     if found := changed_phases(prepared, before.model_copy(update={"phases": same}), steps):
         raise data_changed(run, found)
@@ -82,7 +82,7 @@ def changed_phases(prepared: Prepared, recipe: Recipe, steps: Sequence[Step]) ->
     return [one for one in recipe.phases if one.name in rows and prepared.rows_digest(one) != rows[one.name]]
 
 
-def _reads_alike(one: Phase, other: Phase) -> bool:
+def _same_rows(one: Phase, other: Phase) -> bool:
     """Whether two phases name the same rows and read them alike."""
     keys = ("name", "data", "adapter", "system", "thinking")
     limits = [(phase.train.max_length, phase.train.long_rows) for phase in (one, other)]

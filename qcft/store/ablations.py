@@ -16,7 +16,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from filelock import FileLock
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json, telling_unwritable, write_json
+from qcft.files import read_json, reporting_unwritable, write_json
 from qcft.recipe import ArmRun, Recipe
 from qcft.store.runs import read_run
 from qcft.store.steps import Store, check_layout, now
@@ -79,7 +79,7 @@ class ArmState:
     error: Fault | None
 
 
-class Ablation:
+class AblationIndex:
     """The index of one ablation, and what is noted in it while it runs."""
 
     def __init__(self, runs: Path, name: str) -> None:
@@ -136,18 +136,20 @@ class Ablation:
             write_json(self.folder / INDEX, document)
 
 
-def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapping[tuple[str, int], str]) -> Ablation:
+def open_ablation(
+    runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapping[tuple[str, int], str]
+) -> AblationIndex:
     """The ablation of a recipe, gone on with where its name's index is of the same plain recipe, else NAME-2 ...
 
     `names` gives each arm's and seed's run. Those of the index that are not among `arms` stay in it.
     """
     recipe = plain.model_dump(mode="json")
     number, name = 1, plain.name
-    while (runs / name / "run.json").exists() or not _goes_on(_read(runs / name), recipe):
+    while (runs / name / "run.json").exists() or not _continues(_read(runs / name), recipe):
         number += 1
         name = f"{plain.name}-{number}"
-    ablation = Ablation(runs, name)
-    with telling_unwritable(runs):
+    ablation = AblationIndex(runs, name)
+    with reporting_unwritable(runs):
         ablation.folder.mkdir(parents=True, exist_ok=True)
     empty: Index = {"version": 1, "name": name, "created": now(), "recipe": recipe, "runs": [], "working": {}}
     with ablation._changing(empty) as document:
@@ -171,13 +173,13 @@ def list_ablations(runs: Path) -> list[str]:
     return sorted(path.parent.name for path in runs.glob(f"*/{INDEX}"))
 
 
-def readable_ablations(runs: Path) -> tuple[list[Ablation], dict[str, str]]:
+def readable_ablations(runs: Path) -> tuple[list[AblationIndex], dict[str, str]]:
     """The ablations that can be read, and by name what is wrong with the others."""
     found, problems = [], {}
     for name in list_ablations(runs):
         try:
-            _ = Ablation(runs, name).document
-            found.append(Ablation(runs, name))
+            _ = AblationIndex(runs, name).document
+            found.append(AblationIndex(runs, name))
         except InputError as error:
             problems[name] = error.message
     return found, problems
@@ -246,7 +248,7 @@ def _alive(process: Process) -> bool:
     return True
 
 
-def _goes_on(document: Index | None, recipe: dict[str, Any]) -> bool:
+def _continues(document: Index | None, recipe: dict[str, Any]) -> bool:
     """Whether there is no index yet, or one of the same recipe, whatever its arms and seeds."""
     if document is None:
         return True

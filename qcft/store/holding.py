@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcft.errors import InputError
-from qcft.files import telling_unwritable
+from qcft.files import reporting_unwritable
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -36,7 +36,7 @@ def runs_lock(runs: Path) -> FileLock:
 def working(runs: Path, *names: str) -> Iterator[None]:
     """Hold runs while they are worked on. Raises InputError for one that was removed meanwhile."""
     with ExitStack() as held:
-        with telling_unwritable(runs), runs_lock(runs):
+        with reporting_unwritable(runs), runs_lock(runs):
             for name in names:
                 if not (runs / name / "run.json").is_file():
                     raise InputError(f"the run {name!r} was removed meanwhile", "its steps are kept: run it again")
@@ -53,12 +53,12 @@ def hold(folder: Path) -> Callable[[], None]:
     lock = FileLock(place)
     lock.acquire(timeout=PATIENCE)
 
-    def let_go() -> None:
+    def release() -> None:
         with suppress(OSError):
             place.unlink(missing_ok=True)
         lock.release()
 
-    return let_go
+    return release
 
 
 def holders(folder: Path, clean: bool = False) -> list[str]:

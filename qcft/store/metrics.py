@@ -271,7 +271,7 @@ SuiteMetrics = TaskMetrics | FidelityMetrics | AlpacaMetrics
 Pair = Literal["from-to", "base-from", "base-to"]
 
 
-class Difference(TypedDict):
+class ParameterDifference(TypedDict):
     """Model parameter difference of two models; `scaled` is relative to the largest of the `pairs`."""
 
     mpd: float | None
@@ -320,7 +320,7 @@ DriftFile = TypedDict(
         "to": str,
         "cka": NotRequired[Literal["debiased"]],
         "text": dict[str, TextSize],
-        "parameters": Difference,
+        "parameters": ParameterDifference,
         "layers": list[LayerDrift],
     },
 )

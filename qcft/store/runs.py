@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json, write_text
+from qcft.files import read_json, reporting_full_disk, reporting_unwritable, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
 from qcft.recipe.stages import is_measurement
 from qcft.store.holding import hold, runs_lock
@@ -62,15 +62,15 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
 @contextmanager
 def held_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> Iterator[NamedRun]:
     """`open_run`, and nobody removes the run until the work in this context ends."""
-    with telling_full_disk(runs, FREE), telling_unwritable(runs):
+    with reporting_full_disk(runs, FREE), reporting_unwritable(runs):
         runs.mkdir(parents=True, exist_ok=True)
         with runs_lock(runs):
             run = _open(runs, recipe, stages)
-            let_go = hold(run.folder)
+            release = hold(run.folder)
     try:
         yield run
     finally:
-        let_go()
+        release()
 
 
 def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
@@ -100,7 +100,7 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     return NamedRun(name, folder, stages, before=before)
 
 
-def put_back(run: NamedRun) -> None:
+def restore(run: NamedRun) -> None:
     """Have a run be what it was when it was opened, so that its name is free for other settings. Steps stay."""
     with runs_lock(run.folder.parent):
         for name in (RECIPE, RUN):

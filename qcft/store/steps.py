@@ -26,8 +26,8 @@ from qcft.files import (
     known_digest,
     read_json,
     read_sealed,
-    telling_full_disk,
-    telling_unwritable,
+    reporting_full_disk,
+    reporting_unwritable,
     write_json,
     write_sealed,
 )
@@ -143,9 +143,9 @@ class Store:
         when the disk is full, then or while the step is worked on.
         """
         folder = self.folder(step)
-        with telling_unwritable(self.runs):
+        with reporting_unwritable(self.runs):
             self.steps.mkdir(parents=True, exist_ok=True)
-        with telling_full_disk(self.runs, FREE), self._lock(step, watch):
+        with reporting_full_disk(self.runs, FREE), self._lock(step, watch):
             self.claimed.append(step)
             if (folder / DONE).exists() and self.done(step) is None:
                 shutil.rmtree(folder)  # not whole, as `done` told

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError
-from qcft.files import telling_unwritable
-from qcft.store.ablations import INDEX, Ablation, list_ablations, readable_ablations
+from qcft.files import reporting_unwritable
+from qcft.store.ablations import INDEX, AblationIndex, list_ablations, readable_ablations
 from qcft.store.holding import holders, runs_lock
 from qcft.store.opened import BEGUN, StepInputs, altered, read_begun
 from qcft.store.runs import RUN, is_step, list_runs, read_run, read_stages
@@ -74,7 +74,7 @@ def remove_unused(runs: Path) -> tuple[list[Unused], list[Unused]]:
     store = Store(runs)
     if not store.steps.is_dir():
         return [], []
-    with telling_unwritable(runs, hint=AS_OWNER), runs_lock(runs):  # no run is named meanwhile
+    with reporting_unwritable(runs, hint=AS_OWNER), runs_lock(runs):  # no run is named meanwhile
         for one in unused_steps(runs):
             with _held_now(store, one.step) as free:
                 place = store.steps / one.step / one.part
@@ -90,7 +90,7 @@ def remove_run(runs: Path, name: str) -> list[str]:
     Raises InputError when there is no such run, or a process works on it.
     """
     read_run(runs, name)  # before anything is written, the lock too
-    with telling_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
+    with reporting_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
         run, store = read_run(runs, name), Store(runs)
         if who := holders(run.folder):
             raise InputError(f"{' and '.join(who)} works on the run {name!r}", WAIT)
@@ -145,14 +145,14 @@ def remove_named(runs: Path, names: Sequence[str], with_arms: bool) -> dict[str,
 def _runs_of(runs: Path, name: str) -> list[str]:
     """The runs of an ablation's arms that are there and belong to no other ablation."""
     others = {one.run for other in readable_ablations(runs)[0] if other.name != name for one in other.states()}
-    document = Ablation(runs, name).document
+    document = AblationIndex(runs, name).document
     there = [entry["run"] for entry in document["runs"] if (runs / entry["run"] / RUN).is_file()]
     return [run for run in there if run not in others]
 
 
 def _remove_ablation(runs: Path, name: str) -> list[str]:
     folder = runs / name
-    with telling_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
+    with reporting_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
         shutil.rmtree(folder / "report", ignore_errors=True)
         (folder / INDEX).unlink(missing_ok=True)
         left = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
@@ -189,11 +189,11 @@ def _used(store: Store) -> set[str]:
             begun = read_begun(store.folder(step))
             if begun is None and store.state(step) != "to do":  # what it depends on is not known
                 raise altered(store.folder(step), BEGUN)
-            ahead += _rests_on(begun["inputs"]) if begun else ()
+            ahead += _dependencies(begun["inputs"]) if begun else ()
     return used
 
 
-def _rests_on(inputs: StepInputs) -> Iterable[str]:
+def _dependencies(inputs: StepInputs) -> Iterable[str]:
     """The steps named in a step's inputs, the pools of its replay among them."""
     named: list[Any] = []
     for value in inputs.values():

@@ -87,7 +87,7 @@ class ArmsReporter(Reporter):
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
-        self.console.told(text, STYLES[event.state])
+        self.console.print_text(text, STYLES[event.state])
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
         if isinstance(event, Progress):
@@ -117,11 +117,11 @@ class ArmsReporter(Reporter):
         return lines[first : first + room]
 
 
-def tell_crash(text: str) -> None:
+def report_crash(text: str) -> None:
     """A line on an arm whose process crashed, which may have left the terminal without its cursor."""
     console = stderr()
     console.show_cursor()
-    console.told(text)
+    console.print_text(text)
 
 
 def print_plan(plan: AblationPlan) -> None:

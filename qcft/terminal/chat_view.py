@@ -74,7 +74,7 @@ def talk(chat: Chat) -> None:
     try:
         while (line := keyboard.line()) is not None:
             try:
-                prompt = obey(line, chat)
+                prompt = run_command(line, chat)
                 if prompt is None:
                     return
                 if prompt:
@@ -90,7 +90,7 @@ def answer_lines(chat: Chat, watch: Watch) -> None:
     number = 0
     try:
         for number, line in enumerate(sys.stdin, start=1):
-            prompt = obey(line, chat)
+            prompt = run_command(line, chat)
             if prompt is None:
                 break
             for stage, answer in chat.answers(prompt, stopped=lambda: watch.stop_code is not None) if prompt else ():
@@ -107,7 +107,7 @@ def answer_lines(chat: Chat, watch: Watch) -> None:
         raise InputError("stdin is empty", "give a prompt a line, or chat from a terminal")
 
 
-def obey(line: str, chat: Chat) -> str | None:
+def run_command(line: str, chat: Chat) -> str | None:
     """Do what a line that is a command says; else the prompt that it is. Empty: nothing to answer; None: leave.
 
     Raises InputError.
@@ -147,7 +147,7 @@ def _show_answers(chat: Chat, prompt: str, keyboard: _Keyboard) -> None:
     """Write the answers as they are generated; Ctrl-C stops them."""
     begun: set[str] = set()
 
-    def heard(stage: str, text: str) -> None:
+    def on_text(stage: str, text: str) -> None:
         if stage not in begun and len(chat.stages) > 1:
             stdout().print(said(f"{stage}:", "cyan"))
         begun.add(stage)
@@ -156,7 +156,7 @@ def _show_answers(chat: Chat, prompt: str, keyboard: _Keyboard) -> None:
 
     keyboard.answering = True
     try:
-        for stage, answer in chat.answers(prompt, heard, lambda: keyboard.stop):
+        for stage, answer in chat.answers(prompt, on_text, lambda: keyboard.stop):
             sys.stdout.write("\n" if answer.text else "")
             _say_end(stage, answer, keyboard.stop)
     except KeyboardInterrupt:  # it was asked to stop already, and did not wait for a whole token

@@ -103,7 +103,7 @@ def check_lines(found: Checked) -> list[str]:
         f"disk: {gib(found['disk_bytes'])} to write of {gib(found['disk_free_bytes'])} free{room}"
         f"{fetched if found['cache_bytes'] else ''}"
     )
-    lines += [_alike(one) for one in found["similarity"]]
+    lines += [_similarity(one) for one in found["similarity"]]
     if not found["similarity"] and len(found["phases"]) > 1:
         lines.append("how alike the phases' instructions are (DES): no encoder is here; name one with --encoder")
     return lines
@@ -134,7 +134,7 @@ def _looks(found: Looks) -> list[str]:
     return lines
 
 
-def _alike(found: PhasesCompared) -> str:
+def _similarity(found: PhasesCompared) -> str:
     des, rows = found["des"], " and ".join(f"{n:,}" for n in found["des"]["rows"])
     return (
         f"{found['a']['name']} and {found['b']['name']}: DES {des['value']:.3f} [{des['low']:.3f}, {des['high']:.3f}] "

@@ -96,12 +96,12 @@ class Reporter:
         if isinstance(event, StepBegun) and event.state == "reused":
             self._reused += 1
             return
-        self._tell_reused()
+        self._print_reused()
         if isinstance(event, Note):
             style = "yellow" if event.level == "warning" else "dim"
             prefix = "warning: " if event.level == "warning" else ""
             if not self.quiet or event.level == "warning":
-                self.console.told(f"{prefix}{event.text}", style)
+                self.console.print_text(f"{prefix}{event.text}", style)
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
@@ -109,19 +109,19 @@ class Reporter:
             self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style="bold"))
         elif isinstance(event, StepEnded):
             more = f": {event.summary}" if event.summary else ""
-            self.console.told(f"{duration(event.seconds)}{more}", "dim", indent=6)
+            self.console.print_text(f"{duration(event.seconds)}{more}", "dim", indent=6)
         elif isinstance(event, Mixed):
             self.console.print(mix_table(event))
 
     def close(self) -> None:
         """Take the bar off the screen."""
         self._clear()
-        self._tell_reused()
+        self._print_reused()
 
-    def _tell_reused(self) -> None:
+    def _print_reused(self) -> None:
         """One line for all steps that were reused one after another."""
         if self._reused and not self.quiet:
-            self.console.told(f"{counted(self._reused, 'step')} reused", "dim")
+            self.console.print_text(f"{counted(self._reused, 'step')} reused", "dim")
         self._reused = 0
 
     def _progress(self, event: Progress) -> None:
@@ -136,7 +136,7 @@ class Reporter:
         if not (self.console.is_terminal or _has_widgets(self.console)):
             if now - self._said > QUIET_SECONDS:
                 self._said = now
-                self.console.told(self._bar.in_words(), "dim", indent=6)
+                self.console.print_text(self._bar.in_words(), "dim", indent=6)
         elif self._live is None:
             self._live = Live(self._bar, console=self.console, refresh_per_second=10, transient=True)
             self._live.start()

@@ -66,7 +66,7 @@ class CleanConsole(Console):
         wide = None if stream.isatty() else WIDE
         super().__init__(file=stream, highlight=False, markup=False, emoji=False, width=wide)
 
-    def told(self, text: str, style: str = "", indent: int = 0) -> None:
+    def print_text(self, text: str, style: str = "", indent: int = 0) -> None:
         """Print a text: wrapped by word on a terminal, elsewhere as one line."""
         if self.is_terminal:
             self.print(Padding(said(text, style), (0, 0, 0, indent), expand=False))

@@ -273,7 +273,7 @@ def print_fitting(rows: Sequence[Mapping[str, str]], right: Container[str] = ())
 
 def say(text: str, style: str = "") -> None:
     """A line beside the data, on stderr."""
-    stderr().told(text, style)
+    stderr().print_text(text, style)
 
 
 def next_step(text: str, quiet: bool = False) -> None:
@@ -285,7 +285,7 @@ def next_step(text: str, quiet: bool = False) -> None:
 def print_lines(lines: Iterable[str], style: str = "") -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
-        stdout().told(line, style)
+        stdout().print_text(line, style)
 
 
 def show(document: Thing, json_: bool, printed: Callable[[Thing], None]) -> None:
