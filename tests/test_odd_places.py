@@ -88,7 +88,7 @@ def test_a_home_that_others_may_write_is_not_used(homeless, qcft, planted, tmp_p
         homeless.write_text("")
     code, out, err = qcft("ls")
     assert (code, out) == (2, "")
-    assert "is not this user's alone" in err
+    assert "other users can access" in err
     assert "set HOME" in err
     assert "HOME" not in os.environ
 
