@@ -222,7 +222,7 @@ def test_the_hint_rebuilds_what_was_altered(place, qcft):
     assert command[:2] == ["qcft", "run"]
     code, _, error = qcft(*command[1:])
     assert code == 0, error
-    assert "scores.json is missing or altered; the step is made anew" in error
+    assert "scores.json is missing or altered; the step is rebuilt" in error
     assert stages_alike(json.loads(qcft("show", "--json")[1]), json.loads(before))
     assert sorted(p.name for p in (place / "runs").iterdir() if p.name[0] != ".") == ["tiny"]
 
@@ -419,7 +419,7 @@ def test_resuming_under_other_versions_is_said(tmp_path):
     with store.claim("train-1", {"a": 1}, Watch(told.append)):
         pass
     (note,) = told
-    assert "train-1 is resumed under other versions than it was begun with: python 2.7 -> " in note.text
+    assert "train-1 is resumed with other versions than it was started with: python 2.7 -> " in note.text
     assert ", torch 1.0 -> " in note.text
 
 

@@ -1,4 +1,4 @@
-"""The plan: the steps that a recipe comes to, with ids that say what each rests on."""
+"""The plan: the steps of a recipe, with ids that are digests of what each depends on."""
 
 from qcft.plan.plan import PhaseModel, Plan
 from qcft.plan.planner import make_plan

@@ -29,7 +29,7 @@ def make_plan(recipe: Recipe, digests: Digests) -> Plan:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a phase starts from: weights, the adapter it goes on with, the adapters frozen under the one it trains."""
+    """What a phase starts from: weights, the adapter it continues, the adapters frozen under the one it trains."""
 
     weights: str | None
     continued: str | None
@@ -37,7 +37,7 @@ class _Start:
 
     @property
     def stack(self) -> tuple[str, ...]:
-        """The adapters of the model as the phase finds it."""
+        """The adapters of the model that the phase starts from."""
         return (*self.under, self.continued) if self.continued else self.under
 
 
@@ -90,7 +90,7 @@ class Planner:
         return Plan(tuple(self.steps), self.live, self.pools)
 
     def merge_all(self) -> tuple[str | None, Step]:
-        """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
+        """Merge every delta that is not merged yet onto the chain; returns its weights and their measurement."""
         measured = self.step_of(PROBES + BASE)
         for live in self.unmerged:
             name = live.phase.name
@@ -105,7 +105,7 @@ class Planner:
         return self.chain, measured
 
     def merging(self) -> Merge:
-        """The merge of the recipe's own."""
+        """The merge that the recipe sets."""
         return Merge(self.model, self.recipe.merge.dtype)
 
     def kept(self, stage: str, live: PhaseModel, merged: Step, measured: Step) -> Step:
@@ -167,7 +167,7 @@ class Planner:
         return self.pools.setdefault(pool.id, pool)
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
-        """What a freeze spec goes by: how much earlier phases changed each module, or its signal-to-noise ratio."""
+        """What a freeze spec depends on: how much earlier phases changed each module, or its signal-to-noise ratio."""
         measure = phase.freeze.measure
         if measure is None:
             return None
@@ -177,7 +177,7 @@ class Planner:
             return self.add(Layers(self.digests.model, measure), stage, title, phase.name, weights)
         names = [p.name for p in self.recipe.phases]
         number = names.index(phase.name)
-        # An adapter that a later phase went on with is part of that phase's.
+        # An adapter that a later phase continued is part of that phase's.
         earlier = [
             name
             for name, later in zip(names[:number], self.recipe.phases[1:], strict=False)
@@ -203,7 +203,7 @@ class Planner:
             phase.train,
             self.digests.balance.get(phase.name),
             recipe.deterministic,
-            # Earlier versions rounded the adapter to bf16 as the phase began.
+            # Earlier versions rounded the adapter to bf16 as the phase started.
             "float32" if start.continued and self.quantize != "none" else None,
             phase.anchor.resolved() if phase.anchor else None,
             phase.replay.loss if phase.replay and replay else "answer",
@@ -217,7 +217,7 @@ class Planner:
     def adapter(self, phase: Phase) -> Step:
         """An adapter made elsewhere, imported as a phase."""
         work = Adapter(self.model, self.digests.phases[phase.name], phase.adapter or "")
-        return self.add(work, phase.name, f"take in the adapter of {phase.name}", phase.name)
+        return self.add(work, phase.name, f"import the adapter of {phase.name}", phase.name)
 
     def add(
         self,
@@ -240,7 +240,7 @@ class Planner:
         return next(step for step in self.steps if step.stage == stage)
 
     def numbered(self, word: str, phase: str) -> str:
-        """`merged` the first time, `merged-NAME` after."""
+        """`merged` the first time, `merged-NAME` later."""
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
 
     def precision(self) -> str:

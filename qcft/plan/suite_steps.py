@@ -18,7 +18,7 @@ from qcft.steps.suite import Suite
 def ability_steps(
     recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, PhaseModel]
 ) -> list[Step]:
-    """A step for each stage and task of `digests.tasks`. Raises InputError for a stage that there is not."""
+    """A step for each stage and task of `digests.tasks`. Raises InputError for an unknown stage."""
     if not digests.tasks:
         return []
     probes = {step.stage.removeprefix(PROBES): step for step in steps if step.kind == "probe"}
@@ -42,7 +42,7 @@ def ability_steps(
 
 
 def _usual(recipe: Recipe, live: Mapping[str, PhaseModel]) -> list[str]:
-    """The base, and each phase once: as the next phase starts from it, or as it was trained."""
+    """The base, and each phase once: merged where the next phase starts from the merge, else as it was trained."""
     stages = [BASE]
     for phase, after in zip(recipe.phases, [*recipe.phases[1:], None], strict=True):
         merged = after is not None and after.start == "merged"

@@ -1,7 +1,7 @@
-"""Runs that are worked on: which processes hold them, so that no run is removed between two of its steps.
+"""Runs in use: which processes hold them, so that no run is removed between two of its steps.
 
 A process that works on a run holds the lock of a file of its own in the run's folder; several may work on one run. The
-system lets go of the lock of a process that is no more.
+system releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 HELD = re.compile(r"\.working-(?P<pid>[0-9]+)-[0-9a-f]+@(?P<host>.+)")
-PATIENCE = 10.0  # seconds; another process may look at the new lock for an instant
+PATIENCE = 10.0  # seconds; another process may test the new lock for a moment
 
 
 def runs_lock(runs: Path) -> FileLock:
@@ -45,7 +45,7 @@ def working(runs: Path, *names: str) -> Iterator[None]:
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Hold the run in a folder, under `runs_lock`; what lets go of it again."""
+    """Hold the run in a folder, under `runs_lock`; returns the function that releases it."""
     from filelock import FileLock
 
     holders(folder, clean=True)
@@ -63,7 +63,7 @@ def hold(folder: Path) -> Callable[[], None]:
 
 def holders(folder: Path, clean: bool = False) -> list[str]:
     """The processes that work on the run in a folder: `process 12 on HOST`. `clean`, under `runs_lock` only: remove the
-    files of those that are no more."""
+    files of processes that have ended."""
     from filelock import FileLock, Timeout
 
     found = []
@@ -75,8 +75,8 @@ def holders(folder: Path, clean: bool = False) -> list[str]:
             with FileLock(path, timeout=0):
                 if clean:
                     path.unlink(missing_ok=True)
-        except (Timeout, PermissionError):  # another user's lock cannot be tried
+        except (Timeout, PermissionError):  # another user's lock cannot be tested
             found.append(f"process {match['pid']} on {match['host']}")
-        except OSError:  # a disk that cannot be written, where nobody works
+        except OSError:  # a read-only disk, where nobody works
             continue
     return found

@@ -42,7 +42,7 @@ class GroupScore(TypedDict):
 
 
 class AnswerLengths(TypedDict):
-    """The greedy answers to the English prompts: how many, mean tokens, the share that came to an end."""
+    """The greedy answers to the English prompts: how many, mean tokens, the share that ended by themselves."""
 
     rows: int
     mean_tokens: float
@@ -120,7 +120,7 @@ class EnglishNll(TypedDict):
 
 
 class LiveProbe(TypedDict):
-    """What the live probe of a training came to; `share_of_time` of the training's."""
+    """The results of a training's live probe; `share_of_time` of the training's."""
 
     rows: int
     tokens: int
@@ -241,7 +241,7 @@ class TaskMetrics(TypedDict):
 
 
 class AnsweredIn(TypedDict):
-    """Answers to prompts in one language: the share in it (`right`) of those long enough to tell (`told`)."""
+    """Answers to prompts in one language: the share in it (`right`) of those long enough to identify (`told`)."""
 
     rows: int
     told: int
