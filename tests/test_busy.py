@@ -43,6 +43,6 @@ def test_a_training_that_takes_several_times_what_was_estimated(watch, told, mon
         watch.emit(Progress("generating replay", 1, 1, "answers"))
         for done in (1, 2):
             watch.emit(Progress("training phase2", done, 2, "steps"))
-    assert told == ["training phase2 takes 5 times what was estimated; if other programs keep this machine busy, "
+    assert told == ["training phase2 takes 5 times as long as estimated; if other programs keep this machine busy, "
                     + busy.FEWER] * warned  # fmt: skip
     watch.emit(Progress("training phase2", 2, 2, "steps"))
