@@ -348,8 +348,8 @@ def test_the_table_of_arms(qcft, done, finished):
     assert arms["mixed"]["english_untrained"] is None
     code, shown, _ = qcft("show", "tiny", "--runs", finished / "runs")
     assert (code, shown.splitlines()[0].split()[:3]) == (0, ["arm", "seeds", "done"])
-    assert "mean of the seeds; `qcft report tiny` says what can be told apart\n" in shown
-    assert shown.endswith("in brackets against plain\n")
+    assert "mean of the seeds; `qcft report tiny` shows which arms differ clearly\n" in shown
+    assert shown.endswith("in brackets compared with plain\n")
     assert " 2 + 1 " in shown
     assert json.loads(qcft("show", "tiny", "--runs", finished / "runs", "--json")[1]) == outcome
 
@@ -421,7 +421,7 @@ def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp
     code, _, err = qcft("ablate", path, "--in-process")
     assert code == 1
     assert "tiny-wild-s0 failed: train phase2: the loss is" in err
-    assert "tiny-same-s0 failed: train phase2: it rests on train-" in err
+    assert "tiny-same-s0 failed: train phase2: it depends on train-" in err
     ablation = AblationIndex(tmp_path / "runs", "tiny")
     assert states(ablation) == {"tiny-wild-s0": "failed", "tiny-same-s0": "failed", "tiny-plain-s0": "done"}
     listed = {row["run"]: row["state"] for row in json.loads(qcft("ls", "--json")[1])}

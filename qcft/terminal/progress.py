@@ -1,4 +1,4 @@
-"""The work as it goes: a line per step, one line of progress under them. On stderr."""
+"""The progress of the work: a line per step, one line of progress under them. On stderr."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qcft.words import counted
 
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
 NARROW, WIDE = 8, 24  # columns of a bar
-GAP = 2  # columns between what stands in one line
-FIRST = ("English", "loss")  # figures that are shown before the pace of the work; others after it
+GAP = 2  # columns between the parts of a line
+FIRST = ("English", "loss")  # figures that are shown before the speed of the work; others after it
 NAMED = {"loss", "peak"}  # figures shown with their names
 
 
 class Bar:
-    """One piece of work as a line: a bar, how far it is, the time left, then figures as room allows.
+    """One piece of work as a line: a bar, its progress, the time left, then figures that fit.
 
-    What a narrow terminal has no room for is dropped, the last figure first, so that nothing is cut.
+    Figures that do not fit in a narrow terminal are dropped, the last one first, so that none is truncated.
     """
 
     def __init__(self, event: Progress, now: float) -> None:
@@ -35,7 +35,7 @@ class Bar:
         self.update(event, now)
 
     def update(self, event: Progress, now: float) -> None:
-        """Take up what an event says."""
+        """Show a newer event of the same work."""
         self.event = event
         pace, left = self._pace(now)
         figures = {key: f"{key} {value}" if key in NAMED else value for key, value in event.stats.items()}
@@ -44,7 +44,7 @@ class Bar:
         self.others = [part for part in (pace, *figures.values()) if part]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The line in the width that there is."""
+        """The line in the available width."""
         room = options.max_width - GAP - NARROW
         label, shown = "", []
         for part in (*self.leading, self.event.label, *self.others):
@@ -63,11 +63,11 @@ class Bar:
         yield line
 
     def in_words(self) -> str:
-        """The line where no bar can be drawn."""
+        """The line as text, where no bar can be drawn."""
         return f"{self.event.label}: " + "  ".join((*self.leading, *self.others))
 
     def _pace(self, now: float) -> tuple[str, str]:
-        """How fast it goes, and the time left; empty as long as that is not known."""
+        """The speed, and the time left; empty as long as they are not known."""
         done, seconds = self.event.done - self._first, now - self._begun
         if done <= 0 or seconds < 0.5:
             return "", ""
@@ -114,7 +114,7 @@ class Reporter:
             self.console.print(mix_table(event))
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._clear()
         self._print_reused()
 
@@ -142,7 +142,7 @@ class Reporter:
             self._live.start()
 
     def _follow(self, event: Progress, now: float) -> None:
-        """Have the bar show an event: its own work's, or that of new work."""
+        """Show an event in the bar, or in a new bar where it is of other work."""
         if self._bar is None or self._bar.label != _label(event):
             self._bar = Bar(event, now)
         else:
@@ -155,7 +155,7 @@ class Reporter:
 
 
 def _label(event: Progress) -> str:
-    """What tells one piece of work from the next."""
+    """The name of a piece of work, which differs from that of the next."""
     return event.label.split(" (")[0]
 
 
@@ -165,7 +165,7 @@ def notebook_reporter() -> Reporter | None:
 
 
 def _has_widgets(console: Console) -> bool:
-    """Whether this is a notebook with what Rich's bars need to be drawn again in their place."""
+    """Whether this is a notebook with what Rich needs to redraw a bar in place."""
     return console.is_jupyter and find_spec("ipywidgets") is not None
 
 
