@@ -18,11 +18,8 @@ from qcft.files import known_digest, read_json, read_sealed
 BEGUN, DONE, LOG = "step.json", "done.json", "log.jsonl"
 SLOW = 10**9  # bytes whose digests take seconds
 ID = re.compile(r"[a-z]+-[0-9a-f]{10}")
-REBUILT_BY = {
-    "drift": "qcft drift {}",
-    "dial": "qcft dial {}",
-    "suite": "qcft eval {}",
-}  # for steps that a recipe's plan may lack
+# The commands that rebuild steps which a recipe's plan may lack.
+REBUILT_BY = {"drift": "qcft drift {}", "dial": "qcft dial {}", "suite": "qcft eval {}"}
 
 
 class Record(TypedDict):
