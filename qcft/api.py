@@ -10,7 +10,7 @@ from qcft.ablation.arms import run_arms
 from qcft.ablation.on_ray import run_on_ray
 from qcft.errors import InputError, QcftError
 from qcft.events import Listener, Watch
-from qcft.files import telling_full_disk, telling_unwritable, write_sealed
+from qcft.files import reporting_full_disk, reporting_unwritable, write_sealed
 from qcft.measure.results import finished_run
 from qcft.measure.similarity import SimilarityFound
 from qcft.recipe import ArmRun, Recipe, chosen_arms, load_ablation, load_recipe, recipe_from
@@ -24,7 +24,7 @@ from qcft.report.write import write_report
 from qcft.runner.recipe import Check, run_recipe
 from qcft.runner.stored import check_same_data
 from qcft.store import Store, read_run
-from qcft.store.ablations import Ablation, list_ablations
+from qcft.store.ablations import AblationIndex, list_ablations
 from qcft.store.holding import working
 from qcft.store.metrics import LossTerms
 from qcft.store.results import Run
@@ -56,7 +56,7 @@ def run(
 def run_watched(
     recipe: Recipe, runs: Path, watch: Watch, of: str | None = None, phases: Sequence[str] | None = None
 ) -> Run:
-    """Run a recipe and write its report. `of`: a run it goes on from, whose `phases` (all by default) must not be
+    """Run a recipe and write its report. `of`: a run that it continues, whose `phases` (all by default) must not be
     trained again because their data changed."""
     done = run_recipe(recipe, runs, watch, check=_same_data(of, phases, runs), undo=of is not None)
     reported(done, runs)
@@ -71,10 +71,10 @@ def ablate(
     seeds: Sequence[int] | None = None,
     runs: str | Path = "runs",
     listener: Listener | None = None,
-) -> Ablation:
+) -> AblationIndex:
     """Run a recipe's arms x seeds in this process (all, or those named), reusing what is done.
 
-    An arm that fails is noted and the next one begun: `states()` of what is returned tells. Its page is in report/.
+    An arm that fails is recorded and the next one started: see `states()` of the result. Its page is in report/.
     `set` and `listener` as for `run`. Raises qcft.InputError before anything is written.
     """
     plain, every = load_ablation(recipe, set)
@@ -85,8 +85,8 @@ def ablate(
 
 def ablate_watched(
     plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, skip: Sequence[str] = (), on: str | None = None
-) -> Ablation:
-    """Run arms, each run's report written as it ends; `skip` names runs to leave out.
+) -> AblationIndex:
+    """Run arms, each run's report written as it ends; `skip` names runs that are not run.
 
     `on`: `ray` for a Ray cluster on this machine, `ray:ADDRESS` for another. Raises InputError.
     """
@@ -99,21 +99,21 @@ def ablate_watched(
 
 
 def plan_ablation(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
-    """What running these arms would do, and what that would take; nothing is written."""
+    """What running these arms would do, and the time and disk it needs; nothing is written."""
     from qcft.ablation.dry_run import ablation_plan
 
     return ablation_plan(arms, runs, watch)
 
 
-def ablation_outcome(ablation: Ablation) -> Outcome:
-    """What an ablation's arms came to so far, side by side."""
+def ablation_outcome(ablation: AblationIndex) -> Outcome:
+    """The results of an ablation's arms so far, side by side."""
     runs = ablation.runs
     return outcome(ablation, {state.run: read(state.run, runs) for state in ablation.states() if state.state == "done"})
 
 
 def reported(done: Run, runs: Path) -> Run:
-    """Write a run's report; the run as it stands, which may hold more than was asked for."""
-    with working(runs, done.name), telling_full_disk(runs, FREE):
+    """Write a run's report; returns the run as it is now, which may hold more than was requested."""
+    with working(runs, done.name), reporting_full_disk(runs, FREE):
         whole = evidence(done.name, runs)
         write_report(done.folder / "report", build_report(arms_of([whole])))
     return whole.run
@@ -136,7 +136,7 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
     own = runs / str(names[0]) if made else found[0].run.folder if len(found) == 1 else Path()
     place = to or own / "report"
     elsewhere = "write it to another folder with --to, or print its tables with `qcft show`"
-    with telling_full_disk(to or own, FREE), telling_unwritable(place, "the report's folder", elsewhere):
+    with reporting_full_disk(to or own, FREE), reporting_unwritable(place, "the report's folder", elsewhere):
         page = write_report(place, document)
     return {
         "page": str(page),
@@ -148,18 +148,18 @@ def report(names: Sequence[str | None], runs: Path, watch: Watch, to: Path | Non
 
 
 def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
-    """The arm of each run of an ablation that is begun, where its name is all that is given."""
+    """The arm of each run of an ablation that was started, where only the ablation's name is given."""
     if len(names) != 1 or names[0] not in list_ablations(runs):
         return None
-    index = Ablation(runs, names[0]).document
+    index = AblationIndex(runs, names[0]).document
     begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
     if not begun:
-        raise InputError(f"no run of the ablation {names[0]!r} is begun", "run it first: qcft ablate")
+        raise InputError(f"no run of the ablation {names[0]!r} was started", "run it first: qcft ablate")
     return begun
 
 
 def cost(run: Run) -> RunCost:
-    """What a run's done steps took."""
+    """What a run's finished steps needed: time, tokens, memory, disk."""
     costs = costs_of(run)
     whole = in_all(costs)
     return {
@@ -172,13 +172,13 @@ def cost(run: Run) -> RunCost:
 
 
 def terms(run: Run) -> dict[str, LossTerms]:
-    """What the terms of each phase's loss came to, of phases that have some."""
+    """The values of the terms of each phase's loss, for phases that have some."""
     trained = {name: stage.training for name, stage in run.stages.items()}
     return {name: terms for name, one in trained.items() if one and (terms := one.get("terms"))}
 
 
 def evidence(name: str | None, runs: Path) -> Evidence:
-    """A run as it stands, with what its adapters changed."""
+    """A run as it is now, with what its adapters changed."""
     from qcft.layers.change import summed_changes
     from qcft.models.load import quiet_libraries
 
@@ -213,16 +213,16 @@ def drift(
 
     `apart` compares the paper's way: phase 1, and the last phase's data trained from the same base. Raises QcftError.
     """
-    from qcft.inspect.drift import Asked, measure_drift
+    from qcft.inspect.drift import DriftRequest, measure_drift
 
-    named, stage, found = measure_drift(Asked(name, since, to, against, rows, texts, apart), runs, watch)
+    named, stage, found = measure_drift(DriftRequest(name, since, to, against, rows, texts, apart), runs, watch)
     reported(read(named.name, runs), runs)
     drawing = named.folder / "report" / "plots" / f"{drift_name(stage)}.svg"
     return {"run": named.name, **found, "drawing": str(drawing)}
 
 
 def keep_similarity(name: str, found: SimilarityFound, runs: Path) -> None:
-    """Keep how alike a run's phases are beside its report, and in it."""
+    """Store how similar a run's phases are beside its report, and in it."""
     place = runs / name / "report"
     with working(runs, name):
         place.mkdir(exist_ok=True)
@@ -231,9 +231,10 @@ def keep_similarity(name: str, found: SimilarityFound, runs: Path) -> None:
 
 
 def replay_watched(recipe: Recipe, runs: Path, watch: Watch, of: str | None = None) -> Run:
-    """Run a recipe up to its last phase's replay rows, and no further; `of`: a run whose recipe it is, or began as.
+    """Run a recipe up to its last phase's replay rows, and no further; `of`: a run with this recipe, or with the
+    recipe it was made from.
 
-    Rows that the run has are given as they are. Raises InputError where the recipe has no replay.
+    Rows that the run has are returned unchanged. Raises InputError where the recipe has no replay.
     """
     replayed = [phase.name for phase in recipe.phases if phase.replay and phase.replay.ratio]
     if not replayed:
@@ -257,6 +258,6 @@ def _same_data(of: str | None, phases: Sequence[str] | None, runs: Path) -> Chec
 
 
 def read(name: str | None, runs: str | Path = "runs") -> Run:
-    """A run as it stands, by name or the latest: its done stages and their table. Raises QcftError."""
+    """A run as it is now, by name or the latest: its done stages and their table. Raises QcftError."""
     named = read_run(Path(runs), name)
     return finished_run(named, named.recipe(), named.stages, Store(Path(runs)))

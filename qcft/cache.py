@@ -1,4 +1,4 @@
-"""The user's cache folder: things that can always be made again, each whole or absent."""
+"""The user's cache folder: files that can always be rebuilt, each entry complete or absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import altered_file, seal, telling_full_disk
+from qcft.files import altered_file, reporting_full_disk, seal
 
 
 def cache_folder() -> Path:
@@ -28,9 +28,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcft"
 
 
-def give_home() -> None:
-    """Where the system names no home folder (no HOME, and a user without an entry), one of the user's own among the
-    temporary files: libraries would write to a folder `~` here, or fail. Raises InputError where that is another's."""
+def ensure_home() -> None:
+    """Set HOME where the system has no home folder (no HOME, and a user without an entry), to a private folder among
+    the temporary files: libraries would write to a folder `~` here, or fail. Raises InputError where others can access
+    that folder."""
     if sys.platform == "win32" or os.path.expanduser("~") != "~":
         return
     user = os.getuid()
@@ -39,27 +40,27 @@ def give_home() -> None:
         place.mkdir(mode=0o700)
     if not _is_own(place, user):
         raise InputError(
-            f"there is no home folder, as HOME is not set, and {str(place)!r} is not this user's alone",
-            "set HOME to a folder that can be written; caches go there",
+            f"there is no home folder, as HOME is not set, and other users can access {str(place)!r}",
+            "set HOME to a writable folder; caches are stored there",
         )
     os.environ["HOME"] = str(place)
     os.environ.setdefault("USER", str(user))  # PyTorch names a folder by it
 
 
 def _is_own(place: Path, user: int) -> bool:
-    """Whether a folder is there that nobody but its user can read or write."""
+    """Whether a folder exists that only its user can read or write."""
     try:
-        told = place.lstat()
+        found = place.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(told.st_mode) and told.st_uid == user and not told.st_mode & 0o077
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o077
 
 
 def cached_folder(name: str, make: Callable[[Path], None], watch: Watch | None = None) -> Path:
-    """The cached folder `name`, made by `make(empty_folder)` when it is not there or not whole.
+    """The cached folder `name`, built by `make(empty_folder)` when it is missing or incomplete.
 
-    It is made beside its place, listed with sizes and digests, and renamed when whole; one process
-    makes it, others wait.
+    It is built beside its place, listed with digests, and renamed when it is complete; one process
+    builds it, others wait.
     """
     from filelock import FileLock
 
@@ -77,13 +78,13 @@ def cached_folder(name: str, make: Callable[[Path], None], watch: Watch | None =
         altered = altered_file(place)
         if altered is not None:
             if watch is not None and place.exists():
-                watch.note(f"{altered} in the cache ({place}) is missing or altered; it is made anew", "warning")
+                watch.note(f"{altered} in the cache ({place}) is missing or altered; it is rebuilt", "warning")
             work = place.with_name(place.name + ".partial")
             shutil.rmtree(work, ignore_errors=True)
             shutil.rmtree(place, ignore_errors=True)
             work.mkdir(parents=True)
             try:
-                with telling_full_disk(work, "free some space, or name another cache folder with QCFT_CACHE"):
+                with reporting_full_disk(work, "free some space, or name another cache folder with QCFT_CACHE"):
                     make(work)
                     seal(work)
                 work.rename(place)

@@ -1,9 +1,9 @@
 """What can go wrong, and the exit code it ends with.
 
-QcftError              1   something failed while working
+QcftError              1   something failed during the work
 ├── InputError         2   what the user gave cannot be used; nothing was written
-├── ChangedInput       1   a file that results rest on changed while it was in use
-└── Interrupted  130/143   Ctrl-C or SIGTERM (129: SIGHUP); what was done stays usable
+├── ChangedInput       1   a file that results depend on changed while it was in use
+└── Interrupted  130/143   Ctrl-C or SIGTERM (129: SIGHUP); what is finished stays usable
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 
 from qcft.safe import shown, without_tokens
 
-# What the libraries report when memory runs out: PyTorch's CUDA allocator, in its own words and in CUDA's (without
-# NVML, writing that message fails); cuBLAS and cuDNN, which allocate by themselves; Triton; PyTorch's CPU allocator (on
-# Windows "not enough memory"); oneDNN, which does not say why; C++ and the operating system.
+# What the libraries report when memory runs out: PyTorch's CUDA allocator, with its own message and with CUDA's
+# (without NVML, formatting that message fails); cuBLAS and cuDNN, which allocate by themselves; Triton; PyTorch's CPU
+# allocator (on Windows "not enough memory"); oneDNN, which gives no reason; C++ and the operating system.
 OUT_OF_MEMORY = (
     "CUDA out of memory", "CUDA error: out of memory", "CUDA driver error: out of memory",
     "NVML_SUCCESS == r INTERNAL ASSERT FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
@@ -26,13 +26,13 @@ OUT_OF_MEMORY = (
 
 
 class QcftError(Exception):
-    """One line that says what is wrong, and one hint that says what to do about it."""
+    """One line that says what is wrong, and a hint that says what to do about it."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        self.message = _told(message)
-        self.hint = _told(hint)
+        self.message = _printable(message)
+        self.hint = _printable(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -47,11 +47,11 @@ class InputError(QcftError):
 
 
 class ChangedInput(QcftError):
-    """A file that results rest on changed while it was in use."""
+    """A file that results depend on changed while it was in use."""
 
 
 class Interrupted(QcftError):
-    """The user (130), the system (143) or a terminal that was closed (129) asked to stop."""
+    """A stop was requested by the user (130), the system (143) or a terminal that was closed (129)."""
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 130) -> None:
         super().__init__(message, hint)
@@ -59,12 +59,12 @@ class Interrupted(QcftError):
 
 
 def short(error: BaseException, most: int = 160) -> str:
-    """What another library's error says, without secrets, on one line and cut; its name where it says nothing."""
+    """Another library's error message without secrets, on one line, truncated; the error's class where it is empty."""
     return " ".join(without_tokens(str(error)).split())[:most] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the memory of the GPU or of the machine ran out, in whichever library's words."""
+    """Whether an error means that the memory of the GPU or of the machine ran out, whichever library reports it."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -80,6 +80,6 @@ def nearest(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def _told(text: str) -> str:
-    """A text as it may be shown, on one line, without the rest of a word that is longer than any path."""
+def _printable(text: str) -> str:
+    """A text that is safe to show, on one line; a word that is longer than any path is truncated."""
     return re.sub(r"(\S{80})\S{220,}", r"\1...", shown(text)).replace("\n", "\\n")

@@ -1,7 +1,7 @@
-"""What the working rooms tell whoever is watching; they never print.
+"""Events that the working code emits; it never prints.
 
-A listener is any function of one event. `Watch` carries the listener and the wish to stop through the
-rooms: every report of progress is also the place where a wish to stop is heard.
+A listener is any function of one event. `Watch` passes the listener and a request to stop through the
+package: every report of progress also checks for that request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Note:
 
 @dataclass(frozen=True)
 class StepBegun:
-    """A step of the plan is taken up: made, gone on with, or found done."""
+    """A step of the plan starts: it is new, resumed, or reused as it is done already."""
 
     step: str
     title: str
@@ -36,7 +36,7 @@ class StepBegun:
 
 @dataclass(frozen=True)
 class StepEnded:
-    """A step is done; `seconds` is how long this process worked on it."""
+    """A step is done; `seconds` is the time this process spent on it."""
 
     step: str
     title: str
@@ -57,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class SourceShare:
-    """One source's part in what a phase trains on, per epoch."""
+    """One source's share of what a phase trains on, per epoch."""
 
     source: str
     rows: int
@@ -68,7 +68,7 @@ class SourceShare:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What a phase trains on, shown before it does; `terms`, of its loss beside cross-entropy."""
+    """What a phase trains on, shown before it starts; `terms`: those of its loss beside cross-entropy."""
 
     phase: str
     shares: tuple[SourceShare, ...]
@@ -80,7 +80,7 @@ class Mixed:
 
 @dataclass(frozen=True)
 class ArmChanged:
-    """An arm of an ablation is taken up or ended; `position` of `total` counts arms x seeds."""
+    """The state of an ablation's arm changed; `position` of `total` counts arms x seeds."""
 
     run: str
     arm: str
@@ -96,20 +96,20 @@ Listener = Callable[[Event], None]
 
 
 class Watch:
-    """The listener and the wish to stop, handed down through the rooms."""
+    """The listener and the request to stop, passed down to all code that works."""
 
     def __init__(self, listener: Listener | None = None) -> None:
         self._listeners = [listener] if listener else []
         self.stop_code: int | None = None
 
-    def tell(self, event: Event) -> None:
-        """Pass an event on to who listens."""
+    def emit(self, event: Event) -> None:
+        """Pass an event to the listeners."""
         for listener in self._listeners:
             listener(event)
 
     @contextmanager
-    def heard_by(self, listener: Listener) -> Iterator[None]:
-        """Have another listener hear what is told meanwhile."""
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Pass events to another listener too, inside the context."""
         before = self._listeners
         self._listeners = [*before, listener]
         try:
@@ -118,19 +118,21 @@ class Watch:
             self._listeners = before
 
     def note(self, text: str, level: Literal["info", "warning"] = "info") -> None:
-        """Tell a line of text, without secrets that it may hold."""
-        self.tell(Note(without_tokens(text), level))
+        """Emit a line of text; secrets in it are redacted."""
+        self.emit(Note(without_tokens(text), level))
 
     def progress(self, label: str, done: float, total: float, unit: str, **stats: str) -> None:
-        """Tell how far a piece of work is; raises Interrupted if a stop was asked for."""
+        """Emit the progress of a piece of work. Raises Interrupted if a stop was requested."""
         self.check_stop()
-        self.tell(Progress(label, done, total, unit, stats))
+        self.emit(Progress(label, done, total, unit, stats))
 
     def ask_to_stop(self, exit_code: int = 130) -> None:
-        """Ask the work to end at its next safe point (from a signal handler)."""
+        """Request that the work ends at its next safe point (from a signal handler)."""
         self.stop_code = exit_code
 
     def check_stop(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
+        """Raise Interrupted if a stop was requested."""
         if self.stop_code is not None:
-            raise Interrupted("stopped as asked", "the same command goes on from here", self.stop_code)
+            raise Interrupted(
+                "stopped; everything finished so far is saved", "the same command resumes from here", self.stop_code
+            )

@@ -22,11 +22,11 @@ FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
 ODD = {"a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR, "a disk": stat.S_ISBLK}
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 LEAST = 1 << 20  # bytes; a disk with less is full
-SETTLED = 10**8  # nanoseconds: a file written since may be written once more without a new time
+RECENT = 10**8  # nanoseconds: a file that was written since may change again without a new modification time
 
 
 def seal(folder: Path) -> None:
-    """Write `files.sha256`, the list of a folder's files with their digests, last of all."""
+    """Write `files.sha256`, the list of a folder's files with their digests, as the last file."""
     lines = [f"{file_digest(p)}  {p.relative_to(folder).as_posix()}" for p in sorted(folder.rglob("*")) if p.is_file()]
     partial = folder / (SEAL + ".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -39,7 +39,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def altered_file(folder: Path) -> str | None:
-    """The first of a sealed folder's files that is not as it was, or None; its seal where that is not there."""
+    """The first file of a sealed folder that is missing or changed, or None; the seal itself where it is missing."""
     try:
         listed = (folder / SEAL).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -61,21 +61,21 @@ _known: dict[tuple[int, ...], str] = {}
 
 
 def known_digest(path: Path) -> str:
-    """`file_digest`, of a file that did not change since this process read it without reading it again."""
+    """`file_digest`; a file that did not change since this process read it is not read again."""
     before = _stamp(path)
     if before not in _known:
         digest = file_digest(path)
         _, written, changed, *_ = before
-        if _stamp(path) != before or time.time_ns() - max(written, changed) < SETTLED:
+        if _stamp(path) != before or time.time_ns() - max(written, changed) < RECENT:
             return digest
         _known[before] = digest
     return _known[before]
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What the system says of a file's size, times and identity, which is another once it is written."""
-    told = path.stat()
-    return told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev
+    """A file's size, times and identity by the system, which differ once the file is written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class SeenFile:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write JSON by way of a file beside it and a rename, so that it is never half there."""
+    """Write JSON to a temporary file beside it and rename that, so that the file is never incomplete."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text by way of a file beside it and a rename."""
+    """Write text to a temporary file beside it and rename that."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes by way of a file beside it and a rename."""
+    """Write bytes to a temporary file beside it and rename that."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as stream:
@@ -115,9 +115,9 @@ def write_sealed(path: Path, document: Mapping[str, object]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, without its seal; None where there is none, or it is not as it was written.
+    """The JSON object in a file, without its seal; None where there is none, or it was changed.
 
-    One that never had a seal is taken as it is.
+    An object that never had a seal is accepted.
     """
     document = read_json(path)
     if not isinstance(document, dict):
@@ -139,8 +139,8 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
-    """What writers raise when the disk that holds `place` is full, as a QcftError of one line and this hint."""
+def reporting_full_disk(place: Path, hint: str) -> Iterator[None]:
+    """Turn what writers raise when the disk that holds `place` is full into a QcftError with this hint."""
     try:
         yield
     except QcftError:
@@ -152,10 +152,10 @@ def telling_full_disk(place: Path, hint: str) -> Iterator[None]:
 
 
 @contextmanager
-def telling_unwritable(
+def reporting_unwritable(
     folder: Path, what: str = "the runs folder", hint: str = "name another with --runs"
 ) -> Iterator[None]:
-    """What the system raises where a folder cannot be written, as an InputError of one line and this hint."""
+    """Turn what the system raises where a folder cannot be written into an InputError with this hint."""
     try:
         yield
     except OSError as error:
@@ -165,7 +165,7 @@ def telling_unwritable(
 
 
 def is_disk_full(error: BaseException, place: Path) -> bool:
-    """Whether an error comes of a full disk or quota. Some writers tell no reason; then what is left decides."""
+    """Whether a full disk or quota caused an error. Some writers give no reason; then the free space decides."""
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) in FULL or any(reason in str(cause) for reason in FULL.values()):
@@ -177,7 +177,7 @@ def is_disk_full(error: BaseException, place: Path) -> bool:
 
 
 def disk_free(place: Path) -> int:
-    """Bytes that are free on the disk where a path is, or would be made."""
+    """Free bytes on the disk where a path is, or would be created."""
     place = place.absolute()
     while not exists(place) and place != place.parent:
         place = place.parent
@@ -185,7 +185,7 @@ def disk_free(place: Path) -> int:
 
 
 def exists(path: Path) -> bool:
-    """Whether something lies at a path; at one too long for the disk, nothing does."""
+    """Whether a path exists; one that is too long for the disk does not."""
     try:
         return path.exists()
     except OSError:
@@ -193,7 +193,7 @@ def exists(path: Path) -> bool:
 
 
 def oddity(path: Path) -> str | None:
-    """What lies at a path in plain words, where it is neither a file, a folder nor nothing: it may have no end."""
+    """What a path is, in words, where it is neither a file nor a folder nor missing: reading it may never end."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # a name too long for the disk, or with NUL in it
@@ -204,7 +204,7 @@ def oddity(path: Path) -> str | None:
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Whether a safetensors file has a header that fits, and is exactly as long as that says."""
+    """Whether a safetensors file has a valid header, and exactly the length that the header gives."""
     from safetensors import SafetensorError, safe_open
 
     try:

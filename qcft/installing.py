@@ -1,4 +1,4 @@
-"""The commands that install what is missing, within the versions that qcft asks for."""
+"""The commands that install what is missing, in versions that qcft accepts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def bounds() -> dict[str, str]:
-    """The versions that qcft asks for, by package; those of its extras with them."""
+    """The versions that qcft requires, by package, those of its extras included."""
     from packaging.requirements import Requirement
 
     try:

@@ -1,8 +1,8 @@
 """Names of other libraries that are not public, and what fails without each.
 
-There is no public way to what they do, and any release may take them away. Each is looked up by `private` when it is
-needed: a missing one is an error that names the library and its version, never another way of working, which could
-give other results. The upper bounds in pyproject.toml are the newest minor versions that were run with all of them.
+There is no public alternative to them, and any release may remove them. Each is looked up by `private` when it is
+needed: a missing one is an error that names the library and its version, never a fallback, which could give other
+results. The upper bounds in pyproject.toml are the newest minor versions that were tested with all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMES = {
     "lm_eval.tasks._factory:TaskFactory": "the tasks of lm-eval",
     "lm_eval.tasks._yaml_loader:load_yaml": "the tasks of lm-eval",
 }
-# What instances have, and their class has not.
+# Attributes that instances have, but not their class.
 ATTRIBUTES = {
     "transformers:PreTrainedModel.all_tied_weights_keys": "weights that are tied",
     "transformers:BaseModelOutput.last_hidden_state": "a head that scores answer tokens only",
@@ -50,7 +50,7 @@ TRAINING = [path for path, needed in NAMES.items() if needed.startswith("trainin
 
 
 def private(path: str) -> Any:
-    """What a `module:name` of NAMES is. Raises QcftError when the library no longer has it."""
+    """The object behind a `module:name` of NAMES. Raises QcftError when the library no longer has it."""
     module, _, names = path.partition(":")
     try:
         found: Any = import_module(module)
@@ -70,8 +70,8 @@ def of(instance: Any, path: str) -> Any:
 
 
 def in_order(path: str, function: Any, given: dict[str, Any]) -> list[Any]:
-    """Arguments in the order of a function that takes them by place only, after its first. Raises QcftError where it
-    takes others."""
+    """Arguments in the order of a function that takes them by position only, after its first. Raises QcftError where
+    its parameters are others."""
     wanted = list(signature(function).parameters)[1:]
     if set(wanted) != set(given):
         raise _gone(path)
@@ -79,7 +79,7 @@ def in_order(path: str, function: Any, given: dict[str, Any]) -> list[Any]:
 
 
 def check_training() -> None:
-    """Raise QcftError where a name is gone that a training overrides or uses late, which would not be noticed."""
+    """Raise QcftError where a name is missing that a training overrides or uses late, which would not be noticed."""
     for path in TRAINING:
         private(path)
 
@@ -91,7 +91,7 @@ def _gone(path: str) -> QcftError:
     except PackageNotFoundError:
         return QcftError(f"{library} is not installed", install([library]))
     return QcftError(
-        f"{library} {found} has no {path.partition(':')[2]} as qcft knows it, which it needs for "
+        f"{library} {found} has no {path.partition(':')[2]} as qcft expects it, which it needs for "
         f"{(NAMES | ATTRIBUTES)[path].removeprefix('training: ')}",
-        f"install a version that qcft was run with: {install([library])}",
+        f"install a version that qcft was tested with: {install([library])}",
     )

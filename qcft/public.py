@@ -48,7 +48,7 @@ class Run(results.Run):
         return _report(self.name, self.folder.parent, to)
 
 
-class Ablation(ablations.Ablation):
+class Ablation(ablations.AblationIndex):
     """An ablation as it stands; `states()` says how each arm and seed is. A notebook shows its arms and their plot."""
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
-"""What is safe to print and to keep: text without secrets, and without what steers a terminal or a page.
+"""What is safe to print and to store: text without secrets, and without characters that control a terminal or a page.
 
-The one place that knows both; errors, notes, the terminal and reports all go through it.
+The only place that knows both; errors, notes, the terminal and reports all use it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
-LEAST = 8  # characters; what is shorter is no secret, and would redact words
+LEAST = 8  # characters; a shorter value cannot be a secret, and would redact words
 # Environment variables that hold a secret: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD ...
 NAMED = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|APIKEY|_KEY|KEY_ID)$", re.IGNORECASE)
-# A URL's user and password, up to the last @ before a slash; or with slashes in the password, where that is no port.
+# A URL's user and password, up to the last @ before a slash; or with slashes in a password that is not a port.
 LOGIN = re.compile(r"""(?<=://)(?:[^/\s"<>]+|[^/\s"<>@:]*:(?!\d+/)[^\s"<>@]+)(?=@)""")
-BARE = re.compile(r"^[^\s/:@]*:[^\s/]+(?=@)")  # a proxy's, which is often given without a scheme
+BARE = re.compile(r"^[^\s/:@]*:[^\s/]+(?=@)")  # of a proxy, which is often given without a scheme
 FILED = re.compile(r"(?:\A\s*|=\s*|\bpassword\s+)(\S+)")  # in the hub's token files and in .netrc
 SECRETS = re.compile(
     LOGIN.pattern
@@ -36,24 +36,24 @@ QUERY = re.compile(  # of a signed URL: S3's, Google's, Azure's, CloudFront's (w
 STEERING = {c: f"\\x{c:02x}" for c in (*range(32), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"} | {
     c: f"\\u{c:04x}" for c in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
 }
-IN_JSON = {c: f"\\u{c:04x}" for c in STEERING if c > 31}  # JSON escapes the others by itself
+IN_JSON = {c: f"\\u{c:04x}" for c in STEERING if c > 31}  # JSON escapes the others itself
 
 
 def shown(text: str) -> str:
-    """A text as it may be printed: `plain`, and `without_tokens`."""
+    """A text that is safe to print: `plain` and `without_tokens`."""
     return plain(without_tokens(text))
 
 
 def plain(text: str) -> str:
-    """A text with escapes for what steers a terminal or a page: control characters (C0 and C1), turns of direction.
+    """A text with escapes for what controls a terminal or a page: control characters (C0 and C1), text direction marks.
 
-    Newlines and tabs stay.
+    Newlines and tabs are kept.
     """
     return text.translate(STEERING)
 
 
 def json_shown(text: str) -> str:
-    """A JSON document as it may be printed; what steers is escaped in JSON's own way, so that it reads the same."""
+    """A JSON document that is safe to print; control characters are escaped as in JSON, so it still parses the same."""
     return without_tokens(text).translate(IN_JSON)
 
 
@@ -61,7 +61,7 @@ def without_tokens(text: str) -> str:
     """A text with `***` in place of each secret.
 
     These are the access tokens of known forms, the user and password of a URL, the signature of a signed one, and
-    whatever this process's environment and the user's token files hold as such.
+    the secrets in this process's environment and in the user's token files.
     """
     if len(text) < LEAST:
         return text
@@ -84,7 +84,7 @@ def _known(environment: tuple[tuple[str, str], ...]) -> list[str]:
 
 
 def _token_files() -> Iterator[str]:
-    """Where huggingface_hub keeps its tokens, and HTTP clients their passwords."""
+    """Where huggingface_hub stores its tokens, and HTTP clients their passwords."""
     at = os.environ.get
     cache = at("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     home = at("HF_HOME") or os.path.join(cache, "huggingface")

@@ -18,7 +18,7 @@ from qcft.models.meta import model_without_weights
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import built_in_recipes, expand_ablation, load_recipe, recipe_from
 from qcft.runner.planned import PlannedRecipe
-from qcft.store.ablations import Ablation, run_states
+from qcft.store.ablations import AblationIndex, run_states
 from qcft.terminal import ablation_view
 
 from .helpers.tiny import make_llama, make_recipe
@@ -348,8 +348,8 @@ def test_the_table_of_arms(qcft, done, finished):
     assert arms["mixed"]["english_untrained"] is None
     code, shown, _ = qcft("show", "tiny", "--runs", finished / "runs")
     assert (code, shown.splitlines()[0].split()[:3]) == (0, ["arm", "seeds", "done"])
-    assert "mean of the seeds; `qcft report tiny` says what can be told apart\n" in shown
-    assert shown.endswith("in brackets against plain\n")
+    assert "mean of the seeds; `qcft report tiny` shows which arms differ clearly\n" in shown
+    assert shown.endswith("in brackets compared with plain\n")
     assert " 2 + 1 " in shown
     assert json.loads(qcft("show", "tiny", "--runs", finished / "runs", "--json")[1]) == outcome
 
@@ -399,8 +399,8 @@ def test_processes_that_note_arms_of_one_ablation_at_once_lose_nothing(done, tmp
     """Each note is a change of one file."""
     (tmp_path / "tiny").mkdir()
     shutil.copy(done[0].folder / "ablation.json", tmp_path / "tiny")
-    code = "from pathlib import Path; from qcft.store.ablations import Ablation"
-    code += f"; a = Ablation(Path({str(tmp_path)!r}), 'tiny')"
+    code = "from pathlib import Path; from qcft.store.ablations import AblationIndex"
+    code += f"; a = AblationIndex(Path({str(tmp_path)!r}), 'tiny')"
     notes = [f"{code}\nfor i in range(60): a.begin('{who}' + str(i))" for who in "xy"]
     processes = [subprocess.Popen([sys.executable, "-c", note]) for note in notes]
     assert [process.wait() for process in processes] == [0, 0]
@@ -421,8 +421,8 @@ def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp
     code, _, err = qcft("ablate", path, "--in-process")
     assert code == 1
     assert "tiny-wild-s0 failed: train phase2: the loss is" in err
-    assert "tiny-same-s0 failed: train phase2: it rests on train-" in err
-    ablation = Ablation(tmp_path / "runs", "tiny")
+    assert "tiny-same-s0 failed: train phase2: it depends on train-" in err
+    ablation = AblationIndex(tmp_path / "runs", "tiny")
     assert states(ablation) == {"tiny-wild-s0": "failed", "tiny-same-s0": "failed", "tiny-plain-s0": "done"}
     listed = {row["run"]: row["state"] for row in json.loads(qcft("ls", "--json")[1])}
     assert listed == {"tiny": "failed", **states(ablation)}

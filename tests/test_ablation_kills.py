@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import qcft
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import AblationIndex
 
 from .helpers.ablation_kills import (
     done_steps,
@@ -46,7 +46,7 @@ def test_an_arm_whose_process_is_killed_leaves_the_others_going(recipe_file, tmp
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "tiny-plain-s0: its process crashed (SIGKILL); continuing with the other arms" in err
-    states = {state.run: state for state in Ablation(runs, "tiny").states()}
+    states = {state.run: state for state in AblationIndex(runs, "tiny").states()}
     assert states["tiny-er-s0"].state == "done"
     assert states["tiny-plain-s0"].state == "failed"
     assert states["tiny-plain-s0"].error["message"] == "its process crashed (SIGKILL)"
@@ -76,6 +76,6 @@ def test_an_arm_whose_process_ends_itself_with_1_leaves_the_others_going(recipe_
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "tiny-plain-s0: its process crashed (exit code 1); continuing with the other arms" in err
-    states = {state.run: state for state in Ablation(runs, "tiny").states()}
+    states = {state.run: state for state in AblationIndex(runs, "tiny").states()}
     assert states["tiny-er-s0"].state == "done"
     assert states["tiny-plain-s0"].state == "failed"

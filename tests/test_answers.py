@@ -188,13 +188,13 @@ def test_a_chat_in_a_pipe_answers_line_by_line(place, qcft, monkeypatch, tmp_pat
     ("lines", "says"),
     [
         (["/stage phase9"], "the run 'tiny' has no stage 'phase9'"),
-        (["/stage"], "/stage lacks its NAME"),
-        (["/save"], "/save lacks its FILE"),
+        (["/stage"], "/stage needs NAME"),
+        (["/save"], "/save needs FILE"),
         (["/save new.jsonl"], "there is nothing to save yet"),
-        (["/save recipe.yaml"], "'recipe.yaml' is there already"),
+        (["/save recipe.yaml"], "'recipe.yaml' exists already"),
         (["/bot"], "there is no command '/bot'"),
-        (["/both phase2"], "phase2 answers already"),
-        (["red " * 600], "the prompt cannot be asked: it has "),
+        (["/both phase2"], "phase2 is answering already"),
+        (["red " * 600], "the prompt cannot be used: it has "),
         ([], "stdin is empty"),
     ],
 )

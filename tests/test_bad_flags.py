@@ -86,7 +86,7 @@ CASES = {
     "layers below the first": (by("layers=-1:0.5"), "is not a range of layers and a scale"),
     "a layer with 400 digits": (by(f"layers={HUGE}:0.5"), "is not a range of layers and a scale"),
     "layers that keep all": (by("layers=0-2:1"), "every scale is 1"),
-    "patterns with a method": (command("dial", "tiny", "--by", "auto", "--method", "ties"), "--by does not go"),
+    "patterns with a method": (command("dial", "tiny", "--by", "auto", "--method", "ties"), "--by cannot be combined"),
     "a merge at a scale and by layers": (command("merge", "tiny", "--scale", "1", "--by", "layers=0:0"), "two ways"),
     "a merge at no number": (command("merge", "tiny", "--scale", "nan"), "--scale"),
     "a merge by patterns": (command("merge", "tiny", "--by", "auto"), "does not begin with 'layers='"),

@@ -12,7 +12,7 @@ from qcft.events import Watch
 from qcft.files import read_json, read_sealed, write_json
 from qcft.recipe import recipe_from
 from qcft.store import Store
-from qcft.store.ablations import Ablation, open_ablation, run_states
+from qcft.store.ablations import AblationIndex, open_ablation, run_states
 from qcft.store.opened import read_begun
 
 from .helpers.bad_input import check_refused, listing
@@ -222,7 +222,7 @@ def test_the_hint_rebuilds_what_was_altered(place, qcft):
     assert command[:2] == ["qcft", "run"]
     code, _, error = qcft(*command[1:])
     assert code == 0, error
-    assert "scores.json is missing or altered; the step is made anew" in error
+    assert "scores.json is missing or altered; the step is rebuilt" in error
     assert stages_alike(json.loads(qcft("show", "--json")[1]), json.loads(before))
     assert sorted(p.name for p in (place / "runs").iterdir() if p.name[0] != ".") == ["tiny"]
 
@@ -419,7 +419,7 @@ def test_resuming_under_other_versions_is_said(tmp_path):
     with store.claim("train-1", {"a": 1}, Watch(told.append)):
         pass
     (note,) = told
-    assert "train-1 is resumed under other versions than it was begun with: python 2.7 -> " in note.text
+    assert "train-1 is resumed with other versions than it was started with: python 2.7 -> " in note.text
     assert ", torch 1.0 -> " in note.text
 
 
@@ -479,10 +479,10 @@ def test_a_damaged_ablation_is_begun_again(tmp_path, raw_recipe, text):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/ablation.json").write_text(text)
     with pytest.raises(InputError, match=r"no readable ablation\.json"):
-        Ablation(tmp_path, "tiny").states()
+        AblationIndex(tmp_path, "tiny").states()
     assert run_states(tmp_path)[0] == {}
     assert open_ablation(tmp_path, plain, [], {}).name == "tiny"
-    assert Ablation(tmp_path, "tiny").states() == []
+    assert AblationIndex(tmp_path, "tiny").states() == []
 
 
 def test_a_damaged_done_json_is_listed(place, qcft):

@@ -40,9 +40,9 @@ def test_a_training_that_takes_several_times_what_was_estimated(watch, told, mon
     clock = iter(range(0, 100 * seconds, seconds // 2))  # seconds / 2 for each half of the training
     monkeypatch.setattr(busy.time, "monotonic", lambda: next(clock))
     with busy.warning_if_slow(watch, estimated):
-        watch.tell(Progress("generating replay", 1, 1, "answers"))
+        watch.emit(Progress("generating replay", 1, 1, "answers"))
         for done in (1, 2):
-            watch.tell(Progress("training phase2", done, 2, "steps"))
-    assert told == ["training phase2 takes 5 times what was estimated; if other programs keep this machine busy, "
+            watch.emit(Progress("training phase2", done, 2, "steps"))
+    assert told == ["training phase2 takes 5 times as long as estimated; if other programs keep this machine busy, "
                     + busy.FEWER] * warned  # fmt: skip
-    watch.tell(Progress("training phase2", 2, 2, "steps"))
+    watch.emit(Progress("training phase2", 2, 2, "steps"))

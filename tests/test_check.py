@@ -34,15 +34,15 @@ def test_check_tells_memory_time_disk_and_rows(qcft, recipe_file, tmp_path):
     assert (code, sorted(tmp_path.rglob("*"))) == (0, before)
     for words in (
         "weights in NF4",
-        "their constants",
+        "quantization constants",
         "gradients",
         "optimizer",
         "logits",
         "total",
         "phase1 fits",
-        "keys and values of answers",
+        "KV cache of answers",
         "answers for phase2",
-        "no encoder is here",
+        "data similarity (DES): not measured",
     ):
         assert words in out
     assert "[[red red<|im_end|>]]" in out or "[[blue blue<|im_end|>]]" in out or "[[green green<|im_end|>]]" in out
@@ -140,10 +140,10 @@ def test_check_looks_at_rows_before_anything_runs(qcft, recipe_file, tmp_path):
     assert 20 < near["rows"] < 30  # two of four, less those held out
     assert near["example"].startswith("Say ")
     assert like["rows"] >= 1
-    assert f"look at: {like['rows']} rows with the prompt of a held-out row, but for white space and case" in out
-    assert f"look at: {near['rows']} rows with next to no answer (no letter or digit, or N/A), such as 'Say " in out
+    assert f"check: {like['rows']} rows with the prompt of a held-out row, except for white space and case" in out
+    assert f"check: {near['rows']} rows with an almost empty answer (no letter or digit, or N/A), such as 'Say " in out
     assert json.loads(qcft("check", recipe_file, "--json")[1])["phases"][1]["given"] == {"es": 12, "pt": 12}
-    assert "rows that each language gives to an epoch: es 12, pt 12" in qcft("check", recipe_file)[1]
+    assert "rows of each language per epoch: es 12, pt 12" in qcft("check", recipe_file)[1]
 
 
 def test_check_plans_for_a_card_that_is_not_here(qcft, recipe_file):
@@ -165,9 +165,9 @@ def test_the_verdict_comes_first_and_a_run_or_phase_2_is_checked_too(qcft, recip
 
     code, out, err = qcft("check", recipe_file, "--vram", "8GB", "--rows", "0")
     assert code == 0, err
-    assert re.match(r"fits an 8 GB card: \d+ MiB of 7\.50 GiB usable\n", out)
+    assert re.match(r"fits an 8 GB GPU: \d+ MiB of 7\.50 GiB usable\n", out)
     code, out, _ = qcft("check", recipe_file, "--vram", "513MB", "--rows", "0")
-    assert out.startswith("DOES NOT FIT a 0.501 GB card: ")
+    assert out.startswith("DOES NOT FIT a 0.501 GB GPU: ")
     assert not (tmp_path / "runs").exists()
     open_run(tmp_path / "runs", recipe_from({**raw_recipe, "name": "mine"}), {"phase1": "train-0000000000"})
     shares = []
@@ -202,9 +202,9 @@ def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(forecast, "disk_free", lambda place: 1000)
     forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
     line, warning = (note.text for note in told)
-    for words in ("GiB of main memory (weights 0.0, adapters 0.0, activations", "and a minute; the run writes about"):
+    for words in ("GiB of RAM (weights 0.0, adapters 0.0, activations", "and about 1 minute; the run writes about"):
         assert words in line
-    assert "has less room than the run needs: `qcft gc`" in warning
+    assert "has less space than the run needs: `qcft gc`" in warning
 
 
 @pytest.mark.parametrize("text", ["8GB", "8 GiB", "8192M", "8g", "8.0GB"])

@@ -157,7 +157,7 @@ def test_the_cpu_on_purpose(qcft, driver, recipe_file, monkeypatch):
     assert "train phase1" in out
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert qcft("check", recipe_file, "--cpu", "--rows", "0")[0] == 0
-    assert "not used, as the CPU is asked for" in qcft("doctor", "--cpu")[1]
+    assert "not used, as the CPU was requested" in qcft("doctor", "--cpu")[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device() == "cpu"
     monkeypatch.setenv("QCFT_DEVICE", "CUDA")

@@ -94,7 +94,7 @@ def test_methods_beyond_scaling_are_pefts(stack, qcft, method, tmp_path):
         (["--stage", "phase9"], "no phase"),
         (["--by", "layers=0-3:0.5"], "names layer 3, but the model's layers are 0 to 2"),
         (["--by", "layers=0-1:0", "--by", "layers=9:0"], "names layer 9"),
-        (["--by", "auto", "--method", "ties"], "--by does not go with --method"),
+        (["--by", "auto", "--method", "ties"], "--by cannot be combined with --method"),
     ],
 )
 def test_bad_dials_are_refused(stack, qcft, flags, says):

@@ -101,7 +101,7 @@ def test_damaged_files_are_named_and_made_anew(raw, made, runs, tmp_path, damage
     _, warnings, begun = go(made / "recipe.yaml", copy)
     assert begun == {title for _, title in DAMAGED.values()}
     for stage, (name, _) in DAMAGED.items():
-        assert any(stages[stage] in text and name in text and "made anew" in text for text in warnings), stage
+        assert any(stages[stage] in text and name in text and "rebuilt" in text for text in warnings), stage
     assert results(copy) == results(runs)
 
 

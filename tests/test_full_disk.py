@@ -85,7 +85,7 @@ def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
     for left, wanted, message, hint, exit_code, finished, whole, litter in said["told"]:
         assert message == f"the disk that holds '{small / 'runs'}' is full", (left, wanted)
         assert "qcft gc" in hint
-        assert "goes on where it stopped" in hint
+        assert "resumes where it stopped" in hint
         assert exit_code == 1
         assert finished == STEPS.index(wanted)
         assert whole

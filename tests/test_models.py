@@ -201,7 +201,7 @@ def test_a_cached_folder_is_made_once_and_again_when_damaged(tmp_path, monkeypat
     told = []
     (place / "a").write_text("hellO")
     cached_folder("x/y", make, Watch(told.append))
-    assert told[0].text == f"a in the cache ({place}) is missing or altered; it is made anew"
+    assert told[0].text == f"a in the cache ({place}) is missing or altered; it is rebuilt"
     assert len(made) == 2
     assert (place / "a").read_text() == "hello"
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qcft import InputError
-from qcft.cache import cache_folder, give_home
+from qcft.cache import cache_folder, ensure_home
 from qcft.measure.local import check_local
 
 from .helpers.tiny import make_recipe
@@ -73,7 +73,7 @@ def test_without_a_home_folder_caches_go_to_one_of_the_users_own(homeless, qcft)
     assert qcft("ls")[0] == 0
     assert cache_folder() == homeless / ".cache" / "qcft"
     assert homeless.stat().st_mode & 0o777 == 0o700
-    give_home()  # and so every time
+    ensure_home()  # and so every time
 
 
 @pytest.mark.parametrize("planted", ["a folder of all", "a link", "a file"])
@@ -88,7 +88,7 @@ def test_a_home_that_others_may_write_is_not_used(homeless, qcft, planted, tmp_p
         homeless.write_text("")
     code, out, err = qcft("ls")
     assert (code, out) == (2, "")
-    assert "is not this user's alone" in err
+    assert "other users can access" in err
     assert "set HOME" in err
     assert "HOME" not in os.environ
 

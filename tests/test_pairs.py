@@ -9,7 +9,7 @@ import yaml
 from qcft.cli.flags import eval_recipe, phase2_recipe
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.inspect.drift import Asked, measure_drift
+from qcft.inspect.drift import DriftRequest, measure_drift
 from qcft.recipe import recipe_from
 from qcft.runner.beyond import reach
 from qcft.runner.dialling import dial_for
@@ -44,8 +44,8 @@ ADDING = {  # what adds stages that the recipe does not have
     "dial": lambda runs: beyond(runs, lambda recipe: dial_for(recipe, None, "0,1", None, 1.0)),
     "merge": lambda runs: beyond(runs, lambda recipe: goal_for(recipe, None, False, None)),
     "merge dequantised": lambda runs: beyond(runs, lambda recipe: goal_for(recipe, None, True, None)),
-    "drift": lambda runs: measure_drift(Asked("tiny", rows=1), runs, Watch()),
-    "drift apart": lambda runs: measure_drift(Asked("tiny", rows=1, apart=True), runs, Watch()),
+    "drift": lambda runs: measure_drift(DriftRequest("tiny", rows=1), runs, Watch()),
+    "drift apart": lambda runs: measure_drift(DriftRequest("tiny", rows=1, apart=True), runs, Watch()),
     "eval": lambda runs: again(evaluated(runs), runs),
 }
 COMMANDS = {

@@ -89,7 +89,7 @@ def test_collections_do_not_walk_the_libraries(recipe_file, shared_runs):
 def test_what_others_loaded_before_stays_with_the_collector():
     """A model of theirs may be alive."""
     code = (
-        "import gc, transformers; from qcft.runner.libraries import *; set_environment(); spare_the_collector(); "
+        "import gc, transformers; from qcft.runner.libraries import *; set_environment(); exclude_from_gc(); "
         "print(gc.get_freeze_count())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -129,7 +129,7 @@ def test_a_text_is_wrapped_by_word_on_a_terminal_and_one_line_elsewhere():
         stream = io.StringIO()
         console = CleanConsole(stream)
         console._force_terminal, console.width = terminal, 30
-        console.told(text, indent=6)
+        console.print_text(text, indent=6)
         shown.append(stream.getvalue())
     lines = [line.rstrip() for line in shown[0].splitlines()]
     assert len(lines) > 2

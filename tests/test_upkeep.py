@@ -251,7 +251,7 @@ def test_checkpoints_of_a_finished_training_are_left_overs(store):
 def test_with_a_run_that_cannot_be_read_nothing_is_removed(store, text):
     (store.runs / "r" / "recipe.yaml").unlink()
     (store.runs / "r" / "run.json").write_text(text)
-    with pytest.raises(InputError, match="what it uses is not known"):
+    with pytest.raises(InputError, match="the steps it uses are unknown"):
         remove_unused(store.runs)
     with pytest.raises(InputError, match="there is no run 'r'"):
         remove_run(store.runs, "r")
@@ -308,7 +308,7 @@ def test_an_ablation_goes_with_its_runs_once_that_is_said(ablations, qcft):
     before = listing(runs)
     code, _, err = qcft("rm", "b", "--runs", runs)
     assert code == 2
-    assert "goes with the 1 run of its arms: s" in err
+    assert "also removes the 1 run of its arms: s" in err
     assert "qcft rm b --yes" in err
     assert listing(runs) == before
     listed = {one["run"]: one for one in json.loads(qcft("ls", "--runs", runs, "--json")[1])}
@@ -333,7 +333,7 @@ def test_a_step_removed_while_a_run_begins_is_made_again(raw_recipe, tmp_path):
     shutil.rmtree(tmp_path / "tiny")
 
     def remove(event):
-        if isinstance(event, Note) and "4 done before" in event.text:
+        if isinstance(event, Note) and "4 reused" in event.text:
             assert len(remove_unused(tmp_path)[0]) == 4
 
     done = api.run_watched(recipe_from(raw_recipe), tmp_path, Watch(remove))

@@ -1,4 +1,4 @@
-"""Running an ablation: every arm checked before any work, then each in turn; one that fails leaves the others going."""
+"""Running an ablation: every arm is checked before any work, then each is run; if one fails, the others continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import raise_failed, run_prepared
 from qcft.steps.step import Step
 from qcft.store import Store, open_run
-from qcft.store.ablations import Ablation, Fault, open_ablation
+from qcft.store.ablations import AblationIndex, Fault, open_ablation
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.store.steps import writable
@@ -43,7 +43,7 @@ class PreparedArm:
 def prepare_arms(arms: Sequence[ArmRun], watch: Watch, missing: dict[str, str] | None = None) -> list[PreparedArm]:
     """Read the data of all arms and plan their steps; what they share is read once.
 
-    Raises InputError with the arm; with `missing`, notes there by run what an arm lacks, and leaves it out.
+    Raises InputError with the arm; with `missing`, records there by run what an arm lacks, and skips the arm.
     """
     set_environment()
     memo: dict[Any, Any] = {}
@@ -68,10 +68,10 @@ def run_arms(
     watch: Watch,
     finished: Callable[[Run], Run],
     skip: Sequence[str] = (),
-) -> Ablation:
-    """Run all arms, reusing what is done; `finished` is called with each run, `skip` names runs to leave out.
+) -> AblationIndex:
+    """Run all arms, reusing what is done; `finished` is called with each run, `skip` names runs that are not run.
 
-    Raises InputError before anything is written; what fails later is noted in the ablation, and the next arm begun.
+    Raises InputError before anything is written; an arm that fails later is recorded, and the next one started.
     """
     ablation, prepared = begin_ablation(plain, arms, runs, watch)
     store = Store(runs)
@@ -82,16 +82,16 @@ def run_arms(
 
 
 def _run_each(
-    ablation: Ablation,
+    ablation: AblationIndex,
     todo: Sequence[tuple[str, PreparedArm]],
     store: Store,
     watch: Watch,
     finished: Callable[[Run], Run],
 ) -> None:
-    """Run arms one after another; what fails is noted."""
+    """Run arms one after another; failures are recorded."""
     broken: dict[str, str] = {}  # step -> the run it failed in
     for (name, one), change in zip(todo, changes_of(todo), strict=True):
-        watch.tell(change("running"))
+        watch.emit(change("running"))
         ablation.begin(name)
         try:
             _check_parents(one.prepared, store, broken)
@@ -103,20 +103,20 @@ def _run_each(
             raise
         except Exception as error:  # whatever ends one arm, from a full disk to a bug, must not end the others
             step = first_undone(one.prepared, store)
-            what = told(error, step)
-            if step and step.kind != "suite":  # nothing rests on an evaluation
+            what = fault_of(error, step)
+            if step and step.kind != "suite":  # nothing depends on an evaluation
                 broken.setdefault(step.id, name)
             ablation.end(name, what)
-            watch.tell(change("failed", what["message"]))
+            watch.emit(change("failed", what["message"]))
             continue
         ablation.end(name)
-        watch.tell(change("done", _in_words(done)))
+        watch.emit(change("done", _in_words(done)))
 
 
 def begin_ablation(
     plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch
-) -> tuple[Ablation, list[tuple[str, PreparedArm]]]:
-    """Check all arms, then write the ablation's index and every arm's named run; the arms by their runs' names."""
+) -> tuple[AblationIndex, list[tuple[str, PreparedArm]]]:
+    """Check all arms, then write the ablation's index and all named runs; returns the arms by their runs' names."""
     writable(runs)
     prepared = prepare_arms(arms, watch)
     store = Store(runs)
@@ -134,16 +134,16 @@ def begin_ablation(
     every = sum(len(one.prepared.plan.steps) for one in prepared)
     done = sum(store.state(step) == "done" for step in steps)
     for change in changes_of(named):
-        watch.tell(change("to do"))
+        watch.emit(change("to do"))
     watch.note(
         f"{ablation.name}: {counted(len(arms), 'run')}, {counted(every, 'step')}, {len(steps)} of them different, "
-        f"{done} done before"
+        f"{done} already done"
     )
     return ablation, named
 
 
 def changes_of(named: Sequence[tuple[str, PreparedArm]]) -> list[Callable[..., ArmChanged]]:
-    """What makes, for each arm, an event of the state it is in and a text."""
+    """For each arm a function that makes its event from a state and a text."""
     return [
         partial(ArmChanged, name, one.arm.arm, one.arm.seed, number, len(named))
         for number, (name, one) in enumerate(named, start=1)
@@ -151,7 +151,7 @@ def changes_of(named: Sequence[tuple[str, PreparedArm]]) -> list[Callable[..., A
 
 
 def first_undone(prepared: PlannedRecipe, store: Store) -> Step | None:
-    """The first step that is not done. Steps are done in their order, so where one failed it is that."""
+    """The first step that is not done. Steps run in order, so if one failed it is this one."""
     return next((step for step in prepared.plan.steps if store.state(step.id) != "done"), None)
 
 
@@ -165,7 +165,7 @@ def _naming(arm: ArmRun) -> Iterator[None]:
 
 
 def _as_long(arm: ArmRun, watch: Watch, memo: dict[Any, Any]) -> Recipe:
-    """A mixed arm's recipe, its only phase as long as the phases of `as_long_as` are in all: in optimizer steps, or in
+    """A mixed arm's recipe, its only phase as long as all phases of `as_long_as` together: in optimizer steps, or in
     answer tokens to the nearest row."""
     assert arm.as_long_as is not None
     apart = PlannedRecipe(arm.as_long_as, watch, memo=memo)
@@ -190,14 +190,16 @@ def _rows_of(prepared: PlannedRecipe, phase: Phase) -> list[EncodedRow]:
 
 
 def _check_parents(prepared: PlannedRecipe, store: Store, broken: Mapping[str, str]) -> None:
-    """Raise QcftError where a step that is still to do failed for another arm already."""
+    """Raise QcftError where a step that is still to do has failed for another arm."""
     for step in prepared.plan.steps:
         if step.id in broken and store.state(step.id) != "done":
-            raise QcftError(f"it rests on {step.id} ({step.title}), which failed in {broken[step.id]}", "see there")
+            raise QcftError(
+                f"it depends on {step.id} ({step.title}), which failed in {broken[step.id]}", "see that run"
+            )
 
 
-def told(error: Exception, step: Step | None) -> Fault:
-    """What went wrong at a step, for the index: an unexpected error with its traceback."""
+def fault_of(error: Exception, step: Step | None) -> Fault:
+    """What went wrong at a step, for the index; of an unexpected error also the traceback."""
     where, title = (step.id, step.title) if step else (None, None)
     if isinstance(error, QcftError):
         return {"message": error.message, "hint": error.hint, "step": where, "title": title}
@@ -206,7 +208,7 @@ def told(error: Exception, step: Step | None) -> Fault:
         return {"message": "memory ran out", "hint": hint, "step": where, "title": title}
     return {
         "message": f"unexpected {type(error).__name__}: {short(error, 300)}",
-        "hint": "the index holds the traceback; the same command tries it again",
+        "hint": "the index holds the traceback; run the same command again to retry",
         "step": where,
         "title": title,
         "traceback": traceback.format_exc(),
@@ -214,7 +216,7 @@ def told(error: Exception, step: Step | None) -> Fault:
 
 
 def _in_words(done: Run) -> str:
-    """The last phase's length in steps and tokens, and what became of English since the base."""
+    """The length of all trainings in steps and tokens, and the change of English since the base."""
     trained = done.trainings()
     length = (
         f"{counted(sum(m['steps'] for m in trained), 'step')}, {counted(sum(m['tokens'] for m in trained), 'token')}"

@@ -1,4 +1,4 @@
-"""What an ablation would run: its steps, which arms share them, and what the steps done so far say they will take."""
+"""What an ablation would run: its steps, which arms share them, and their time and disk by the steps done so far."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from qcft.store.opened import Record, read_begun
 if TYPE_CHECKING:
     from qcft.training.speed import Speed
 
-ALIKE = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide what a row of work takes
+SIMILAR_BY = ("model", "quantize", "held_out", "answers", "freeze")  # settings that decide the cost of a row
 
 
 @dataclass(frozen=True)
-class Done:
+class StepCost:
     """A done step of the store: its kind and settings, seconds and bytes, and how many rows it worked on."""
 
     kind: str
@@ -40,7 +40,7 @@ class Done:
 
 
 class Expected(TypedDict):
-    """What a step takes: seconds and bytes, None where that is not known."""
+    """The cost of a step: seconds and bytes, None where it is not known."""
 
     seconds: float | None
     bytes: int | None
@@ -56,7 +56,7 @@ class PlannedStep(Expected):
 
 
 class Sums(TypedDict):
-    """Of several steps how many are done; the seconds and bytes of those to do, of which `unknown` have no estimate."""
+    """How many of several steps are done; the seconds and bytes of those to do, of which `unknown` have no estimate."""
 
     done: int
     seconds: float | None
@@ -76,7 +76,7 @@ class PlannedTraining(TypedDict):
 
 
 class PlannedRun(Sums):
-    """A run of an arm: its steps, and those (`own`) that no run before it needs, whose sums these are. Of one that
+    """A run of an arm: its steps, and those (`own`) that no run before it needs, whose sums these are. Where an arm
     lacks something nothing is known, and `training` is None."""
 
     run: str
@@ -122,9 +122,9 @@ def arms_listed(arms: Sequence[ArmRun]) -> list[ArmListed]:
 
 
 def ablation_plan(arms: Sequence[ArmRun], runs: Path, watch: Watch) -> AblationPlan:
-    """The steps of all arms, each once, with its state, the arms that need it, and what it took or is expected to take.
+    """The steps of all arms, each once, with its state, the arms that need it, and its measured or expected cost.
 
-    `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, by the row; where
+    `seconds` and `bytes` of a step that is not done come from done steps of the same kind and model, per row; where
     there are none, from shapes for trainings and merges, else they are null. `missing`: by run, what an arm needs that
     is not here; its steps are not known. Nothing is written.
     """
@@ -176,7 +176,7 @@ def _training(prepared: PlannedRecipe, store: Store) -> PlannedTraining:
     """How long an arm's phases train in all, and each phase's epochs and replay, as far as it is known before."""
     recipe = prepared.recipe
     lengths: dict[str, Length] = {}
-    decided_by: tuple[str, ...] = ()  # what freezing has no part in
+    decided_by: tuple[str, ...] = ()  # what does not depend on freezing
     for phase in recipe.phases:
         decided_by += (prepared.rows_digest(phase), phase.model_dump_json(exclude={"freeze"}))
         if not phase.adapter:
@@ -198,7 +198,7 @@ def _training(prepared: PlannedRecipe, store: Store) -> PlannedTraining:
 def _sums(rows: list[PlannedStep]) -> Sums:
     """Done steps, and the seconds and bytes of those to do; `unknown` of them have no estimate.
 
-    Seconds are null where no step that is to do has one: 0 are those of a step that takes next to no time.
+    Seconds are null where no step to do has an estimate: 0 means a step that takes almost no time.
     """
     todo = [row for row in rows if row["state"] != "done"]
     known = [row["seconds"] for row in todo if row["seconds"] is not None]
@@ -210,7 +210,7 @@ def _sums(rows: list[PlannedStep]) -> Sums:
     }
 
 
-def _done_steps(store: Store) -> list[Done]:
+def _done_steps(store: Store) -> list[StepCost]:
     found = []
     for folder in store.steps.glob("*-*"):
         begun, record = read_begun(folder), store.record(folder.name)
@@ -219,7 +219,7 @@ def _done_steps(store: Store) -> list[Done]:
         size = sum((folder / name).stat().st_size for name in record["files"] if (folder / name).is_file())
         inputs = begun["inputs"]
         found.append(
-            Done(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
+            StepCost(inputs["kind"], inputs["settings"], record["seconds"], size, _worked_on(inputs["kind"], record))
         )
     return found
 
@@ -232,26 +232,26 @@ def _worked_on(kind: str, record: Record) -> float:
     return 1
 
 
-def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[Done]) -> Expected:
+def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence[StepCost]) -> Expected:
     record = store.record(step.id)
     if record is not None:
         sizes = [store.folder(step.id) / name for name in record["files"]]
         return {"seconds": record["seconds"], "bytes": sum(p.stat().st_size for p in sizes if p.is_file())}
-    alike = [d for d in known if d.kind == step.kind and d.settings.get("model") == step.settings.get("model")]
-    for key in ALIKE:  # the nearest there are
-        alike = [d for d in alike if d.settings.get(key) == step.settings.get(key)] or alike
+    similar = [d for d in known if d.kind == step.kind and d.settings.get("model") == step.settings.get("model")]
+    for key in SIMILAR_BY:  # the most similar steps
+        similar = [d for d in similar if d.settings.get(key) == step.settings.get(key)] or similar
     rows = _rows(step, prepared)
-    if not alike or not rows:
+    if not similar or not rows:
         return _from_shapes(step, prepared, prepared.bench(store, prepared.watch))
     scaled = step.kind in {"replay", "probe"}
     return {
-        "seconds": fmean(d.seconds / max(1, d.rows) for d in alike) * rows,
-        "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in alike)),
+        "seconds": fmean(d.seconds / max(1, d.rows) for d in similar) * rows,
+        "bytes": round(fmean(d.bytes / max(1, d.rows) * rows if scaled else d.bytes for d in similar)),
     }
 
 
 def _from_shapes(step: Step, prepared: PlannedRecipe, bench: Bench) -> Expected:
-    """What a training takes and writes, and a merge writes, as `qcft check` reckons it."""
+    """The cost of a training, and the bytes of a merge, as `qcft check` estimates them."""
     from qcft.models.load import device, free_bytes
 
     if step.kind == "merge":

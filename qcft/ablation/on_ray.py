@@ -1,7 +1,7 @@
 """An ablation's steps as tasks of a Ray cluster: the plan's graph over a runs folder that all nodes share.
 
-Ray schedules; the store decides what is done, as it does for one process. A worker that is lost has its step run
-again, which goes on from what is in the step's folder.
+Ray schedules; the store decides what is done, as it does for one process. The step of a lost worker is run again,
+and resumes from what is in the step's folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qcft.ablation.arms import begin_ablation, changes_of, first_undone, told
+from qcft.ablation.arms import begin_ablation, changes_of, fault_of, first_undone
 from qcft.errors import ChangedInput, InputError, QcftError, short
 from qcft.events import Watch
 from qcft.models.cards import asked_device
@@ -24,7 +24,7 @@ from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.runner.recipe import do_step, run_prepared
 from qcft.store import Store
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import AblationIndex
 from qcft.store.holding import working
 from qcft.store.results import Run
 from qcft.training.settings import with_optimizers
@@ -34,10 +34,10 @@ RETRIES = 3  # of a step whose worker was lost
 
 def run_on_ray(
     plain: Recipe, arms: Sequence[ArmRun], runs: Path, watch: Watch, finished: Callable[[Run], Run], address: str | None
-) -> Ablation:
-    """`run_arms` with the steps on a Ray cluster: the one at `address`, or one begun on this machine.
+) -> AblationIndex:
+    """`run_arms` with the steps on a Ray cluster: the one at `address`, or one started on this machine.
 
-    Raises InputError where Ray or the cluster is not there.
+    Raises InputError where Ray is not installed or the cluster cannot be reached.
     """
     section = plain.ablation
     assert section is not None
@@ -45,13 +45,13 @@ def run_on_ray(
         if section.gpus:
             raise InputError(
                 f"--cpu with ablation.gpus={section.gpus:g}: the steps cannot both run on the CPU and have GPUs",
-                "leave --cpu (or QCFT_DEVICE) out, or --set ablation.gpus=0",
+                "omit --cpu (or unset QCFT_DEVICE), or --set ablation.gpus=0",
             )
         section = section.model_copy(update={"gpus": 0})
     runs = runs.absolute()
     with _cluster(address) as ray, ExitStack() as held:
         gpus = section.gpus if section.gpus is not None else min(1, ray.cluster_resources().get("GPU", 0))
-        where = "cuda" if gpus else "cpu"  # by which every worker plans the same steps, GPU or not
+        where = "cuda" if gpus else "cpu"  # so that every worker plans the same steps, with or without a GPU
         arms = [replace(arm, recipe=with_optimizers(arm.recipe, where)) for arm in arms]
         ablation, named = begin_ablation(plain, arms, runs, watch)
         held.enter_context(working(runs, *(name for name, _ in named)))
@@ -70,7 +70,7 @@ def run_on_ray(
                 left = [ref for ref in refs if ref not in ready]
                 open_arms[name] = left
                 if len(left) < len(refs):
-                    watch.tell(changes[name]("running", f"{len(left)} of {len(parts[name])} steps left"))
+                    watch.emit(changes[name]("running", f"{len(left)} of {len(parts[name])} steps left"))
                 if left:
                     continue
                 del open_arms[name]
@@ -80,14 +80,14 @@ def run_on_ray(
                         finished(run_prepared(prepared[name], store, watch))
                     except QcftError as refused:  # a merge that kept too little
                         error = refused
-                wrong = told(error, first_undone(prepared[name], store)) if error else None
-                ablation.end(name, wrong)
-                watch.tell(changes[name]("failed" if wrong else "done", wrong["message"] if wrong else ""))
+                fault = fault_of(error, first_undone(prepared[name], store)) if error else None
+                ablation.end(name, fault)
+                watch.emit(changes[name]("failed" if fault else "done", fault["message"] if fault else ""))
     return ablation
 
 
 class _Tasks:
-    """Every step that is not done, submitted once, after the steps it rests on."""
+    """Every step that is not done, submitted once, after the steps it depends on."""
 
     def __init__(self, ray: Any, cpus: float, gpus: float, runs: Path) -> None:
         self.refs: dict[str, Any] = {}
@@ -96,7 +96,7 @@ class _Tasks:
         self.options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES, "retry_exceptions": False}
 
     def submit(self, prepared: PlannedRecipe, store: Store) -> list[Any]:
-        """The tasks of an arm's steps that are to do."""
+        """The tasks of an arm's steps that are not done."""
         document = prepared.pinned_recipe().model_dump(mode="json")
         own = []
         for step in prepared.plan.steps:
@@ -115,8 +115,8 @@ _memo: dict[Any, Any] = {}  # what a worker has read, for all steps it does
 
 
 def _work(recipe: dict[str, Any], runs: str, working: str, step: str, *_: None) -> None:
-    """A step, in a worker. What it rests on is given so that Ray does that first."""
-    with suppress(OSError):  # another machine may lack it; it matters to relative paths only
+    """A step, in a worker. The steps it depends on are passed so that Ray runs them first."""
+    with suppress(OSError):  # another machine may lack it; only relative paths need it
         os.chdir(working)
     set_environment()
     quiet()
@@ -125,7 +125,7 @@ def _work(recipe: dict[str, Any], runs: str, working: str, step: str, *_: None) 
     steps = prepared.plan.steps
     position, wanted = next(((i, one) for i, one in enumerate(steps, start=1) if one.id == step), (0, None))
     if wanted is None:
-        raise ChangedInput(f"{step}: what it is made of changed meanwhile", "give the same command again")
+        raise ChangedInput(f"{step}: its inputs changed meanwhile", "run the same command again")
     do_step(wanted, position, len(steps), prepared.bench(store, watch))
 
 
@@ -151,7 +151,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
 
 
 def _failure(ray: Any, refs: Sequence[Any]) -> Exception | None:
-    """What made a task fail: the error of the step itself, if it was one, else what Ray says of its worker."""
+    """Why a task failed: the error of the step itself if there is one, else what Ray reports about its worker."""
     for ref in refs:
         try:
             ray.get(ref)

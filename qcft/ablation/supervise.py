@@ -1,7 +1,7 @@
-"""A process for the arms of an ablation, begun again for those that remain when it crashes.
+"""A process for the arms of an ablation, started again for the remaining arms when it crashes.
 
-A crash of the process (the system out of memory, a fault in a native library) cannot be caught in it. All arms share
-one process, as importing and preparing takes as long as a short arm; only a crash costs another.
+A process cannot catch its own crash (the system out of memory, a fault in a native library). All arms share one
+process, as importing and preparing takes as long as a short arm; only a crash needs another.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from qcft.store.ablations import readable_ablations
 # Not `python -m qcft`, which loads modules from the working folder; the package's own place comes last.
 START = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from qcft.cli import main; main()"
 
-ENDED, STOPPED = {0, 1, 2}, {129, 130, 143}  # what a process of ours ends with when it ends by itself, or is asked to
+ENDED, STOPPED = {0, 1, 2}, {129, 130, 143}  # exit codes of our process when it ends by itself, or is asked to stop
 
 
-def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None]) -> int:
-    """Run `qcft ARGUMENTS --supervised ...` until no arm is left that did not crash it; its exit code.
+def supervise(arguments: Sequence[str], runs: Path, report: Callable[[str], None]) -> int:
+    """Run `qcft ARGUMENTS --supervised ...` until no arm is left that did not crash it; returns its exit code.
 
-    `tell` is called with a line for each arm whose process crashed.
+    `report` is called with a line for each arm whose process crashed.
 
     Raises QcftError when it crashes outside of any arm.
     """
@@ -37,7 +37,7 @@ def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None])
     while True:
         none = ","  # an empty value would be refused
         command = [sys.executable, "-P", "-c", START, *arguments, "--supervised", ",".join(crashed) or none]
-        with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _passing_signals_on(process):
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process, _forwarding_signals(process):
             code = process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         found = [
@@ -50,20 +50,20 @@ def supervise(arguments: Sequence[str], runs: Path, tell: Callable[[str], None])
         if code in STOPPED or (code in ENDED and not found):
             return 1 if crashed and code == 0 else code
         if not found:
-            raise QcftError(f"the process crashed ({how}) outside of any arm", "the system's log (dmesg) may say why")
+            raise QcftError(f"the process crashed ({how}) outside of any arm", "the system's log (dmesg) may show why")
         for ablation, run in found:
-            hint = "out of memory? the system's log (dmesg) may say; the same command tries it again"
+            hint = "out of memory? see the system's log (dmesg); run the same command again to retry"
             ablation.end(run, {"message": f"its process crashed ({how})", "hint": hint, "step": None, "title": None})
-            tell(f"{run}: its process crashed ({how}); continuing with the other arms")
+            report(f"{run}: its process crashed ({how}); continuing with the other arms")
             crashed.append(run)
 
 
 @contextmanager
 def stop_with_parent(watch: Watch, supervised: bool) -> Iterator[None]:
-    """Ask the work to stop when the supervising process is no more: its end of standard input closes then."""
+    """Request a stop when the supervising process has ended, which closes its end of standard input."""
 
     def wait() -> None:
-        while os.read(0, 1):  # unbuffered: a thread that holds sys.stdin's lock would trouble the interpreter's end
+        while os.read(0, 1):  # unbuffered: a thread that holds sys.stdin's lock would disturb the interpreter's exit
             pass
         watch.ask_to_stop(143)
 
@@ -73,8 +73,9 @@ def stop_with_parent(watch: Watch, supervised: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _passing_signals_on(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """Ctrl-C and a closed terminal's SIGHUP reach the process by itself, of the same group; SIGTERM is passed on."""
+def _forwarding_signals(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Ctrl-C reaches the process directly, as it is in the same group; SIGTERM and a closed terminal's SIGHUP are
+    forwarded."""
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),

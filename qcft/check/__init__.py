@@ -1,1 +1,1 @@
-"""What a recipe would take, and whether this machine can do it."""
+"""What a recipe needs, and whether this machine can run it."""

@@ -1,4 +1,4 @@
-"""Whether this machine can do the work: each thing tried, and the command that mends it where it fails."""
+"""Whether this machine can do the work: each part is tested, with the command that fixes it where it fails."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from qcft.store.steps import PACKAGES, package_versions, writable
 from qcft.store.upkeep import size_of
 
 GIB = 2**30
-LEAST_FREE = 5 * GIB  # bytes of disk that a merged 1B model and its adapters need, and then some
+LEAST_FREE = 5 * GIB  # bytes of disk; more than a merged 1B model and its adapters need
 CLOSE = 0.05  # of NF4 products to products with the dequantised weights, relative
 HUB_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried. `needed`: without it qcft does not work; `mend`: the command that helps."""
+    """One test. `needed`: without it qcft does not work; `mend`: the command that fixes it."""
 
     name: str
     ok: bool
@@ -37,7 +37,7 @@ class Finding:
 
 
 def examine(runs: Path) -> list[Finding]:
-    """Everything `qcft doctor` looks at, in order. Nothing is written."""
+    """Everything `qcft doctor` tests, in order. Nothing is written."""
     checks: dict[str, Callable[[], Finding]] = {
         "Python": _python, "packages": _packages, "GPU": _cuda, "fused head": _fused, "16 bits": _half_precision,
         "bitsandbytes": _four_bits, "runs folder": lambda: _disk(runs), "cache": _cache, "model hub": _hub,
@@ -46,7 +46,7 @@ def examine(runs: Path) -> list[Finding]:
     for name, check in checks.items():
         try:
             findings.append(check())
-        except ImportError as error:  # a package that is missing or broken: the next thing can be tried all the same
+        except ImportError as error:  # a package that is missing or broken: the other tests can still run
             findings.append(Finding(name, False, f"fails: {short(error)}", mend=install(PACKAGES)))
     return findings
 
@@ -61,10 +61,10 @@ def _packages() -> Finding:
     missing = [name for name in PACKAGES if name not in found]
     wanted = bounds()
     wrong = [name for name in PACKAGES if not _within(found.get(name), wanted.get(name, ""))]
-    told = [f"missing: {', '.join(missing)}"] if missing else []
-    told += [f"{name} must be {wanted[name]}" for name in wrong]
-    told.append(", ".join(f"{name} {version}" for name, version in found.items()))
-    return Finding("packages", not (missing or wrong), "; ".join(told), mend=install([*missing, *wrong] or PACKAGES))
+    texts = [f"missing: {', '.join(missing)}"] if missing else []
+    texts += [f"{name} must be {wanted[name]}" for name in wrong]
+    texts.append(", ".join(f"{name} {version}" for name, version in found.items()))
+    return Finding("packages", not (missing or wrong), "; ".join(texts), mend=install([*missing, *wrong] or PACKAGES))
 
 
 def _within(version: str | None, wanted: str) -> bool:
@@ -78,7 +78,7 @@ def _cuda() -> Finding:
 
     try:
         if asked_device() == "cpu":
-            return Finding("GPU", True, "not used, as the CPU is asked for", False)
+            return Finding("GPU", True, "not used, as the CPU was requested", False)
         if unusable := unusable_card():
             return Finding("GPU", False, unusable[0], mend=unusable[1])
         chosen = choose_card()
@@ -114,7 +114,7 @@ def _half_precision() -> Finding:
 def _four_bits() -> Finding:
     """A product with NF4 weights and its gradient, against the same with those weights dequantised."""
     mend = install(["bitsandbytes"], "--force-reinstall", "--no-deps")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports kernels that it does not need
     try:
         import bitsandbytes as bnb
         import torch
@@ -127,7 +127,7 @@ def _four_bits() -> Finding:
         product = bnb.matmul_4bit(x, packed.t(), quant_state=state)
         (gradient,) = torch.autograd.grad(product.float().sum(), x)
         far = max(_distance(product, x @ plain.t()), _distance(gradient, plain.sum(0).expand_as(x)))
-    except Exception as error:  # whatever a broken binary raises: that is what is asked here
+    except Exception as error:  # whatever a broken binary raises: that is what is tested here
         return Finding("bitsandbytes", False, f"fails: {short(error)}", mend=mend)
     return Finding(
         "bitsandbytes", far < CLOSE, f"NF4 products and gradients are off by {far:.2g} (relative)", mend=mend
@@ -155,12 +155,12 @@ def _disk(runs: Path) -> Finding:
 def _cache() -> Finding:
     place = cache_folder()
     size = size_of(place)
-    there = place
-    while not there.exists():
-        there = there.parent
-    ok = os.access(there, os.W_OK)
-    told = f"{size / GIB:.1f} GiB in {place}" + ("" if ok else ", which cannot be written")
-    return Finding("cache", ok, told, mend="export QCFT_CACHE=FOLDER")
+    existing = place
+    while not existing.exists():
+        existing = existing.parent
+    ok = os.access(existing, os.W_OK)
+    found = f"{size / GIB:.1f} GiB in {place}" + ("" if ok else ", which cannot be written")
+    return Finding("cache", ok, found, mend="export QCFT_CACHE=FOLDER")
 
 
 def _hub() -> Finding:
@@ -171,10 +171,10 @@ def _hub() -> Finding:
         HfApi().model_info("gpt2", timeout=HUB_SECONDS)
     except Exception as error:  # whatever the hub's HTTP client raises
         if is_offline_mode():
-            told, mend = "not asked, as HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+            found, mend = "not tested, as HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
         elif getattr(getattr(error, "response", None), "status_code", None) == 401:
-            told, mend = f"{ENDPOINT} does not take the access token that is set", "hf auth login"
+            found, mend = f"{ENDPOINT} does not accept the access token that is set", "hf auth login"
         else:
-            told, mend = f"{ENDPOINT} cannot be reached ({type(error).__name__})", f"curl -I {ENDPOINT}"
-        return Finding("model hub", False, f"{told}; local folders and files work", needed=False, mend=mend)
+            found, mend = f"{ENDPOINT} cannot be reached ({type(error).__name__})", f"curl -I {ENDPOINT}"
+        return Finding("model hub", False, f"{found}; local folders and files work", needed=False, mend=mend)
     return Finding("model hub", True, f"{ENDPOINT} answers", needed=False)

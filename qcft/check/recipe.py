@@ -1,4 +1,4 @@
-"""What a recipe would run: memory, disk, time, and rows as they are trained on. Nothing is trained or written."""
+"""What a recipe would run: memory, disk, time, and sample training rows. Nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from qcft.training.memory import Planned
     from qcft.training.speed import Speed
 
-CONTEXT = 1 << 29  # bytes that CUDA takes for itself, roughly: part of a card that is planned for but not here
+CONTEXT = 1 << 29  # bytes that CUDA itself needs, roughly: for a card that is planned for but not in this machine
 
 
 class Stretch(TypedDict):
-    """A part of a row as text, and whether it bears loss."""
+    """A part of a row as text, and whether it has loss."""
 
     text: str
     trained: bool
@@ -46,7 +46,7 @@ class TextChecked(TypedDict):
 
 
 class PhaseChecked(TypedDict):
-    """What training a phase would take; `memory` in bytes by part, `seconds` None where its pace is not known."""
+    """What training a phase needs; `memory` in bytes by part, `seconds` None where its speed is not known."""
 
     phase: str
     memory: dict[str, int]
@@ -74,7 +74,7 @@ class PhaseChecked(TypedDict):
 
 
 class StepChecked(TypedDict):
-    """What a step would take at most."""
+    """What a step needs at most."""
 
     id: str
     kind: str
@@ -116,9 +116,9 @@ def check_recipe(
     rows: int = 2,
     encoder: str | None = None,
 ) -> Checked:
-    """What `qcft check` shows. `vram`: bytes of a GPU that is not here; `measure`: take a few optimizer steps of each
-    phase to know their pace, and throw them away; `rows`: of each phase to show; `encoder`: of sentences, by which to
-    compare the phases' instructions (None: the paper's, if it is here). Raises InputError."""
+    """What `qcft check` shows. `vram`: bytes of a GPU that is not in this machine; `measure`: run a few optimizer steps
+    of each phase, to time them; `rows`: rows of each phase to show; `encoder`: a sentence encoder to compare the
+    phases' instructions (None: the paper's, if it is cached). Raises InputError."""
     from qcft.models.load import device, free_bytes
     from qcft.training.speed import measure_speed
 
@@ -129,7 +129,7 @@ def check_recipe(
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
     recipe = prepared.recipe
     check_prepared(prepared, weights=False)
-    alike = compare_phases(recipe, encoder, watch)
+    similarity = compare_phases(recipe, encoder, watch)
     where = "cuda" if vram else device()
     free = vram - CONTEXT if vram else free_bytes()
     speed = None if vram else measure_speed()
@@ -162,7 +162,7 @@ def check_recipe(
         "disk_bytes": sum(step["bytes"] for step in steps if step["state"] != "done"),
         "disk_free_bytes": disk_free(runs),
         "cache_bytes": 0 if has_weights(prepared.model) else 2 * parameters,
-        "similarity": alike,
+        "similarity": similarity,
     }
 
 
@@ -214,7 +214,7 @@ def _phase(
 
 
 def _given(prepared: PlannedRecipe, phase: Phase, sets: list[EncodedSet]) -> dict[str, int]:
-    """The rows that each language gives to an epoch."""
+    """The rows of each language in an epoch."""
     given: Counter[str] = Counter()
     for source, one in zip(prepared.sources[phase.name], sets, strict=True):
         given[source.lang] += len(one.rows)
@@ -227,7 +227,7 @@ def _raw_text(sets: list[EncodedSet]) -> TextChecked | None:
 
 
 def _adapted_share(prepared: PlannedRecipe, phase: Phase) -> float:
-    """The share of the model's weights with adapters; as many where a freeze spec goes by what is not known yet."""
+    """The share of the model's weights with adapters; as many where a freeze spec depends on what is not known yet."""
     from qcft.layers import adapted_in
 
     return share_of_weights(prepared.meta_model, adapted_in(prepared.meta_model, prepared.recipe, phase))
@@ -240,7 +240,7 @@ def _first(sets: list[EncodedSet], rows: int) -> list[EncodedRow]:
 
 
 def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[Stretch]:
-    """A row as text, in stretches that bear loss and stretches that do not."""
+    """A row as text, in parts with loss and parts without."""
     stretches: list[tuple[bool, list[int]]] = []
     for token, label in zip(row.input_ids, row.labels, strict=True):
         trained = label != IGNORED
@@ -253,7 +253,7 @@ def _decoded(prepared: PlannedRecipe, row: EncodedRow) -> list[Stretch]:
 def _steps(
     prepared: PlannedRecipe, store: Store, phases: list[PhaseChecked], plans: dict[str, Planned], free: int
 ) -> list[StepChecked]:
-    """Each step with its state, the memory it holds at most, the bytes it writes, and of trainings the time."""
+    """Each step with its state, the memory it holds at most, the bytes it writes, and for trainings the time."""
     trained = {phase["phase"]: phase for phase in phases}
     steps: list[StepChecked] = []
     bench = prepared.bench(store, prepared.watch)

@@ -1,4 +1,4 @@
-"""What looks wrong with a phase's rows: too long for the model, like a held-out row, next to no answer."""
+"""What may be wrong with a phase's rows: too long for the model, like a held-out row, an almost empty answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qcft.data.rows import Row
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import Phase
 
-# What stands for an answer that is not there, beside answers without a letter or a digit.
+# Placeholders for a missing answer, beside answers without a letter or a digit.
 PLACEHOLDERS = {"n/a", "none", "null", "nan", "<nooutput>", "<noinput>", "no output"}
 
 
-class Counted(TypedDict):
+class RowCount(TypedDict):
     """How many rows, and the name of one of them."""
 
     rows: int
@@ -22,20 +22,20 @@ class Counted(TypedDict):
 
 
 class Looks(TypedDict):
-    """What should be looked at among a phase's rows."""
+    """What a person should check among a phase's rows."""
 
     max_length: int
     positions: int | None
     rows_beyond: int
-    like_held_out: Counted
-    near_empty: Counted
+    like_held_out: RowCount
+    near_empty: RowCount
 
 
 def look_at_rows(prepared: Prepared, phase: Phase, sets: Sequence[EncodedSet]) -> Looks:
-    """What a person should look at before the phase is trained.
+    """What a person should check before the phase is trained.
 
     `positions`: tokens the model has positions for, where `max_length` is more, with the number of rows that are
-    longer; else None. `like_held_out`: rows whose prompt is that of a held-out row but for white space and case.
+    longer; else None. `like_held_out`: rows whose prompt is that of a held-out row except for white space and case.
     `near_empty`: rows with an answer of no letter or digit, or one such as N/A. The last two with an example.
     """
     config = prepared.meta_model.config.get_text_config()
@@ -66,6 +66,6 @@ def _says_nothing(text: str) -> bool:
     return text.strip().lower().rstrip(".") in PLACEHOLDERS or not any(map(str.isalnum, text))
 
 
-def _counted(rows: Iterable[Row]) -> Counted:
+def _counted(rows: Iterable[Row]) -> RowCount:
     found = list(rows)
     return {"rows": len(found), "example": found[0].name if found else None}

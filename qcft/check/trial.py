@@ -1,4 +1,4 @@
-"""The pace of a training, from optimizer steps that are really taken, in a folder that is thrown away."""
+"""The speed of a training, from a few real optimizer steps in a temporary folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ WARM_UP, COUNTED = 1, 2  # optimizer steps
 def seconds_a_step(recipe: Recipe, phase: Phase, watch: Watch) -> float:
     """Seconds that an optimizer step of a phase takes, after a first one.
 
-    The phase is trained from the model as it came, without replay, as a run would; a freeze spec that goes by
-    measurements, which are not made here, freezes nothing.
+    The phase is trained from the unmodified model, without replay, otherwise as in a run; a freeze spec that depends
+    on measurements, which are not made here, freezes nothing.
     """
     raw = recipe.model_dump(mode="json")
     one = next(p for p in raw["phases"] if p["name"] == phase.name)
@@ -26,12 +26,12 @@ def seconds_a_step(recipe: Recipe, phase: Phase, watch: Watch) -> float:
     raw["phases"] = [{**one, "replay": None, "start": "merged", "freeze": freeze, "train": train}]
     times: list[float] = []
 
-    def hear(event: Event) -> None:
+    def listen(event: Event) -> None:
         if isinstance(event, Progress):
             watch.progress(event.label, event.done, event.total, event.unit, **event.stats)
             if event.label == f"training {phase.name}":
                 times.append(time.monotonic())
 
     with tempfile.TemporaryDirectory(prefix="qcft-") as place:
-        run_recipe(recipe_from(raw), Path(place), Watch(hear), up_to=phase.name)
+        run_recipe(recipe_from(raw), Path(place), Watch(listen), up_to=phase.name)
     return (times[-1] - times[0]) / (len(times) - 1)

@@ -67,7 +67,7 @@ def ablate(
         plan = show_work(lambda watch: api.plan_ablation(chosen, runs, watch), ablation_view.print_plan, json_, quiet)
         raise typer.Exit(2 if plan["missing"] else 0)
     if not in_process and supervised is None and on is None:
-        raise typer.Exit(supervise(sys.argv[1:], runs, ablation_view.tell_crash))
+        raise typer.Exit(supervise(sys.argv[1:], runs, ablation_view.report_crash))
     with watched(quiet, ablation_view.ArmsReporter) as watch, stop_with_parent(watch, supervised is not None):
         done = api.ablate_watched(plain, chosen, runs, watch, split(supervised), on)
     outcome = api.ablation_outcome(done)

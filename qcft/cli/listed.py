@@ -11,7 +11,7 @@ from qcft.files import read_json
 from qcft.measure.results import finished_run
 from qcft.recipe import Phase, Recipe
 from qcft.store import NamedRun, Store, list_runs
-from qcft.store.ablations import Ablation, ArmState, readable_ablations
+from qcft.store.ablations import AblationIndex, ArmState, readable_ablations
 from qcft.store.holding import holders
 from qcft.store.opened import run_again
 from qcft.store.runs import RUN
@@ -91,7 +91,7 @@ def _run(run: NamedRun, store: Store, arm: tuple[str, ArmState] | None) -> dict[
     )
 
 
-def _ablation(ablation: Ablation, states: list[ArmState]) -> dict[str, Any]:
+def _ablation(ablation: AblationIndex, states: list[ArmState]) -> dict[str, Any]:
     document, kinds = ablation.document, [one.state for one in states]
     state = next((kind for kind in ("running", "failed", "to do") if kind in kinds), "done")
     return _entry(

@@ -20,7 +20,7 @@ def main() -> NoReturn:
     if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that a library begins loads modules from the working folder
-    from qcft.cache import give_home
+    from qcft.cache import ensure_home
     from qcft.errors import QcftError, is_out_of_memory, short
     from qcft.terminal.streams import clean_streams
 
@@ -32,7 +32,7 @@ def main() -> NoReturn:
     hear(stop_at_once)  # until work begins, which hears them itself
     try:
         _check_words(sys.argv[1:])
-        give_home()
+        ensure_home()
         code = app(standalone_mode=False)
     except QcftError as error:
         if debug:

@@ -174,13 +174,13 @@ def show(
     Of an ablation, its arms side by side.
     """
     from qcft import api
-    from qcft.store.ablations import Ablation, list_ablations
+    from qcft.store.ablations import AblationIndex, list_ablations
     from qcft.terminal import tables
 
     if run in list_ablations(runs):
         from qcft.terminal import ablation_view
 
-        outcome = api.ablation_outcome(Ablation(runs, str(run)))
+        outcome = api.ablation_outcome(AblationIndex(runs, str(run)))
         tables.show(outcome, json_, ablation_view.print_outcome)
         return
     found = api.read(run, runs)

@@ -1,1 +1,1 @@
-"""A look at a run's models: their layers, and how far apart two of them are."""
+"""Inspecting a run's models: their layers, how far apart two of them are, their answers."""

@@ -1,4 +1,4 @@
-"""The paper's comparison: two models trained apart from one base, one on phase 1's data and one on phase 2's."""
+"""The paper's comparison: two models trained separately from one base, on phase 1's data and on phase 2's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qcft.store import NamedRun, Store
 
 
 def train_apart(run: NamedRun, runs: Path, watch: Watch) -> tuple[str, str, str]:
-    """Train the last phase's data from the model as it came; a done training is reused.
+    """Train on the last phase's data from the unmodified model; a done training is reused.
 
     Returns the run it is in, its phase there, and the phase of `run` to compare it with: its first. Raises InputError
     for a run whose first phase is not trained, or whose last phase's data changed.
@@ -25,7 +25,7 @@ def train_apart(run: NamedRun, runs: Path, watch: Watch) -> tuple[str, str, str]
     first, last = recipe.phases[0], recipe.phases[-1]
     if first is last:
         raise InputError(
-            f"--apart: {run.name} has one phase, {first.name}: the model that it began with was not trained by qcft",
+            f"--apart: {run.name} has one phase, {first.name}: the model that it started from was not trained by qcft",
             "name a run with two phases, or compare two runs of one base with --against",
         )
     if not last.sources():
@@ -33,7 +33,7 @@ def train_apart(run: NamedRun, runs: Path, watch: Watch) -> tuple[str, str, str]
             f"--apart: {last.name} of {run.name} is an adapter made elsewhere, whose data is not known",
             "name a run whose last phase has data",
         )
-    version_of(run, first.name, store)  # refused before anything is trained where it is not done
+    version_of(run, first.name, store)  # raises before anything is trained if it is not done
     alone = recipe_apart(run.name, recipe)
 
     def check(prepared: PlannedRecipe) -> None:
@@ -42,17 +42,17 @@ def train_apart(run: NamedRun, runs: Path, watch: Watch) -> tuple[str, str, str]
             raise data_changed(run, found)
 
     watch.note(
-        f"the run {alone.name}: {last.name}'s data trained from the model as it came, apart from {first.name}, without "
-        f"freezing and replay, with seed {alone.seed}"
+        f"the run {alone.name}: trained on {last.name}'s data from the unmodified model, separately from {first.name}, "
+        f"without freezing and replay, with seed {alone.seed}"
     )
     return run_recipe(alone, runs, watch, last.name, check).name, last.name, first.name
 
 
 def recipe_apart(name: str, recipe: Recipe) -> Recipe:
-    """A recipe's last phase alone, from the model as it came, without freezing and replay, on the rows it has in the
+    """A recipe's last phase alone, from the unmodified model, without freezing and replay, on the rows it has in the
     whole recipe.
 
-    On the next seed: the floor, the difference of two seeds of one training, has two LoRA initialisations too.
+    With the next seed, as the floor, the difference of two seeds of one training, has two LoRA initialisations too.
     """
     last = recipe.phases[-1].name
     others = {phase.name: None for phase in recipe.phases[:-1]}

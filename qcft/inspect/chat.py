@@ -10,7 +10,7 @@ from pathlib import Path
 from qcft.data.rows import Message, Row
 from qcft.errors import InputError
 from qcft.events import Watch
-from qcft.files import exists, telling_unwritable, write_text
+from qcft.files import exists, reporting_unwritable, write_text
 from qcft.inspect.prompts import Question, positions_of, prompt_ids, prompt_text
 from qcft.inspect.stages import StageLoader, StageModel, finished_phases
 from qcft.inspect.versions import version_of
@@ -21,15 +21,15 @@ from qcft.runner.stored import model_of, stored_steps
 from qcft.store import Store, read_run
 
 TOKENS = 512  # of an answer
-HOTTEST = 100.0  # a temperature at which every token is as likely as any other
+HOTTEST = 100.0  # a temperature at which all tokens are about equally likely
 
 
 class Chat:
-    """A conversation with one stage of a run, or with two at once; a stage can be switched in the middle of it.
+    """A conversation with one stage of a run, or with two at once; the stage can be switched at any time.
 
-    Each of two stages keeps its own answers in view. Prompts are written by the run's chat template under the system
-    prompt of the stage's phase, unless `system` is given. Nothing is written into the run. Weights are loaded when
-    they are first needed, one set at a time. Raises InputError.
+    Each of two stages sees its own answers. Prompts are formatted by the run's chat template with the system prompt
+    of the stage's phase, unless `system` is given. Nothing is written into the run. Weights are loaded when they are
+    first needed, one set at a time. Raises InputError.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Chat:
         if stage is None:
             stage = finished_phases(self._run, self._store)[-1]
             if stage != (last := self._recipe.phases[-1].name):
-                watch.note(f"{last} of the run {self._run.name!r} is not done: this is {stage}", "warning")
+                watch.note(f"{last} of the run {self._run.name!r} is not done; {stage} answers instead", "warning")
         version_of(self._run, stage, self._store)
         self._prepared = model_of(self._run, stored_steps(self._run, self._store), watch)
         self._system, self._temperature, self._most = system, temperature, max_new_tokens
@@ -69,18 +69,18 @@ class Chat:
         return [*self._turns]
 
     def use(self, stage: str) -> None:
-        """Go on with another stage, which sees the conversation so far."""
+        """Continue with another stage, which sees the conversation so far."""
         self._loader.use(self._model(stage))
         self._turns = {stage: self._turns.get(stage) or next(iter(self._turns.values()))}
 
     def both(self, stage: str | None = None) -> None:
-        """Have another stage (base by default, or the last phase beside base) answer too, from here on."""
+        """Let another stage (base by default, or the last phase beside base) answer too, from now on."""
         own = self.stages[0]
         if stage is None:
             stage = BASE if own != BASE else finished_phases(self._run, self._store)[-1]
         self._model(stage)
         if stage == own:
-            raise InputError(f"{stage} answers already", "name another stage")
+            raise InputError(f"{stage} is answering already", "name another stage")
         self._turns = {own: self._turns[own], stage: [*self._turns[own]]}
 
     def reset(self) -> None:
@@ -92,47 +92,47 @@ class Chat:
         self._loader.use(self._model(self.stages[0]))
 
     def answer(self, prompt: str) -> dict[str, Answer]:
-        """The answer of each stage. Raises InputError for a prompt that cannot be asked."""
+        """The answer of each stage. Raises InputError for a prompt that cannot be used."""
         return dict(self.answers(prompt))
 
     def answers(
         self,
         prompt: str,
-        heard: Callable[[str, str], None] = lambda stage, text: None,
+        on_text: Callable[[str, str], None] = lambda stage, text: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[str, Answer]]:
-        """Each stage with its answer, as soon as it is whole, the loaded stage's first.
+        """Each stage with its answer, as soon as it is complete, the loaded stage's first.
 
-        `heard` gets a stage and the next piece of its text; once `stopped()` is true the answer ends where it is.
+        `on_text` gets a stage and the next piece of its text; once `stopped()` is true the answer is cut off.
         """
         text = prompt_text(prompt)
         for stage in sorted(self._turns, key=lambda one: not self._loader.has(self._model(one))):
             if not stopped():
-                yield stage, self._answer(stage, text, heard, stopped)
+                yield stage, self._answer(stage, text, on_text, stopped)
 
     def save(self, path: Path) -> int:
-        """Write the conversation to a new file, a JSON line for each stage, as training data is written; the number of
-        turns. Raises InputError."""
+        """Write the conversation to a new file, a JSON line for each stage, in the format of training data; returns the
+        number of turns. Raises InputError."""
         if exists(path):
-            raise InputError(f"{str(path)!r} is there already", "name a new file")
+            raise InputError(f"{str(path)!r} exists already", "name a new file")
         if not any(self._turns.values()):
             raise InputError("there is nothing to save yet", "ask something first")
         lines = [
             json.dumps({"run": self.run, "stage": stage, "messages": [m.as_dict() for m in turns]}, ensure_ascii=False)
             for stage, turns in self._turns.items()
         ]
-        with telling_unwritable(path, "the file", "name another file"):
+        with reporting_unwritable(path, "the file", "name another file"):
             write_text(path, "".join(f"{line}\n" for line in lines))
         return sum(map(len, self._turns.values()))
 
     def _answer(
-        self, stage: str, prompt: str, heard: Callable[[str, str], None], stopped: Callable[[], bool]
+        self, stage: str, prompt: str, on_text: Callable[[str, str], None], stopped: Callable[[], bool]
     ) -> Answer:
         model, turns = self._model(stage), [*self._turns[stage], Message("user", prompt)]
         question = Question(Row(tuple(turns), ()), self._system or self._system_of(stage))
         ids = prompt_ids(question, self._prepared, 1)
         if isinstance(ids, str):
-            raise InputError(f"the prompt cannot be asked: {ids}", "shorten it, or start over with /reset")
+            raise InputError(f"the prompt cannot be used: {ids}", "shorten it, or start over with /reset")
         room = (positions_of(self._prepared) or math.inf) - len(ids)
         answer = stream_answer(
             self._loader.use(model),
@@ -140,7 +140,7 @@ class Chat:
             ids,
             self._prepared.encoder_for(None, None, "drop").end_ids,
             Sampling(int(min(self._most, room)), self._temperature, seed=self._answered),
-            lambda text: heard(stage, text),
+            lambda text: on_text(stage, text),
             stopped,
         )
         self._answered += 1
@@ -152,6 +152,6 @@ class Chat:
         return StageModel(stage, version_of(self._run, stage, self._store), self._prepared)
 
     def _system_of(self, stage: str) -> str | None:
-        """The system prompt of the stage's phase; of others, such as base, the last phase's."""
+        """The system prompt of the stage's phase; for other stages, such as base, the last phase's."""
         phases = self._recipe.phases
         return next((phase.system for phase in phases if phase.name == stage), phases[-1].system)

@@ -28,7 +28,7 @@ BATCH = 16  # prompts answered at once, as when a stage is measured
 @dataclass(frozen=True)
 class Comparing:
     """What is compared: stages of a run, and of another where one is named. No stages: base and each finished phase; of
-    two runs base and the last one of each. They are asked `prompts`, the lines of `file`, and `rows` held-out rows of
+    two runs base and the last one of each. They answer `prompts`, the lines of `file`, and `rows` held-out rows of
     each of `langs`; where none of these is given, held-out rows of every language."""
 
     run: str | None = None
@@ -43,7 +43,7 @@ class Comparing:
 
 def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None = None) -> Compared:
     """Each stage's greedy answer to each prompt: its text, its length in tokens, whether it ended by itself, and its
-    language, None where it is too short to tell; of held-out rows the reference answer too. Written to a page where
+    language, None where it is too short to identify; of held-out rows the reference answer too. Written to a page where
     `to` names one; nothing is written into the run.
 
     Raises InputError, before any weights are loaded, for what cannot be compared.
@@ -56,7 +56,7 @@ def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None =
     lines = text_lines(asked.file, "--prompts", "give a file with a prompt a line") if asked.file else []
     store, named = Store(runs), read_run(runs, asked.run)
     if asked.other == named.name:
-        raise InputError(f"--with {named.name!r} is the run itself", "name another run, or leave --with out")
+        raise InputError(f"--with {named.name!r} is the run itself", "name another run, or omit --with")
     recipe, steps = named.recipe(), stored_steps(named, store)
     most = asked.max_new_tokens or recipe.answers.max_new_tokens
     names = asked.stages or [BASE, *finished_phases(named, store)[-1 if asked.other else 0 :]]
@@ -91,7 +91,7 @@ def _rows_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> Prepared:
     try:
         return rows_of(run, steps, watch)
     except InputError as error:
-        raise InputError(error.message, f"{error.hint}; or give prompts of your own: --prompt TEXT") from None
+        raise InputError(error.message, f"{error.hint}; or give your own prompts: --prompt TEXT") from None
 
 
 def _stages_of(run: NamedRun, names: Sequence[str], prepared: PreparedModel, store: Store) -> list[StageModel]:
@@ -130,7 +130,7 @@ def _held_out(steps: Sequence[Step]) -> set[str]:
 def _answers(
     stages: Sequence[StageModel], questions: Sequence[Question], most: int, store: Store, watch: Watch
 ) -> dict[str, list[Answer]]:
-    """The answers of each stage, by its label; those that share weights are asked one after the other."""
+    """The answers of each stage, by its label; stages that share weights answer one after the other."""
     prompts = {stage.prepared.key: _prompts(questions, stage.prepared, most) for stage in stages}
     loader = StageLoader(store, watch)
     weights = [loader.weights_of(stage) for stage in stages]
@@ -151,7 +151,7 @@ def _prompts(questions: Sequence[Question], prepared: PreparedModel, most: int) 
         ids = prompt_ids(question, prepared, most)
         if isinstance(ids, str):
             text = " ".join(question.text.split())
-            raise InputError(f"the prompt {text[:40]!r} cannot be asked: {ids}", "shorten it, or --max-new-tokens")
+            raise InputError(f"the prompt {text[:40]!r} cannot be used: {ids}", "shorten it, or --max-new-tokens")
         found.append(ids)
     return found
 

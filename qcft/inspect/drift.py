@@ -1,4 +1,4 @@
-"""How far two models of one base are apart: their parameters (MPD), and what they make of the same text."""
+"""How far two models of one base are apart: their parameters (MPD), and their hidden states on the same text."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ from qcft.store.runs import add_stage, link_stage
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TEXT_TOKENS = 512  # of a line of a text file that are looked at
+TEXT_TOKENS = 512  # of a line of a text file that are used
 
 
 @dataclass(frozen=True)
-class Asked:
+class DriftRequest:
     """What is compared: stages of a run (`base`, a phase, a merge), against another run's where one is named, on how
     many held-out rows of each language, or on the lines of text files by language. `apart`: the first phase and the
-    last one's data, each trained from the model as it came."""
+    last one's data, each trained from the unmodified model."""
 
     run: str | None = None
     since: str | None = None
@@ -65,9 +65,9 @@ class Asked:
     apart: bool = False
 
 
-def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFound]:
-    """Measure, or find measured, how far two models are apart; the run, the stage and drift.json's content with the
-    `floor` of its MPD, which is also kept beside the run's report.
+def measure_drift(asked: DriftRequest, runs: Path, watch: Watch) -> tuple[NamedRun, str, DriftFound]:
+    """Measure how far two models are apart, or reuse the measurement; returns the run, the stage and drift.json's
+    content with the `floor` of its MPD, which is also stored beside the run's report.
 
     Raises InputError before any model is loaded when the two can't be compared.
     """
@@ -76,9 +76,7 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
     store, named = Store(runs), read_run(runs, asked.run)
     if asked.apart:
         if asked.since or asked.to or asked.against:
-            raise InputError(
-                "--apart chooses both models", "leave out --from, --to and --against, or leave out --apart"
-            )
+            raise InputError("--apart chooses both models", "omit --from, --to and --against, or omit --apart")
         other_run, since_phase, to_phase = train_apart(named, runs, watch)
         asked = replace(asked, against=other_run, since=since_phase, to=to_phase)
     recipe = named.recipe()
@@ -105,7 +103,7 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
         before = None if asked.texts else _measured_before(named, since, to, stored, store)
         if before is None:
             raise
-        watch.note(f"as it was measured before, since {error.message}", "warning")
+        watch.note(f"this is the earlier measurement, as {error.message}", "warning")
         return named, before.stage, found_drift(store.opened(before.id), named.folder, before.stage)
     _check_length(texts)
     step = _step(since, to, texts, prepared)
@@ -124,7 +122,7 @@ def measure_drift(asked: Asked, runs: Path, watch: Watch) -> tuple[NamedRun, str
 
 
 def _measured_before(run: NamedRun, since: Version, to: Version, stored: Sequence[Step], store: Store) -> Step | None:
-    """The run's comparison of these two models that is done and whole, on whichever rows."""
+    """The run's comparison of these two models that is done and intact, on any rows."""
     pair = {"from": _as_setting(since), "to": _as_setting(to)}
     for step in stored:
         if (
@@ -150,13 +148,13 @@ def _held_out_texts(prepared: Prepared, rows: int) -> dict[str, list[list[int]]]
 
 
 def _check_length(texts: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """Check that there are tokens enough for CKA. Raises InputError."""
+    """Check that there are enough tokens for CKA. Raises InputError."""
     for lang, rows in texts.items():
         if (tokens := sum(len(row) - 1 for row in rows)) < FEWEST_TOKENS:
             raise InputError(
                 f"drift: the text in {lang} has {tokens} tokens beside the first of each row, and CKA needs "
                 f"{FEWEST_TOKENS}",
-                "give more of it: more --rows, or a longer --text",
+                "give more text: more --rows, or a longer --text",
             )
 
 
@@ -164,11 +162,11 @@ def _file_texts(files: Mapping[str, Path], prepared: PreparedModel) -> dict[str,
     """The lines of text files, without a chat template. Raises InputError."""
     texts = {}
     for lang, path in files.items():
-        lines = text_lines(path, "drift", "give a UTF-8 file with a sentence a line")
+        lines = text_lines(path, "drift", "give a UTF-8 file with one sentence per line")
         encoded = [list(prepared.tokenizer(line)["input_ids"])[:TEXT_TOKENS] for line in lines]
         texts[lang] = [ids for ids in encoded if len(ids) > 2]
         if not texts[lang]:
-            raise InputError(f"drift: {str(path)!r} has no line of text", "give a file with a sentence a line")
+            raise InputError(f"drift: {str(path)!r} has no line of text", "give a file with one sentence per line")
     return texts
 
 
@@ -180,13 +178,13 @@ def _step(since: Version, to: Version, texts: Mapping[str, Sequence[Sequence[int
     return Step(work, f"{DRIFT}{since.name}-{to.name}", title, parents=parents)
 
 
-# Between which models; the parameters' part of it.
+# The two models, and their parameter difference.
 DriftMetrics = TypedDict("DriftMetrics", {"from": str, "to": str, "mpd": float | None})
 
 
 @dataclass(frozen=True)
 class Drift(Work[DriftMetrics]):
-    """Compares two models on texts; languages that a killed process has measured are kept."""
+    """Compares two models on texts; languages that a killed process has measured are reused."""
 
     kind: ClassVar[str] = "drift"
     format: ClassVar[int] = 2  # CKA is debiased
@@ -268,10 +266,10 @@ def _shifts(
     return {lang: [Shift(**entry) for entry in read_json(file)] for lang, file in files.items()}
 
 
-Live = Callable[[], "PreTrainedModel"]  # gives the model with its adapters live
+ModelGetter = Callable[[], "PreTrainedModel"]  # gives the model with its adapters live
 
 
-def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[Live]:
+def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Store) -> list[ModelGetter]:
     """Both models: one load with adapters switched where they share weights, else both in memory."""
     stacks = [[store.opened(step).part("adapter") for step in version.stack] for version in (since, to)]
     folders = [weights_folder_of(version, prepared.folder, store) for version in (since, to)]
@@ -282,6 +280,6 @@ def _load_both(since: Version, to: Version, prepared: PreparedModel, store: Stor
     return [partial(one.use, stack) for one, stack in zip((first, second), stacks, strict=True)]
 
 
-def _states(live: Live, path: str) -> States:
+def _states(live: ModelGetter, path: str) -> States:
     """Rows to states of a model's layers."""
     return lambda row, layers: layer_outputs(live(), path, row, layers)

@@ -1,4 +1,4 @@
-"""The floor of a model parameter difference: how far apart two seeds of one training on one data set end."""
+"""The floor of a model parameter difference: the distance of two seeds of one training on one data set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seed_floor(run: NamedRun, to: Version, prepared: PreparedModel, store: Store
     """MPD between the last training in `to` and the same training with another seed, over all runs that have one.
 
     What is compared is what each training added. `mpd` is the mean over `runs`; where there are none it is None, and
-    `measure` is the command that makes one, where qcft can.
+    `measure` is the command that trains one, where qcft can.
     """
     step = to.trained or (store.opened(to.weights).inputs["adapter"] if to.weights else None)
     recipe = run.recipe()
@@ -61,7 +61,7 @@ def _twin(run: NamedRun, recipe: Recipe, phase: str, other: NamedRun, store: Sto
 
 
 def _until(recipe: Recipe, phase: str) -> dict[str, Any]:
-    """What decides how a recipe's phases up to `phase` are trained, its seed apart."""
+    """What decides how a recipe's phases up to `phase` are trained, except its seed."""
     number = [one.name for one in recipe.phases].index(phase)
     whole = recipe.model_dump(mode="json", include={"model", "lora", "phases", "deterministic"})
     return {**whole, "phases": whole["phases"][: number + 1]}

@@ -1,4 +1,4 @@
-"""What freezing goes by: change in phase 1 and signal to noise, module by module; and the table of layers."""
+"""What freezing depends on: change in phase 1 and signal to noise, module by module; and the table of layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qcft.store.steps import model_digest
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights a phase would start from, what they are called, and the adapters of the phases before it."""
+    """The weights a phase would start from, their name, and the adapters of the phases before it."""
 
     folder: Path
     digest: str
@@ -33,19 +33,19 @@ class Weights:
 
 
 def weights_of(recipe: Recipe, run: NamedRun | None, store: Store, watch: Watch) -> Weights:
-    """What the recipe's last phase starts from, as far as the run is done: its merge, or the model as it came."""
+    """What the recipe's last phase starts from, as far as the run is done: its merge, or the unmodified model."""
     quiet_libraries()
     stages = run.stages if run else {}
     earlier = [phase.name for phase in recipe.phases[:-1]]
     done = [stages[name] for name in earlier if name in stages and store.open(stages[name])]
     adapters = tuple(store.opened(step).part("adapter") for step in done)
-    places = ["merged", *(f"merged-{name}" for name in earlier)]  # of the last phase's own merge nothing starts
+    places = ["merged", *(f"merged-{name}" for name in earlier)]  # nothing starts from the last phase's own merge
     merges = [stages[stage] for stage in places if stage in stages and store.open(stages[stage])]
     if run and recipe.phases[-1].start == "merged" and merges:
         folder = store.opened(merges[-1]).part("model", watch)
         return Weights(folder, model_digest(store, merges[-1]), f"{run.name}, merged", adapters)
     source = resolve(recipe.model)
-    return Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name} as it came", adapters)
+    return Weights(weights_folder(source, watch), source.digest, f"{recipe.model.name}, unmodified", adapters)
 
 
 class ModuleRow(TypedDict):
@@ -90,12 +90,12 @@ class LayersTable(TypedDict):
 def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Watch) -> LayersTable:
     """The last phase's layers as plain data: adapters, trainable parameters, change in phase 1, signal to noise.
 
-    Measures the signal-to-noise ratio only when asked, or when the freeze spec goes by it. Raises InputError.
+    Measures the signal-to-noise ratio only when requested, or when the freeze spec uses it. Raises InputError.
     """
     phase = recipe.phases[-1]
     spec = phase.freeze
     model = model_without_weights(weights.folder, recipe.model)
-    adapted_in(model, recipe, phase)  # a spec that doesn't fit is told before measuring
+    adapted_in(model, recipe, phase)  # a spec that doesn't fit raises before measuring
     change = None
     if weights.adapters:
         change = summed_changes(weights.adapters)
@@ -104,7 +104,7 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
         change = change_since(base, weights.folder, model, watch)
     if spec.measure == "change" and change is None:
         raise InputError(
-            f"freeze: {spec.text!r} goes by what phase 1 changed, but no phase 1 is done in this run", "run it first"
+            f"freeze: {spec.text!r} depends on what phase 1 changed, but no phase 1 is done in this run", "run it first"
         )
     snr = snr_of(weights.folder, weights.digest, model, watch) if with_snr or spec.measure == "snr" else None
     measured = snr if spec.measure == "snr" else change

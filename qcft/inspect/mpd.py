@@ -14,16 +14,16 @@ from qcft.layers.change import change_between, squared_norm
 from qcft.models.adapters import lora_factors
 from qcft.prepare.model import PreparedModel
 from qcft.store import Store
-from qcft.store.metrics import Difference, LayerDifference, Pair
+from qcft.store.metrics import LayerDifference, Pair, ParameterDifference
 
 
 def parameter_difference(
     since: Version, to: Version, prepared: PreparedModel, store: Store, watch: Watch
-) -> tuple[Difference, list[LayerDifference]]:
+) -> tuple[ParameterDifference, list[LayerDifference]]:
     """Model parameter difference (MPD) of two models of one base, and of each layer.
 
     MPD = 1/n sum_i ||W_i - W'_i||_2 (arXiv 2410.16006), here over the n weight matrices of the decoder layers' linear
-    modules, which are all that adapters change. The paper's largest pair has 1.00: in that manner `scaled` is relative
+    modules, which are all that adapters change. In the paper the largest pair has 1.00: likewise `scaled` is relative
     to the largest of the three pairs of base, from and to. `norm` is the L2 norm of the whole difference.
 
     From the adapters' factors where the models differ by plain LoRA, up to the rounding of merges to 16 bits; else
@@ -55,7 +55,7 @@ def parameter_difference(
     by_layer: dict[int, list[float]] = {}
     for module in linear_modules(prepared.meta_model):
         by_layer.setdefault(module.layer, []).append(norms.get(module.name, 0.0))
-    whole: Difference = {
+    whole: ParameterDifference = {
         "mpd": found["from-to"],
         "scaled": {key: value / largest if value is not None and largest else value for key, value in found.items()},
         "pairs": found,
@@ -72,7 +72,7 @@ def parameter_difference(
 def module_norms(
     since: Version, to: Version, names: Sequence[str], prepared: PreparedModel, store: Store, watch: Watch
 ) -> dict[str, float]:
-    """||W - W'||_F of each linear module. Raises InputError where that can't be told."""
+    """||W - W'||_F of each linear module. Raises InputError where it cannot be computed."""
     deltas = [deltas_of(version, store) for version in (since, to)]
     if deltas[0] is not None and deltas[1] is not None:
         moved = Counter(deltas[1])

@@ -1,4 +1,4 @@
-"""Which point of a run's dial to take, in numbers and in words, with the command that delivers it."""
+"""Which point of a run's dial to use, in numbers and in words, with the command that exports it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FULL = "full"  # the phase as it was trained, which the run has measured
 
 def check_share(share: float) -> None:
     """Check a share of the gain. Raises InputError."""
-    if not 0 < share <= 1:  # nor is it a number
+    if not 0 < share <= 1:  # true for NaN too
         raise InputError(
             f"--pick {share:g} is outside (0, 1]",
             "it is the share of the other languages' gain to keep, such as 0.95",
@@ -34,11 +34,11 @@ def check_share(share: float) -> None:
 
 
 def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> Picked | NotPicked:
-    """The point to take of a measured dial; `said` holds it in sentences, `next` the command that uses it.
+    """The point to use of a measured dial; `said` holds it in sentences, `next` the command that uses it.
 
-    English is that of a kind that nothing trains on, where such rows are held out. It counts from the first phase, or
-    from the base where that is the one that was dialled; the gain counts from the base as it is loaded. Where nothing
-    can be picked, `point` is None and `why` says so.
+    English is that of a kind that nothing trains on, where such rows are held out. It is compared with the first phase,
+    or with the base where the first phase was dialled; the gain with the base as it is loaded. Where nothing can be
+    picked, `point` is None and `why` says so.
     """
     assert done.goal is not None
     stage, first = done.stages[done.goal], recipe.phases[0].name
@@ -56,7 +56,7 @@ def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> Pic
     base, before = (_without(groups, unused) for groups in measured[:2])
     found = pick_point(points, full, base, before, untrained, share)
     if isinstance(found, NoPick):
-        return {"share": share, "point": None, "why": found.why, "said": [f"nothing is picked: {found.why}"]}
+        return {"share": share, "point": None, "why": found.why, "said": [f"no point is picked: {found.why}"]}
     amount = None if found.point == full else amounts[found.point]
     return {
         "share": share,
@@ -100,7 +100,7 @@ def _sentences(found: Pick, amount: Amount | None, share: float, since: str) -> 
     ]
     if amount is None:
         return sentences
-    kept = "which is no clear gain on these rows"
+    kept = "which is not a clear gain on these rows"
     if on.kept is not None:
         kept = f"of which it keeps {on.kept.value:.0%}"
         if on.kept.low is not None and on.kept.high is not None:
@@ -132,7 +132,7 @@ def _interval(change: Difference, sign: int) -> str:
 
 
 def _command(run: str, recipe: Recipe, dial: Dial, amount: Amount | None, runs: Path) -> str:
-    """What delivers the point."""
+    """The command that exports the point."""
     words = ["qcft", "export", run]
     if isinstance(amount, ByLayer):
         words += ["--by", str(amount)]

@@ -1,4 +1,4 @@
-"""What stages are asked: prompts that are given, and held-out rows."""
+"""The prompts that stages answer: those that are given, and held-out rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What the user says."""
+        """The user's prompt."""
         return self.row.prompt[-1].content
 
     @property
@@ -38,16 +38,16 @@ class Question:
 
 
 def prompt_text(text: str, what: str = "the prompt") -> str:
-    """A prompt as it is asked. Raises InputError for one that is empty or no text."""
+    """A prompt without white space around it. Raises InputError for one that is empty or not valid text."""
     if not text.strip():
         raise InputError(f"{what} is empty", "write a question")
     if any("\ud800" <= one <= "\udfff" for one in text):
-        raise InputError(f"{what} is no UTF-8 text", "give it in UTF-8")
+        raise InputError(f"{what} is not valid UTF-8 text", "give it in UTF-8")
     return text.strip()
 
 
 def given_prompts(texts: Sequence[str], system: str | None) -> list[Question]:
-    """Prompts as they are given. Raises InputError for one that is empty or no text."""
+    """Questions of given prompts. Raises InputError for one that is empty or not valid text."""
     found = [prompt_text(text, f"prompt {number} of {len(texts)}") for number, text in enumerate(texts, start=1)]
     return [Question(Row((Message("user", text),), ()), system) for text in found]
 
@@ -71,7 +71,7 @@ def text_lines(path: Path, what: str, hint: str) -> list[str]:
 
 
 def held_out_questions(prepared: Prepared, langs: Sequence[str], most: int, max_new_tokens: int) -> list[Question]:
-    """At most `most` held-out rows of each language (none named: English, then each that is taught), those whose
+    """At most `most` held-out rows of each language (none named: English, then each trained language), those whose
     prompts leave room for an answer. English rows are the first of those that every stage answers when it is measured.
     Raises InputError for a language without held-out rows."""
     groups: dict[str, Group] = {}
@@ -81,7 +81,7 @@ def held_out_questions(prepared: Prepared, langs: Sequence[str], most: int, max_
     found = []
     for lang in dict.fromkeys(langs or known):
         if lang not in groups:
-            hint = f"it has {', '.join(known)}" if known else "give prompts of your own: --prompt TEXT"
+            hint = f"it has {', '.join(known)}" if known else "give your own prompts: --prompt TEXT"
             raise InputError(f"the run has no held-out rows in {lang!r}", nearest(lang, known) + hint)
         group = groups[lang]
         rows = {row.prompt_digest: row for row in prepared.held_out(group).rows}
@@ -91,15 +91,15 @@ def held_out_questions(prepared: Prepared, langs: Sequence[str], most: int, max_
 
 
 def positions_of(prepared: PreparedModel) -> int | None:
-    """The tokens that a model has positions for; None where its config does not say."""
+    """The tokens that a model has positions for; None where its config does not give it."""
     config: Any = prepared.meta_model.config
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
 def prompt_ids(question: Question, prepared: PreparedModel, max_new_tokens: int) -> list[int] | str:
-    """The prompt's tokens, as the model's chat template writes it; or why it cannot be asked: the template refuses it,
-    or it leaves no room for the answer."""
+    """The prompt's tokens, formatted by the model's chat template; or why it cannot be used: the template refuses
+    it, or it leaves no room for the answer."""
     ids = prepared.encoder_for(question.system, None, "drop").prompt(question.row)
     positions = positions_of(prepared)
     if isinstance(ids, str) or positions is None or len(ids) + max_new_tokens <= positions:

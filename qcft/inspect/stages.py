@@ -51,7 +51,7 @@ def distinct(stages: Iterable[StageModel], watch: Watch) -> list[StageModel]:
 
 
 class StageLoader:
-    """Loads the models of stages. What shares weights with the stage before it is not loaded, but switched to."""
+    """Loads the models of stages. Where a stage shares weights with the one before it, only adapters are switched."""
 
     def __init__(self, store: Store, watch: Watch) -> None:
         set_environment()
@@ -64,7 +64,7 @@ class StageLoader:
         self._model: Adapters | None = None
 
     def weights_of(self, stage: StageModel) -> Hashable:
-        """What stages that share their weights in memory have in common."""
+        """A key that is equal for stages that share their weights in memory."""
         stack = self._stack(stage)
         return (stage.prepared.key, stage.version.weights, None if can_switch(stack) else tuple(stack))
 

@@ -1,4 +1,4 @@
-"""The models that a run holds, told by the steps they are made of."""
+"""The models that a run holds, each identified by the steps that made it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qcft.store.opened import run_again
 
 @dataclass(frozen=True)
 class Version:
-    """A model of a run: the merge whose weights it has (None: the model as it came), the adapters live on them."""
+    """A model of a run: the merge whose weights it has (None: the unmodified model), the adapters live on them."""
 
     name: str
     weights: str | None
@@ -22,7 +22,7 @@ class Version:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """All steps it is made of."""
+        """All steps that made it."""
         return (*((self.weights,) if self.weights else ()), *self.stack)
 
 
@@ -45,7 +45,7 @@ def version_of(run: NamedRun, stage: str, store: Store) -> Version:
 
 
 def start_of(run: NamedRun, to: Version, store: Store) -> Version:
-    """The model that a phase started from, which is what its own training moved; for others, the model as it came."""
+    """The model that a phase started from, which its own training changed; for others, the unmodified model."""
     if to.trained is None:
         return Version("base", None, ())
     inputs = store.opened(to.trained).inputs
@@ -67,7 +67,7 @@ def check_base(run: NamedRun, other: NamedRun, store: Store) -> None:
         raise InputError(
             f"drift: {other.name} is of another base model than {run.name}: {other.recipe().model.name!r}, not "
             f"{run.recipe().model.name!r}",
-            "compare runs that began with one model",
+            "compare runs that started from the same model",
         )
 
 

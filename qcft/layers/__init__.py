@@ -1,4 +1,4 @@
-"""Layers: which modules of a model may carry adapters, and which of them a freeze spec leaves free."""
+"""Layers: which modules of a model may have adapters, and which of them a freeze spec leaves trainable."""
 
 from qcft.layers.modules import (
     LinearModule,

@@ -25,10 +25,10 @@ def change_by_adapter(folder: Path) -> dict[str, float]:
 
 
 def squared_norm(factors: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> float:
-    """||sum_i s_i B_i A_i||_F^2 of factors A (r, in), B (out, r) and scales: tr((B'B)(AA')) of the A's and B's laid
-    side by side, without forming any BA.
+    """||sum_i s_i B_i A_i||_F^2 of factors A (r, in), B (out, r) and scales: tr((B'B)(AA')) of the concatenated A's
+    and B's, without forming any BA.
 
-    Takes products of r x r, r the sum of the ranks. In fp64: where signs differ the traces cancel, which leaves an
+    Needs products of r x r, r the sum of the ranks. In fp64: where signs differ the traces cancel, which leaves an
     error of about 1e-16 of the largest ||s_i B_i A_i||_F^2.
     """
     import torch
@@ -48,7 +48,7 @@ def change_between(
 ) -> dict[str, float]:
     """||W - W0||_F^2 of each module between two folders of one model, streamed in blocks of rows.
 
-    Raises InputError when the two are not of one shape.
+    Raises InputError when the two differ in shape.
     """
     import torch
 

@@ -52,7 +52,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, int]:
 
 
 def layer_of(model: nn.Module) -> Callable[[str], int | None]:
-    """The decoder layer of a module, or of a weight, by its full name; None for what is outside of them."""
+    """The decoder layer of a module, or of a weight, by its full name; None for what is outside the layers."""
     prefix, _ = decoder_layers(model)
     inside = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
 
@@ -70,7 +70,7 @@ def scales_by_layer(model: nn.Module, by: ByLayer) -> Callable[[str], float]:
 
 
 def _path_of(model: nn.Module, part: Any) -> str:
-    """The path of a module in a model; empty for the model itself, and for what is none of its modules."""
+    """The path of a module in a model; empty for the model itself, and for what is not one of its modules."""
     return next((name for name, module in model.named_modules() if module is part), "")
 
 
@@ -78,7 +78,7 @@ def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") ->
     """The linear modules of the decoder layers that `targets` names, layer by layer.
 
     `targets` is `all-linear` or a list of last names (`q_proj`). The output head is never among them, nor are
-    routers of experts, nor what cannot carry an adapter (see `_passed_by`).
+    routers of experts, nor what cannot carry an adapter (see `_bypassed`).
     Raises InputError for a target the model lacks, and for a model without linear modules.
     """
     from torch import nn
@@ -88,14 +88,14 @@ def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") ->
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith(prefix + "."):
-            if _is_router(name, module.out_features, experts) or _passed_by(model, name):
+            if _is_router(name, module.out_features, experts) or _bypassed(model, name):
                 continue
             layer, _, kind = name[len(prefix) + 1 :].partition(".")
             found.append(LinearModule(name, int(layer), kind, (module.out_features, module.in_features)))
     if not found:
         raise InputError(
             f"model: the layers of {type(model).__name__} hold no linear modules",
-            "models built of other modules, such as GPT-2's, can't be adapted",
+            "models built from other modules, such as GPT-2's, cannot have adapters",
         )
     if targets == "all-linear":
         return found
@@ -110,7 +110,7 @@ def linear_modules(model: nn.Module, targets: str | list[str] = "all-linear") ->
 
 
 def _expert_counts(model: nn.Module) -> set[int]:
-    """How many experts the model's config speaks of."""
+    """The numbers of experts in the model's config."""
     config: Any = model.config
     keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     counts = [getattr(config.get_text_config(), key, None) for key in keys]
@@ -118,11 +118,11 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def _is_router(name: str, outputs: int, experts: set[int]) -> bool:
-    """Whether a linear module chooses experts, or weighs one that all tokens share; training must not move those."""
+    """Whether a linear module chooses experts, or weighs one that all tokens share; training must not change those."""
     return bool(experts) and outputs in experts | {1} and ROUTER.search(name) is not None
 
 
-def _passed_by(model: nn.Module, name: str) -> bool:
+def _bypassed(model: nn.Module, name: str) -> bool:
     """Whether a module's weight is used without calling it: fused kernels of Mamba's mixers do that with their output
     projection, so an adapter on it would do nothing."""
     parent, _, last = name.rpartition(".")
@@ -138,7 +138,7 @@ def adapted_modules(
 ) -> list[str]:
     """Full names of the linear modules that get an adapter: those that are not frozen.
 
-    `measured` gives for each module what the spec goes by: its change in phase 1, or its signal-to-noise ratio.
+    `measured` gives for each module what the spec depends on: its change in phase 1, or its signal-to-noise ratio.
     Without it the right number of modules is chosen, but not yet the right ones. Raises InputError for a spec the
     model has no layers for, a target it lacks, or nothing left to train.
     """
@@ -173,7 +173,7 @@ def frozen_whole(model: nn.Module, adapted: list[str]) -> list[int]:
 
 
 def frozen_in_words(model: nn.Module, targets: str | list[str], adapted: list[str]) -> str:
-    """What carries no adapter: `layers 0-3, 7`, and for layers frozen in part how many modules."""
+    """What has no adapter: `layers 0-3, 7`, and for layers frozen in part how many modules."""
     whole = frozen_whole(model, adapted)
     left = {module.name: module.layer for module in linear_modules(model, targets)}
     parts = sum(name not in adapted and layer not in whole for name, layer in left.items())

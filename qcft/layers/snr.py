@@ -49,7 +49,7 @@ def signal_to_noise(singular: torch.Tensor, rows: int, columns: int) -> float:
 def singular_values(matrix: Any, rows: int, columns: int) -> torch.Tensor:
     """The singular values of a matrix, in fp64, from the eigenvalues of its Gram matrix on the shorter side.
 
-    `matrix` is sliced like a tensor and read block by block, so a tensor still on disk is never held whole.
+    `matrix` is sliced like a tensor and read block by block, so a tensor on disk is never fully in memory.
     """
     import torch
 
@@ -69,7 +69,7 @@ def singular_values(matrix: Any, rows: int, columns: int) -> torch.Tensor:
 def measure_snr(folder: Path, model: PreTrainedModel, modules: Sequence[str], watch: Watch) -> dict[str, float]:
     """The ratio of each linear module of a model folder, read from its safetensors one matrix at a time.
 
-    Raises InputError for a module whose weight is not there.
+    Raises InputError for a module whose weight is missing.
     """
     files = module_files(folder, model)
     ratios = {}
@@ -83,13 +83,13 @@ def measure_snr(folder: Path, model: PreTrainedModel, modules: Sequence[str], wa
 
 
 def module_files(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Any, str]]:
-    """For each weight of a model the open file it lies in and its name there, by its name in the model."""
+    """For each weight of a model the open file that holds it and its name there, by its name in the model."""
     files = tensor_files(folder)
     return {live: (files[stored], stored) for live, stored in stored_names(model, folder).items()}
 
 
 def matrix_of(files: dict[str, tuple[Any, str]], module: str, folder: Path) -> Any:
-    """A module's weight that is still on disk, to be sliced. Raises InputError when it is not there."""
+    """A module's weight on disk, to be sliced. Raises InputError when it is missing."""
     if f"{module}.weight" not in files:
         raise InputError(
             f"model: {str(folder)!r} holds no weight of its own for {module}",

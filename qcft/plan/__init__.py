@@ -1,6 +1,6 @@
-"""The plan: the steps that a recipe comes to, with ids that say what each rests on."""
+"""The plan: the steps of a recipe, with ids that are digests of what each depends on."""
 
-from qcft.plan.plan import Live, Plan
+from qcft.plan.plan import PhaseModel, Plan
 from qcft.plan.planner import make_plan
 
-__all__ = ["Live", "Plan", "make_plan"]
+__all__ = ["PhaseModel", "Plan", "make_plan"]

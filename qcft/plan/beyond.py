@@ -1,6 +1,6 @@
-"""What is asked for beyond a finished run's recipe, planned from the steps that the run has. Pure.
+"""Steps that are requested beyond a finished run's recipe, planned from the steps that the run has. Pure.
 
-Nothing that the run has is planned again, so neither its data nor an adapter taken in need be there as they were.
+Nothing that the run has is planned again, so neither its data nor an imported adapter need to be unchanged.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcft.plan.plan import Live
+from qcft.plan.plan import PhaseModel
 from qcft.plan.planner import Planner
 from qcft.prepare.digests import Digests
 from qcft.prepare.settings import ModelSettings
@@ -25,7 +25,7 @@ MODEL = ("model", "attn_implementation", "chat_template", "template")  # setting
 
 @dataclass(frozen=True)
 class Beyond:
-    """The stage of what is asked for, its steps in order, and all steps that those depend on, by id."""
+    """The requested stage, its steps in order, and all steps that those depend on, by id."""
 
     stage: str
     steps: tuple[Step, ...]
@@ -33,7 +33,7 @@ class Beyond:
 
 
 def plan_beyond(recipe: Recipe, stored: Sequence[Step], goal: Goal | Dial) -> Beyond:
-    """The steps of a merge or a dial of a phase, those that the run has as they are.
+    """The steps of a merge or a dial of a phase; those that the run has are not changed.
 
     Raises KeyError, with the stage, for a stage that the run lacks.
     """
@@ -43,7 +43,7 @@ def plan_beyond(recipe: Recipe, stored: Sequence[Step], goal: Goal | Dial) -> Be
 
 
 class _Planner(Planner):
-    """Plans on from the steps of a run."""
+    """Adds steps to those of a run."""
 
     def __init__(self, recipe: Recipe, stored: Sequence[Step], phase: str) -> None:
         found = {step.stage: step for step in stored}
@@ -56,7 +56,7 @@ class _Planner(Planner):
         self.measuring = Probe(
             self.model, as_stored["quantize"], as_stored["held_out"], Answers.model_construct(**as_stored["answers"])
         )
-        self.of_phase = Live(
+        self.of_phase = PhaseModel(
             recipe.phase(phase), _phases_until(recipe, phase), trained.weights, trained.id, trained.under, measured,
             self._bare(trained),
         )  # fmt: skip
@@ -73,10 +73,10 @@ class _Planner(Planner):
             work = replace(work, **way, seed=self.recipe.seed if goal.method else 0)
             title = f"{title} at {goal.by.label if goal.by else amount(way)}"
         made = (live.weights, live.adapter, live.under, work.settings())
-        there = (s for s in self.steps if s.kind == "merge" and (s.weights, s.adapter, s.under, s.settings) == made)
-        merged = next(there, None)
+        existing = (s for s in self.steps if s.kind == "merge" and (s.weights, s.adapter, s.under, s.settings) == made)
+        merged = next(existing, None)
         if merged is None:
-            if any(step.stage == stage for step in self.steps):  # made otherwise, and others may depend on it
+            if any(step.stage == stage for step in self.steps):  # made with other settings, and others may depend on it
                 stage = f"{stage}-{goal.dtype or 'alone'}"
             merged = self.add(work, stage, f"merge {title}", goal.phase, live.weights, live.adapter, under=live.under)
         merged = _with_work(merged, work, f"merge {title}", goal.phase)
@@ -118,13 +118,13 @@ class _Planner(Planner):
 
 
 def _with_work(step: Step, work: Work[Any], title: str, phase: str | None) -> Step:
-    """A step of the run with its work, should it have to be done again; as it is where another version made it."""
+    """A step of the run with its work, in case it has to be rebuilt; unchanged where another version made it."""
     found = Step(work, step.stage, title, phase, step.weights, step.adapter, step.parents, step.under)
     return found if found.id == step.id else step
 
 
 def _phases_until(recipe: Recipe, phase: str) -> tuple[str, ...]:
-    """The phases whose deltas lie live on one another up to a phase."""
+    """The phases up to a phase whose deltas are live on top of one another."""
     names: tuple[str, ...] = ()
     for number, one in enumerate(recipe.phases):
         names = (*names, one.name) if number and one.start in {"stacked", "continue"} else (one.name,)

@@ -1,4 +1,4 @@
-"""What a plan is made of: its steps in order, and the models they come to. Pure."""
+"""The parts of a plan: its steps in order, and the models they produce. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qcft.steps.step import Step
 
 
 @dataclass(frozen=True)
-class Live:
+class PhaseModel:
     """A phase's model as it was trained: weights, the adapters live on them, the phases whose deltas those hold,
     and its measurement beside that of the bare weights."""
 
@@ -30,18 +30,18 @@ class Live:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in the order they are done; each phase's live model.
+    """The steps in the order they are run; each phase's model.
 
-    `pools` are the answers that replay is drawn from: never done, as a larger ratio makes more of them, so no
-    steps of the plan, but kept in the store under their ids like steps, for all that draw from them.
+    `pools` are the answers that replay is drawn from. They are never done, as a larger ratio needs more of them, so
+    they are not steps of the plan, but they are stored under their ids like steps, for all that draw from them.
     """
 
     steps: tuple[Step, ...]
-    live: Mapping[str, Live] = field(default_factory=dict)
+    live: Mapping[str, PhaseModel] = field(default_factory=dict)
     pools: Mapping[str, Step] = field(default_factory=dict)
 
     def by_id(self) -> dict[str, Step]:
-        """Every step by its id, the pools with them."""
+        """Every step by its id, pools included."""
         return {step.id: step for step in (*self.steps, *self.pools.values())}
 
     def stages(self) -> dict[str, str]:
@@ -49,7 +49,7 @@ class Plan:
         return {step.stage: step.id for step in self.steps}
 
     def up_to(self, stage: str) -> tuple[Step, ...]:
-        """The steps that a stage rests on, and its own. Raises KeyError."""
+        """The steps that a stage depends on, and its own. Raises KeyError."""
         wanted = {self.step(stage).id}
         for step in reversed(self.steps):
             if step.id in wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qcft.plan.plan import Live, Plan
+from qcft.plan.plan import PhaseModel, Plan
 from qcft.plan.suite_steps import ability_steps
 from qcft.prepare.digests import Digests
 from qcft.prepare.settings import ModelSettings, limits_of
@@ -29,16 +29,16 @@ def make_plan(recipe: Recipe, digests: Digests) -> Plan:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a phase starts from: weights, the adapter it goes on with, the adapters frozen under the one it trains."""
+    """What a phase starts from: weights, the adapter it continues, the adapters frozen under the one it trains."""
 
     weights: str | None
-    goes_on: str | None
+    continued: str | None
     under: tuple[str, ...]
 
     @property
     def stack(self) -> tuple[str, ...]:
-        """The adapters of the model as the phase finds it."""
-        return (*self.under, self.goes_on) if self.goes_on else self.under
+        """The adapters of the model that the phase starts from."""
+        return (*self.under, self.continued) if self.continued else self.under
 
 
 class Planner:
@@ -56,8 +56,8 @@ class Planner:
         )
         self.quantize = model.quantize
         self.chain: str | None = None  # the merge step that holds every earlier delta, as far as merged
-        self.unmerged: list[Live] = []
-        self.live: dict[str, Live] = {}
+        self.unmerged: list[PhaseModel] = []
+        self.live: dict[str, PhaseModel] = {}
 
     def plan(self) -> Plan:
         """All steps of the recipe."""
@@ -66,7 +66,7 @@ class Planner:
         bare = self.probe(BASE, f"base, {self.precision()}", None, None)
         for number, phase in enumerate(self.recipe.phases):
             weights: str | None = None
-            goes_on: str | None = None
+            continued: str | None = None
             under: tuple[str, ...] = ()
             phases: tuple[str, ...] = ()
             if number and phase.start == "merged":
@@ -75,22 +75,22 @@ class Planner:
                 below = self.unmerged.pop()  # this phase's model holds what that one held
                 weights, bare, phases, under = below.weights, below.bare, below.phases, below.stack
                 if phase.start == "continue":
-                    goes_on, under = below.adapter, below.under
+                    continued, under = below.adapter, below.under
             else:
                 bare = self.step_of(PROBES + BASE)
-            start = _Start(weights, goes_on, under)
+            start = _Start(weights, continued, under)
             replay = self.replay(phase, start) if phase.replay and phase.replay.ratio > 0 else None
             layers = self.layers(phase, weights)
             trained = self.adapter(phase) if phase.adapter else self.train(phase, start, replay, layers)
             measured = self.probe(phase.name, phase.name, weights, trained.id, under=under)
-            live = Live(phase, (*phases, phase.name), weights, trained.id, under, measured, bare)
+            live = PhaseModel(phase, (*phases, phase.name), weights, trained.id, under, measured, bare)
             self.unmerged.append(live)
             self.live[phase.name] = live
         self.steps += ability_steps(self.recipe, self.digests, self.steps, self.live)
         return Plan(tuple(self.steps), self.live, self.pools)
 
     def merge_all(self) -> tuple[str | None, Step]:
-        """Merge every earlier delta that is not merged yet onto the chain; its weights and their measurement."""
+        """Merge every delta that is not merged yet onto the chain; returns its weights and their measurement."""
         measured = self.step_of(PROBES + BASE)
         for live in self.unmerged:
             name = live.phase.name
@@ -105,10 +105,10 @@ class Planner:
         return self.chain, measured
 
     def merging(self) -> Merge:
-        """The merge of the recipe's own."""
+        """The merge that the recipe sets."""
         return Merge(self.model, self.recipe.merge.dtype)
 
-    def kept(self, stage: str, live: Live, merged: Step, measured: Step) -> Step:
+    def kept(self, stage: str, live: PhaseModel, merged: Step, measured: Step) -> Step:
         """The comparison of a merge with the live model."""
         title = f"check what merging {' and '.join(live.phases)} kept"
         work = Kept(live.phases, measured.settings["quantize"])
@@ -167,7 +167,7 @@ class Planner:
         return self.pools.setdefault(pool.id, pool)
 
     def layers(self, phase: Phase, weights: str | None) -> Step | None:
-        """What a freeze spec goes by: how much earlier phases changed each module, or its signal-to-noise ratio."""
+        """What a freeze spec depends on: how much earlier phases changed each module, or its signal-to-noise ratio."""
         measure = phase.freeze.measure
         if measure is None:
             return None
@@ -177,7 +177,7 @@ class Planner:
             return self.add(Layers(self.digests.model, measure), stage, title, phase.name, weights)
         names = [p.name for p in self.recipe.phases]
         number = names.index(phase.name)
-        # An adapter that a later phase went on with is part of that phase's.
+        # An adapter that a later phase continued is part of that phase's.
         earlier = [
             name
             for name, later in zip(names[:number], self.recipe.phases[1:], strict=False)
@@ -203,8 +203,8 @@ class Planner:
             phase.train,
             self.digests.balance.get(phase.name),
             recipe.deterministic,
-            # Earlier versions rounded the adapter to bf16 as the phase began.
-            "float32" if start.goes_on and self.quantize != "none" else None,
+            # Earlier versions rounded the adapter to bf16 as the phase started.
+            "float32" if start.continued and self.quantize != "none" else None,
             phase.anchor.resolved() if phase.anchor else None,
             phase.replay.loss if phase.replay and replay else "answer",
             recipe.lora.peft.given(),
@@ -213,12 +213,12 @@ class Planner:
         )
         parents = tuple(step.id for step in (replay, layers) if step)
         title, weights = f"train {phase.name}", start.weights
-        return self.add(work, phase.name, title, phase.name, weights, start.goes_on, parents, start.under)
+        return self.add(work, phase.name, title, phase.name, weights, start.continued, parents, start.under)
 
     def adapter(self, phase: Phase) -> Step:
         """An adapter made elsewhere, imported as a phase."""
         work = Adapter(self.model, self.digests.phases[phase.name], phase.adapter or "")
-        return self.add(work, phase.name, f"take in the adapter of {phase.name}", phase.name)
+        return self.add(work, phase.name, f"import the adapter of {phase.name}", phase.name)
 
     def add(
         self,
@@ -241,7 +241,7 @@ class Planner:
         return next(step for step in self.steps if step.stage == stage)
 
     def numbered(self, word: str, phase: str) -> str:
-        """`merged` the first time, `merged-NAME` after."""
+        """`merged` the first time, `merged-NAME` later."""
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
 
     def precision(self) -> str:

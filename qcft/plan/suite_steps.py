@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from qcft.errors import InputError, nearest
-from qcft.plan.plan import Live
+from qcft.plan.plan import PhaseModel
 from qcft.prepare.digests import Digests
 from qcft.recipe import ALPACA_EVAL, FIDELITY, Evaluate, Recipe
 from qcft.recipe.stages import ABILITIES, BASE, PROBES
@@ -15,8 +15,10 @@ from qcft.steps.step import Step
 from qcft.steps.suite import Suite
 
 
-def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, Live]) -> list[Step]:
-    """A step for each stage and task of `digests.tasks`. Raises InputError for a stage that there is not."""
+def ability_steps(
+    recipe: Recipe, digests: Digests, steps: Sequence[Step], live: Mapping[str, PhaseModel]
+) -> list[Step]:
+    """A step for each stage and task of `digests.tasks`. Raises InputError for an unknown stage."""
     if not digests.tasks:
         return []
     probes = {step.stage.removeprefix(PROBES): step for step in steps if step.kind == "probe"}
@@ -39,8 +41,8 @@ def ability_steps(recipe: Recipe, digests: Digests, steps: Sequence[Step], live:
     ]
 
 
-def _usual(recipe: Recipe, live: Mapping[str, Live]) -> list[str]:
-    """The base, and each phase once: as the next phase starts from it, or as it was trained."""
+def _usual(recipe: Recipe, live: Mapping[str, PhaseModel]) -> list[str]:
+    """The base, and each phase once: merged where the next phase starts from the merge, else as it was trained."""
     stages = [BASE]
     for phase, after in zip(recipe.phases, [*recipe.phases[1:], None], strict=True):
         merged = after is not None and after.start == "merged"

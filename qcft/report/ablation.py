@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, TypedDict, cast
 
 from qcft.report.standing import mean_of
-from qcft.store.ablations import Ablation, Fault, State
+from qcft.store.ablations import AblationIndex, Fault, State
 from qcft.store.metrics import TrainMetrics
 from qcft.store.results import Run
 from qcft.store.table import RunTable
@@ -63,7 +63,7 @@ class Outcome(TypedDict):
     runs: list[RunState]
 
 
-def outcome(ablation: Ablation, found: Mapping[str, Run]) -> Outcome:
+def outcome(ablation: AblationIndex, found: Mapping[str, Run]) -> Outcome:
     """The ablation as plain data: `arms`, each with the mean, least and most over its seeds, and every run's state.
 
     Changes are of the last stage's NLL since the base as it is loaded, which all arms share, in nats per answer token:

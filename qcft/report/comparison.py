@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TypedDict
 
 from qcft.errors import InputError
-from qcft.files import telling_unwritable, write_text
+from qcft.files import reporting_unwritable, write_text
 from qcft.report.document import Answer, Document, Sample, Section, Table
 from qcft.report.page import to_page
 from qcft.safe import plain
@@ -91,7 +91,7 @@ def check_page(to: Path) -> None:
     """Check that a page can be written, by writing beside it. Raises InputError."""
     if to.suffix.lower() not in {".html", ".htm"} or to.is_dir():
         raise InputError(f"--to {str(to)!r} is no .html file", HINT)
-    with telling_unwritable(to, "the page", HINT):
+    with reporting_unwritable(to, "the page", HINT):
         trial = to.with_name(f".{to.name}.trial")
         trial.touch()
         trial.unlink()
@@ -99,7 +99,7 @@ def check_page(to: Path) -> None:
 
 def write_comparison(to: Path, found: Compared) -> None:
     """Write the answers as one self-contained HTML page. Raises InputError."""
-    with telling_unwritable(to, "the page", HINT):
+    with reporting_unwritable(to, "the page", HINT):
         write_text(to, plain(to_page(_document(found))))
 
 

@@ -1,1 +1,1 @@
-"""Walking the plan of a recipe: what is done is reused, what is partial resumed, the rest run."""
+"""Running the plan of a recipe: done steps are reused, partial ones resumed, the others run."""

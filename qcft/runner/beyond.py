@@ -1,4 +1,4 @@
-"""Merges and dials of a finished run: made of what its steps stored, never by training again."""
+"""Merges and dials of a finished run: made from what its steps stored, never by training again."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ MEASURE = {"probe", "kept", "dial"}  # kinds of step that need held-out rows
 
 
 def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: Watch) -> Run:
-    """Merge or dial a phase of a run, reusing what is done of it; the run with what was asked for in it.
+    """Merge or dial a phase of a run, reusing its done steps; returns the run with the result in it.
 
-    A merge whose held-out rows are not there any more is made all the same, and not measured: a warning says so.
+    A merge whose held-out rows are missing is made but not measured, with a warning.
     Raises InputError, before anything is written, for what is missing or was altered.
     """
     set_environment()
@@ -58,14 +58,14 @@ def reach(run: NamedRun, recipe: Recipe, goal: Goal | Dial, runs: Path, watch: W
     with working(runs, run.name) if todo else nullcontext():
         for step in steps:
             if run.stages.get(step.stage) != step.id:
-                add_stage(run, step.stage, step.id)  # once the run names its steps nobody removes them
+                add_stage(run, step.stage, step.id)  # a step that a run names is never removed
         for position, step in enumerate(steps, start=1):
             if bench and step in todo:
                 record = do_step(step, position, len(steps), bench)
             else:
                 store.reuse(step.id, step.inputs(), watch)
                 record = store.opened(step.id).record
-                watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
+                watch.emit(StepBegun(step.id, step.title, position, len(steps), "reused"))
             link_stage(run, step.stage, store.folder(step.id))
             if step.kind == "kept":
                 judge_merge(step, record, recipe.merge, watch)
@@ -87,7 +87,7 @@ def _plan(run: NamedRun, recipe: Recipe, stored: Sequence[Step], goal: Goal | Di
 def _prepare(
     run: NamedRun, stored: Sequence[Step], todo: list[Step], must_measure: bool, watch: Watch
 ) -> tuple[PreparedModel | None, list[Step]]:
-    """What the steps are done with, and those of them that can be done: without held-out rows, those that need none."""
+    """What the steps need to run, and the steps that can run: without held-out rows, those that need none."""
     if any(step.kind in MEASURE for step in todo):
         try:
             return rows_of(run, stored, watch), todo
@@ -96,7 +96,7 @@ def _prepare(
                 raise
             watch.note(f"what the merge kept is not measured: {error.message}", "warning")
     todo = [step for step in todo if step.kind not in MEASURE]
-    return model_of(run, stored, watch) if todo else None, todo  # merges look at the model alone
+    return model_of(run, stored, watch) if todo else None, todo  # merges need the model only
 
 
 def _bench(prepared: PreparedModel, plan: Beyond, store: Store, watch: Watch) -> Bench:

@@ -1,6 +1,6 @@
-"""Other work on the machine, which makes training on its CPUs 10 to 80 times slower.
+"""Detects other work on the machine, which makes training on its CPUs 10 to 80 times slower.
 
-OpenMP's threads wait by spinning, and one that is not scheduled holds up all others at every operation.
+OpenMP's threads wait by spinning, and one that is not scheduled delays all others at every operation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 
 from qcft.events import Event, Progress, Watch
 
-SLOWER = 4  # times what was estimated: more than an estimate is wrong by
+SLOWER = 4  # times the estimate: more than the error of an estimate
 PATIENCE = 60  # seconds
 LOOK = 0.3  # seconds
 BUSY = 0.4  # share of all CPUs that others use while this process waits
@@ -21,7 +21,7 @@ FEWER = "OMP_NUM_THREADS=1 before the command (or as many threads as cores are i
 
 @cache  # once, not for each arm of an ablation
 def warn_if_busy(watch: Watch) -> None:
-    """Warn where more work wants the CPUs than there are."""
+    """Warn where other programs use most of the CPUs."""
     import psutil
     import torch
 
@@ -30,7 +30,7 @@ def warn_if_busy(watch: Watch) -> None:
     load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
     if device() != "cpu" or torch.get_num_threads() == 1 or load <= cores:
         return
-    # The load is a mean over a minute, in which this process loaded its libraries, or a run before it ended.
+    # The load is a mean over a minute, which may include loading this process's libraries, or an earlier run.
     used = psutil.cpu_percent(LOOK) / 100
     if used > BUSY:
         watch.note(
@@ -42,21 +42,21 @@ def warn_if_busy(watch: Watch) -> None:
 
 @contextmanager
 def warning_if_slow(watch: Watch, estimated: float | None) -> Iterator[None]:
-    """Warn, once, where a training takes several times the `estimated` seconds, as its progress shows."""
-    begun, told = time.monotonic(), False
+    """Warn once where a training takes several times the `estimated` seconds, as its progress shows."""
+    begun, warned = time.monotonic(), False
 
-    def hear(event: Event) -> None:
-        nonlocal told
-        if told or not estimated or not isinstance(event, Progress) or not event.label.startswith("training "):
+    def check(event: Event) -> None:
+        nonlocal warned
+        if warned or not estimated or not isinstance(event, Progress) or not event.label.startswith("training "):
             return
         spent, due = time.monotonic() - begun, estimated * event.done / event.total
         if spent > PATIENCE + SLOWER * due:
-            told = True
+            warned = True
             watch.note(
-                f"{event.label} takes {spent / due:.0f} times what was estimated; if other programs keep this machine "
-                f"busy, {FEWER}",
+                f"{event.label} takes {spent / due:.0f} times as long as estimated; if other programs keep this "
+                f"machine busy, {FEWER}",
                 "warning",
             )
 
-    with watch.heard_by(hear):
+    with watch.listening(check):
         yield

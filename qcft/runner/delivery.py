@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from qcft.errors import InputError
-from qcft.files import SEAL, exists, seal, telling_full_disk, telling_unwritable
+from qcft.files import SEAL, exists, reporting_full_disk, reporting_unwritable, seal
 
 ELSEWHERE = "name another folder with --to"
 INSIDE = ".qcft-partial"
@@ -60,7 +60,7 @@ def whole_folder(to: Path) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)  # what a killed process left
             work.mkdir()
             held.callback(shutil.rmtree, work, ignore_errors=True)
-        with telling_full_disk(work, f"free some space, or {ELSEWHERE}"):
+        with reporting_full_disk(work, f"free some space, or {ELSEWHERE}"):
             yield work
             if work.parent == place:
                 seal(work)
@@ -74,7 +74,7 @@ def whole_folder(to: Path) -> Iterator[Path]:
 
 
 def _telling(to: Path) -> AbstractContextManager[None]:
-    return telling_unwritable(to, "the folder", ELSEWHERE)
+    return reporting_unwritable(to, "the folder", ELSEWHERE)
 
 
 def _move_into(work: Path, place: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a dial measures, and how much of a delta a merge takes: from flags, checked."""
+"""What a dial measures, and how much of a delta a merge uses: from flags, checked."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def scales_of(text: str) -> tuple[float, ...]:
 
 
 def check_scale(flag: str, scale: float) -> None:
-    """Refuse what no delta can be multiplied by in 16 bits. Raises InputError."""
-    if not abs(scale) <= LARGEST_SCALE:  # nor is it a number
+    """Refuse a number that a delta cannot be multiplied by in 16 bits. Raises InputError."""
+    if not abs(scale) <= LARGEST_SCALE:  # true for NaN too
         raise InputError(
-            f"{flag}: {scale:g} is no scale of a delta", f"give numbers from {-LARGEST_SCALE} to {LARGEST_SCALE}"
+            f"{flag}: {scale:g} is not a scale for a delta", f"give numbers from {-LARGEST_SCALE} to {LARGEST_SCALE}"
         )
 
 
@@ -63,8 +63,8 @@ def dial_for(
     merge_at: float | None = None,
     by: Sequence[str] = (),
 ) -> Dial:
-    """The dial of a phase (None: the last), `merge_at` a scale that may be merged; `by` as `--by` takes it, `auto` left
-    out. Raises InputError."""
+    """The dial of a phase (None: the last), `merge_at` a scale that may be merged; `by` as `--by` takes it, without
+    `auto`. Raises InputError."""
     if merge_at is not None:
         check_scale("--merge-at", merge_at)
     if method is not None and method not in METHODS:
@@ -72,13 +72,11 @@ def dial_for(
             f"--method {method!r} is not known", nearest(method, list(METHODS)) + f"PEFT has {', '.join(METHODS)}"
         )
     if not 0 < density <= 1:
-        raise InputError(
-            f"--density {density:g} is outside (0, 1]", "it is the share of a delta's numbers that is kept"
-        )
+        raise InputError(f"--density {density:g} is outside (0, 1]", "it is the share of the delta's values to keep")
     if method is not None and by:
         raise InputError(
-            f"--by does not go with --method {method}: PEFT's methods combine whole adapters, at one scale",
-            "leave one of them out",
+            f"--by cannot be combined with --method {method}: PEFT's methods combine whole adapters, at one scale",
+            "omit one of them",
         )
     found = tuple(dict.fromkeys(parse_by_layer(text) for text in by if text.strip() != AUTO))
     points = scales_of(scales)
@@ -106,7 +104,7 @@ def check_scalable(dial: Dial, run: NamedRun, runs: Path) -> None:
 
 
 def measured_before(dial: Dial, run: NamedRun, runs: Path) -> Dial:
-    """The dial of this phase that the run has, whatever its points; where it has none, the one given."""
+    """The dial of this phase that the run has, with any points; where it has none, the one given."""
     step = run.stages.get(dial_stage(dial))
     done = Store(runs).open(step) if step else None
     if done is None:
@@ -117,9 +115,9 @@ def measured_before(dial: Dial, run: NamedRun, runs: Path) -> Dial:
 
 
 def scaled(goal: Goal, scale: float | None, by: str | None) -> Goal:
-    """A merge that takes `scale` times the phase's delta, or of each layer's what `by` says. Raises InputError."""
+    """A merge that adds `scale` times the phase's delta, or each layer's scaled by `by`. Raises InputError."""
     if scale is not None and by is not None:
-        raise InputError("--scale and --by are two ways to say how much of the delta is taken", "give one of them")
+        raise InputError("--scale and --by are two ways to set how much of the delta is used", "give one of them")
     if by is not None:
         return replace(goal, by=parse_by_layer(by))
     if scale is not None:

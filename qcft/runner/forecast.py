@@ -1,4 +1,4 @@
-"""How a phase would be trained, from shapes alone; told in a line before a run begins."""
+"""How a phase would be trained, estimated from shapes; reported in a line before a run starts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 REPLAY = "replay"  # the source of rows that stand for replay
-SMALL = 50_000_000  # parameters of a model whose training is not told beforehand: it fits anywhere
+SMALL = 50_000_000  # parameters; for a smaller model nothing is reported, as it fits anywhere
 
 
 @dataclass(frozen=True)
 class Length:
     """How long a phase trains: optimizer steps, epochs, answer tokens of its own rows and of its `replay` (None where
-    they are known once it is generated), and replay's share, all as far as they are known before it trains."""
+    they are known only after generation), and replay's share, all as far as they are known before it trains."""
 
     steps: int
     epochs: float
@@ -64,8 +64,8 @@ def replay_share(prepared: PlannedRecipe, phase: Phase, store: Store) -> ReplayS
 
 
 def _laid_out(prepared: Prepared, phase: Phase, replay: int | None = None) -> tuple[list[EncodedRow], Batches]:
-    """A phase's rows and their batches, with so many rows of `replay`, or those of its ratio; they are taken to be like
-    the phase's own."""
+    """A phase's rows and their batches, with so many rows of `replay`, or those of its ratio; they are assumed to be
+    like the phase's own."""
     from qcft.training.batches import make_batches
 
     new = [row for encoded in prepared.encoded(phase) for row in encoded.encoded]
@@ -89,10 +89,10 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     below = lowest_adapted(model, modules)
     config: Any = model.config.get_text_config()
     states = sum(len(row.input_ids) for row in rows) * config.hidden_size * 2
-    goes_on = phase.start == "continue" and phase != recipe.phases[0]
-    split = below > 0 and not goes_on and cannot_split(model, phase.train) is None
+    continues = phase.start == "continue" and phase != recipe.phases[0]
+    split = below > 0 and not continues and cannot_split(model, phase.train) is None
     cut = split and worth_storing(phase.train, states, batches.rows > len(rows))
-    second = SecondPass(split and not cut, goes_on) if terms_of(phase) else None
+    second = SecondPass(split and not cut, continues) if terms_of(phase) else None
     by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
     shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where, second)
     under = _numbers_under(prepared, phase)
@@ -117,9 +117,9 @@ def _numbers_under(prepared: Prepared, phase: Phase) -> int:
 
 
 def forecast(prepared: PlannedRecipe, steps: Sequence[Step], store: Store, watch: Watch) -> dict[str, float]:
-    """Tell what the trainings among `steps` need and take, and all `steps` of the disk; the seconds of each training.
+    """Report the memory and time of the trainings among `steps`, and the disk of all; the seconds of each training.
 
-    Those that cannot be estimated, or are over in no time, are left out. Raises InputError where a GPU cannot hold
+    Trainings that cannot be estimated, or are very short, are not included. Raises InputError where a GPU cannot hold
     them at all.
     """
     from qcft.models.load import device, free_bytes
@@ -129,7 +129,7 @@ def forecast(prepared: PlannedRecipe, steps: Sequence[Step], store: Store, watch
     if not trainings or sum(p.numel() for p in prepared.meta_model.parameters()) < SMALL:
         return {}
     where, free, speed = device(), free_bytes(), measure_speed()
-    name = "GPU" if where == "cuda" else "main"
+    name = "GPU memory" if where == "cuda" else "RAM"
     plans: dict[str, Planned] = {}
     seconds: dict[str, float] = {}
     for step in trainings:
@@ -145,14 +145,14 @@ def forecast(prepared: PlannedRecipe, steps: Sequence[Step], store: Store, watch
             )
         if not planned.fits:
             watch.note(
-                f"{phase.name} needs about {memory.total / GIB:.1f} GiB of {name} memory, and {free / GIB:.1f} GiB are "
-                f"free; try --set {phase.name}.train.batch=auto",
+                f"{phase.name} needs about {memory.total / GIB:.1f} GiB of {name}, and {free / GIB:.1f} GiB are free; "
+                f"try --set {phase.name}.train.batch=auto",
                 "warning",
             )
         plans[step.id] = planned
         if planned.unknown:
             watch.note(
-                f"{phase.name}: how much memory activations take, and how long training does, cannot be estimated, as "
+                f"{phase.name}: the memory of activations and the training time cannot be estimated, as "
                 f"{planned.unknown}",
                 "warning",
             )
@@ -164,11 +164,12 @@ def forecast(prepared: PlannedRecipe, steps: Sequence[Step], store: Store, watch
     disk = sum(step.work.written(step, bench, plans.get(step.id)) for step in steps)
     room = disk_free(store.runs)
     watch.note(
-        f"training needs about {most.total / GIB:.1f} GiB of {name} memory ({_parts(most)}; {free / GIB:.1f} GiB free) "
-        f"and {_about(sum(seconds.values()))}; the run writes about {disk / GIB:.1f} GiB ({room / GIB:.1f} GiB free)"
+        f"Training needs about {most.total / GIB:.1f} GiB of {name} ({_parts(most)}; {free / GIB:.1f} GiB free) and "
+        f"about {_about(sum(seconds.values()))}; the run writes about {disk / GIB:.1f} GiB to disk "
+        f"({room / GIB:.1f} GiB free)."
     )
     if disk > room:
-        watch.note(f"the disk that holds {str(store.runs)!r} has less room than the run needs: `qcft gc`", "warning")
+        watch.note(f"the disk that holds {str(store.runs)!r} has less space than the run needs: `qcft gc`", "warning")
     return seconds
 
 
@@ -177,11 +178,11 @@ def _parts(memory: Memory) -> str:
     adapters = memory.adapters + memory.gradients + memory.optimizer
     parts = {"weights": weights, "adapters": adapters, "activations": memory.activations, "logits": memory.logits}
     if memory.kept:
-        parts["kept by malloc"] = memory.kept
+        parts["allocator"] = memory.kept
     return ", ".join(f"{name} {count / GIB:.1f}" for name, count in parts.items())
 
 
 def _about(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} hours"
-    return f"{round(seconds / 60)} minutes" if seconds >= 90 else "a minute"
+    return f"{round(seconds / 60)} minutes" if seconds >= 90 else "1 minute"

@@ -1,4 +1,4 @@
-"""The libraries' settings and chatter, seen to before they are loaded for work."""
+"""The libraries' settings and messages, set before the libraries are loaded."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import sys
 from functools import cache
 
-from qcft.cache import give_home
+from qcft.cache import ensure_home
 
 
 def set_environment() -> None:
     """Settings the libraries read when they are first imported; what the user has set stays."""
-    give_home()
+    ensure_home()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.platform != "win32" and "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
-        # Passes differ in size: blocks that can grow leave no gaps between them that nothing fits into.
+        # Passes differ in size: blocks that can grow avoid fragmentation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
@@ -31,12 +31,12 @@ def quiet() -> None:
 
 
 @cache
-def spare_the_collector() -> None:
-    """Load what steps work with, and take it out of the garbage collector's sight, once.
+def exclude_from_gc() -> None:
+    """Load the libraries that steps need, and exclude their objects from garbage collection, once.
 
-    The libraries' half a million objects live as long as the process, but every collection walks them: 0.4 s each time
-    that a model is let go of, more than a small model's whole step. Where others loaded transformers before qcft, a
-    model of theirs may be alive, which would never be collected: nothing is done then.
+    Their half a million objects live as long as the process, but every collection visits them: 0.4 s each time that a
+    model is freed, more than a small model's whole step. Where transformers was loaded before qcft, another model may
+    be alive, which would never be collected: nothing is done then.
     """
     if _loaded_by_others():
         return

@@ -23,5 +23,5 @@ class PlannedRecipe(Prepared):
         self.plan = make_plan(self.recipe, self.digests())
 
     def bench(self, store: Store, watch: Watch) -> Bench:
-        """Where the plan's steps are done."""
+        """What the plan's steps need to run."""
         return Bench(self.for_steps.model, self.for_steps, self.inputs, self.plan.by_id(), store, watch)

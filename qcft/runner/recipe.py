@@ -17,7 +17,7 @@ from qcft.recipe import Recipe
 from qcft.recipe.stages import ABILITIES
 from qcft.runner.busy import warn_if_busy, warning_if_slow
 from qcft.runner.forecast import forecast
-from qcft.runner.libraries import quiet, set_environment, spare_the_collector
+from qcft.runner.libraries import exclude_from_gc, quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
 from qcft.steps.kept import judge_merge
 from qcft.steps.step import Step
@@ -25,7 +25,7 @@ from qcft.steps.unchanged import discard_changed
 from qcft.store import Store
 from qcft.store.opened import Record
 from qcft.store.results import Run
-from qcft.store.runs import NamedRun, held_run, link_stage, put_back
+from qcft.store.runs import NamedRun, held_run, link_stage, restore
 from qcft.store.steps import writable
 from qcft.training.distributed.ranks import hear, join, tell, world
 from qcft.training.fused import use_triton_where_it_works
@@ -57,7 +57,7 @@ def _check(missing: Sequence[Step], prepared: PlannedRecipe) -> None:
         check_tasks(prepared, tasks)
     if any(step.kind != "suite" for step in missing):
         quiet()
-        check_prepared(prepared)  # warns too, of what is not refused
+        check_prepared(prepared)  # warns too, where nothing is refused
 
 
 def run_recipe(
@@ -68,17 +68,17 @@ def run_recipe(
     check: Check | None = None,
     undo: bool = False,
 ) -> Run:
-    """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones gone on with.
+    """Run a recipe to its end, or `up_to` a stage. Done steps are reused, partial ones resumed.
 
     `check` may refuse the recipe once its data is read. `undo`: where a step fails before anything that this call adds
-    was trained, the run is what it was before.
+    was trained, the run is restored.
 
-    Of several processes that `accelerate launch` began, rank 0 calls this and the others `help_train`.
+    Of several processes that `accelerate launch` started, rank 0 calls this and the others `help_train`.
     Raises InputError before anything is written, QcftError when a step fails, Interrupted when a stop
-    was asked for.
+    was requested.
     """
     set_environment()
-    # A cheap check first: a runs folder that can't be written would waste the reading of the data.
+    # A cheap check first: with a runs folder that cannot be written, reading the data would be wasted.
     writable(runs)
     if world() == 1:
         return run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to, undo)
@@ -105,7 +105,7 @@ def _planned(recipe: Recipe, watch: Watch, check: Check | None) -> PlannedRecipe
 
 
 def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
-    """Train with rank 0 what it says, until it is done. Writes nothing but stored states of frozen layers."""
+    """Train the steps that rank 0 sends, until there are no more. Writes only stored states of frozen layers."""
     set_environment()
     join()
     quiet()
@@ -125,8 +125,7 @@ def run_prepared(
     estimated: dict[str, float] = {}
     finished = sum(record is not None for record in records.values())
     watch.note(
-        f"{recipe.name}: {recipe.model.name}, {counted(len(steps), 'step')}"
-        + f", {finished} done before" * bool(finished)
+        f"{recipe.name}: {recipe.model.name}, {counted(len(steps), 'step')}" + f", {finished} reused" * bool(finished)
     )
     if finished < len(steps):
         quiet()
@@ -146,7 +145,7 @@ def run_prepared(
             raise
         except QcftError:
             if undo and not any(map(store.is_trained, set(plan.stages().values()) - before)):
-                put_back(run)
+                restore(run)
             raise
         if len(store.claimed) > begun:
             discard_changed(prepared.inputs, store, begun, thorough=True)
@@ -162,11 +161,13 @@ def _work(
     store: Store,
     watch: Watch,
 ) -> Run:
-    """Do a run's steps that are not done, and link all; `estimated`: the seconds of trainings by their steps."""
+    """Run the steps that are not done, and link all; `estimated`: the seconds of trainings by their steps."""
     recipe, plan = prepared.pinned_recipe(), prepared.plan
     if run.name != recipe.name:
-        watch.note(f"{recipe.name} has other results already; this is the run {run.name}")
-    # Now that the run names its steps nobody removes them; what was removed since it was looked at is made again.
+        watch.note(
+            f"Run {recipe.name!r} already holds results made with other settings, so this run is saved as {run.name!r}."
+        )
+    # Now the run names its steps, so nobody removes them; a step that was removed before that is run again.
     records = {step: record if store.state(step) == "done" else None for step, record in records.items()}
     bench, failed = prepared.bench(store, watch), dict[str, str]()
     for position, step in enumerate(steps, start=1):
@@ -181,9 +182,9 @@ def _work(
             continue
         if records[step.id]:
             store.reuse(step.id, step.inputs(), watch)
-            watch.tell(StepBegun(step.id, step.title, position, len(steps), "reused"))
+            watch.emit(StepBegun(step.id, step.title, position, len(steps), "reused"))
         records[step.id] = record
-        if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and stays as it is
+        if run.stages[step.stage] == step.id:  # else the run holds more than this plan, and is not changed
             link_stage(run, step.stage, store.folder(step.id))
         if step.kind == "kept":
             judge_merge(step, record, recipe.merge, watch)
@@ -199,28 +200,28 @@ def raise_failed(done: Run) -> None:
         raise QcftError(
             f"{counted(len(done.failed), 'evaluation')} failed: "
             + ", ".join(stage.removeprefix(ABILITIES) for stage in done.failed),
-            "the others are kept; the same command tries these again",
+            "the others are saved; run the same command again to retry these",
         )
 
 
 def do_step(step: Step, position: int, total: int, bench: Bench) -> Record:
-    """Do one step under its lock; another process may have done it meanwhile."""
+    """Run one step under its lock; another process may have finished it meanwhile."""
     store, watch = bench.store, bench.watch
     before = store.state(step.id)
     with store.claim(step.id, step.inputs(), watch) as folder:
         record = store.done(step.id)
         if record is not None:
             return record
-        watch.tell(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
+        watch.emit(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
         if step.kind == "train" and world() > 1:
             tell(step.id)
         begun = time.monotonic()
         _reset_peak()
-        spare_the_collector()
+        exclude_from_gc()
         metrics = bench.do(step, folder)
         kind, peak = _peak()
         record = store.finish(step.id, {**metrics, f"peak_{kind}_bytes": peak}, time.monotonic() - begun)
-    watch.tell(StepEnded(step.id, step.title, record["seconds"], step.work.summary(record["metrics"])))
+    watch.emit(StepEnded(step.id, step.title, record["seconds"], step.work.summary(record["metrics"])))
     return record
 
 

@@ -1,4 +1,4 @@
-"""What a finished run has stored: its steps as they were planned, its model, the rows that it was measured on."""
+"""What a finished run has stored: its planned steps, its model, the rows that it was measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qcft.store.opened import altered, first_altered, read_begun, run_again
 
 
 def stored_steps(run: NamedRun, store: Store) -> list[Step]:
-    """The done steps of a run, but for those whose step.json or done.json was altered."""
+    """The done steps of a run, except those whose step.json or done.json was altered."""
     begun = {stage: (step, read_begun(store.folder(step))) for stage, step in run.stages.items() if store.record(step)}
     return [Step.stored(step, stage, found["inputs"]) for stage, (step, found) in begun.items() if found]
 
@@ -26,7 +26,7 @@ def not_done(run: NamedRun, stage: str) -> InputError:
 
 
 def model_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> PreparedModel:
-    """The run's model. Raises InputError where it is gone, or another than the run's steps were made with."""
+    """The run's model. Raises InputError where it is missing, or is not the one the run's steps were made with."""
     prepared = PreparedModel(run.recipe().model, watch)
     _check_model(run, prepared, steps)
     return prepared
@@ -35,14 +35,14 @@ def model_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> PreparedMode
 def rows_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> Prepared:
     """The run's recipe with its data read, to measure on its held-out rows, which no step stores.
 
-    Raises InputError where they cannot be read, or are others than those that the run was measured on.
+    Raises InputError where they cannot be read, or are not those that the run was measured on.
     """
     try:
         prepared = Prepared(run.recipe(), watch)
     except QcftError as error:
         raise InputError(
             f"the held-out rows of the run {run.name!r} cannot be read: {error.message}",
-            f"put the data back where {str(run.folder / 'recipe.yaml')!r} names it; steps do not store these rows",
+            f"restore the data where {str(run.folder / 'recipe.yaml')!r} names it; steps do not store these rows",
         ) from None
     _check_model(run, prepared, steps)
     _check_held_out(run, prepared, steps)
@@ -50,7 +50,7 @@ def rows_of(run: NamedRun, steps: Sequence[Step], watch: Watch) -> Prepared:
 
 
 def check_parents(todo: Sequence[Step], store: Store, watch: Watch) -> None:
-    """Check that what the steps depend on is done and whole. Raises InputError."""
+    """Check that what the steps depend on is done and intact. Raises InputError."""
     own = {step.id for step in todo}
     for parent in dict.fromkeys(one for s in todo for one in (s.weights, s.adapter, *s.under, *s.parents) if one):
         if parent not in own:
@@ -60,15 +60,15 @@ def check_parents(todo: Sequence[Step], store: Store, watch: Watch) -> None:
 
 
 def check_same_data(run: NamedRun, prepared: Prepared, phases: Sequence[str], store: Store) -> None:
-    """Check that phases of a recipe that goes on from a run still have the rows that the run was trained on, so that
-    no phase is trained again without being asked. Raises InputError."""
+    """Check that phases of a recipe that continues a run still have the rows that the run was trained on, so that no
+    phase is trained again unexpectedly. Raises InputError."""
     before, now, steps = run.recipe(), prepared.recipe, stored_steps(run, store)
-    if (before.heldout, before.probe) != (now.heldout, now.probe):  # other rows are asked for
+    if (before.heldout, before.probe) != (now.heldout, now.probe):  # other rows are requested
         return
     same = [
         phase
         for phase in before.phases
-        if phase.name in phases and any(_reads_alike(phase, other) for other in now.phases)
+        if phase.name in phases and any(_same_rows(phase, other) for other in now.phases)
     ]
     if found := changed_phases(prepared, before.model_copy(update={"phases": same}), steps):
         raise data_changed(run, found)
@@ -82,8 +82,8 @@ def changed_phases(prepared: Prepared, recipe: Recipe, steps: Sequence[Step]) ->
     return [one for one in recipe.phases if one.name in rows and prepared.rows_digest(one) != rows[one.name]]
 
 
-def _reads_alike(one: Phase, other: Phase) -> bool:
-    """Whether two phases name the same rows and read them alike."""
+def _same_rows(one: Phase, other: Phase) -> bool:
+    """Whether two phases name the same rows and read them in the same way."""
     keys = ("name", "data", "adapter", "system", "thinking")
     limits = [(phase.train.max_length, phase.train.long_rows) for phase in (one, other)]
     return limits[0] == limits[1] and all(getattr(one, key) == getattr(other, key) for key in keys)
@@ -95,7 +95,7 @@ def _check_model(run: NamedRun, prepared: PreparedModel, steps: Sequence[Step]) 
         raise InputError(
             f"the model {prepared.asked.name!r} is not the one that the run {run.name!r} was made with: its "
             "files changed",
-            "put it back as it was, or run the recipe anew: qcft run RECIPE --as NAME",
+            "restore it, or run the recipe as a new run: qcft run RECIPE --as NAME",
         )
 
 
@@ -111,5 +111,5 @@ def data_changed(run: NamedRun, phases: Sequence[Phase]) -> InputError:
     what = f"the data of {' and '.join(named)} changed" if named else "its held-out rows changed"
     return InputError(
         f"{what} since the run {run.name!r} was made",
-        "put it back as it was; to train on it as it is now: qcft run RECIPE --as NAME",
+        "restore it; to train on the changed data: qcft run RECIPE --as NAME",
     )

@@ -142,7 +142,7 @@ class Training(Work[TrainMetrics]):
             "none" if self.freeze.kind == "none" else f"{self.freeze} ({frozen})",
             str(terms),
         )
-        watch.tell(mixed)
+        watch.emit(mixed)
         if batches.steps == 1:
             watch.note(
                 f"{phase} is trained for 1 optimizer step only ({counted(batches.rows, 'row')}, train.batch "

@@ -1,4 +1,4 @@
-"""The runs folder: steps that are claimed, gone on with, finished and verified; runs that name them."""
+"""The runs folder: steps that are claimed, resumed, finished and verified; runs that name them."""
 
 from qcft.store.runs import NamedRun, list_runs, open_run, read_run
 from qcft.store.steps import Store

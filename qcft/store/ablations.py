@@ -1,6 +1,6 @@
 """An ablation on disk: `runs/NAME/ablation.json`, which arm with which seed is which named run.
 
-The file says what belongs together and what went wrong; whether a run is done is told by its steps alone.
+The file says which runs belong together and what went wrong; only the steps of a run say whether it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from filelock import FileLock
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json, telling_unwritable, write_json
+from qcft.files import read_json, reporting_unwritable, write_json
 from qcft.recipe import ArmRun, Recipe
 from qcft.store.runs import read_run
 from qcft.store.steps import Store, check_layout, now
@@ -47,14 +47,14 @@ class Entry(TypedDict):
 
 
 class Process(TypedDict):
-    """What works on a run."""
+    """The process that works on a run."""
 
     pid: int
     host: str
 
 
 class Index(TypedDict):
-    """What ablation.json holds: the plain recipe, its arms, and by run what works on it now."""
+    """What ablation.json holds: the plain recipe, its arms, and by run the process that works on it now."""
 
     version: int
     name: str
@@ -66,7 +66,7 @@ class Index(TypedDict):
 
 @dataclass(frozen=True)
 class ArmState:
-    """One arm with one seed as it stands: its run, how many of the run's steps are done, what went wrong."""
+    """The state of one arm with one seed: its run, how many of the run's steps are done, what went wrong."""
 
     arm: str
     seed: int
@@ -79,8 +79,8 @@ class ArmState:
     error: Fault | None
 
 
-class Ablation:
-    """The index of one ablation, and what is noted in it while it runs."""
+class AblationIndex:
+    """The index of one ablation on disk; its changes are written while the ablation runs."""
 
     def __init__(self, runs: Path, name: str) -> None:
         self.runs = runs
@@ -94,7 +94,7 @@ class Ablation:
         if document is None and (self.folder / INDEX).exists():
             raise InputError(
                 f"the ablation {self.name!r} has no readable {INDEX}",
-                "give its recipe again with `qcft ablate`; steps that are done are reused",
+                "run its recipe again with `qcft ablate`; finished steps are reused",
             )
         if document is None:
             known = list_ablations(self.runs)
@@ -106,48 +106,50 @@ class Ablation:
         return document
 
     def states(self) -> list[ArmState]:
-        """Every arm and seed that was begun or is to do, in order."""
+        """Every arm and seed, started or to do, in order."""
         document = self.document
         working = document.get("working", {})
         return [_state(self.runs, entry, working.get(entry["run"])) for entry in document["runs"]]
 
     def begin(self, run: str) -> None:
-        """Note that this process works on a run."""
+        """Record that this process works on a run."""
         with self._changing() as document:
             document["working"][run] = {"pid": os.getpid(), "host": socket.gethostname()}
             document["runs"] = [_with_error(e, run, None) for e in document["runs"]]
 
     def end(self, run: str, error: Fault | None = None) -> None:
-        """Note that the work on a run ended, and what went wrong."""
+        """Record that the work on a run ended, and what went wrong."""
         with self._changing() as document:
             document["working"].pop(run, None)
             document["runs"] = [_with_error(e, run, error) for e in document["runs"]]
 
     def abandoned(self) -> list[str]:
-        """The runs that a process which is no more was working on."""
+        """The runs whose process has ended without finishing them."""
         return [run for run, process in self.document["working"].items() if not _alive(process)]
 
     @contextmanager
     def _changing(self, new: Index | None = None) -> Iterator[Index]:
-        """The index, written when its change is made; several processes may work on arms of one ablation."""
+        """The index, written back when the context ends; several processes may work on arms of one ablation."""
         with FileLock(self.folder / f".{INDEX}.lock"):
             document = self.document if new is None else _read(self.folder) or new
             yield document
             write_json(self.folder / INDEX, document)
 
 
-def open_ablation(runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapping[tuple[str, int], str]) -> Ablation:
-    """The ablation of a recipe, gone on with where its name's index is of the same plain recipe, else NAME-2 ...
+def open_ablation(
+    runs: Path, plain: Recipe, arms: Sequence[ArmRun], names: Mapping[tuple[str, int], str]
+) -> AblationIndex:
+    """The ablation of a recipe: continued where its name's index has the same plain recipe, else a new one, NAME-2 ...
 
-    `names` gives each arm's and seed's run. Those of the index that are not among `arms` stay in it.
+    `names` gives each arm's and seed's run. Entries of the index that are not among `arms` stay in it.
     """
     recipe = plain.model_dump(mode="json")
     number, name = 1, plain.name
-    while (runs / name / "run.json").exists() or not _goes_on(_read(runs / name), recipe):
+    while (runs / name / "run.json").exists() or not _continues(_read(runs / name), recipe):
         number += 1
         name = f"{plain.name}-{number}"
-    ablation = Ablation(runs, name)
-    with telling_unwritable(runs):
+    ablation = AblationIndex(runs, name)
+    with reporting_unwritable(runs):
         ablation.folder.mkdir(parents=True, exist_ok=True)
     empty: Index = {"version": 1, "name": name, "created": now(), "recipe": recipe, "runs": [], "working": {}}
     with ablation._changing(empty) as document:
@@ -171,13 +173,13 @@ def list_ablations(runs: Path) -> list[str]:
     return sorted(path.parent.name for path in runs.glob(f"*/{INDEX}"))
 
 
-def readable_ablations(runs: Path) -> tuple[list[Ablation], dict[str, str]]:
+def readable_ablations(runs: Path) -> tuple[list[AblationIndex], dict[str, str]]:
     """The ablations that can be read, and by name what is wrong with the others."""
     found, problems = [], {}
     for name in list_ablations(runs):
         try:
-            _ = Ablation(runs, name).document
-            found.append(Ablation(runs, name))
+            _ = AblationIndex(runs, name).document
+            found.append(AblationIndex(runs, name))
         except InputError as error:
             problems[name] = error.message
     return found, problems
@@ -234,7 +236,7 @@ def _state(runs: Path, entry: Entry, process: Process | None) -> ArmState:
 
 
 def _alive(process: Process) -> bool:
-    """Whether a process lives; one of another host is taken to."""
+    """Whether a process is running; one on another host is assumed to be."""
     if process["host"] != socket.gethostname():
         return True
     try:
@@ -246,7 +248,7 @@ def _alive(process: Process) -> bool:
     return True
 
 
-def _goes_on(document: Index | None, recipe: dict[str, Any]) -> bool:
+def _continues(document: Index | None, recipe: dict[str, Any]) -> bool:
     """Whether there is no index yet, or one of the same recipe, whatever its arms and seeds."""
     if document is None:
         return True

@@ -1,7 +1,7 @@
-"""Runs that are worked on: which processes hold them, so that no run is removed between two of its steps.
+"""Runs in use: which processes hold them, so that no run is removed between two of its steps.
 
 A process that works on a run holds the lock of a file of its own in the run's folder; several may work on one run. The
-system lets go of the lock of a process that is no more.
+system releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcft.errors import InputError
-from qcft.files import telling_unwritable
+from qcft.files import reporting_unwritable
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 HELD = re.compile(r"\.working-(?P<pid>[0-9]+)-[0-9a-f]+@(?P<host>.+)")
-PATIENCE = 10.0  # seconds; another process may look at the new lock for an instant
+PATIENCE = 10.0  # seconds; another process may test the new lock for a moment
 
 
 def runs_lock(runs: Path) -> FileLock:
@@ -36,7 +36,7 @@ def runs_lock(runs: Path) -> FileLock:
 def working(runs: Path, *names: str) -> Iterator[None]:
     """Hold runs while they are worked on. Raises InputError for one that was removed meanwhile."""
     with ExitStack() as held:
-        with telling_unwritable(runs), runs_lock(runs):
+        with reporting_unwritable(runs), runs_lock(runs):
             for name in names:
                 if not (runs / name / "run.json").is_file():
                     raise InputError(f"the run {name!r} was removed meanwhile", "its steps are kept: run it again")
@@ -45,7 +45,7 @@ def working(runs: Path, *names: str) -> Iterator[None]:
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Hold the run in a folder, under `runs_lock`; what lets go of it again."""
+    """Hold the run in a folder, under `runs_lock`; returns the function that releases it."""
     from filelock import FileLock
 
     holders(folder, clean=True)
@@ -53,17 +53,17 @@ def hold(folder: Path) -> Callable[[], None]:
     lock = FileLock(place)
     lock.acquire(timeout=PATIENCE)
 
-    def let_go() -> None:
+    def release() -> None:
         with suppress(OSError):
             place.unlink(missing_ok=True)
         lock.release()
 
-    return let_go
+    return release
 
 
 def holders(folder: Path, clean: bool = False) -> list[str]:
     """The processes that work on the run in a folder: `process 12 on HOST`. `clean`, under `runs_lock` only: remove the
-    files of those that are no more."""
+    files of processes that have ended."""
     from filelock import FileLock, Timeout
 
     found = []
@@ -75,8 +75,8 @@ def holders(folder: Path, clean: bool = False) -> list[str]:
             with FileLock(path, timeout=0):
                 if clean:
                     path.unlink(missing_ok=True)
-        except (Timeout, PermissionError):  # another user's lock cannot be tried
+        except (Timeout, PermissionError):  # another user's lock cannot be tested
             found.append(f"process {match['pid']} on {match['host']}")
-        except OSError:  # a disk that cannot be written, where nobody works
+        except OSError:  # a read-only disk, where nobody works
             continue
     return found

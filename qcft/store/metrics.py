@@ -45,7 +45,7 @@ class GroupScore(TypedDict):
 
 
 class AnswerLengths(TypedDict):
-    """The greedy answers to the English prompts: how many, mean tokens, the share that came to an end."""
+    """The greedy answers to the English prompts: how many, mean tokens, the share that ended by themselves."""
 
     rows: int
     mean_tokens: float
@@ -138,7 +138,7 @@ class EnglishNll(TypedDict):
 
 
 class LiveProbe(TypedDict):
-    """What the live probe of a training came to; `share_of_time` of the training's."""
+    """The results of a training's live probe; `share_of_time` of the training's."""
 
     rows: int
     tokens: int
@@ -259,7 +259,7 @@ class TaskMetrics(TypedDict):
 
 
 class AnsweredIn(TypedDict):
-    """Answers to prompts in one language: the share in it (`right`) of those long enough to tell (`told`)."""
+    """Answers to prompts in one language: the share in it (`right`) of those long enough to identify (`told`)."""
 
     rows: int
     told: int
@@ -289,7 +289,7 @@ SuiteMetrics = TaskMetrics | FidelityMetrics | AlpacaMetrics
 Pair = Literal["from-to", "base-from", "base-to"]
 
 
-class Difference(TypedDict):
+class ParameterDifference(TypedDict):
     """Model parameter difference of two models; `scaled` is relative to the largest of the `pairs`."""
 
     mpd: float | None
@@ -338,7 +338,7 @@ DriftFile = TypedDict(
         "to": str,
         "cka": NotRequired[Literal["debiased"]],
         "text": dict[str, TextSize],
-        "parameters": Difference,
+        "parameters": ParameterDifference,
         "layers": list[LayerDrift],
     },
 )

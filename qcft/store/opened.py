@@ -1,4 +1,4 @@
-"""Done steps, opened: what is read of one is as it was written, or an error names the file and what rebuilds it."""
+"""Done steps, opened: a file is read unchanged, or an error names the file and the command that rebuilds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from qcft.files import known_digest, read_json, read_sealed
 BEGUN, DONE, LOG = "step.json", "done.json", "log.jsonl"
 SLOW = 10**9  # bytes whose digests take seconds
 ID = re.compile(r"[a-z]+-[0-9a-f]{10}")
-AGAIN = {"drift": "qcft drift {}", "dial": "qcft dial {}", "suite": "qcft eval {}"}  # for what a recipe's plan may lack
+# The commands that rebuild steps which a recipe's plan may lack.
+REBUILT_BY = {"drift": "qcft drift {}", "dial": "qcft dial {}", "suite": "qcft eval {}"}
 
 
 class Record(TypedDict):
@@ -33,7 +34,7 @@ class Record(TypedDict):
 
 
 class StepInputs(TypedDict):
-    """What a step is made of, which is all that changes its result; `settings` are those of its kind."""
+    """The inputs of a step, which are all that changes its result; `settings` are those of its kind."""
 
     kind: str
     format: int
@@ -45,7 +46,7 @@ class StepInputs(TypedDict):
 
 
 class Begun(TypedDict):
-    """What step.json holds: what the step is made of, and with what."""
+    """What step.json holds: the step's inputs, and the versions and hardware it runs on."""
 
     layout: int
     step: str
@@ -57,7 +58,7 @@ class Begun(TypedDict):
 
 @dataclass(frozen=True)
 class DoneStep:
-    """A done step. Its methods check what they give against the step's digests, each file once in a process.
+    """A done step. Its methods check the files they return against the step's digests, each file once in a process.
 
     All raise InputError for a file that is missing or was altered.
     """
@@ -81,7 +82,7 @@ class DoneStep:
 
     @property
     def inputs(self) -> StepInputs:
-        """What it was made of."""
+        """What it was made from."""
         return self.begun["inputs"]
 
     def has(self, name: str) -> bool:
@@ -104,9 +105,9 @@ class DoneStep:
         return self.folder / name
 
     def log(self) -> Path | None:
-        """Its log; None where it has none, or not as it was as the step ended (of earlier versions that is not known).
+        """Its log; None where it has none, or it changed after the step ended (not known for earlier versions).
 
-        It is not part of the result: a damaged one is no reason to rebuild the step.
+        It is not part of the result: a damaged log does not make the step be rebuilt.
         """
         path = self.folder / LOG
         if not path.is_file() or self.record.get("log", known := _digest(path)) != known:
@@ -121,7 +122,7 @@ class DoneStep:
 
 
 def first_altered(folder: Path, files: Mapping[str, str], watch: Watch | None) -> str | None:
-    """The first of a step's files, given with their digests, that is not as it was written."""
+    """The first of a step's files, given with their digests, that is missing or changed."""
     sizes = {name: path.stat().st_size for name in files if (path := folder / name).is_file()}
     read, total = 0, sum(sizes.values())
     for name, digest in files.items():
@@ -134,7 +135,7 @@ def first_altered(folder: Path, files: Mapping[str, str], watch: Watch | None) -
 
 
 def _digest(path: Path) -> str | None:
-    """A file's digest; None where the disk gives no more of it."""
+    """A file's digest; None where the file cannot be read."""
     try:
         return known_digest(path)
     except OSError:
@@ -142,14 +143,14 @@ def _digest(path: Path) -> str | None:
 
 
 def altered(folder: Path, name: str) -> InputError:
-    """The error for a step's file that is not as it was written, with the command that rebuilds the step."""
+    """The error for a step's file that is missing or changed, with the command that rebuilds the step."""
     return InputError(f"{folder.name}: {name} is missing or altered", _remedy(folder))
 
 
 def read_begun(folder: Path) -> Begun | None:
-    """A step's step.json; None where it is gone or not as it was written.
+    """A step's step.json; None where it is missing or changed.
 
-    Earlier versions did not seal it: there its inputs are held against the step's id, which is their digest.
+    Earlier versions did not seal it: there its inputs are compared with the step's id, which is their digest.
     """
     begun = read_sealed(folder / BEGUN)
     inputs = begun.get("inputs") if begun else None
@@ -160,7 +161,7 @@ def read_begun(folder: Path) -> Begun | None:
 
 
 def step_id(inputs: StepInputs) -> str:
-    """The id of the step that is made of these inputs."""
+    """The id of the step with these inputs."""
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
     return f"{inputs['kind']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -175,7 +176,7 @@ def _flag(runs: Path) -> str:
 
 
 def _remedy(folder: Path) -> str:
-    """What rebuilds a step: the command of a run that names it."""
+    """How to rebuild a step: the command of a run that names it."""
     runs = folder.parent.parent
     for path in sorted(runs.glob("*/run.json")):
         document = read_json(path)
@@ -184,8 +185,8 @@ def _remedy(folder: Path) -> str:
         if stage is None:
             continue
         kind, run = folder.name.split("-")[0], path.parent.name
-        own = AGAIN.get(kind)
+        own = REBUILT_BY.get(kind)
         command = f"{own.format(run)}{_flag(runs)}" if own else run_again(path.parent)
         more = f" (or `qcft merge {run}`, if that made it)" if "merged" in stage else ""
-        return f"rebuild it: `{command}`{more}; what is whole is reused"
-    return "rebuild it: give the recipe of the run that made it again; what is whole is reused"
+        return f"rebuild it: `{command}`{more}; intact steps are reused"
+    return "rebuild it: run again the recipe of the run that made it; intact steps are reused"

@@ -1,4 +1,4 @@
-"""What a run comes to: its stages, and the table of stages and languages."""
+"""The results of a run: its stages, and the table of stages and languages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stage:
 
     @property
     def training(self) -> TrainMetrics | None:
-        """What a training came to; None for other kinds of step."""
+        """The metrics of a training; None for other kinds of step."""
         return cast("TrainMetrics", self.metrics) if self.step.startswith("train-") else None
 
 
@@ -45,9 +45,9 @@ class Run:
     folder: Path
     stages: Mapping[str, Stage]
     table: RunTable
-    goal: str | None = None  # the stage of a merge that was asked for beyond the recipe's
+    goal: str | None = None  # the stage of a merge that was requested beyond the recipe's
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def trainings(self) -> list[TrainMetrics]:
-        """What its trainings came to."""
+        """The metrics of its trainings."""
         return [found for stage in self.stages.values() if (found := stage.training)]

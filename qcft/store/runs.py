@@ -1,4 +1,4 @@
-"""Named runs: the folder a person opens, with the recipe, what became of it, and links to the steps."""
+"""Named runs: the folder a person opens, with the recipe, its results, and links to the steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from qcft.errors import InputError, nearest
-from qcft.files import read_json, telling_full_disk, telling_unwritable, write_json, write_text
+from qcft.files import read_json, reporting_full_disk, reporting_unwritable, write_json, write_text
 from qcft.recipe import Recipe, recipe_from
 from qcft.recipe.stages import is_measurement
 from qcft.store.holding import hold, runs_lock
@@ -21,7 +21,7 @@ from qcft.store.steps import FREE, check_layout, now
 
 RUN, RECIPE = "run.json", "recipe.yaml"
 LAYOUT = 1  # of run.json; raised when an older qcft could misread it
-REPAIR = "give its recipe again with `qcft run RECIPE --as NAME`; steps that are done are reused"
+REPAIR = "run its recipe again with `qcft run RECIPE --as NAME`; finished steps are reused"
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class NamedRun:
     folder: Path
     stages: dict[str, str]
     problem: str | None = None
-    before: Mapping[str, str] = field(default_factory=dict)  # its files as they were when it was opened
+    before: Mapping[str, str] = field(default_factory=dict)  # the content of its files when it was opened
 
     def recipe(self) -> Recipe:
-        """The resolved recipe. Raises InputError when its file is gone, or this qcft cannot read it."""
+        """The resolved recipe. Raises InputError when its file is missing, or this qcft cannot read it."""
         path = self.folder / "recipe.yaml"
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ class NamedRun:
 def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     """The run for these stages: the recipe's name, or NAME-2, NAME-3... where that name has other results.
 
-    A run is gone on with when the stages it shares with the plan are the same steps. The folder is written
+    A run is continued when the stages it shares with the plan are the same steps. The folder is written
     when this returns.
     """
     with held_run(runs, recipe, stages) as run:
@@ -61,16 +61,16 @@ def open_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
 
 @contextmanager
 def held_run(runs: Path, recipe: Recipe, stages: dict[str, str]) -> Iterator[NamedRun]:
-    """`open_run`, and nobody removes the run until the work in this context ends."""
-    with telling_full_disk(runs, FREE), telling_unwritable(runs):
+    """`open_run`; nobody can remove the run until the work in this context ends."""
+    with reporting_full_disk(runs, FREE), reporting_unwritable(runs):
         runs.mkdir(parents=True, exist_ok=True)
         with runs_lock(runs):
             run = _open(runs, recipe, stages)
-            let_go = hold(run.folder)
+            release = hold(run.folder)
     try:
         yield run
     finally:
-        let_go()
+        release()
 
 
 def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
@@ -100,8 +100,8 @@ def _open(runs: Path, recipe: Recipe, stages: dict[str, str]) -> NamedRun:
     return NamedRun(name, folder, stages, before=before)
 
 
-def put_back(run: NamedRun) -> None:
-    """Have a run be what it was when it was opened, so that its name is free for other settings. Steps stay."""
+def restore(run: NamedRun) -> None:
+    """Restore a run to its state when it was opened, so that its name is free for other settings. Steps stay."""
     with runs_lock(run.folder.parent):
         for name in (RECIPE, RUN):
             if name in run.before:
@@ -118,14 +118,14 @@ def put_back(run: NamedRun) -> None:
 
 
 def add_stage(run: NamedRun, stage: str, step: str) -> None:
-    """Write down a stage that was made of what the run holds, beyond its plan."""
+    """Record a stage that was made from the run's steps, beyond its plan."""
     with runs_lock(run.folder.parent):
         document = read_json(run.folder / RUN) or {}
         write_json(run.folder / RUN, {**document, "stages": {**document.get("stages", {}), stage: step}})
 
 
 def _is_taken(folder: Path) -> bool:
-    """Whether something lies where a run would; an empty folder may be what a kill left of one."""
+    """Whether something exists where a run would be; an empty folder may be left over from a killed process."""
     return folder.exists() and not (folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir()))
 
 
@@ -156,7 +156,7 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
         if found[0].problem:
             raise InputError(f"the latest run: {found[0].problem}", "name another run, or remove its folder")
         return found[0]
-    stages = read_stages(runs / name) if Path(name).name == name else None  # a path may lead out of the runs folder
+    stages = read_stages(runs / name) if Path(name).name == name else None  # a path may point outside the runs folder
     if stages is None:
         known = [run.name for run in list_runs(runs)]
         raise InputError(
@@ -195,7 +195,7 @@ def read_stages(folder: Path) -> dict[str, str] | None:
 
 
 def is_step(value: Any) -> bool:
-    """Whether a value can be a step's name, and not a path that leads out of the runs folder."""
+    """Whether a value can be a step's name, and not a path that points outside the runs folder."""
     return isinstance(value, str) and re.fullmatch(r"[a-z]+-\w+", value) is not None
 
 

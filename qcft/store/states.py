@@ -1,4 +1,4 @@
-"""Hidden states of tokenised rows, in one growing file that is mapped into memory: each row whole or absent.
+"""Hidden states of tokenised rows, in one growing file that is mapped into memory: each row complete or absent.
 
 states.bin    the rows one after the other, each (tokens, width)
 index.jsonl   a line per row, written after its states: key, first token, tokens, checksum
@@ -41,11 +41,11 @@ class RowStates:
         return self.width * self.itemsize
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that are not there, or not as they were written. Reads every row once."""
+        """Those of `keys` whose rows are missing or damaged. Reads every row once."""
         return [key for key in dict.fromkeys(keys) if key not in self._index or not self._is_whole(key)]
 
     def has(self, key: str) -> bool:
-        """Whether a row is listed; its bytes are not looked at."""
+        """Whether a row is listed; its bytes are not checked."""
         return key in self._index
 
     def add(self, rows: Sequence[tuple[str, np.ndarray]]) -> None:

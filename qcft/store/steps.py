@@ -3,7 +3,7 @@
 step.json     inputs, versions, hardware, and a digest of itself: written first
 done.json     metrics, seconds, file digests, and a digest of itself: written last, by rename
 
-Who reads a file of a done step does so by `Store.open`.
+Files of done steps are read through `Store.open`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from qcft.files import (
     known_digest,
     read_json,
     read_sealed,
-    telling_full_disk,
-    telling_unwritable,
+    reporting_full_disk,
+    reporting_unwritable,
     write_json,
     write_sealed,
 )
 from qcft.store.opened import BEGUN, DONE, LOG, Begun, DoneStep, Record, altered, first_altered, read_begun
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-FREE = "free some space (`qcft gc` lists what no run uses), then give the same command: it goes on where it stopped"
+FREE = (
+    "free some space (`qcft gc` lists what no run uses), then run the same command again: it resumes where it stopped"
+)
 LAYOUT = 2  # of step folders; raised when an older qcft could misread them
 UNSEALED = {BEGUN, DONE, LOG}  # not part of a step's result
-SCRATCH = {"checkpoints", "tensorboard"}  # folders that are not part of it either
+SCRATCH = {"checkpoints", "tensorboard"}  # folders that are not part of the result
 
 
 class Store:
@@ -50,7 +52,7 @@ class Store:
         self.claimed: list[str] = []  # by this process, in their order
 
     def folder(self, step: str) -> Path:
-        """Where a step's files lie."""
+        """The folder of a step's files."""
         return self.steps / step
 
     def state(self, step: str) -> str:
@@ -78,12 +80,12 @@ class Store:
             return True
 
     def holder(self, step: str) -> str:
-        """The process that works on a step, as it wrote down itself."""
+        """The process that works on a step, as it recorded itself."""
         who = read_json(self.steps / f".{step}.holder") or {}
         return f"process {who.get('pid', '?')} on {who.get('host', '?')}"
 
     def record(self, step: str) -> Record | None:
-        """The step's done.json, or None where it is not there or was altered; the files it lists are not looked at.
+        """The step's done.json, or None where it is missing or was altered; the files it lists are not checked.
 
         Raises InputError when a newer qcft wrote it.
         """
@@ -105,50 +107,50 @@ class Store:
         return None if record is None else DoneStep(step, self.folder(step), record)
 
     def opened(self, step: str) -> DoneStep:
-        """`open` of a step that another rests on. Raises InputError where it is not done."""
+        """`open` of a step that another depends on. Raises InputError where it is not done."""
         found = self.open(step)
         if found is None:
             raise altered(self.folder(step), DONE)
         return found
 
     def done(self, step: str, watch: Watch | None = None) -> Record | None:
-        """The step's done.json if the step is done and its files are whole, else None.
+        """The step's done.json if the step is done and its files are intact, else None.
 
-        A file that is missing or was altered is named in a warning, and the step is made anew.
+        A file that is missing or was altered is named in a warning, and the step is rebuilt.
         """
         record = self.record(step)
         what = DONE if record is None else first_altered(self.folder(step), record["files"], watch)
         if what is None or self.state(step) != "done":
             return record
         if watch is not None:
-            watch.note(f"{step}: {what} is missing or altered; the step is made anew", "warning")
+            watch.note(f"{step}: {what} is missing or altered; the step is rebuilt", "warning")
         return None
 
     def reuse(self, step: str, inputs: Mapping[str, object], watch: Watch) -> None:
-        """Write a done step's step.json again where it is not as it was written; the rest of the step stays."""
+        """Write a done step's step.json again where it is missing or changed; the rest of the step stays."""
         if read_begun(self.folder(step)) is None:
             document = {"layout": LAYOUT, "step": step, "inputs": inputs, "begun": None, "versions": {}, "hardware": {}}
             write_sealed(self.folder(step) / BEGUN, document)
             watch.note(
-                f"{step}: step.json is missing or altered; it is written again, without the versions the step was made "
-                "with",
+                f"{step}: step.json is missing or altered; it is written again, without the versions that made the "
+                "step",
                 "warning",
             )
 
     @contextmanager
     def claim(self, step: str, inputs: Mapping[str, object], watch: Watch) -> Iterator[Path]:
-        """The step's folder, held by this process alone; what a killed process left there stays.
+        """The step's folder, held by this process alone; files that a killed process left there stay.
 
-        Waits when another process works on the step. Raises InputError when the folder can't be written, QcftError
+        Waits while another process works on the step. Raises InputError when the folder can't be written, QcftError
         when the disk is full, then or while the step is worked on.
         """
         folder = self.folder(step)
-        with telling_unwritable(self.runs):
+        with reporting_unwritable(self.runs):
             self.steps.mkdir(parents=True, exist_ok=True)
-        with telling_full_disk(self.runs, FREE), self._lock(step, watch):
+        with reporting_full_disk(self.runs, FREE), self._lock(step, watch):
             self.claimed.append(step)
             if (folder / DONE).exists() and self.done(step) is None:
-                shutil.rmtree(folder)  # not whole, as `done` told
+                shutil.rmtree(folder)  # damaged, as `done` reported
             folder.mkdir(exist_ok=True)
             begun = read_begun(folder)
             if begun is not None:
@@ -171,14 +173,14 @@ class Store:
         }
         took = round(seconds, 2)
         record: Record = {"layout": LAYOUT, "step": step, "metrics": metrics, "seconds": took, "files": files}
-        if (folder / LOG).is_file():  # no part of the result, but shown
+        if (folder / LOG).is_file():  # not part of the result, but shown
             record["log"] = known_digest(folder / LOG)
         write_sealed(folder / DONE, record)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: a kill before would lose the training
         return record
 
     def discard(self, step: str) -> None:
-        """Remove a step that this process made, unless another works on it by now."""
+        """Remove a step that this process made, unless another process works on it now."""
         from filelock import FileLock, Timeout
 
         if step in self._held:
@@ -196,15 +198,15 @@ class Store:
         from filelock import FileLock, Timeout
 
         lock, holder = FileLock(self.lock_file(step)), self.steps / f".{step}.holder"
-        told = False
+        noted = False
         while True:
             try:
                 lock.acquire(timeout=0.5)
                 break
             except Timeout:
-                if not told:
+                if not noted:
                     watch.note(f"waiting for {step}: {self.holder(step)} works on it")
-                    told = True
+                    noted = True
                 watch.check_stop()
         try:
             write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
@@ -217,7 +219,7 @@ class Store:
 
 
 def check_layout(written: Any, known: int, what: str) -> None:
-    """Refuse in words what a newer qcft wrote. Raises InputError."""
+    """Refuse what a newer qcft wrote. Raises InputError."""
     if not isinstance(written, int) or written > known:
         raise InputError(
             f"{what} was written by a newer qcft (layout {written!r}; this one reads up to {known})",
@@ -226,7 +228,7 @@ def check_layout(written: Any, known: int, what: str) -> None:
 
 
 def writable(runs: Path) -> None:
-    """Check that a runs folder can be written, writing nothing. Raises InputError."""
+    """Check that a runs folder can be written, without writing to it. Raises InputError."""
     place = runs
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
@@ -240,7 +242,7 @@ def writable(runs: Path) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that results rest on."""
+    """Versions of the packages that results depend on."""
     found = {}
     for package in ("qcft", *PACKAGES):
         try:
@@ -259,11 +261,11 @@ def _circumstances() -> dict[str, object]:
 
 
 def _note_versions(step: str, begun: Begun, watch: Watch) -> None:
-    """Say which packages changed since a step that is resumed was begun."""
+    """Report which packages changed since a step that is resumed was started."""
     before = begun.get("versions") or {}
     changed = [f"{k} {before[k]} -> {now}" for k, now in _versions().items() if before.get(k, now) != now]
     if changed:
-        watch.note(f"{step} is resumed under other versions than it was begun with: {', '.join(changed)}", "warning")
+        watch.note(f"{step} is resumed with other versions than it was started with: {', '.join(changed)}", "warning")
 
 
 def _versions() -> dict[str, str]:
@@ -273,14 +275,14 @@ def _versions() -> dict[str, str]:
 def _device_name() -> str:
     import sys
 
-    torch = sys.modules.get("torch")  # named only where it is loaded already
+    torch = sys.modules.get("torch")  # only where it is loaded already
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return "cpu"
 
 
 def now() -> str:
-    """The time, as files tell it."""
+    """The current time in UTC, as files record it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

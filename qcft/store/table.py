@@ -65,7 +65,7 @@ class Transfer(TypedDict):
 
 
 class TaskOf(TypedDict):
-    """A task of a table, and how it was asked; `side` and `average_of`: the average it enters."""
+    """A task of a table, and how it was run; `side` and `average_of`: the average it is part of."""
 
     task: str
     lang: str

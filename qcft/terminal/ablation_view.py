@@ -1,6 +1,7 @@
-"""What a person sees of an ablation: its plan, its arms while they run, what they came to.
+"""What a person sees of an ablation: its plan, its arms while they run, their results.
 
-In a terminal the arms are a table that stays in its place, over a line of the running arm's work; elsewhere lines.
+In a terminal the arms are a table that is updated in place, above a line of the running arm's progress; elsewhere
+lines.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ STYLES = {"running": "bold", "failed": "yellow", "to do": "dim", "done": ""}
 PLAN_NOTE = (
     "new: not shared with a run above. Times are estimates from finished steps of the same kind, else from model size."
 )
-SHOWN = 0.2  # seconds between two paintings
+SHOWN = 0.2  # seconds between two updates
 
 
 @dataclass
@@ -51,7 +52,7 @@ class ArmsReporter(Reporter):
         self.live: Live | None = None
 
     def close(self) -> None:
-        """Leave the table as it stands."""
+        """Show the table for the last time."""
         super().close()
         if self.live is not None:
             self.live.update(self.shown(), refresh=True)
@@ -87,7 +88,7 @@ class ArmsReporter(Reporter):
         took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
-        self.console.told(text, STYLES[event.state])
+        self.console.print_text(text, STYLES[event.state])
 
     def _step(self, line: _Line, event: StepBegun | Progress) -> None:
         if isinstance(event, Progress):
@@ -101,7 +102,7 @@ class ArmsReporter(Reporter):
         return Group(self.table(), self._bar) if self._bar is not None else self.table()
 
     def table(self) -> Table:
-        """The arms as they stand."""
+        """The arms with their current states."""
         rows, titles = [], ("arm", "state", "time")
         for run, line in self._window():
             seconds = time.monotonic() - line.begun if line.state == "running" else line.seconds
@@ -117,15 +118,15 @@ class ArmsReporter(Reporter):
         return lines[first : first + room]
 
 
-def tell_crash(text: str) -> None:
-    """A line on an arm whose process crashed, which may have left the terminal without its cursor."""
+def report_crash(text: str) -> None:
+    """Print a line about an arm whose process crashed, which may have left the cursor hidden."""
     console = stderr()
     console.show_cursor()
-    console.told(text)
+    console.print_text(text)
 
 
 def print_plan(plan: AblationPlan) -> None:
-    """What an ablation would run: its runs, and what they need beyond what runs before them do."""
+    """What an ablation would run: its runs, and what each needs beyond the runs before it."""
     rows = [
         {
             "run": run["run"],
@@ -146,10 +147,10 @@ def print_plan(plan: AblationPlan) -> None:
     print_records(rows)
     _print_lengths(plan["runs"])
     total = plan["total"]
-    known = " of the runs that lack nothing" if plan["missing"] else ""
+    known = " of the runs that can be planned" if plan["missing"] else ""
     stdout().print(
         f"{counted(total['steps'], 'step')}{known}, {total['shared']} of them shared; {total['done']} done; "
-        f"the rest takes {_cost(total)} and writes {_size(total)}"
+        f"time left {_cost(total)}, disk {_size(total)}"
     )
     print_lines([PLAN_NOTE], "dim")
     for text in dict.fromkeys(plan["missing"].values()):
@@ -172,7 +173,7 @@ def print_arms(arms: Sequence[ArmListed]) -> None:
 
 
 def _print_lengths(runs: list[PlannedRun]) -> None:
-    """How long each run trains, against the first one, and what its replay comes to."""
+    """How long each run trains, compared with the first one, and its amount of replay."""
     rows = []
     known_runs = [(run["run"], training) for run in runs if (training := run["training"])]
     for name, training in known_runs:
@@ -194,7 +195,7 @@ def _print_lengths(runs: list[PlannedRun]) -> None:
     if rows:
         stdout().print()
         print_records(rows)
-        print_lines(["answer tokens: those that bear loss; in brackets against the first run"], "dim")
+        print_lines(["answer tokens: those with loss; in brackets compared with the first run"], "dim")
         stdout().print()
 
 
@@ -222,11 +223,11 @@ def print_outcome(outcome: Outcome) -> None:
     note = (
         "English, other languages: NLL since the base in nats per answer token of all rows (lower is better), mean of"
     )
-    lines = [f"{note} the seeds; `qcft report {outcome['ablation']}` says what can be told apart"]
+    lines = [f"{note} the seeds; `qcft report {outcome['ablation']}` shows which arms differ clearly"]
     if untrained:
-        lines.append("English, untrained: rows of another kind than any that an arm trains on")
+        lines.append("English, untrained: rows of a kind that no arm trains on")
     if first and len(arms) > 1:
-        lines.append(f"training steps, answer tokens (those that bear loss): in brackets against {first['arm']}")
+        lines.append(f"training steps, answer tokens (those with loss): in brackets compared with {first['arm']}")
     print_lines(lines, "dim")
     for run in outcome["runs"]:
         if run["state"] == "failed" and run["error"]:
@@ -234,7 +235,7 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def _against(figure: Spread | None, first: Spread | None) -> str:
-    """A mean count, and by how much it differs from the first arm's."""
+    """A mean count, and its difference from the first arm's."""
     if figure is None or first is None:
         return "-"
     return count_against(figure["mean"], first["mean"], figure is first)

@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from qcft.models.generate import Answer
 
 HELP = {
-    "/stage NAME": "go on with another stage: base, a phase or a merge",
-    "/both [NAME]": "have a second stage answer too; again: only the first",
-    "/reset": "forget the conversation",
+    "/stage NAME": "continue with another stage: base, a phase or a merge",
+    "/both [NAME]": "let a second stage answer too; again: only the first",
+    "/reset": "clear the conversation",
     "/save FILE": "write the conversation as JSON lines",
-    "/help": "this list; a prompt that begins with a slash is written //...",
-    "/quit": "leave, as Ctrl-D does; Ctrl-C stops an answer",
+    "/help": "this list; start a prompt that begins with a slash with //",
+    "/quit": "quit, as Ctrl-D does; Ctrl-C stops an answer",
 }
 COMMANDS = [usage.split()[0] for usage in HELP]
 
 
 def is_terminal() -> bool:
-    """Whether somebody types and reads, and no pipe."""
+    """Whether input and output are a terminal, not a pipe."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 class _Keyboard:
-    """Lines that are typed, and what Ctrl-C does: it stops an answer; at the prompt, twice in a row, it leaves."""
+    """Typed lines, and Ctrl-C: it stops an answer; at the prompt, twice in a row, it quits."""
 
     def __init__(self) -> None:
         self.answering = self.stop = self.twice = False
 
     def __call__(self, number: int, frame: Any) -> None:
-        """Hear Ctrl-C. One more than the one that asks an answer to stop does not wait for that."""
+        """Handle Ctrl-C. A second one during an answer does not wait for the next token."""
         if not self.answering or self.stop:
             raise KeyboardInterrupt
         self.stop = self.twice = True
 
     def line(self) -> str | None:
-        """The next line; None to leave."""
+        """The next line; None to quit."""
         while True:
             try:
                 line = input("> ")
@@ -60,7 +60,7 @@ class _Keyboard:
                 if self.twice or isinstance(end, EOFError):
                     return None
                 self.twice = True
-                say("Ctrl-C again, or Ctrl-D, leaves", "dim")
+                say("Ctrl-C again, or Ctrl-D, quits", "dim")
 
 
 def talk(chat: Chat) -> None:
@@ -68,13 +68,13 @@ def talk(chat: Chat) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 (gives `input` a line that can be edited, and its history)
     chat.load()
-    say(f"{chat.run}, {chat.stages[0]}: /help lists the commands, Ctrl-D leaves", "dim")
+    say(f"{chat.run}, {chat.stages[0]}: /help lists the commands, Ctrl-D quits", "dim")
     keyboard, before = _Keyboard(), signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, keyboard)
     try:
         while (line := keyboard.line()) is not None:
             try:
-                prompt = obey(line, chat)
+                prompt = run_command(line, chat)
                 if prompt is None:
                     return
                 if prompt:
@@ -86,11 +86,11 @@ def talk(chat: Chat) -> None:
 
 
 def answer_lines(chat: Chat, watch: Watch) -> None:
-    """Prompts, and commands, from stdin, a line each; answers on stdout. Raises InputError where there is none."""
+    """Prompts and commands from stdin, one per line; answers on stdout. Raises InputError where there is none."""
     number = 0
     try:
         for number, line in enumerate(sys.stdin, start=1):
-            prompt = obey(line, chat)
+            prompt = run_command(line, chat)
             if prompt is None:
                 break
             for stage, answer in chat.answers(prompt, stopped=lambda: watch.stop_code is not None) if prompt else ():
@@ -102,13 +102,13 @@ def answer_lines(chat: Chat, watch: Watch) -> None:
                 sys.stdout.flush()
             watch.check_stop()
     except UnicodeDecodeError:
-        raise InputError("stdin is not UTF-8 text", "give a prompt a line, in UTF-8") from None
+        raise InputError("stdin is not UTF-8 text", "give one prompt per line, in UTF-8") from None
     if not number:
-        raise InputError("stdin is empty", "give a prompt a line, or chat from a terminal")
+        raise InputError("stdin is empty", "give one prompt per line, or chat from a terminal")
 
 
-def obey(line: str, chat: Chat) -> str | None:
-    """Do what a line that is a command says; else the prompt that it is. Empty: nothing to answer; None: leave.
+def run_command(line: str, chat: Chat) -> str | None:
+    """Run a line that is a command, else return it as a prompt. Empty: nothing to answer; None: quit.
 
     Raises InputError.
     """
@@ -119,11 +119,11 @@ def obey(line: str, chat: Chat) -> str | None:
     given = given.strip()
     if word not in COMMANDS or (bool(given) and word in {"/reset", "/help", "/quit"}):
         raise InputError(
-            f"there is no command {line[:40]!r}", nearest(word, COMMANDS) + "/help lists them; // begins a prompt"
+            f"there is no command {line[:40]!r}", nearest(word, COMMANDS) + "/help lists them; // starts a prompt"
         )
     if not given and word in {"/stage", "/save"}:
         usage = next(usage for usage in HELP if usage.startswith(word))
-        raise InputError(f"{word} lacks its {usage.split()[1]}", f"write {usage}")
+        raise InputError(f"{word} needs {usage.split()[1]}", f"write {usage}")
     if word == "/quit":
         return None
     if word == "/help":
@@ -131,7 +131,7 @@ def obey(line: str, chat: Chat) -> str | None:
         say("\n".join(f"{usage:{width}}  {what}" for usage, what in HELP.items()))
     elif word == "/reset":
         chat.reset()
-        say("the conversation is forgotten", "dim")
+        say("the conversation is cleared", "dim")
     elif word == "/save":
         say(f"{chat.save(Path(given).expanduser())} turns written to {given}", "dim")
     elif word == "/both" and (given or len(chat.stages) == 1):
@@ -147,7 +147,7 @@ def _show_answers(chat: Chat, prompt: str, keyboard: _Keyboard) -> None:
     """Write the answers as they are generated; Ctrl-C stops them."""
     begun: set[str] = set()
 
-    def heard(stage: str, text: str) -> None:
+    def on_text(stage: str, text: str) -> None:
         if stage not in begun and len(chat.stages) > 1:
             stdout().print(said(f"{stage}:", "cyan"))
         begun.add(stage)
@@ -156,18 +156,18 @@ def _show_answers(chat: Chat, prompt: str, keyboard: _Keyboard) -> None:
 
     keyboard.answering = True
     try:
-        for stage, answer in chat.answers(prompt, heard, lambda: keyboard.stop):
+        for stage, answer in chat.answers(prompt, on_text, lambda: keyboard.stop):
             sys.stdout.write("\n" if answer.text else "")
             _say_end(stage, answer, keyboard.stop)
-    except KeyboardInterrupt:  # it was asked to stop already, and did not wait for a whole token
+    except KeyboardInterrupt:  # a second Ctrl-C, before the next token was complete
         sys.stdout.write("\n")
-        say("stopped; this answer is not kept", "dim")
+        say("stopped; this answer is discarded", "dim")
     finally:
         keyboard.answering = False
 
 
 def _say_end(stage: str, answer: Answer, stopped: bool) -> None:
-    """What is to be said of an answer that did not end by itself, or has no text."""
+    """Report an answer that did not end by itself, or has no text."""
     if stopped:
         say("stopped", "dim")
     elif not answer.finished:

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 PARTS = {
     "weights": "weights in NF4",
-    "constants": "their constants",
+    "constants": "quantization constants",
     "halves": "embeddings, head, norms in 16 bits",
-    "file": "the weights' file, mapped",
+    "file": "weights file, memory-mapped",
     "adapters": "adapters",
     "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations",
     "logits": "logits",
-    "kept": "freed blocks that malloc keeps",
-    "cache": "keys and values of answers",
+    "kept": "freed blocks kept by the allocator",
+    "cache": "KV cache of answers",
     "total": "total",
 }
 
@@ -50,31 +50,35 @@ def memory_table(found: Checked) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(found: Checked) -> str:
-    """In one line: whether it fits, by the phase that needs most."""
-    here = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]]
-    size = f"{(found['vram_bytes'] or 0) / 2**30:.3g}"
-    where = here if found["here"] else f"{'an' if size[0] == '8' or size in {'11', '18'} else 'a'} {size} GB card"
+    """In one line: whether it fits, by the phase that needs the most memory."""
+    here = {"cuda": "the GPU", "cpu": "in RAM"}[found["device"]]
+    where = here if found["here"] else _a_card((found["vram_bytes"] or 0) / 2**30)
     most = max((phase["memory"]["total"] for phase in found["phases"]), default=0)
     usable = f"{gib(most)} of {gib(found['free_bytes'])} {'free' if found['here'] else 'usable'}"
     return f"{'fits' if found['fits'] else 'DOES NOT FIT'} {where}: {usable}"
 
 
+def _a_card(gigabytes: float) -> str:
+    """`an 8 GB GPU`, `a 24 GB GPU`."""
+    size = f"{gigabytes:.3g}"
+    return f"{'an' if size[0] == '8' or size in {'11', '18'} else 'a'} {size} GB GPU"
+
+
 def check_lines(found: Checked) -> list[str]:
-    """The sentences under the table: whether it fits, how passes are run, time, rows left out or cut, disk."""
-    where = {"cuda": "the GPU", "cpu": "main memory"}[found["device"]] if found["here"] else "such a GPU"
+    """The sentences under the table: whether it fits, how passes are run, time, rows dropped or truncated, disk."""
     lines = []
     for phase in found["phases"]:
         name, total = phase["phase"], phase["memory"]["total"]
         fits = "fits" if phase["fits"] else "DOES NOT FIT"
-        lines.append(f"{name} {fits}: {gib(total)} of {gib(found['free_bytes'])} free in {where}")
+        lines.append(f"{name} {fits}: needs {gib(total)} of {_available(found)}")
         packed = f", {found['quantised_share']:.0%} in 4 bits" if found["quantize"] == "nf4" else ""
         lines.append(
             f"  adapters on {phase['adapted_share']:.0%} of the weights{packed} (embeddings and head not counted)"
         )
         if phase["unknown"]:
-            lines.append(f"  activations and logits come on top: how much cannot be estimated, as {phase['unknown']}")
+            lines.append(f"  activations and logits need more: how much cannot be estimated, as {phase['unknown']}")
         how = "recomputing activations" if phase["gradient_checkpointing"] else "keeping activations"
-        known = "" if phase["freeze_is_known"] else "; which layers are frozen is known only once they are measured"
+        known = "" if phase["freeze_is_known"] else "; which layers are frozen is known only after they are measured"
         lines.append(
             f"  {counted(phase['steps'], 'optimizer step')} over {counted(phase['rows'], 'row')}, "
             f"{counted(phase['tokens'], 'token')}, "
@@ -89,57 +93,70 @@ def check_lines(found: Checked) -> list[str]:
             )
         if phase["replay"]:
             lines.append(f"  {phase['replay']['in_words']}")
-        paced = "measured" if phase["measured"] else "from the arithmetic"
+        source = "measured" if phase["measured"] else "estimated"
         if phase["seconds"] is not None:
             each = phase["seconds"] / phase["steps"]
-            lines.append(f"  about {minutes(phase['seconds'])} to train, {each:.2g} s a step ({paced})")
+            lines.append(f"  about {minutes(phase['seconds'])} to train, {each:.2g} s per step ({source})")
         elif not found["here"]:
-            lines.append("  how long it trains is not known for a GPU that is not here")
-        share = phase["truncated"] / max(1, phase["rows_read"])
-        dropped = left_out(phase["left_out"], "none")
-        lines.append(f"  of {phase['rows_read']:,} rows left out: {dropped}; cut: {phase['truncated']} ({share:.1%})")
+            lines.append("  training time: unknown (run this on the GPU itself to get an estimate)")
+        dropped = sum(phase["left_out"].values())
+        reasons = f" ({left_out(phase['left_out'], '')})" if dropped else ""
+        lines.append(
+            f"  rows: {phase['rows_read']:,} read, {dropped:,} dropped{reasons}, {phase['truncated']:,} truncated"
+        )
         if len(phase["given"]) > 1:
             given = ", ".join(f"{lang} {rows:,}" for lang, rows in phase["given"].items())
-            lines.append(f"  rows that each language gives to an epoch: {given}")
+            lines.append(f"  rows of each language per epoch: {given}")
         lines += [f"  {line}" for line in _looks(phase["looks"])]
     room = "" if found["disk_bytes"] <= found["disk_free_bytes"] else ": DOES NOT FIT"
-    fetched = f"; the cache takes {gib(found['cache_bytes'])} more, as the weights are not here yet"
+    fetched = f"; the cache needs {gib(found['cache_bytes'])} more, as the weights are not downloaded yet"
     lines.append(
         f"disk: {gib(found['disk_bytes'])} to write of {gib(found['disk_free_bytes'])} free{room}"
         f"{fetched if found['cache_bytes'] else ''}"
     )
-    lines += [_alike(one) for one in found["similarity"]]
+    lines += [_similarity(one) for one in found["similarity"]]
     if not found["similarity"] and len(found["phases"]) > 1:
-        lines.append("how alike the phases' instructions are (DES): no encoder is here; name one with --encoder")
+        lines.append(
+            "data similarity (DES): not measured; install the extra 'similarity' and give --encoder FOLDER_OR_HUB_ID"
+        )
     return lines
 
 
+def _available(found: Checked) -> str:
+    """The memory that training can use, and where."""
+    free = f"the {gib(found['free_bytes'])}"
+    if not found["here"]:
+        size = (found["vram_bytes"] or 0) / 2**30
+        return f"{free} usable on {_a_card(size)} ({gib(size * 2**30 - found['free_bytes'])} is kept for CUDA)"
+    return f"{free} free {'on the GPU' if found['device'] == 'cuda' else 'in RAM'}"
+
+
 def _looks(found: Looks) -> list[str]:
-    """What should be looked at among a phase's rows."""
+    """What a person should check among a phase's rows."""
     lines = []
     if found["positions"] is not None:
         lines.append(
-            f"look at: train.max_length is {found['max_length']:,}, more than the model's {found['positions']:,} "
+            f"check: train.max_length is {found['max_length']:,}, more than the model's {found['positions']:,} "
             f"positions; rows that are longer: {found['rows_beyond']:,}"
         )
     for rows, what, why in (
         (
             found["like_held_out"],
-            "rows with the prompt of a held-out row, but for white space and case",
-            "What is measured on those is too good: remove them, or give both rows the same id",
+            "rows with the prompt of a held-out row, except for white space and case",
+            "Measurements on those are too good: remove them, or give both rows the same id",
         ),
         (
             found["near_empty"],
-            "rows with next to no answer (no letter or digit, or N/A)",
-            "They teach the model to say that",
+            "rows with an almost empty answer (no letter or digit, or N/A)",
+            "They teach the model to answer like that",
         ),
     ):
         if rows["rows"]:
-            lines.append(f"look at: {rows['rows']:,} {what}, such as {rows['example']!r}. {why}")
+            lines.append(f"check: {rows['rows']:,} {what}, such as {rows['example']!r}. {why}")
     return lines
 
 
-def _alike(found: PhasesCompared) -> str:
+def _similarity(found: PhasesCompared) -> str:
     des, rows = found["des"], " and ".join(f"{n:,}" for n in found["des"]["rows"])
     return (
         f"{found['a']['name']} and {found['b']['name']}: DES {des['value']:.3f} [{des['low']:.3f}, {des['high']:.3f}] "
@@ -148,7 +165,7 @@ def _alike(found: PhasesCompared) -> str:
 
 
 def step_rows(found: Checked) -> list[dict[str, str]]:
-    """A row for each step: what, state, time, memory it needs at most, bytes it writes."""
+    """A row for each step: title, state, time, peak memory, bytes it writes."""
     return [
         {
             "step": step["title"],
@@ -162,7 +179,7 @@ def step_rows(found: Checked) -> list[dict[str, str]]:
 
 
 def print_check(found: Checked) -> None:
-    """What a recipe would take, and rows with what is trained on marked: by colour, else by brackets."""
+    """What a recipe needs, and sample rows with the trained text marked: by colour, else by brackets."""
     console = stdout()
     print_lines([verdict(found)], "bold green" if found["fits"] else "bold red")
     console.print()
@@ -174,7 +191,7 @@ def print_check(found: Checked) -> None:
         print_lines([line], "bold red" if "DOES NOT FIT" in line else "")
     for phase in found["phases"]:
         for number, sample in enumerate(phase["samples"], start=1):
-            console.print(said(f"\n{phase['phase']}, row {number}, what is trained on marked:", style="bold"))
+            console.print(said(f"\n{phase['phase']}, row {number}, trained text marked:", style="bold"))
             shown = Text()
             for stretch in sample:
                 marked = stretch["trained"] and console.color_system is None

@@ -1,4 +1,4 @@
-"""The work as it goes: a line per step, one line of progress under them. On stderr."""
+"""The progress of the work: a line per step, one line of progress under them. On stderr."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qcft.words import counted
 
 QUIET_SECONDS = 20  # between progress lines where no bar can be drawn
 NARROW, WIDE = 8, 24  # columns of a bar
-GAP = 2  # columns between what stands in one line
-FIRST = ("English", "loss")  # figures that are shown before the pace of the work; others after it
+GAP = 2  # columns between the parts of a line
+FIRST = ("English", "loss")  # figures that are shown before the speed of the work; others after it
 NAMED = {"loss", "peak"}  # figures shown with their names
 
 
 class Bar:
-    """One piece of work as a line: a bar, how far it is, the time left, then figures as room allows.
+    """One piece of work as a line: a bar, its progress, the time left, then figures that fit.
 
-    What a narrow terminal has no room for is dropped, the last figure first, so that nothing is cut.
+    Figures that do not fit in a narrow terminal are dropped, the last one first, so that none is truncated.
     """
 
     def __init__(self, event: Progress, now: float) -> None:
@@ -35,7 +35,7 @@ class Bar:
         self.update(event, now)
 
     def update(self, event: Progress, now: float) -> None:
-        """Take up what an event says."""
+        """Show a newer event of the same work."""
         self.event = event
         pace, left = self._pace(now)
         figures = {key: f"{key} {value}" if key in NAMED else value for key, value in event.stats.items()}
@@ -44,7 +44,7 @@ class Bar:
         self.others = [part for part in (pace, *figures.values()) if part]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The line in the width that there is."""
+        """The line in the available width."""
         room = options.max_width - GAP - NARROW
         label, shown = "", []
         for part in (*self.leading, self.event.label, *self.others):
@@ -63,11 +63,11 @@ class Bar:
         yield line
 
     def in_words(self) -> str:
-        """The line where no bar can be drawn."""
+        """The line as text, where no bar can be drawn."""
         return f"{self.event.label}: " + "  ".join((*self.leading, *self.others))
 
     def _pace(self, now: float) -> tuple[str, str]:
-        """How fast it goes, and the time left; empty as long as that is not known."""
+        """The speed, and the time left; empty as long as they are not known."""
         done, seconds = self.event.done - self._first, now - self._begun
         if done <= 0 or seconds < 0.5:
             return "", ""
@@ -96,12 +96,12 @@ class Reporter:
         if isinstance(event, StepBegun) and event.state == "reused":
             self._reused += 1
             return
-        self._tell_reused()
+        self._print_reused()
         if isinstance(event, Note):
             style = "yellow" if event.level == "warning" else "dim"
             prefix = "warning: " if event.level == "warning" else ""
             if not self.quiet or event.level == "warning":
-                self.console.told(f"{prefix}{event.text}", style)
+                self.console.print_text(f"{prefix}{event.text}", style)
         elif self.quiet:
             return
         elif isinstance(event, StepBegun):
@@ -109,19 +109,19 @@ class Reporter:
             self.console.print(said(f"[{event.position}/{event.total}] {event.title}{how}", style="bold"))
         elif isinstance(event, StepEnded):
             more = f": {event.summary}" if event.summary else ""
-            self.console.told(f"{duration(event.seconds)}{more}", "dim", indent=6)
+            self.console.print_text(f"{duration(event.seconds)}{more}", "dim", indent=6)
         elif isinstance(event, Mixed):
             self.console.print(mix_table(event))
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._clear()
-        self._tell_reused()
+        self._print_reused()
 
-    def _tell_reused(self) -> None:
+    def _print_reused(self) -> None:
         """One line for all steps that were reused one after another."""
         if self._reused and not self.quiet:
-            self.console.told(f"{counted(self._reused, 'step')} reused", "dim")
+            self.console.print_text(f"{counted(self._reused, 'step')} reused", "dim")
         self._reused = 0
 
     def _progress(self, event: Progress) -> None:
@@ -136,13 +136,13 @@ class Reporter:
         if not (self.console.is_terminal or _has_widgets(self.console)):
             if now - self._said > QUIET_SECONDS:
                 self._said = now
-                self.console.told(self._bar.in_words(), "dim", indent=6)
+                self.console.print_text(self._bar.in_words(), "dim", indent=6)
         elif self._live is None:
             self._live = Live(self._bar, console=self.console, refresh_per_second=10, transient=True)
             self._live.start()
 
     def _follow(self, event: Progress, now: float) -> None:
-        """Have the bar show an event: its own work's, or that of new work."""
+        """Show an event in the bar, or in a new bar where it is of other work."""
         if self._bar is None or self._bar.label != _label(event):
             self._bar = Bar(event, now)
         else:
@@ -155,7 +155,7 @@ class Reporter:
 
 
 def _label(event: Progress) -> str:
-    """What tells one piece of work from the next."""
+    """The name of a piece of work, which differs from that of the next."""
     return event.label.split(" (")[0]
 
 
@@ -165,7 +165,7 @@ def notebook_reporter() -> Reporter | None:
 
 
 def _has_widgets(console: Console) -> bool:
-    """Whether this is a notebook with what Rich's bars need to be drawn again in their place."""
+    """Whether this is a notebook with what Rich needs to redraw a bar in place."""
     return console.is_jupyter and find_spec("ipywidgets") is not None
 
 

@@ -1,6 +1,6 @@
-"""What goes to the terminal: two streams and consoles through which nothing passes that steers it, and no secret.
+"""Output to the terminal: streams and consoles that pass no control characters and no secrets.
 
-Whatever a caller forgets to clean, and what libraries write by themselves (warnings, tracebacks), is cleaned here.
+Text that a caller did not clean, and what libraries write themselves (warnings, tracebacks), is cleaned here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.text import Text
 
 from qcft.safe import plain, shown
 
-WIDE = 130  # columns of a table that goes to a file or a pipe
+WIDE = 130  # columns of a table that is written to a file or a pipe
 BAR = re.compile(r"\r|\n*(\x1b\[A)*")  # how tqdm moves between its bars, in a write of its own or before a bar
 
 
 class Terminal(io.FileIO):
-    """A terminal that takes all and shows none once it was closed: the work goes to its next safe point."""
+    """A terminal that ignores all output once it was closed, so that the work reaches its next safe point."""
 
     def write(self, data: Any) -> int:
         """Write bytes."""
@@ -44,7 +44,7 @@ class CleanStream:
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
-        """Write a text as it may be shown."""
+        """Write a text, cleaned."""
         moves = BAR.match(text) if self.isatty() else None
         end = moves.end() if moves and (moves[0] == "\r" or moves.end() == len(text)) else 0
         self.rich_proxied_file.write(text[:end] + shown(text[end:]))
@@ -60,13 +60,13 @@ class CleanStream:
 
 
 class CleanConsole(Console):
-    """A console that takes no text for markup, and writes none that steers the terminal."""
+    """A console that treats no text as markup, and writes no control characters."""
 
     def __init__(self, stream: Any) -> None:
         wide = None if stream.isatty() else WIDE
         super().__init__(file=stream, highlight=False, markup=False, emoji=False, width=wide)
 
-    def told(self, text: str, style: str = "", indent: int = 0) -> None:
+    def print_text(self, text: str, style: str = "", indent: int = 0) -> None:
         """Print a text: wrapped by word on a terminal, elsewhere as one line."""
         if self.is_terminal:
             self.print(Padding(said(text, style), (0, 0, 0, indent), expand=False))
@@ -74,7 +74,7 @@ class CleanConsole(Console):
             self.print(said(" " * indent + text, style), soft_wrap=True)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What a renderable comes to. Links are Rich's only style that says more than how text looks."""
+        """The segments of a renderable, cleaned, without links, the only style of Rich with content of its own."""
         if isinstance(renderable, str):
             renderable = shown(renderable)
         elif isinstance(renderable, Text) and (clean := shown(renderable.plain)) != renderable.plain:
@@ -84,9 +84,9 @@ class CleanConsole(Console):
 
 
 def clean_streams() -> None:
-    """Let all that this process writes be cleaned, libraries' output with it.
+    """Clean all that this process writes, output of libraries included.
 
-    What the terminal's encoding lacks is written as an escape; a stream that was closed takes all and keeps none.
+    Characters that the terminal's encoding lacks are written as escapes; a closed stream ignores all output.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -118,5 +118,5 @@ def _below(stream: Any) -> Any:
 
 
 def said(text: str, style: str = "") -> Text:
-    """A text in a style, cleaned before it is measured, so that tables stay in line."""
+    """A text in a style, cleaned before its width is measured, so that tables stay aligned."""
     return Text(shown(text), style)

@@ -69,7 +69,7 @@ def grid(
 
 
 def mix_table(mixed: Mixed) -> Table:
-    """Sources, rows, tokens and shares of what a phase trains on; answer tokens are those that bear loss."""
+    """Sources, rows, tokens and shares of what a phase trains on; answer tokens are those with loss."""
     rows, answers = (sum(getattr(s, key) for s in mixed.shares) for key in ("rows", "answer_tokens"))
     frozen = "" if mixed.frozen == "none" else f", frozen {mixed.frozen}"
     terms = f", {mixed.terms}" if mixed.terms else ""
@@ -85,13 +85,13 @@ def mix_table(mixed: Mixed) -> Table:
         for s in mixed.shares
     ]
     numbers = ("rows", "share", "answer tokens", "share", "tokens")
-    return grid(("source", *numbers, "left out"), cells, right=numbers, title=title)
+    return grid(("source", *numbers, "dropped"), cells, right=numbers, title=title)
 
 
 def print_table(table: RunTable) -> None:
-    """The table of stages x languages, the change since phase 1, and what it says."""
+    """The table of stages x languages, the change since phase 1, and the conclusion."""
     if not table["stages"]:
-        stdout().print("nothing is measured yet")
+        stdout().print("nothing has been measured yet")
         return
     _print_blocks([*stage_rows(table), *change_rows(table)], len(table["stages"]))
     stdout().print(
@@ -106,7 +106,7 @@ def print_table(table: RunTable) -> None:
 
 
 def print_terms(terms: Mapping[str, LossTerms]) -> None:
-    """Of each phase whose loss has terms, what they came to."""
+    """The values of the terms of each phase's loss, for phases that have some."""
     print_lines(f"{name} trained, in nats per answer token: {terms_in_words(one)}" for name, one in terms.items())
 
 
@@ -124,7 +124,7 @@ def print_abilities(abilities: Abilities) -> None:
     if answers:
         print_lines([FIDELITY], "dim")
     if max(len(abilities["tables"]), len(answers)) > 1:
-        stdout().print("What stands in different tables was measured with other settings: do not compare it.")
+        stdout().print("Different tables were measured with different settings: do not compare their numbers.")
     print_lines(f"answers for AlpacaEval's judge, {cell['name']}: {cell['file']}" for cell in abilities["alpaca_eval"])
 
 
@@ -155,7 +155,7 @@ def _print_blocks(found: Sequence[Mapping[str, str]], plain: int) -> None:
 
 
 def print_cost(cost: RunCost) -> None:
-    """What a run's done steps took, in one line."""
+    """The cost of a run's finished steps, in one line."""
     tokens = f", {cost['tokens']:,} tokens trained or generated" if cost["tokens"] else ""
     text = (
         f"{counted(cost['steps'], 'step')} done in {duration(cost['seconds'])}{tokens}; "
@@ -171,7 +171,7 @@ def print_answer(question: str, answer: str) -> None:
 
 
 def print_replay(shown: ReplayShown) -> None:
-    """A replay set: what it is made of, what was left out, and samples of it."""
+    """A replay set: its parts, what was dropped, and samples of it."""
     console = stdout()
     rows = [
         {
@@ -179,7 +179,7 @@ def print_replay(shown: ReplayShown) -> None:
             "rows": f"{part['rows']:,}" + (f" ({part['repeated']:,} again)" if part["repeated"] else ""),
             "answer tokens": f"{part['answer_tokens']:,}",
             "drawn from": f"{part['pool']:,}: {part['reason']}",
-            "left out": left_out(part["left_out"], "-"),
+            "dropped": left_out(part["left_out"], "-"),
         }
         for part in shown["parts"]
     ]
@@ -195,14 +195,14 @@ def print_replay(shown: ReplayShown) -> None:
             f"{cost['tokens_per_second']:,.0f} tokens/s in batches of at most {cost['batch']}"
         )
     for sample in shown["samples"]:
-        reason = f", left out: {sample['reason']}" if "reason" in sample else ""
+        reason = f", dropped: {sample['reason']}" if "reason" in sample else ""
         console.print(said(f"\n{sample['provenance']['kind']}{reason}", style="bold"))
         print_lines(f"{turn['role']}: {turn['content']}" for turn in (*sample["prompt"], *sample["completion"]))
     print_lines([f"\n{shown['file']}"], "dim")
 
 
 def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
-    """Columns that fit side by side, block by block; each block begins with the stages."""
+    """Columns that fit side by side, block by block; each block starts with the stages."""
     lines = [[line for cell in column for line in cell.splitlines()] for column in zip(titles, *rows, strict=True)]
     widths = [max(map(len, column)) + 2 for column in lines]
     blocks = [[0]]
@@ -214,7 +214,7 @@ def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[i
 
 
 def print_layers(table: LayersTable) -> None:
-    """The layers of a phase: what carries adapters, what phase 1 changed, signal to noise."""
+    """The layers of a phase: which have adapters, what phase 1 changed, signal to noise."""
     per_layer = max(len(layer["modules"]) for layer in table["layers"])
     rows = []
     for layer in table["layers"]:
@@ -233,8 +233,8 @@ def print_layers(table: LayersTable) -> None:
             f"{table['adapted_modules']} of {table['linear_modules']} linear modules, "
             f"{table['trainable_parameters']:,} trainable parameters ({share:.2%} of {table['parameters']:,}); "
             f"the backward pass stops at layer {table['frozen_below']}. Of the weights without "
-            f"embeddings and head, {table['adapted_share']:.0%} carry adapters and {table['quantised_share']:.0%} are "
-            "held in 4 bits"
+            f"embeddings and head, {table['adapted_share']:.0%} have adapters and {table['quantised_share']:.0%} are "
+            "in 4 bits"
         ]
     )
     print_lines(
@@ -247,7 +247,7 @@ def print_layers(table: LayersTable) -> None:
 
 
 def _last(modules: list[str]) -> list[str]:
-    """The last parts of modules' names, where that tells them apart."""
+    """The last parts of modules' names, where these differ."""
     short = [module.rsplit(".", 1)[-1] for module in modules]
     return short if len(set(short)) == len(short) else modules
 
@@ -258,12 +258,12 @@ def print_rows(titles: list[str], rows: Iterable[Iterable[str]]) -> None:
 
 
 def print_records(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
-    """Rows that say each cell's title, as a plain table on stdout."""
+    """Rows that map titles to cells, as a plain table on stdout."""
     stdout().print(grid([*rows[0]] if rows else [], [row.values() for row in rows], right))
 
 
 def print_fitting(rows: Sequence[Mapping[str, str]], right: Container[str] = ()) -> None:
-    """Rows as a plain table of as many of the first columns as fit, each whole; all of them where no one looks."""
+    """Rows as a plain table of the first columns that fit completely; all columns where stdout is not a terminal."""
     console, titles = stdout(), [*rows[0]]
     widths = [max(said(cell).cell_len for cell in (title, *(row[title] for row in rows))) for title in titles]
     while console.is_terminal and len(titles) > 1 and sum(widths) + 2 * len(widths) - 2 > console.width:
@@ -275,11 +275,11 @@ def print_fitting(rows: Sequence[Mapping[str, str]], right: Container[str] = ())
 
 def say(text: str, style: str = "") -> None:
     """A line beside the data, on stderr."""
-    stderr().told(text, style)
+    stderr().print_text(text, style)
 
 
 def next_step(text: str, quiet: bool = False) -> None:
-    """What one would do next with what a command left behind, on stderr."""
+    """A suggested next command, on stderr."""
     if not quiet:
         say(f"next: {text}", "dim")
 
@@ -287,7 +287,7 @@ def next_step(text: str, quiet: bool = False) -> None:
 def print_lines(lines: Iterable[str], style: str = "") -> None:
     """Sentences on stdout, each on a line of its own."""
     for line in lines:
-        stdout().told(line, style)
+        stdout().print_text(line, style)
 
 
 def show(document: Thing, json_: bool, printed: Callable[[Thing], None]) -> None:

@@ -86,7 +86,7 @@ def reporter(
             stats = {"loss": shown, "speed": f"{rate:,.0f} tokens/s", "peak": f"{peak / 2**30:.1f} GiB {kind}"}
             if english and (last := english.latest()):
                 stats["English"] = f"English NLL {last['nll']:.3f} ({last['change']:+.1%})"
-            watch.tell(Progress(label, step, batches.steps, "steps", stats))
+            watch.emit(Progress(label, step, batches.steps, "steps", stats))
 
     return Reporter()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qcft import api
 from qcft.files import read_json
-from qcft.store.ablations import Ablation
+from qcft.store.ablations import AblationIndex
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def done_steps(runs: Path) -> dict[Path, int]:
 
 def table(runs: Path, name: str) -> dict:
     """All that was measured and trained, less seconds and peaks of memory."""
-    outcome = api.ablation_outcome(Ablation(runs, name))
+    outcome = api.ablation_outcome(AblationIndex(runs, name))
     return {
         "arms": [_equal_parts(arm) for arm in outcome["arms"]],
         "runs": {run["run"]: _equal_parts(api.read(run["run"], runs).table) for run in outcome["runs"]},
