@@ -125,8 +125,19 @@ def test_a_run_leaves_a_page_with_all_its_sections(arms, runs):
 
 def test_the_report_begins_with_answers_before_and_after(arms, runs, raw_recipe, tmp_path):
     """In English and in each language that was taught, with the rows' own answers; those that are stored."""
-    page, text = pages(runs / "replayed" / "report")
-    assert "No answers in Spanish and Portuguese are stored. `qcft eval replayed --task fidelity`" in page
+    _, text = pages(runs / "replayed" / "report")
+    plain = api.evidence("replayed", runs)
+    _, spanish, portuguese = build_report(arms_of([plain])).sections[0].blocks
+    measured = [plain.run.stages[f"eval/{stage}"].opened for stage in ("merged", "phase2")]
+    for fold, lang in ((spanish, "es"), (portuguese, "pt")):
+        kept = [step.json("samples.json")[lang] for step in measured]
+        assert [[answer.text for answer in sample.answers] for sample in fold.samples] == [
+            [one["text"] or "(no text)" for one in both] + [both[0]["reference"]] for both in zip(*kept, strict=True)
+        ]
+    for step in measured:  # as an earlier version left them
+        del step.record["files"]["samples.json"]
+    (*_, note) = build_report(arms_of([plain])).sections[0].blocks
+    assert "No answers in Spanish and Portuguese are stored. `qcft eval replayed --task fidelity`" in note.sentences[0]
     assert text.index("after: phase2") < text.index("## English against the other languages")
     asked = {"tasks": ["fidelity"], "fidelity": {"prompts": 2, "max_new_tokens": 8}}
     if not (runs / "answered").exists():

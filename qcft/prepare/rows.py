@@ -137,6 +137,16 @@ def english_prompts(rows: Rows, held_out: str, most: int) -> list[tuple[Group, R
     return []
 
 
+def other_prompts(rows: Rows, held_out: str, most: int) -> list[tuple[Group, Row]]:
+    """The first held-out rows of each other language, by their keys."""
+    found: dict[str, list[tuple[Group, Row]]] = {}
+    for group in rows.groups(held_out):
+        if group.lang not in {ENGLISH, "?"} and not group.is_text:
+            each = {row.prompt_digest: row for row in rows.measured(group).rows}
+            found.setdefault(group.lang, []).extend((group, row) for row in sorted(each.values(), key=lambda r: r.key))
+    return [one for prompts in found.values() for one in prompts[:most]]
+
+
 def order_of(
     own: PhaseRows, sets: Sequence[EncodedSet], replay_rows: int, seed: int, balanced: bool
 ) -> Callable[[int], list[int]]:

@@ -97,9 +97,12 @@ def _stored(run: Evidence, stage: str) -> dict[str, Sequence[Stored]]:
     """Language -> the answers of a stage that the run holds, in the order of their prompts."""
     stages = run.run.stages
     found: dict[str, Sequence[Stored]] = {}
+    answered = stages.get(PROBES + stage)
+    if answered and answered.opened.has("samples.json"):  # earlier versions wrote none
+        found |= cast("Mapping[str, list[PromptAnswer]]", answered.opened.json("samples.json"))
     if judged := stages.get(f"{ABILITIES}{stage}/{FIDELITY}"):
         found |= cast("Mapping[str, list[JudgedAnswer]]", judged.opened.json("answers.json"))
-    if answered := stages.get(PROBES + stage):
+    if answered:
         english = cast("list[PromptAnswer]", answered.opened.json("answers.json"))
         found |= {ENGLISH: english} if english else {}
     return found

@@ -11,7 +11,7 @@ from qcft.files import write_json
 from qcft.measure.score import RowScore, score_rows, write_scores
 from qcft.measure.stats import accuracy, bits_per_byte, mean_nll
 from qcft.models.generate import Sampling, answer_prompts
-from qcft.prepare.rows import english_prompts
+from qcft.prepare.rows import english_prompts, other_prompts
 from qcft.prepare.settings import SPREAD, ModelSettings
 from qcft.recipe import Answers
 from qcft.steps.needs import answers_held
@@ -21,11 +21,18 @@ from qcft.store.metrics import AnswerLengths, GroupScore, ProbeMetrics, PromptAn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qcft.data.rows import Row
+    from qcft.prepare.groups import Group
+
 
 @dataclass(frozen=True)
 class Measuring(Work[Metrics]):
-    """Scores every held-out group and answers the English prompts."""
+    """Scores every held-out group and answers the English prompts.
 
+    `samples`: prompts of each other language that are answered too, to be read; no figure depends on them.
+    """
+
+    samples: ClassVar[int] = 0
     model: ModelSettings = field(metadata=SPREAD)
     quantize: str
     held_out: str
@@ -51,30 +58,41 @@ class Measuring(Work[Metrics]):
             if group.is_text:
                 size = sum(one.bytes for one in encoded.encoded)
                 found[group.name] |= {"bytes": size, "bits_per_byte": bits_per_byte(rows, size)}
-        answers = self._answers(model, bench, label)
+        english = english_prompts(bench.rows, self.held_out, self.answers.prompts)
+        answers = self._answers(model, bench, english, f"{label}: English answers")
         write_scores(folder, scores)
         write_json(folder / "answers.json", answers)
+        others = self._other_prompts(bench)
+        given = self._answers(model, bench, others, f"{label}: answers in other languages")
+        samples: dict[str, list[PromptAnswer]] = {}
+        for (group, _), answer in zip(others, given, strict=True):
+            samples.setdefault(group.lang, []).append(answer)
+        if samples:
+            write_json(folder / "samples.json", samples)
         return {"groups": found, "answers": _summary(answers)}
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:
-        """The model, a batch's logits, and the answers' keys and values."""
-        prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts)
+        """The model, a batch's logits, and the KV cache of the answers."""
+        prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts) + self._other_prompts(bench)
         return answers_held(bench, self.quantize, prompts, self.answers.max_new_tokens)
 
-    def _answers(self, model: PreTrainedModel, bench: Bench, label: str) -> list[PromptAnswer]:
-        prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts)
+    def _other_prompts(self, bench: Bench) -> list[tuple[Group, Row]]:
+        return other_prompts(bench.rows, self.held_out, min(self.samples, self.answers.prompts))
+
+    def _answers(
+        self, model: PreTrainedModel, bench: Bench, prompts: Sequence[tuple[Group, Row]], label: str
+    ) -> list[PromptAnswer]:
         if not prompts:
             return []
-        encoder = bench.rows.group_encoder(prompts[0][0])
         answers = answer_prompts(
             model,
             bench.model.tokenizer,
-            [encoder.prompt_ids(row) for _, row in prompts],
-            encoder.end_ids,
+            [bench.rows.group_encoder(group).prompt_ids(row) for group, row in prompts],
+            bench.rows.group_encoder(prompts[0][0]).end_ids,
             Sampling(self.answers.max_new_tokens),
             batch=16,
             watch=bench.watch,
-            label=f"{label}: English answers",
+            label=label,
         )
         return [
             {
@@ -94,6 +112,7 @@ class Probe(Measuring[ProbeMetrics]):
     """Measures the step's model."""
 
     kind: ClassVar[str] = "probe"
+    samples: ClassVar[int] = 2
     format: ClassVar[int] = 2
 
     def do(self, step: Step, bench: Bench, folder: Path) -> ProbeMetrics:

@@ -26,6 +26,7 @@ METRICS = {
 }
 FILES = {
     "probe/answers.json": list[metrics.PromptAnswer],
+    "probe/samples.json": dict[str, list[metrics.PromptAnswer]],
     "layers/layers.json": metrics.LayersFile,
     "drift/drift.json": metrics.DriftFile,
 }
