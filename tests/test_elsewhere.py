@@ -237,30 +237,33 @@ def test_a_folder_is_uploaded_private_once_it_is_whole(hub, runs, tmp_path):
 
 
 UPLOAD = """
-import sys
+import os
 from pathlib import Path
 from qcft import QcftError, hub
 from qcft.events import Watch
 from qcft.runner.upload import check_upload, upload
 hub.WAIT = 0.01
-repo, public = sys.argv[1], sys.argv[2] == "public"
-try:
-    check_upload(repo, public)
-    print(upload(Path("folder"), repo, public, Watch()))
-except QcftError as error:
-    print(f"{error.exit_code} {error}")
+for repo, public in (("me/new", True), ("me/new", False), ("me/more", False), ("me/more", True), ("me/none", False)):
+    if repo == "me/none":
+        os.environ.pop("HF_TOKEN")
+    try:
+        check_upload(repo, public)
+        print(upload(Path("folder"), repo, public, Watch()))
+    except QcftError as error:
+        print(error.exit_code, error.message, error.hint)
 """
 
 
 def test_what_others_can_read_is_not_uploaded_to_unasked(hub, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "README.md").write_text("hello")
-    assert hub.run("-c", UPLOAD, "me/new", "public").stdout == f"{hub.url}/me/new\n"
-    assert hub.private == set()
-    assert "everybody can read it" in hub.run("-c", UPLOAD, "me/new", "private").stdout
-    assert "no token" in hub.run("-c", UPLOAD, "me/new", "public", HF_TOKEN="").stdout
-    hub.faults["commit"] = [500] * 40
-    said = hub.run("-c", UPLOAD, "me/more", "private").stdout
-    assert said.startswith("1 --push: no upload to 'me/more': ")
-    assert "500" in said
-    assert "hf upload me/more folder" in said
+    hub.faults["commit"] = [None] + [500] * 40
+    new, unasked, failed, private, without = hub.run("-c", UPLOAD).stdout.splitlines()
+    assert new == f"{hub.url}/me/new"
+    assert hub.private == {"me/more"}
+    assert unasked.startswith("2 --push: 'me/new' is on the hub already, and everybody can read it")
+    assert failed.startswith("1 --push: no upload to 'me/more': ")
+    assert "500" in failed
+    assert "hf upload me/more folder" in failed
+    assert private.startswith("2 --push: 'me/more' is on the hub already, and private")
+    assert without.startswith("2 --push: there is no token of the hub here")

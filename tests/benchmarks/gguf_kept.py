@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--stage", help="a phase; the last by default")
     parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("--types", default="f16,q8_0,q4_k_m")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     watch, figures = Watch(tell), {}
     with tempfile.TemporaryDirectory() as place:
         merged = deliveries.merge(given.run, None, given.runs, watch, phase=given.stage)
-        for kind in ("f16", "q8_0", "q4_k_m"):
+        for kind in given.types.split(","):
             where = Path(place) / kind
             how = deliveries.Elsewhere(kind, given.llama_cpp)
             try:

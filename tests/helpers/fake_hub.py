@@ -99,8 +99,9 @@ class FakeHub:
                 self.answer({"url": f"{hub.url}/{name}"})
 
             def commit(self, name, body):
-                if hub.faults.get("commit"):
-                    self.send(b"", {}, hub.faults["commit"].pop(0))
+                fault = hub.faults["commit"].pop(0) if hub.faults.get("commit") else None
+                if fault:
+                    self.send(b"", {}, fault)
                     return
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
