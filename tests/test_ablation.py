@@ -449,7 +449,7 @@ def test_other_settings_are_another_ablation_and_other_arms_the_same(done, finis
 def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
     code, out, err = qcft("run", recipe_file, "--dry-run")
     assert code == 0
-    assert "its arms are run by `qcft ablate`" in err
+    assert "`qcft ablate` runs the arms" in err
     assert "train phase2" in out
 
 

@@ -101,7 +101,7 @@ CASES = {
     "a name that Ollama has no place for": (gguf("--ollama", "bad name!"), "--ollama: 'bad name!' is no name"),
     "a repository without its owner": (gguf("--push", "norepo"), "--push: 'norepo' is no name"),
     "a repository of three parts": (gguf("--push", "a/b/c", "--yes"), "is no name of a repository"),
-    "a repository that nobody confirms": (gguf("--push", "me/tiny"), "nobody can be asked"),
+    "a repository that nobody confirms": (gguf("--push", "me/tiny"), "there is no terminal to confirm"),
     "an upload without a hub": (gguf("--push", "me/tiny", "--yes"), "HF_HUB_OFFLINE is set"),
     "everybody may read nothing": (gguf("--public"), "--public is for --push alone"),
     "a ratio that is no number": (command("replay", "tiny", "--ratio", "nan"), "ratio"),

@@ -98,7 +98,7 @@ CASES = {
     ),
     "a loss of replay without replay": (
         command("phase2", "x", "--model", "tiny", "--data", "en=good.jsonl", "--replay-loss", "distil"),
-        "--replay-loss: there is no replay",
+        "--replay-loss: the phase has no replay",
     ),
     "a phase 1 without a model": (command("phase1", "x", "--data", "good.jsonl"), "phase1 needs a model"),
     "a phase 1 without data": (command("phase1", "x", "--model", "tiny"), "phase1 has no data"),
@@ -116,7 +116,7 @@ CASES = {
     "a run name that is no name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
     "a run name that is empty": (command("run", "recipe.yaml", "--as", ""), "--as: the value given is empty"),
     "an option without its value": (command("check", "recipe.yaml", "--vram"), "--vram"),
-    "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is no size"),
+    "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is not a size"),
     "an encoder that is none": (command("check", "recipe.yaml", "--encoder", ""), "--encoder: the value given"),
     "runs without a name": (command("ls", "--runs", ""), "--runs: the value given is empty"),
     "runs behind a link that leads nowhere": (

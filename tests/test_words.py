@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # What has been read and rewritten. A folder stands for all Python files, Markdown documents and recipes in it.
 ROOMS_DONE = (
+    "qcft/cli",
     "qcft/ablation",
     "qcft/api.py",
     "qcft/cache.py",
