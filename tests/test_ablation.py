@@ -123,7 +123,7 @@ def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_p
         ({"arms": [{"name": "a"}], "seeds": [0, 0]}, "one is given twice"),
         ({"arms": [{"name": "a"}], "seeds": [-1]}, "ablation.seeds.0"),
         ({"arms": [{"name": "a", "sett": {}}]}, "unknown key 'ablation.arms.0.sett'"),
-        ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "no plain value"),
+        ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "not a plain value"),
         ({"grid": {"set": {"x": 1}}}, "stands for a mapping of keys"),
         ({"arms": [{"name": "a"}, {"name": "b", "set": {"phase2.train.lr": "fast"}}]}, "arm 'b': phase2.train.lr"),
         ({"arms": [{"name": "b", "set": {"phase3.freeze": "none"}}]}, "arm 'b': phase3.freeze"),

@@ -172,7 +172,7 @@ CASES = {
     ),
     "a field qcft sets": (setting("phase1.train.sft={output_dir: x}"), "output_dir is set by qcft itself"),
     "a token in a field": (setting("phase1.train.sft={hub_token: abc}"), "hub_token is set by qcft itself"),
-    "a token in a value": (setting(f"model.revision=hf_{'a' * 34}"), "holds an access token"),
+    "a token in a value": (setting(f"model.revision=hf_{'a' * 34}"), "contains an access token"),
     "half a character": (setting('phase1.system="\\ud800"'), "half a character"),
     "a tracker nobody has": (setting("phase1.train.report_to=[mlflaw]"), "'mlflaw' is not known"),
     "a freeze spec nobody has": (setting("phase1.freeze=frist:2"), "'frist:2'"),
@@ -193,7 +193,7 @@ CASES = {
     ),
     "an adapter that begins at random": (
         setting("lora.peft={init_lora_weights: false}"),
-        "false begins from a random change",
+        "false starts from a random change",
     ),
     "a rank of modules the model lacks": (
         setting("lora.peft={rank_pattern: {q_porj: 2}}"),
@@ -203,7 +203,7 @@ CASES = {
         setting("lora.peft={rank_pattern: {q_proj: 1000}}"),
         "lora.peft.rank_pattern.q_proj: 1000 is more than the rank",
     ),
-    "a pattern that is none": (setting('lora.peft={alpha_pattern: {"q(": 2}}'), "'q(' is no pattern"),
+    "a pattern that is none": (setting('lora.peft={alpha_pattern: {"q(": 2}}'), "'q(' is not a pattern"),
     "an alpha of nothing": (setting("lora.peft={alpha_pattern: {q_proj: 0}}"), "q_proj: 0"),
     "a bias where there is none": (setting("lora.peft={lora_bias: true}"), "has no bias"),
     "DoRA with a bias": (setting("lora.peft={use_dora: true, lora_bias: true}"), "PEFT has no lora_bias for DoRA"),
@@ -213,10 +213,10 @@ CASES = {
     ),
     "a phase with qcft's own word": (
         setting("phases=[{name: merged, data: good.jsonl}]"),
-        "'merged' would be taken for a stage that qcft makes itself",
+        "'merged' would be mistaken for a stage that qcft makes itself",
     ),
     "no phases": (setting("phases=[]"), "phases"),
-    "an anchor that is a number": (setting("phase1.anchor=0.5"), "phase1.anchor: 0.5 is no anchor"),
+    "an anchor that is a number": (setting("phase1.anchor=0.5"), "phase1.anchor: 0.5 is not an anchor"),
     "distilling on no rows": (setting("phase1.replay={ratio: 0, loss: distil}"), "has no rows to distil on"),
     "replay of a file without one": (setting("phase1.replay={ratio: 0.1, kind: file}"), "needs path: FILE"),
     "replay of a phase there is not": (

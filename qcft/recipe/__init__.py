@@ -1,4 +1,4 @@
-"""The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
+"""The recipe: its schema, its specs, and how it is read and changed. Does not import torch."""
 
 from qcft.recipe.ablation import Ablation, Arm
 from qcft.recipe.anchor import Anchor
