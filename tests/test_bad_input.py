@@ -252,7 +252,7 @@ CASES = {
         "bad.parquet": "not readable as parquet",
         "bad.csv": "line 2: a quote opens here and is not closed",
         "latin.csv": "not readable as CSV",
-        "notes.docx": "no known file type",
+        "notes.docx": "has an unsupported file type",
         "one.jsonl": "held-out share",
         "long.jsonl": "none of the",
         "folder": "holds no data files",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # What has been read and rewritten. A folder stands for all Python files, Markdown documents and recipes in it.
 ROOMS_DONE = (
     "qcft/cli",
+    "qcft/data",
     "qcft/recipe",
     "qcft/ablation",
     "qcft/api.py",
