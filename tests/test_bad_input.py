@@ -197,7 +197,7 @@ CASES = {
     ),
     "a rank of modules the model lacks": (
         setting("lora.peft={rank_pattern: {q_porj: 2}}"),
-        "'q_porj' is the end of no adapted module's name",
+        "no adapted module's name ends in 'q_porj'",
     ),
     "a rank of modules over all ranks": (
         setting("lora.peft={rank_pattern: {q_proj: 1000}}"),
@@ -221,15 +221,15 @@ CASES = {
     "replay of a file without one": (setting("phase1.replay={ratio: 0.1, kind: file}"), "needs path: FILE"),
     "replay of a phase there is not": (
         setting("phase1.replay={ratio: 0.1, kind: phase1, phase: zero}"),
-        "no phase before phase1",
+        "not a phase before phase1",
     ),
     "replay in a language nobody can tell": (
         setting("phase1.replay={ratio: 0.1, filters: {language: xx}}"),
-        "no language that can be told",
+        "not a language that can be identified",
     ),
     "more replay than there is": (
         setting("phase1.replay={ratio: 0.9, kind: english, parallel: false, data: good.jsonl}"),
-        "are missing",
+        "can be made",
     ),
     # data
     **{f"the data {name}": (data(name), says) for name, says in {

@@ -152,7 +152,7 @@ def refused(qcft, raw, tmp_path, says, hint):
 
 def test_thinking_needs_a_template_that_can(raw_recipe, qcft, tmp_path):
     raw_recipe["phases"][0]["thinking"] = "on"
-    refused(qcft, raw_recipe, tmp_path, "has no place for thoughts", "leave phase1.thinking at auto")
+    refused(qcft, raw_recipe, tmp_path, "has no place for thoughts", "keep phase1.thinking: auto")
 
 
 @pytest.mark.parametrize("kind", ["word", "pad", "written"])
