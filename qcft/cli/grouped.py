@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-RUN, LOOK, COMPARE, USE, KEEP = "Run", "Look", "Compare", "Use", "Keep house"
+RUN, LOOK, COMPARE, USE, KEEP = "Run", "Look", "Compare", "Use", "Maintain"
 GROUPS = (RUN, LOOK, COMPARE, USE, KEEP)
 LONGEST = 200  # characters of a command's first sentence
 

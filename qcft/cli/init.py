@@ -15,7 +15,7 @@ from qcft.cli.grouped import LOOK
 from qcft.cli.options import Data, Freeze, Model, command, watched
 from qcft.errors import InputError
 
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 EXAMPLE = "qcft init --model smollm2-135m-instruct --data es=es.jsonl"
 
 
@@ -100,7 +100,7 @@ def _size(none: str, text: str) -> str:
     return text.strip()
 
 
-def _asked(question: str, default: str, read: Callable[[str], Answer]) -> Answer:
+def _asked(question: str, default: str, read: Callable[[str], Value]) -> Value:
     """The value that `read` returns for an answer; asks again if it is refused. Raises InputError for no answer."""
     from qcft.terminal.tables import print_error
 

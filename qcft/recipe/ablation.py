@@ -17,7 +17,7 @@ Grid = dict[str, list[Any] | dict[str, Any]]
 Match = Literal["tokens", "steps"]
 
 
-class Arm(Part):
+class ArmSpec(Part):
     """One variant, or with `grid` several. `set` changes recipe keys as `--set` does, null included.
 
     `mixed`: the last phase alone, trained on the data of all phases, without replay, for as long as all phases train
@@ -38,14 +38,14 @@ class Arm(Part):
         return self
 
 
-class Ablation(Part):
+class AblationSpec(Part):
     """Arms x seeds (the recipe's own seed where none are given). `grid` crosses every arm with all its combinations.
 
     `gpus` and `cpus`: what one step reserves on a Ray cluster (`--on ray`); null: one GPU where the cluster has any.
     """
 
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
-    arms: list[Arm] = []
+    arms: list[ArmSpec] = []
     grid: Grid = {}
     gpus: Annotated[Number, Field(ge=0)] | None = None
     cpus: Annotated[Number, Field(gt=0)] = 1.0
@@ -66,7 +66,7 @@ class Ablation(Part):
 
     def variants(self) -> Iterator[tuple[str, dict[str, Any], Match | None]]:
         """Every arm's name, its changes, and for a mixed arm its `match`; grids are expanded, the last key fastest."""
-        arms = self.arms or ([Arm()] if self.grid else [])
+        arms = self.arms or ([ArmSpec()] if self.grid else [])
         for arm in arms:
             match = (arm.match or "tokens") if arm.mixed else None
             axes = [_axis(key, values) for key, values in {**arm.grid, **self.grid, **arm.grid}.items()]

@@ -239,7 +239,7 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
         )
     if kind == "missing":
         return InputError(f"recipe: {where!r} is missing", "add it to the recipe, or give it with --set")
-    text = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    text = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(" or instance of ")[0]
     if kind in {"too_short", "string_too_short"}:
         text = "should not be empty"
     if kind == "value_error":  # the schema's own: what is wrong | what to do

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, fi
 from pydantic_core import PydanticKnownError
 
 from qcft.errors import InputError
-from qcft.recipe.ablation import Ablation
+from qcft.recipe.ablation import AblationSpec
 from qcft.recipe.anchor import Anchor, check_anchor
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import FreezeSpec, parse_freeze
@@ -247,7 +247,7 @@ class Recipe(Part):
     evaluate: Evaluate = Evaluate()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
-    ablation: Ablation | None = None
+    ablation: AblationSpec | None = None
 
     @field_validator("name")
     @classmethod
