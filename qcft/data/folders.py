@@ -125,6 +125,6 @@ def _resolved(patterns: Iterable[str], base: Path) -> list[Path]:
         except FileNotFoundError:
             if not glob.has_magic(pattern):
                 raise InputError(
-                    f"data: {str(base)!r} has no {pattern!r}, which its README.md names", "correct README.md"
+                    f"data: {str(base)!r} lacks {pattern!r}, which its README.md names", "correct README.md"
                 ) from None
     return sorted(file for file in found if file.name.lower().endswith(SUFFIXES) and not ABOUT.match(file.name))
