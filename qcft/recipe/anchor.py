@@ -40,7 +40,7 @@ class Anchor(Part):
         return f"{self.kind}:{self.strength:g}"
 
 
-def spelt_out(value: Any) -> Any:
+def as_mapping(value: Any) -> Any:
     """`KIND` or `KIND:WEIGHT` as a mapping; anything else unchanged."""
     if not isinstance(value, str):
         return value
@@ -50,7 +50,7 @@ def spelt_out(value: Any) -> Any:
 
 def check_anchor(value: Any) -> Any:
     """Check the form and the kind of an anchor, before its fields are validated. Raises ValueError."""
-    value = spelt_out(value)
+    value = as_mapping(value)
     if value is None or isinstance(value, Anchor):
         return value
     if not isinstance(value, dict):

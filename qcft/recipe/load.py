@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from qcft.errors import InputError, nearest
 from qcft.files import exists, oddity
-from qcft.recipe.anchor import spelt_out
+from qcft.recipe.anchor import as_mapping
 from qcft.recipe.schema import Recipe
 from qcft.recipe.texts import check_texts
 from qcft.recipe.yaml_file import UNREADABLE, one_line, read_yaml, read_yaml_file
@@ -132,7 +132,7 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
         if isinstance(holder, dict) and type(holder.get("replay")) in {int, float}:
             holder["replay"] = {"ratio": holder["replay"]}
         if isinstance(holder, dict) and "anchor" in holder:
-            holder["anchor"] = spelt_out(holder["anchor"])
+            holder["anchor"] = as_mapping(holder["anchor"])
     holders += [p["replay"] for p in holders if isinstance(p, dict) and isinstance(p.get("replay"), dict)]
     mixes = [h["mix"] for h in holders if isinstance(h, dict) and isinstance(h.get("mix"), list)]
     holders += [part for mix in mixes for part in mix]
