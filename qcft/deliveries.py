@@ -127,7 +127,7 @@ class Elsewhere:
         if adapter_only and self.type:
             flag = "--gguf" if self.gguf else "--ollama"
             raise InputError(
-                f"{flag} cannot be combined with --adapter-only: a GGUF file holds a whole model", "omit one"
+                f"{flag} cannot be combined with --adapter-only: a GGUF file holds a whole model", "omit one of them"
             )
         if self.llama_cpp is not None and not self.type:
             raise InputError("--llama-cpp needs --gguf", "add --gguf q8_0, or omit --llama-cpp")

@@ -115,7 +115,7 @@ class Peft(Part):
             if key in OWNED:
                 raise ValueError(f"{key} is set by qcft itself | use {OWNED[key]}")
             if key in REFUSED:
-                raise ValueError(f"{key}: {REFUSED[key]} | omit it")
+                raise ValueError(f"{key}: {REFUSED[key]} | omit lora.peft.{key}")
         return value
 
     @field_validator("lora_bias")

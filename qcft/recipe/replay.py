@@ -53,7 +53,7 @@ class ReplayKind(Part):
         if self.phase is not None and (self.kind in {"english", "file"} or self.data):
             raise ValueError("phase is for replay of kind phase1 or generative, without data | omit one of them")
         if not self.parallel and not (self.kind == "english" and self.data):
-            raise ValueError("parallel: false is for kind: english with data | omit it")
+            raise ValueError("parallel: false is for kind: english with data | omit parallel")
         return self
 
 
