@@ -2,9 +2,9 @@
 
 import qcft
 run = qcft.run("recipe.yaml", set={"phase2.replay.ratio": 0.1})
-run.frame()                              # every number, one a row; in a notebook, `run` shows its table and its plot
+run.frame()                              # all numbers, one per row; in a notebook, `run` shows its table and its plot
 qcft.compare(run, prompts=["Hola"])      # answers of the stages side by side
-qcft.open("quickstart").report()         # what was run before
+qcft.open("quickstart").report()         # an earlier run
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first asked for, so that `import qcft` (and the command line's help) stays quick.
+    # Loaded on first use, so that `import qcft` (and the command line's help) stays quick.
     if name == "Stage":
         import qcft.store.results
 

@@ -33,7 +33,7 @@ def merge(
 ) -> Merged:
     """Merge a run's phase (the last by default), measure what that kept, and write it to `to` with a model card.
 
-    `scale` times the phase's delta is taken, or of each layer's what `by` says: `layers=0-9:0.5`. Raises QcftError.
+    `scale` multiplies the phase's delta; `by` scales it by layer: `layers=0-9:0.5`. Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.dialling import scaled
@@ -74,9 +74,9 @@ def export_adapter(
     scale: float | None = None,
     by: str | None = None,
 ) -> Exported:
-    """Write a run's phase (the last by default) as one PEFT adapter of the model as it came, with a model card.
+    """Write a run's phase (the last by default) as one PEFT adapter for the unmodified model, with a model card.
 
-    `scale` and `by` as `merge` has them. Raises QcftError.
+    `scale` and `by` as in `merge`. Raises QcftError.
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.dialling import scale_by_weight, scaled
@@ -91,7 +91,7 @@ def export_adapter(
     whole = read(named.name, runs)
     if stage not in whole.stages:
         raise not_done(named, stage)
-    what = f"The adapter of {' and '.join(phases_until(recipe, last))}, for the model as it came."
+    what = f"The adapter of {' and '.join(phases_until(recipe, last))}, for the unmodified model."
     if goal.way():
         what += f" Of {last}, it has {goal.share()}; below, {last} is measured with all of its delta."
     deliver_adapter(
@@ -108,8 +108,8 @@ def export_adapter(
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Where an export goes beyond a folder: a GGUF file's type (q8_0 where Ollama's name alone is given), llama.cpp's
-    folder, the hub's repository."""
+    """What an export writes besides a folder: a GGUF file's type (q8_0 if only a name for Ollama is given), with
+    llama.cpp's folder, a name for Ollama, a repository on the hub."""
 
     gguf: str | None = None
     llama_cpp: Path | None = None
@@ -119,20 +119,20 @@ class Elsewhere:
 
     @property
     def type(self) -> str | None:
-        """The type of the GGUF file; None where none is asked for."""
+        """The type of the GGUF file; None if no GGUF file is requested."""
         return self.gguf or ("q8_0" if self.ollama is not None else None)
 
     def check(self, adapter_only: bool) -> None:
-        """Raise InputError for flags that do not go together."""
+        """Raise InputError for flags that cannot be combined."""
         if adapter_only and self.type:
             flag = "--gguf" if self.gguf else "--ollama"
             raise InputError(
-                f"{flag} does not go with --adapter-only: a GGUF file holds a whole model", "leave one out"
+                f"{flag} cannot be combined with --adapter-only: a GGUF file holds a whole model", "omit one of them"
             )
         if self.llama_cpp is not None and not self.type:
-            raise InputError("--llama-cpp is for --gguf alone", "add --gguf q8_0, or leave --llama-cpp out")
+            raise InputError("--llama-cpp needs --gguf", "add --gguf q8_0, or omit --llama-cpp")
         if self.public and not self.push:
-            raise InputError("--public is for --push alone", "add --push USER/REPO, or leave --public out")
+            raise InputError("--public needs --push", "add --push USER/REPO, or omit --public")
 
 
 def export(
@@ -148,7 +148,7 @@ def export(
     elsewhere: Elsewhere | None = None,
 ) -> Merged | Exported | GgufWritten:
     """Write a run's phase (the last by default) to `to` as a model, an adapter or a GGUF file, and upload the folder
-    where that is asked for. Raises QcftError; what cannot be done is refused before any work."""
+    if `elsewhere.push` is set. Raises QcftError; invalid requests are refused before any work."""
     from qcft.runner.upload import check_upload, upload
 
     elsewhere = elsewhere or Elsewhere()
@@ -178,8 +178,8 @@ def export_gguf(
     scale: float | None = None,
     by: str | None = None,
 ) -> GgufWritten:
-    """Write a run's phase, merged, as one GGUF file with a model card, a Modelfile beside it for Ollama; measure what
-    the file kept. `scale` and `by` as `merge` has them. Raises QcftError."""
+    """Write a run's phase, merged, as one GGUF file with a model card, and a Modelfile for Ollama if requested; measure
+    what the file kept. `scale` and `by` as in `merge`. Raises QcftError."""
     from qcft.models.ollama import create
     from qcft.runner.delivery import check_place, whole_folder
     from qcft.runner.dialling import scaled
@@ -224,8 +224,9 @@ def dial(
     share: float | None = None,
     to: Path | None = None,
 ) -> Dialled:
-    """Measure EA and MA at each scale of a phase's delta, and scaled `by` layers (`layers=0-9:0.5`, `auto`), and draw
-    the curve; merge one scale, or pick the point that keeps a `share` of the languages' gain, when asked to.
+    """Measure EA (English) and MA (the other languages) at each scale of a phase's delta, and scaled `by` layers
+    (`layers=0-9:0.5`, `auto`), and draw the curve. `merge_at` also merges one scale, `share` also picks the point that
+    keeps this share of the languages' gain.
 
     Raises QcftError.
     """

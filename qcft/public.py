@@ -1,5 +1,5 @@
-"""What `import qcft` gives: runs and ablations as objects that show themselves in a notebook, and what is done with
-them. Paths may be strings; `runs` is the folder that holds the runs; everything raises QcftError."""
+"""The Python API of `import qcft`: runs and ablations as objects that notebooks can display, and functions on them.
+Paths may be strings; `runs` is the folder that holds the runs; all functions raise QcftError."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Run(results.Run):
-    """A run as it stands: `stages` by name, `table` of stages and languages, `failed` evaluations. A notebook shows its
-    table and its plot."""
+    """A run, finished or not: `stages` by name, `table` of stages and languages, `failed` evaluations. A notebook shows
+    its table and its plot."""
 
     def __repr__(self) -> str:
         return f"<qcft run {self.name!r}: {', '.join(self.stages) or 'nothing done yet'}; {self.folder}>"
@@ -40,16 +40,17 @@ class Run(results.Run):
         return in_notebook(build_report(arms_of([api.evidence(self.name, self.folder.parent)])))
 
     def frame(self) -> DataFrame:
-        """The run's numbers, one a row: arm, seed, stage, language, rows_of, measure, value, low, high."""
+        """The run's numbers, one per row: arm, seed, stage, language, rows_of, measure, value, low, high."""
         return _frame([(self, self.name)])
 
     def report(self, to: str | Path | None = None) -> Path:
-        """Write the run's report, by default into its own folder; the page's path."""
+        """Write the run's report, by default into its own folder; returns the page's path."""
         return _report(self.name, self.folder.parent, to)
 
 
 class Ablation(ablations.AblationIndex):
-    """An ablation as it stands; `states()` says how each arm and seed is. A notebook shows its arms and their plot."""
+    """An ablation, finished or not; `states()` has the state of each arm and seed. A notebook shows its arms and their
+    plot."""
 
     def __repr__(self) -> str:
         states = self.states()
@@ -61,12 +62,12 @@ class Ablation(ablations.AblationIndex):
         return in_notebook(build_report(arms_of([api.evidence(run, self.runs) for run in arms], arms), self.name))
 
     def frame(self) -> DataFrame:
-        """The numbers of every run that is done, one a row: arm, seed, stage, language, rows_of, measure, value, low,
+        """The numbers of every finished run, one per row: arm, seed, stage, language, rows_of, measure, value, low,
         high."""
         return _frame([(api.read(run, self.runs), arm) for run, arm in self._done().items()])
 
     def report(self, to: str | Path | None = None) -> Path:
-        """Write the arms' report, by default into the ablation's folder; the page's path."""
+        """Write the arms' report, by default into the ablation's folder; returns the page's path."""
         return _report(self.name, self.runs, to)
 
     def _done(self) -> dict[str, str]:
@@ -88,13 +89,13 @@ def run(
     runs: str | Path = "runs",
     listener: Listener | None = None,
 ) -> Run:
-    """Run a recipe (a file, a built-in name, or one already loaded) to its end.
+    """Run a whole recipe (a file, a built-in name, or a loaded one).
 
     `set` changes recipe keys: `{"phase2.replay.ratio": 0.1}`. `listener` is called with every event; by default a
     notebook shows them, and elsewhere nothing is printed. A task that failed is in the run's `failed`.
     """
-    with _heard(listener) as heard:
-        return Run(**vars(api.run(recipe, set=set, runs=runs, listener=heard)))
+    with _shown(listener) as shown:
+        return Run(**vars(api.run(recipe, set=set, runs=runs, listener=shown)))
 
 
 def ablate(
@@ -106,17 +107,17 @@ def ablate(
     runs: str | Path = "runs",
     listener: Listener | None = None,
 ) -> Ablation:
-    """Run a recipe's arms x seeds in this process (all, or those named), reusing what is done.
+    """Run a recipe's arms x seeds in this process (all, or those named), reusing finished steps.
 
-    An arm that fails is noted and the next one begun: `states()` says so. `set` and `listener` as for `run`.
+    If an arm fails, the next ones still run; `states()` shows it. `set` and `listener` as for `run`.
     """
-    with _heard(listener) as heard:
-        done = api.ablate(recipe, set=set, arms=arms, seeds=seeds, runs=runs, listener=heard)
+    with _shown(listener) as shown:
+        done = api.ablate(recipe, set=set, arms=arms, seeds=seeds, runs=runs, listener=shown)
     return Ablation(done.runs, done.name)
 
 
 def open(name: str | None = None, *, runs: str | Path = "runs") -> Run | Ablation:
-    """A run or an ablation by its name; the latest run where none is given. Nothing is run."""
+    """Open a run or an ablation by its name, or the latest run without a name. Nothing is run."""
     if name is not None and name in ablations.list_ablations(Path(runs)):
         return Ablation(Path(runs), name)
     return Run(**vars(api.read(name, runs)))
@@ -135,15 +136,15 @@ def check_recipe(
     measure: bool = False,
     listener: Listener | None = None,
 ) -> Checked:
-    """What a recipe would take, as `qcft check --json` prints it: memory, time, disk. Nothing is trained or written.
+    """What a recipe needs, as `qcft check --json` prints it: memory, time, disk. Nothing is trained or written.
 
-    `measure`: time a few optimizer steps that are really taken.
+    `measure`: run a few real optimizer steps and time them.
     """
     from qcft.check.recipe import check_recipe as checked
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, set)
-    with _heard(listener) as heard:
-        return checked(loaded, Path(runs), Watch(heard), measure=measure)
+    with _shown(listener) as shown:
+        return checked(loaded, Path(runs), Watch(shown), measure=measure)
 
 
 def merge(
@@ -155,11 +156,12 @@ def merge(
     runs: str | Path = "runs",
     listener: Listener | None = None,
 ) -> Merged:
-    """Merge a run's phase (`stage`, the last by default) and all before it into one 16-bit model, in the run or in the
-    new folder `to`; its `folder`, its `stage` and what merging `kept`. `scale`: how much of the last delta is taken."""
+    """Merge a run's phase (`stage`, the last by default) and all phases before it into one 16-bit model, in the run or
+    in the new folder `to`. Returns its `folder`, its `stage` and what merging `kept`. `scale` multiplies the last
+    delta."""
     name, at = _named(run, runs)
-    with _heard(listener) as heard:
-        return deliveries.merge(name, _path(to), at, Watch(heard), phase=stage, scale=scale)
+    with _shown(listener) as shown:
+        return deliveries.merge(name, _path(to), at, Watch(shown), phase=stage, scale=scale)
 
 
 def export(
@@ -179,14 +181,14 @@ def export(
     """Write a phase's model (the last by default), or one PEFT adapter of all phases, to a new folder with a card.
 
     `gguf` (f16, bf16, q8_0, q4_k_m) writes one file for llama.cpp and Ollama instead, and measures what it kept;
-    `llama_cpp` is llama.cpp's folder, `ollama` a name under which Ollama gets it. `push` uploads the folder to the
-    hub's repository USER/REPO, private unless `public`.
+    `llama_cpp` is llama.cpp's folder, `ollama` a name for the model in Ollama. `push` uploads the folder to the
+    repository USER/REPO on the hub, private unless `public`.
     """
     name, at = _named(run, runs)
     elsewhere = deliveries.Elsewhere(gguf, _path(llama_cpp), ollama, push, public)
-    with _heard(listener) as heard:
+    with _shown(listener) as shown:
         return deliveries.export(
-            name, Path(to), at, Watch(heard), phase=stage, adapter_only=adapter_only, elsewhere=elsewhere
+            name, Path(to), at, Watch(shown), phase=stage, adapter_only=adapter_only, elsewhere=elsewhere
         )
 
 
@@ -209,8 +211,8 @@ def compare(
 
     name, at = _named(run, runs)
     asked = Comparing(name, other, _several(stages), _several(prompts), None, rows, _several(langs), max_new_tokens)
-    with _heard(listener) as heard:
-        return Comparison(compare_stages(asked, at, Watch(heard), _path(to)))
+    with _shown(listener) as shown:
+        return Comparison(compare_stages(asked, at, Watch(shown), _path(to)))
 
 
 def chat(
@@ -223,8 +225,8 @@ def chat(
     runs: str | Path = "runs",
     listener: Listener | None = None,
 ) -> Chat:
-    """A conversation with a stage of a run, the last finished phase by default: `chat.answer("Hola")` gives the answer
-    by stage, `chat.use("base")` switches the stage, `chat.both()` has two answer."""
+    """A chat with a stage of a run, the last finished phase by default: `chat.answer("Hola")` returns the answer by
+    stage, `chat.use("base")` switches the stage, `chat.both()` lets two stages answer."""
     from qcft.inspect.chat import Chat
 
     name, at = _named(run, runs)
@@ -232,14 +234,14 @@ def chat(
 
 
 @contextmanager
-def _heard(listener: Listener | None) -> Iterator[Listener | None]:
-    """The listener, or in a notebook what shows the work there."""
-    shown = None if listener else notebook_reporter()
+def _shown(listener: Listener | None) -> Iterator[Listener | None]:
+    """The listener; without one, in a notebook, a reporter that shows the work there."""
+    reporter = None if listener else notebook_reporter()
     try:
-        yield listener or shown
+        yield listener or reporter
     finally:
-        if shown:
-            shown.close()
+        if reporter:
+            reporter.close()
 
 
 def _named(run: str | results.Run | None, runs: str | Path) -> tuple[str, Path]:

@@ -123,7 +123,7 @@ def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_p
         ({"arms": [{"name": "a"}], "seeds": [0, 0]}, "one is given twice"),
         ({"arms": [{"name": "a"}], "seeds": [-1]}, "ablation.seeds.0"),
         ({"arms": [{"name": "a", "sett": {}}]}, "unknown key 'ablation.arms.0.sett'"),
-        ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "no plain value"),
+        ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "not a plain value"),
         ({"grid": {"set": {"x": 1}}}, "stands for a mapping of keys"),
         ({"arms": [{"name": "a"}, {"name": "b", "set": {"phase2.train.lr": "fast"}}]}, "arm 'b': phase2.train.lr"),
         ({"arms": [{"name": "b", "set": {"phase3.freeze": "none"}}]}, "arm 'b': phase3.freeze"),
@@ -449,7 +449,7 @@ def test_other_settings_are_another_ablation_and_other_arms_the_same(done, finis
 def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
     code, out, err = qcft("run", recipe_file, "--dry-run")
     assert code == 0
-    assert "its arms are run by `qcft ablate`" in err
+    assert "`qcft ablate` runs the arms" in err
     assert "train phase2" in out
 
 

@@ -98,7 +98,7 @@ CASES = {
     ),
     "a loss of replay without replay": (
         command("phase2", "x", "--model", "tiny", "--data", "en=good.jsonl", "--replay-loss", "distil"),
-        "--replay-loss: there is no replay",
+        "--replay-loss: the phase has no replay",
     ),
     "a phase 1 without a model": (command("phase1", "x", "--data", "good.jsonl"), "phase1 needs a model"),
     "a phase 1 without data": (command("phase1", "x", "--model", "tiny"), "phase1 has no data"),
@@ -116,7 +116,7 @@ CASES = {
     "a run name that is no name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
     "a run name that is empty": (command("run", "recipe.yaml", "--as", ""), "--as: the value given is empty"),
     "an option without its value": (command("check", "recipe.yaml", "--vram"), "--vram"),
-    "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is no size"),
+    "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is not a size"),
     "an encoder that is none": (command("check", "recipe.yaml", "--encoder", ""), "--encoder: the value given"),
     "runs without a name": (command("ls", "--runs", ""), "--runs: the value given is empty"),
     "runs behind a link that leads nowhere": (
@@ -172,7 +172,7 @@ CASES = {
     ),
     "a field qcft sets": (setting("phase1.train.sft={output_dir: x}"), "output_dir is set by qcft itself"),
     "a token in a field": (setting("phase1.train.sft={hub_token: abc}"), "hub_token is set by qcft itself"),
-    "a token in a value": (setting(f"model.revision=hf_{'a' * 34}"), "holds an access token"),
+    "a token in a value": (setting(f"model.revision=hf_{'a' * 34}"), "contains an access token"),
     "half a character": (setting('phase1.system="\\ud800"'), "half a character"),
     "a tracker nobody has": (setting("phase1.train.report_to=[mlflaw]"), "'mlflaw' is not known"),
     "a freeze spec nobody has": (setting("phase1.freeze=frist:2"), "'frist:2'"),
@@ -193,17 +193,17 @@ CASES = {
     ),
     "an adapter that begins at random": (
         setting("lora.peft={init_lora_weights: false}"),
-        "false begins from a random change",
+        "false starts from a random change",
     ),
     "a rank of modules the model lacks": (
         setting("lora.peft={rank_pattern: {q_porj: 2}}"),
-        "'q_porj' is the end of no adapted module's name",
+        "no adapted module's name ends in 'q_porj'",
     ),
     "a rank of modules over all ranks": (
         setting("lora.peft={rank_pattern: {q_proj: 1000}}"),
         "lora.peft.rank_pattern.q_proj: 1000 is more than the rank",
     ),
-    "a pattern that is none": (setting('lora.peft={alpha_pattern: {"q(": 2}}'), "'q(' is no pattern"),
+    "a pattern that is none": (setting('lora.peft={alpha_pattern: {"q(": 2}}'), "'q(' is not a pattern"),
     "an alpha of nothing": (setting("lora.peft={alpha_pattern: {q_proj: 0}}"), "q_proj: 0"),
     "a bias where there is none": (setting("lora.peft={lora_bias: true}"), "has no bias"),
     "DoRA with a bias": (setting("lora.peft={use_dora: true, lora_bias: true}"), "PEFT has no lora_bias for DoRA"),
@@ -213,23 +213,23 @@ CASES = {
     ),
     "a phase with qcft's own word": (
         setting("phases=[{name: merged, data: good.jsonl}]"),
-        "'merged' would be taken for a stage that qcft makes itself",
+        "'merged' would be mistaken for a stage that qcft makes itself",
     ),
     "no phases": (setting("phases=[]"), "phases"),
-    "an anchor that is a number": (setting("phase1.anchor=0.5"), "phase1.anchor: 0.5 is no anchor"),
+    "an anchor that is a number": (setting("phase1.anchor=0.5"), "phase1.anchor: 0.5 is not an anchor"),
     "distilling on no rows": (setting("phase1.replay={ratio: 0, loss: distil}"), "has no rows to distil on"),
     "replay of a file without one": (setting("phase1.replay={ratio: 0.1, kind: file}"), "needs path: FILE"),
     "replay of a phase there is not": (
         setting("phase1.replay={ratio: 0.1, kind: phase1, phase: zero}"),
-        "no phase before phase1",
+        "not a phase before phase1",
     ),
     "replay in a language nobody can tell": (
         setting("phase1.replay={ratio: 0.1, filters: {language: xx}}"),
-        "no language that can be told",
+        "not a language that can be identified",
     ),
     "more replay than there is": (
         setting("phase1.replay={ratio: 0.9, kind: english, parallel: false, data: good.jsonl}"),
-        "are missing",
+        "can be made",
     ),
     # data
     **{f"the data {name}": (data(name), says) for name, says in {
@@ -252,7 +252,7 @@ CASES = {
         "bad.parquet": "not readable as parquet",
         "bad.csv": "line 2: a quote opens here and is not closed",
         "latin.csv": "not readable as CSV",
-        "notes.docx": "no known file type",
+        "notes.docx": "has an unsupported file type",
         "one.jsonl": "held-out share",
         "long.jsonl": "none of the",
         "folder": "holds no data files",

@@ -44,7 +44,7 @@ def setting(*texts):
 
 
 CASES = {
-    "bytes that are no text": (["similarity", "a", "\udcff"], r"'\udcff' is no UTF-8 text"),
+    "bytes that are no text": (["similarity", "a", "\udcff"], r"'\udcff' is not UTF-8 text"),
     "an escape in a command": ([f"trian{CLEAR}"], r"trian\x1b[2J"),
     "a command that is markup": (["[/]"], "[/]"),
     "an escape in an option": (["run", f"--rep{C1}ly"], r"\x9b2J"),

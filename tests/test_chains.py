@@ -222,8 +222,8 @@ def test_the_prompts_of_an_earlier_phase_are_asked_in_its_language(chain):
 @pytest.mark.parametrize(
     ("replay", "says"),
     [
-        ({"ratio": 0.2, "kind": "phase1", "phase": "phase9"}, "'phase9' is no phase before phase3"),
-        ({"ratio": 0.2, "kind": "phase1", "phase": "phase3"}, "'phase3' is no phase before phase3"),
+        ({"ratio": 0.2, "kind": "phase1", "phase": "phase9"}, "'phase9' is not a phase before phase3"),
+        ({"ratio": 0.2, "kind": "phase1", "phase": "phase3"}, "'phase3' is not a phase before phase3"),
         ({"ratio": 0.2, "kind": "english", "phase": "phase1"}, "phase is for replay of kind phase1 or generative"),
         ({"ratio": 0.2, "phase": "phase1", "mix": ["phase1"]}, "both mix and one kind"),
     ],

@@ -130,7 +130,7 @@ def test_bytes_that_are_no_utf8_are_bad_json_not_a_crash(tmp_path):
         ("a.jsonl", '{"instruction": "a", "output": ""}\n', "none of the 1 rows"),
         ("a.jsonl", "{bad\n{bad\n", "2 of the 2 rows"),
         ("a.json", "[1, 2", "not readable as JSON"),
-        ("a.doc", "hello", "no known file type"),
+        ("a.doc", "hello", "has an unsupported file type"),
         ("a.parquet", "hello", "not readable as parquet"),
         ("a.gz", "\x1f\x8bxx", "cannot be read"),
     ],

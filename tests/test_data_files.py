@@ -235,7 +235,7 @@ def test_what_datasets_saved_has_its_splits(tmp_path):
     assert "has no split 'dev' | it has train, test" in refusal(tmp_path / "saved", split="dev")
     assert said(read(tmp_path / "alone")) == {"ALONE"}
     assert "has no split 'test'" in refusal(tmp_path / "alone", split="test")
-    assert "was written by save_to_disk and has no subset 'es' | leave subset: out" in refusal(
+    assert "was written by save_to_disk and has no subset 'es' | omit subset:" in refusal(
         tmp_path / "saved", subset="es"
     )
     assert read(tmp_path / "alone" / "data-00000-of-00001.arrow") == rows("ALONE")

@@ -29,7 +29,7 @@ def test_a_family_is_trained_merged_and_exported_as_it_should_be(name, tmp_path,
     ("name", "says"),
     [
         ("deepseek_v3", "linear modules of deepseek_v3, such as model.layers.0.mlp.down_proj, onto its experts"),
-        ("llama4_wrapper", "llama4_text has no inner model apart from its head"),
+        ("llama4_wrapper", "llama4_text has no inner model separate from its head"),
         ("gpt2", "hold no linear modules"),
     ],
 )

@@ -107,7 +107,7 @@ def test_what_cannot_be_measured_is_refused(raw_recipe, tmp_path):
         prepared.held_out(by_name(prepared)["test es"])
     assert error.value.hint == "give shorter rows: at most 1024 tokens are measured"
     raw_recipe["phases"][1]["name"] = "test"
-    with pytest.raises(InputError, match=r"'test' names what heldout.data measures"):
+    with pytest.raises(InputError, match=r"'test' is the name for heldout.data"):
         recipe_from(raw_recipe, {"heldout.data": str(odd)})
     recipe_from(raw_recipe)
 

@@ -67,7 +67,7 @@ def test_a_model_as_it_came_and_a_file_that_is_there(place, qcft):
     raw = yaml.safe_load((place / "recipe.yaml").read_text())
     assert raw["name"] == "add-no"
     assert [phase["data"] for phase in raw["phases"]] == [[{"path": "es.jsonl", "lang": "no"}]]
-    check_refused(qcft, place, ["init", "--model", "tiny", *DATA], "'recipe.yaml' is there already")
+    check_refused(qcft, place, ["init", "--model", "tiny", *DATA], "'recipe.yaml' already exists")
     assert qcft("init", "--model", "tiny", *DATA, "--force")[0] == 0
     assert load_recipe("recipe.yaml").name == "add-es-pt"
 
@@ -127,7 +127,7 @@ BAD = {
     "more replay than the mix": (given("--replay", "1"), "outside [0, 0.9]"),
     "replay that is no number": (given("--replay", "nan"), "replay"),
     "a freeze spec nobody has": (given("--freeze", "frist:2"), "'frist:2'"),
-    "a card without a unit": (given("--vram", "8"), "--vram '8' is no size"),
+    "a card without a unit": (given("--vram", "8"), "--vram '8' is not a size"),
     "a name with a slash": (given("--name", "a/b"), "cannot name a run"),
     "a folder to write to": (given("--to", "folder"), "is a folder"),
     "a place in no folder": (given("--to", "nowhere/recipe.yaml"), "there is no folder 'nowhere'"),

@@ -285,7 +285,7 @@ def test_an_instruct_models_change_is_that_from_its_base(qcft, raw_recipe, tmp_p
     raw_recipe["phases"] = [raw_recipe["phases"][1] | {"replay": None}]
     code, _, err = run_one(qcft, raw_recipe, tmp_path, "model.quantize=nf4")
     assert code == 2
-    assert "goes by what an earlier phase changed" in err
+    assert "depends on what an earlier phase changed" in err
     assert "hint: set model.base" in err
     assert not (tmp_path / "runs").exists()
     code, _, err = run_one(qcft, raw_recipe, tmp_path, f"model.base={base}")
@@ -312,7 +312,7 @@ def run_one(qcft, raw, tmp_path, setting):
         (["TINY", "--freeze", "first:9"], "asks for 9 layers, but the model has 3", "up to 2"),
         (["TINY", "--freeze", "snr:1.0"], "nothing is left to train", "fewer"),
         (["TINY", "--freeze", "snr:4"], "asks for 4 modules", "up to 2"),
-        (["TINY", "--freeze", "most-changed:0.5"], "goes by what an earlier phase changed", "model.base"),
+        (["TINY", "--freeze", "most-changed:0.5"], "depends on what an earlier phase changed", "model.base"),
         (["no-such-run"], "no embedded model, file or folder", "embedded"),
         (["TINY", "--set", "lora.targets=[q_prj]"], "no linear module 'q_prj'", "q_proj"),
         (["TINY", "--base", "no/such/folder", "--freeze", "most-changed:1"], "no file or folder", "give"),

@@ -150,7 +150,7 @@ def test_defaults_of_peft_are_no_other_step(raw):
         ({"lora.peft": {"use_dora": True}, "phase2.freeze": "most-changed:0.5"}, "how much such an adapter changed"),
         (
             {"lora.peft": {"use_dora": True}, "phase1": {"adapter": "x"}, "phase2.start": "continue"},
-            "whose own config holds",
+            "whose own config applies",
         ),
     ],
 )

@@ -249,7 +249,7 @@ def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):
 
 def test_a_pool_that_is_too_small_says_how_many_rows_are_missing(raw_recipe, tmp_path):
     recipe = recipe_from(raw_recipe, {"phase2.replay.ratio": 0.9})
-    with pytest.raises(qcft.InputError, match=r"needs 216 replay rows, but there are \d+ .*: \d+ are missing"):
+    with pytest.raises(qcft.InputError, match=r"needs 216 replay rows, but only \d+ can be made"):
         api.run(recipe, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -318,7 +318,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
         heard = []
         recipe = recipe_from({**raw, "model": raw_recipe["model"], "phases": [{**brought, "adapter": str(copied)}]})
         check_prepared(Prepared(recipe, Watch(heard.append)))
-        assert sum("says it is of 'somebody/else'" in event.text for event in heard if isinstance(event, Note)) == told
+        assert sum("was made for 'somebody/else'" in event.text for event in heard if isinstance(event, Note)) == told
 
 
 def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs, tmp_path):

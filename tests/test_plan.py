@@ -267,9 +267,9 @@ def test_no_phase_can_have_the_name_of_another_stage():
     assert {"eval", "abilities", "base-16bit", "merged-b", "kept-merged", "merged-c-at-0.5-ties-0.2"} <= taken
     assert {"dial-a", "dial-b-ties-0.2", "replay-c", "layers-b", "merged-a-dequantised"} <= taken
     for name in taken - {"t"}:
-        with pytest.raises(InputError, match="would be taken for") as refused:
+        with pytest.raises(InputError, match="would be mistaken for") as refused:
             recipe_from(with_phases("a", name, "c"))
-        assert "name the phase otherwise" in refused.value.hint
+        assert "rename the phase" in refused.value.hint
     for name in ("a-dequantised", "a-at-0.5", "a-ties-0.2", "A-at-1"):  # merged-a-dequantised is whose?
         with pytest.raises(InputError, match="a stage that qcft makes of 'a'"):
             recipe_from(with_phases("a", name, "c"))

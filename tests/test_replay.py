@@ -85,7 +85,7 @@ def test_the_share_is_exact_in_rows_and_in_answer_tokens(encoder, tmp_path, new,
     try:
         metrics, drawn = chosen(encoder, pools, fresh, tmp_path, ratio=ratio, unit=unit, mix=mix)
     except QcftError as error:
-        assert "are missing" in error.message  # noqa: PT017
+        assert "can be made" in error.message  # noqa: PT017
         shares = [target * w / sum(weights) for w in weights]
         held = [sum(map(weigh, pool.rows)) for pool in pools]
         assert any(have < share + longest for have, share in zip(held, shares, strict=True))
@@ -171,9 +171,9 @@ def test_a_pool_that_is_too_small(encoder, tmp_path, shortfall):
     pools, heard = [pool_of([row_of(i, 5, "old") for i in range(4)])], []
     settings = {"ratio": 0.25, "kind": "phase1", "on_shortfall": shortfall}
     if shortfall == "error":
-        with pytest.raises(InputError, match=r"needs 10 replay rows, but there are 4 .*: 6 are missing"):
+        with pytest.raises(InputError, match="needs 10 replay rows, but only 4 can be made"):
             check_replay(phase_with(**settings), pools, [new], encoder)
-        with pytest.raises(QcftError, match="6 are missing"):
+        with pytest.raises(QcftError, match="only 4 can be made"):
             chosen(encoder, pools, new, tmp_path, **settings)
         return
     check_replay(phase_with(**settings), pools, [new], encoder)
@@ -182,7 +182,7 @@ def test_a_pool_that_is_too_small(encoder, tmp_path, shortfall):
     assert sorted(counts.values()) == ([2, 2, 3, 3] if shortfall == "repeat" else [1, 1, 1, 1])
     assert metrics["parts"][0]["repeated"] == (6 if shortfall == "repeat" else 0)
     assert metrics["share_of_rows"] == (10 / 40 if shortfall == "repeat" else 4 / 34)
-    assert any(isinstance(e, Note) and "6 rows are missing" in e.text for e in heard)
+    assert any(isinstance(e, Note) and "6 rows too few" in e.text for e in heard)
 
 
 def test_rows_that_cannot_train_are_refused_before_and_kept_with_the_reason(encoder, tmp_path):
@@ -386,7 +386,7 @@ def test_the_pool_is_drawn_in_a_seeded_order(raw_recipe, stratify):
 
 def test_an_unknown_language_is_refused(encoder):
     new = EncodedSet((), (), {})
-    with pytest.raises(InputError, match="'english' is no language"):
+    with pytest.raises(InputError, match="'english' is not a language"):
         check_replay(phase_with(ratio=0.1, filters={"language": "english"}), [], [new], encoder)
 
 
@@ -415,8 +415,8 @@ def test_the_share_is_known_in_both_units_before_anything_is_made_unless_it_is_g
     [
         ("rows", 25, 25, None),
         ("rows", 25, 66, None),  # 20% and 39.8%
-        ("rows", 25, 70, "20.0% of the rows and 41.2% of the answer tokens, which bear the loss, as its answers are "
-         "longer; --set phase2.replay.unit=tokens makes 0.2 a share of the answer tokens"),
+        ("rows", 25, 70, "20.0% of the rows and 41.2% of the answer tokens, which have the loss, because its answers "
+         "are longer; --set phase2.replay.unit=tokens makes 0.2 a share of the answer tokens"),
         ("rows", 25, 5, "its answers are shorter"),
         ("tokens", 3, 25, "--set phase2.replay.unit=rows makes 0.2 a share of the rows"),
         ("rows", 25, 0, None),  # nothing to compare

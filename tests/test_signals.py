@@ -79,7 +79,7 @@ def test_a_second_signal_stops_at_once(recipe_file):
     done = signalled(recipe_file, "training phase1", signal.SIGTERM, "twice")
     assert done.returncode == 143
     assert "error: stopped at once" in done.stderr
-    assert "hint: the same command goes on" in done.stderr
+    assert "hint: the same command resumes" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -96,7 +96,7 @@ def test_a_signal_before_any_work(recipe_file):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "hint: the same command goes on" in err
+    assert "hint: the same command resumes" in err
     assert "Traceback" not in err
 
 

@@ -348,7 +348,7 @@ BAD = {
         f"{TOO_SHORT})",
     ),
     "a share of a token": ({**LINES, "path": "good.txt"}, ["phase1.train.text.min_tokens=0"], "min_tokens: 0"),
-    "lines of rows": ({**LINES, "path": "rows.jsonl"}, [], "is no .txt file, which sample_by: is for"),
+    "lines of rows": ({**LINES, "path": "rows.jsonl"}, [], "is not a .txt file, which sample_by: is for"),
     "another way to sample": ({"path": "good.txt", "sample_by": "word"}, [], "sample_by: 'word'"),
 }
 

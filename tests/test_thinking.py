@@ -107,7 +107,7 @@ def test_a_thinking_template_trains_every_turn_and_answers_without_thinking(thin
     code, out, error = qcft("check", tmp_path / "tiny.yaml", "--rows", "2", "--json")
     assert code == 0, error
     (phase,) = json.loads(out)["phases"]
-    assert phase["left_out"].keys() <= {"held out beyond what is scored"}
+    assert phase["left_out"].keys() <= {"reserved for the test set but not needed (heldout.rows)"}
     assert phase["rows"] == 2 * (phase["rows_read"] - sum(phase["left_out"].values()))
     shown = ["".join(f"[[{s['text']}]]" if s["trained"] else s["text"] for s in row) for row in phase["samples"]]
     assert shown[0].endswith("<think>\n\n</think>\n\n[[red<|im_end|>]]")
@@ -152,7 +152,7 @@ def refused(qcft, raw, tmp_path, says, hint):
 
 def test_thinking_needs_a_template_that_can(raw_recipe, qcft, tmp_path):
     raw_recipe["phases"][0]["thinking"] = "on"
-    refused(qcft, raw_recipe, tmp_path, "has no place for thoughts", "leave phase1.thinking at auto")
+    refused(qcft, raw_recipe, tmp_path, "has no place for thoughts", "keep phase1.thinking: auto")
 
 
 @pytest.mark.parametrize("kind", ["word", "pad", "written"])

@@ -1,4 +1,4 @@
-"""`qcft ablate`: a recipe's arms over seeds."""
+"""`qcft ablate`: a recipe's arms, each with several seeds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def ablate(
         tables.show(arms_listed(chosen), json_, ablation_view.print_arms)
         return
     if arms and chosen[0].recipe.heldout.of and not quiet:
-        tables.say("each arm also measures the held-out rows of the other arms' data, which has to be here too", "dim")
+        tables.say(
+            "each arm also measures the held-out rows of the other arms' data, so that data must be available too",
+            "dim",
+        )
     if dry_run:
         plan = show_work(lambda watch: api.plan_ablation(chosen, runs, watch), ablation_view.print_plan, json_, quiet)
         raise typer.Exit(2 if plan["missing"] else 0)

@@ -1,4 +1,4 @@
-"""Commands that have stages answer: side by side, or in a conversation."""
+"""Commands that let stages answer prompts: side by side, or in a chat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compare(
     other: Annotated[str | None, typer.Option("--with", metavar="RUN", help="Another run to compare with.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="A text file with a prompt a line.")
+        Path | None, typer.Option("--prompts", metavar="FILE", help="A text file with one prompt per line.")
     ] = None,
     rows: Annotated[
         int | None, typer.Option("--rows", "-n", metavar="N", min=1, help="Held-out rows of each language.")
@@ -33,14 +33,14 @@ def compare(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", metavar="N", min=1, help="Of an answer.", show_default="the recipe's"),
+        typer.Option("--max-new-tokens", metavar="N", min=1, help="Answer length.", show_default="the recipe's"),
     ] = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="FILE.html", help="Write a page too.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE.html", help="Also write an HTML page.")] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the answers of several stages to the same prompts side by side, held-out rows by default."""
+    """Show the answers of several stages to the same prompts (by default of held-out rows) side by side."""
     from qcft.inspect.compare import Comparing, compare_stages
     from qcft.terminal import tables
     from qcft.terminal.compare_view import print_comparison
@@ -59,16 +59,18 @@ def chat(
         typer.Option("--stage", metavar="STAGE", help="base, a phase or a merge.", show_default="the last phase"),
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Of an answer.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Limit for an answer.")
+    ] = 512,
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System prompt.", show_default="the phase's")
     ] = None,
     runs: Runs = Path("runs"),
     quiet: Quiet = False,
 ) -> None:
-    """Chat with a stage of a run. In a pipe: a prompt a line on stdin, the answers on stdout.
+    """Chat with a stage of a run. In a pipe: one prompt per line on stdin, the answers on stdout.
 
-    /help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.
+    /help lists the commands. Ctrl-C stops an answer, Ctrl-D quits.
     """
     from qcft.inspect.chat import Chat
     from qcft.terminal import chat_view

@@ -1,4 +1,4 @@
-"""Commands for before anything runs: what a recipe would take, whether the machine can do it."""
+"""Commands to use before a run: what a recipe needs, and whether the machine can run it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def check(
     anchor: AnchorKind = None,
     set_: Set = None,
     vram: Annotated[
-        str | None, typer.Option("--vram", metavar="SIZE", help="Plan for a GPU that is not here, e.g. 8GB.")
+        str | None,
+        typer.Option(
+            "--vram", metavar="SIZE", help="Plan for a GPU of this size that is not in this machine, e.g. 8GB."
+        ),
     ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Run a few real optimizer steps and time them.")] = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=0, help="Rows of each phase to print.")] = 2,

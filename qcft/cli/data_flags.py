@@ -1,4 +1,4 @@
-"""Data sets as flags name them: `--data LANG=PATH`, `--test LANG=PATH`, `--columns A=B`. Prints nothing."""
+"""Reads the flags that name data sets: `--data LANG=PATH`, `--test LANG=PATH`, `--columns A=B`. Prints nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from qcft.errors import InputError
 LANG = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]{2,8})?")
 LANG_PATH = re.compile(rf"({LANG.pattern})=(.+)")
 ON_HUB = re.compile(r"([\w.-]+/[\w.-]+?)(?:/(\w+))?(?:@([\w./-]+))?")
-CODES = "a language code is two or three lower-case letters of ISO 639, with a region if need be: es, vi, pt-BR"
+CODES = "a language code is two or three lower-case letters of ISO 639, with a region if needed: es, vi, pt-BR"
 
 
 def source_keys(take: int | None, columns: str | None) -> dict[str, Any]:
-    """What flags say of every source: `--take` and `--columns`. Raises InputError."""
+    """The keys that flags set for every source: `--take` and `--columns`. Raises InputError."""
     keys: dict[str, Any] = {} if take is None else {"take": take}
     if columns is None:
         return keys
@@ -23,13 +23,13 @@ def source_keys(take: int | None, columns: str | None) -> dict[str, Any]:
     for pair in columns.split(","):
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not equals or not ours or not theirs:
-            raise InputError(f"--columns {columns!r}: {pair!r} is not NAME=COLUMN", "as in instruction=question")
+            raise InputError(f"--columns {columns!r}: {pair!r} is not NAME=COLUMN", "for example instruction=question")
         named[ours] = theirs
     return {**keys, "columns": named}
 
 
 def sources_of(data: list[str], keys: dict[str, Any] | None = None, lang: str | None = None) -> list[dict[str, Any]]:
-    """The raw sources of `[LANG=]PATH` flags; `lang` where a flag names none. Raises InputError."""
+    """The raw sources of `[LANG=]PATH` flags; `lang` is the language where a flag names none. Raises InputError."""
     sources = []
     for given in data:
         match = LANG_PATH.fullmatch(given)
@@ -39,14 +39,14 @@ def sources_of(data: list[str], keys: dict[str, Any] | None = None, lang: str | 
             what = f"{code!r} is not a language code" if rest else "the path is missing"
             raise InputError(f"data: {given!r}: {what}", f"{meant}{CODES}")
         own, path = (match[1], match[2]) if match else (lang, given)
-        if not path.strip():  # it would mean every file of the working folder
+        if not path.strip():  # it would mean every file in the current folder
             raise InputError(f"data: {given!r}: the path is missing", "give a file, a folder or a hub id")
         sources.append({**_place(path), "lang": own, **(keys or {})})
     return sources
 
 
 def tests_of(given: list[str], keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """The raw sources of `--test LANG=PATH` flags, all of whose rows are measured. Raises InputError."""
+    """The raw sources of `--test LANG=PATH` flags; all of their rows are measured. Raises InputError."""
     for text in given:
         if not LANG_PATH.fullmatch(text):
             raise InputError(f"--test {text!r} is not LANG=PATH", f"for example --test es=test_es.jsonl; {CODES}")
@@ -56,7 +56,7 @@ def tests_of(given: list[str], keys: dict[str, Any]) -> list[dict[str, Any]]:
 def _place(path: str) -> dict[str, Any]:
     """A path as it is, or the data set, split and revision of FOLDER/SPLIT or OWNER/NAME[/SPLIT][@REVISION]."""
     if Path(path).exists():
-        # Absolute, so that the run can be gone on with from another folder.
+        # Absolute, so that the run can be resumed from another folder.
         return {"path": str(Path(path).absolute())}
     folder, slash, name = path.rpartition("/")
     if slash and re.fullmatch(r"\w+", name) and Path(folder).is_dir():

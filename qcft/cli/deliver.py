@@ -1,4 +1,4 @@
-"""Commands for one stage at a time, or to look before running: replay, merge, export, dial, layers."""
+"""Commands that run or show one stage: replay, merge, export, dial, layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 Scale = Annotated[
-    float | None, typer.Option("--scale", metavar="S", help="Take this much of the phase's delta.", show_default="1")
+    float | None, typer.Option("--scale", metavar="S", help="Use this much of the phase's delta.", show_default="1")
 ]
 By = Annotated[
     str | None,
@@ -28,14 +28,14 @@ By = Annotated[
 
 
 class Base(StrEnum):
-    """What a merge goes onto."""
+    """The weights that a phase is merged onto."""
 
     original = "original"
     dequantised = "dequantised"
 
 
 class Dtype(StrEnum):
-    """Of merged weights."""
+    """The precision of merged weights."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -47,7 +47,7 @@ def replay(
     run: Run = None,
     ratio: Annotated[
         float | None,
-        typer.Option("--ratio", metavar="SHARE", help="Share of the mix.", show_default="the run's"),
+        typer.Option("--ratio", metavar="SHARE", help="Replay's share of the mix.", show_default="the run's"),
     ] = None,
     show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Print the first N rows.")] = 0,
     left_out: Annotated[bool, typer.Option("--left-out", help="Print rows that were dropped, and why.")] = False,
@@ -56,7 +56,7 @@ def replay(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a run's replay rows, made first (with the steps they depend on) where they are missing."""
+    """Show a run's replay rows. If they are missing, make them first, with the steps they depend on."""
     from qcft import api
     from qcft.cli.flags import replay_recipe
     from qcft.cli.listings import replay_shown
@@ -83,8 +83,8 @@ def merge(
         Base,
         typer.Option(
             "--base",
-            help="Merge onto the original 16-bit weights, or onto the dequantised 4-bit weights (only for later use in "
-            "16 bits).",
+            help="Merge onto the original 16-bit weights (default), or onto the dequantised 4-bit weights (only for "
+            "later use in 16 bits).",
         ),
     ] = Base.original,
     dtype: Annotated[
@@ -96,7 +96,7 @@ def merge(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge a phase (the last by default), with all before it, into one model; measure what that kept."""
+    """Merge a phase (the last by default) and all phases before it into one model, and measure what the merge kept."""
     from qcft import deliveries
 
     def work(watch: Watch) -> Delivered:
@@ -122,8 +122,8 @@ def export(
             "--gguf",
             metavar="f16|bf16|q8_0|q4_k_m",
             help="Write one GGUF file and its card instead of the 16-bit folder, for llama.cpp and Ollama, and measure "
-            "what it kept of the gain. For Llama, Mistral, Qwen 2 and 3 and Gemma 3; others, and q4_k_m, need "
-            "llama.cpp's tools.",
+            "how much of the gain it kept. For Llama, Mistral, Qwen 2 and 3 and Gemma 3; other models, and q4_k_m, "
+            "need llama.cpp's tools.",
         ),
     ] = None,
     llama_cpp: Annotated[
@@ -131,8 +131,8 @@ def export(
         typer.Option(
             "--llama-cpp",
             metavar="DIR",
-            help="Folder of llama.cpp: use its converter, and its llama-quantize.",
-            show_default="what is on PATH",
+            help="Folder of llama.cpp: use its converter and its llama-quantize.",
+            show_default="the ones on PATH",
         ),
     ] = None,
     ollama: Annotated[
@@ -148,8 +148,8 @@ def export(
         str | None,
         typer.Option("--push", metavar="USER/REPO", help="Upload the folder to the hub, as a private repository."),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read what --push uploads.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without being asked again.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking for confirmation.")] = False,
     scale: Scale = None,
     by: By = None,
     runs: Runs = Path("runs"),
@@ -190,9 +190,9 @@ def dial(
         typer.Option(
             "--by",
             metavar="layers=0-9:1,10-19:0.5|auto",
-            help="Also scale the delta by range of decoder layers; those not named, and all outside them, keep 1. "
-            "`auto` tries the lower, middle and upper third at 0.5 and 0, the lowest and the highest sixth at 0. "
-            "Repeatable, one point each.",
+            help="Also scale the delta by range of decoder layers; layers not named, and modules outside of them, keep "
+            "1. `auto` tries the lower, middle and upper third at 0.5 and 0, and the lowest and the highest sixth at "
+            "0. Repeatable, one point each.",
         ),
     ] = None,
     share: Annotated[
@@ -200,21 +200,23 @@ def dial(
         typer.Option(
             "--pick",
             metavar="SHARE",
-            help="Name the point with the most English among those with this share (0.95) of the other languages' "
-            "gain: chosen on half the held-out rows, reported on the others. Without --scales and --by, of the points "
-            "that the run has.",
+            help="Pick the point with the most English among those that keep this share (e.g. 0.95) of the other "
+            "languages' gain: chosen on half of the held-out rows, reported on the other half. Without --scales and "
+            "--by, among the points that the run has.",
         ),
     ] = None,
     stage: Stage = None,
     method: Annotated[str | None, typer.Option("--method", help="One of PEFT's: ties, dare_linear ...")] = None,
-    density: Annotated[float, typer.Option("--density", help="Share of a delta's numbers a method keeps.")] = 0.5,
+    density: Annotated[
+        float, typer.Option("--density", help="Share of the delta's values to keep (for ties, dare ...).")
+    ] = 0.5,
     merge_at: Annotated[float | None, typer.Option("--merge-at", help="Merge the phase at this scale.")] = None,
     to: Annotated[Path | None, typer.Option("--to", "-o", metavar="DIR", help="Folder for the merged point.")] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score English and the other languages at each scale of a phase's delta, or by layers, without training."""
+    """Score English and the other languages at several scales of a phase's delta, or by layers. Trains nothing."""
     from qcft import deliveries
     from qcft.report.curve import curve_rows
     from qcft.terminal import tables
@@ -234,20 +236,20 @@ def dial(
         )  # fmt: skip
 
     done = show_work(work, printed, json_, quiet)
-    told = quiet or merge_at is not None or "pick" in done
-    tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", told)
+    silent = quiet or merge_at is not None or "pick" in done
+    tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", silent)
 
 
 @command(LOOK, "qcft layers spanish --freeze snr:0.5")
 def layers(
     target: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model as phase 2 would start from.")
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model that a phase 2 would start from.")
     ],
     freeze: Freeze = None,
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="MODEL", help="The model this one was tuned from, for most-changed and least-changed."
+            "--base", metavar="MODEL", help="The model it was tuned from, for most-changed and least-changed."
         ),
     ] = None,
     set_: Set = None,
@@ -255,7 +257,10 @@ def layers(
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Show which layers a freeze spec leaves free, what phase 1 changed and their signal to noise. Trains nothing."""
+    """Show for each layer whether a freeze spec freezes it, how much phase 1 changed it, and its signal-to-noise ratio.
+
+    Trains nothing.
+    """
     from qcft.cli.listings import layers_table
     from qcft.terminal import tables
 
@@ -270,7 +275,7 @@ def _deliver(
     quiet: bool,
     then: Callable[[Delivered], str | None] = lambda done: None,
 ) -> None:
-    """Do the work and print the folder, then what one would do next: what `then` says, else what the card shows."""
+    """Do the work and print the folder, then the next step: what `then` returns, else how to load the model."""
     from qcft.terminal import tables
 
     done = show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
@@ -282,7 +287,7 @@ def _deliver(
 
 
 def _confirm_push(repo: str, public: bool, yes: bool) -> None:
-    """Have the repository's name confirmed in a terminal. Raises InputError where nobody can be asked, or says no."""
+    """Ask in a terminal to confirm the repository's name. Raises InputError where there is no terminal, or on no."""
     from qcft.errors import InputError
     from qcft.runner.upload import check_repo
 
@@ -290,11 +295,13 @@ def _confirm_push(repo: str, public: bool, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise InputError(f"--push {repo}: nobody can be asked whether that is the right name", "add --yes where it is")
-    kind = "public, for everybody to read" if public else "private"
+        raise InputError(
+            f"--push {repo}: there is no terminal to confirm the name in", "add --yes if the name is right"
+        )
+    kind = "public, readable by everybody" if public else "private"
     try:
         sure = typer.confirm(f"Upload to {repo} ({kind})?", err=True)
     except typer.Abort:  # Ctrl-C or Ctrl-D
         sure = False
     if not sure:
-        raise InputError(f"--push {repo}: not confirmed, nothing was done", "give another name, or leave --push out")
+        raise InputError(f"--push {repo}: not confirmed, nothing was done", "give another name, or omit --push")

@@ -1,4 +1,4 @@
-"""The command that evaluates what is trained."""
+"""The command that evaluates a run on benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def evaluate(
     language: Annotated[
         list[str] | None,
         typer.Option(
-            "--language", metavar="LANG", help="Of the multilingual suite. Repeatable.", show_default="those trained"
+            "--language",
+            metavar="LANG",
+            help="A language of the multilingual suite. Repeatable.",
+            show_default="those trained",
         ),
     ] = None,
     stage: Annotated[
@@ -45,12 +48,14 @@ def evaluate(
         int | None,
         typer.Option("--shots", metavar="N", help="Examples in each prompt.", show_default="the task's"),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", metavar="N", help="A cap on answers.")
-    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer.")] = None,
     local: Annotated[
         list[str] | None,
-        typer.Option("--local", metavar="TASK=PATH", help="A file with the hub's columns. Repeatable."),
+        typer.Option(
+            "--local",
+            metavar="TASK=PATH",
+            help="A file to use as a task's data, with the columns of the hub's. Repeatable.",
+        ),
     ] = None,
     set_: Set = None,
     runs: Runs = Path("runs"),
@@ -58,7 +63,7 @@ def evaluate(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Evaluate a run's stages on suites and tasks; earlier results are kept."""
+    """Evaluate a run's stages on suites and tasks. Earlier results are kept."""
     from qcft.cli.flags import eval_recipe
     from qcft.store import read_run
 

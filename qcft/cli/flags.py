@@ -1,4 +1,4 @@
-"""From flags to recipes. Prints nothing."""
+"""Turns flags into recipes. Prints nothing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def phase1_recipe(
     anchor: str | None,
     assignments: list[str],
 ) -> Recipe:
-    """The recipe of `qcft phase1`; `keys` are those of every source. Raises InputError."""
+    """The recipe of `qcft phase1`; `keys` are set for every source. Raises InputError."""
     if model is None:
         raise InputError(
             "phase1 needs a model", "add --model smollm2-135m-instruct, a hub id, a folder or a .gguf file"
         )
     if not data and adapter is None:
-        raise InputError("phase1 has no data", "add --data PATH, or --adapter PATH for an adapter you bring")
+        raise InputError("phase1 has no data", "add --data PATH, or --adapter PATH for an existing adapter")
     phase: dict[str, Any] = {"name": "phase1"}
     if data:
         phase["data"] = sources_of(data, keys, lang="en")
@@ -57,10 +57,11 @@ def phase2_recipe(
     name: str | None,
     assignments: list[str],
 ) -> tuple[Recipe, str | None]:
-    """The recipe of `qcft phase2`: a run's own with a second phase set, or an instruct model's; and that run's name.
+    """The recipe of `qcft phase2`, and the name of the run that it continues (None with `model`).
 
-    `remedies`: what --replay, --replay-loss, --freeze and --anchor gave, None where nothing; `keys` are those of every
-    source. Raises InputError.
+    It is that run's recipe with its second phase set, or a new one for an instruct model. `remedies`: the values of
+    --replay, --replay-loss, --freeze and --anchor, None where not given; `keys` are set for every source.
+    Raises InputError.
     """
     of = None
     if model is not None:
@@ -68,7 +69,7 @@ def phase2_recipe(
         if existing and (existing.model.name != model or existing.phases[0].name != "phase2"):
             raise InputError(
                 f"run {run!r} has a phase 1 or another model ({existing.model.name})",
-                "leave --model out, or give a new name",
+                "omit --model, or give a new name",
             )
         raw: dict[str, Any] = {"name": run or "phase2", "model": {"name": model}, "phases": []}
     else:
@@ -90,7 +91,7 @@ def phase2_recipe(
         if "ratio" not in phase["replay"] and not any(
             text.startswith(f"{phase['name']}.replay") for text in assignments
         ):
-            raise InputError("--replay-loss: there is no replay to take it of", "add --replay 0.2")
+            raise InputError("--replay-loss: the phase has no replay", "add --replay 0.2")
     phase |= {key: remedies[key] for key in ("freeze", "anchor") if remedies[key] is not None}
     if name is not None:
         raw["name"] = name
@@ -105,7 +106,7 @@ def checked_recipe(
     remedies: dict[str, Any],
     assignments: list[str],
 ) -> Recipe:
-    """The recipe of `qcft check`: a file's, a built-in one, a run's, or that of `qcft phase2` with the same flags.
+    """The recipe of `qcft check`: a file, a built-in one, a run's, or that of `qcft phase2` with the same flags.
 
     Raises InputError.
     """
@@ -127,8 +128,11 @@ def eval_recipe(
     local: list[str],
     assignments: list[str],
 ) -> Recipe:
-    """The recipe of `qcft eval`: a run's own, evaluated on what the flags say. `chosen` are lists (suites and tasks
-    replace the recipe's together), `given` numbers; what is None stays. Raises InputError."""
+    """The recipe of `qcft eval`: a run's own, with `evaluate` changed by the flags.
+
+    `chosen` are lists (suites and tasks replace the recipe's together), `given` are numbers; None keeps the recipe's
+    value. Raises InputError.
+    """
     found = read_run(runs, run)
     changes: dict[str, Any] = {
         f"evaluate.{key}": value for key, value in {**chosen, **given}.items() if value is not None
@@ -152,14 +156,15 @@ def eval_recipe(
 
 
 def replay_recipe(runs: Path, run: str | None, ratio: float | None, assignments: list[str]) -> Recipe:
-    """The recipe of `qcft replay`: a run's own, or with another ratio or other keys. Raises InputError."""
+    """The recipe of `qcft replay`: a run's own, with another ratio or other keys where given. Raises InputError."""
     found = read_run(runs, run)
     recipe = found.recipe()
     changes: dict[str, Any] = {} if ratio is None else {f"{recipe.phases[-1].name}.replay.ratio": ratio}
     raw = recipe.model_dump(mode="json") | {"name": found.name}
     if ratio is not None and len(recipe.phases) == 1 and recipe.phases[0].name == "phase1":
         raise InputError(
-            f"the run {found.name!r} has no phase 2 to replay into", "give it data first: qcft phase2 --data LANG=PATH"
+            f"the run {found.name!r} has no phase 2 to add replay to",
+            "give it data first: qcft phase2 --data LANG=PATH",
         )
     return recipe_from(raw, changes | parse_assignments(assignments))
 
@@ -171,7 +176,7 @@ def text_files(given: list[str]) -> dict[str, Path]:
         match = LANG_PATH.fullmatch(text)
         lang, path = (match[1], match[2]) if match else ("text", text)
         if not Path(path).is_file():
-            raise InputError(f"--text: there is no file {path!r}", "give a text file, a sentence a line")
+            raise InputError(f"--text: there is no file {path!r}", "give a text file with one sentence per line")
         if lang in files:
             raise InputError(f"--text names {lang} twice", "write LANG=FILE, one file for each language")
         files[lang] = Path(path)
@@ -179,14 +184,14 @@ def text_files(given: list[str]) -> dict[str, Path]:
 
 
 def size_of(text: str) -> int:
-    """Bytes of `8GB`, `7.5 GiB`, `8192M`, all by 1,024 as cards are sold. Raises InputError."""
+    """Bytes of `8GB`, `7.5 GiB`, `8192M`, all in powers of 1,024, as GPUs are sold. Raises InputError."""
     match = SIZE.fullmatch(text.strip())
     if not match or not float(match[1]):
-        unit = f", as {text.strip()}GB" if re.fullmatch(r"[0-9]{1,6}", text.strip()) else ""
-        raise InputError(f"--vram {text[:40]!r} is no size", f"give it with its unit{unit or ', as 8GB or 7.5GiB'}")
+        unit = f"{text.strip()}GB" if re.fullmatch(r"[0-9]{1,6}", text.strip()) else "8GB or 7.5GiB"
+        raise InputError(f"--vram {text[:40]!r} is not a size", f"give it with its unit, such as {unit}")
     size = float(match[1]) * 1024 ** " KMGT".index(match[2].upper())
     if size > LARGEST:
-        raise InputError(f"--vram {text[:40]!r} is larger than any GPU", "give the size of one GPU, as 8GB or 80GB")
+        raise InputError(f"--vram {text[:40]!r} is larger than any GPU", "give the size of one GPU, such as 80GB")
     return int(size)
 
 
@@ -196,10 +201,10 @@ def split(text: str | None) -> list[str]:
 
 
 def words(flag: str, text: str | None) -> list[str]:
-    """The words of a flag's comma-separated list, empty where it is not given. Raises InputError for a list of none."""
+    """The words of a flag's comma-separated list, empty if it is not given. Raises InputError for an empty list."""
     found = split(text)
     if text is not None and not found:
-        raise InputError(f"{flag} {text!r} names nothing", f"give names, as {flag} A,B, or leave {flag} out")
+        raise InputError(f"{flag} {text!r} names nothing", f"give names, such as {flag} A,B, or omit {flag}")
     return found
 
 
@@ -213,7 +218,7 @@ def parse_seeds(text: str | None) -> list[int]:
 
 
 def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:
-    """The second phase of a raw recipe, added when it is not there; `only` when there is no first."""
+    """The second phase of a raw recipe, added if missing; `only`: there is no first phase."""
     phases: list[dict[str, Any]] = raw["phases"]
     single_second = len(phases) == 1 and phases[0]["name"] == "phase2"
     position = 0 if only or single_second else 1

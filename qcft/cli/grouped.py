@@ -6,13 +6,13 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-RUN, LOOK, COMPARE, USE, KEEP = "Run", "Look", "Compare", "Use", "Keep house"
+RUN, LOOK, COMPARE, USE, KEEP = "Run", "Look", "Compare", "Use", "Maintain"
 GROUPS = (RUN, LOOK, COMPARE, USE, KEEP)
 LONGEST = 200  # characters of a command's first sentence
 
 
 class Grouped(TyperGroup):
-    """The commands by their groups (Typer's `rich_help_panel`), in the order in which they were registered."""
+    """Lists the commands by group (Typer's `rich_help_panel`), in the order in which they were registered."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a section for each group: every command with its first sentence."""

@@ -1,4 +1,4 @@
-"""`qcft init`: a recipe of one's own, from flags or from answers to questions."""
+"""`qcft init`: writes a recipe for your own data, from flags or from answers to questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qcft.cli.grouped import LOOK
 from qcft.cli.options import Data, Freeze, Model, command, watched
 from qcft.errors import InputError
 
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 EXAMPLE = "qcft init --model smollm2-135m-instruct --data es=es.jsonl"
 
 
@@ -28,7 +28,7 @@ def init(
             "--phase1",
             metavar="[LANG=]PATH",
             help="Data of a first phase, in English unless LANG says otherwise. Repeatable.",
-            show_default="the model as it came",
+            show_default="none: the model itself is phase 1",
         ),
     ] = None,
     data: Data = None,
@@ -36,15 +36,15 @@ def init(
     freeze: Freeze = None,
     vram: Annotated[
         str | None,
-        typer.Option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 8GB: a model is suggested by it."),
+        typer.Option("--vram", metavar="SIZE", help="Memory of the GPU, e.g. 8GB, to suggest a model for it."),
     ] = None,
     to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="Recipe to write.")] = Path("recipe.yaml"),
     name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Name of the run.", show_default="by languages")
+        str | None, typer.Option("--name", metavar="NAME", help="Name of the run.", show_default="from the languages")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a commented recipe of your own. In a terminal it asks for what no flag gives."""
+    """Write a commented recipe for your own data. In a terminal it asks for what the flags do not give."""
     from qcft.cli.flags import size_of
     from qcft.cli.own import NONE, beside, check_free, known_model, readable, typed
     from qcft.files import write_text
@@ -58,12 +58,12 @@ def init(
         _check_terminal(" and ".join(flag for flag, given in (("--model", model), ("--data", data)) if not given))
     with watched(quiet=False, stops=False) as watch:
         if asks and vram is None:
-            answer = _asked(f"Memory of the GPU, as 8GB ({NONE}: train on the CPU)", NONE, partial(_size, NONE))
+            answer = _asked(f"Memory of the GPU, such as 8GB ({NONE}: train on the CPU)", NONE, partial(_size, NONE))
             vram = None if answer == NONE else answer
         suggested = suggested_model(size_of(vram) if vram else None)
         model = known_model(model) if model else _asked("Model: hub id, folder or .gguf file", suggested, known_model)
         if asks and phase1 is None:
-            question = f"English data of a phase 1 ({NONE}: the model as it came is phase 1)"
+            question = f"English data of a phase 1 ({NONE}: the model itself is phase 1)"
             first = _asked(
                 question, NONE, lambda text: readable([] if text.strip() == NONE else typed(text), "en", watch)
             )
@@ -72,14 +72,14 @@ def init(
         if data:
             second = readable(data, None, watch)
         else:
-            question = "Data in other languages: LANG=PATH, several apart by blanks"
+            question = "Data in other languages: LANG=PATH, several separated by spaces"
             second = _asked(question, "es=qcft:passages/es", lambda text: readable(typed(text), None, watch))
     languages = "-".join(dict.fromkeys(source["lang"] for source in second))
     for source in (*first, *second):
         source["path"] = beside(source["path"], to)
     name = f"add-{languages}"[:64] if name is None else name
     own = Own(name, beside(model, to), first, second, replay, NONE if freeze is None else freeze)
-    own.recipe()  # what is wrong with it is said before it is written
+    own.recipe()  # validated before it is written
     write_text(to, own.text())
     file = shlex.quote(str(to))
     tables.say(f"wrote {file}")
@@ -100,8 +100,8 @@ def _size(none: str, text: str) -> str:
     return text.strip()
 
 
-def _asked(question: str, default: str, read: Callable[[str], Answer]) -> Answer:
-    """What an answer comes to; asked again where it is refused. Raises InputError where no answer comes."""
+def _asked(question: str, default: str, read: Callable[[str], Value]) -> Value:
+    """The value that `read` returns for an answer; asks again if it is refused. Raises InputError for no answer."""
     from qcft.terminal.tables import print_error
 
     while True:
@@ -110,4 +110,4 @@ def _asked(question: str, default: str, read: Callable[[str], Answer]) -> Answer
         except InputError as error:
             print_error(error.message, error.hint)
         except typer.Abort:
-            raise InputError("init: no answer was given, and nothing is written", f"or give flags: {EXAMPLE}") from None
+            raise InputError("init: no answer was given, nothing is written", f"or give flags: {EXAMPLE}") from None

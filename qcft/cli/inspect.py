@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @command(COMPARE, "qcft similarity en.jsonl es=es.jsonl")
 def similarity(
-    a: Annotated[str, typer.Argument(metavar="A", help="[LANG=]PATH,..., RUN:PHASE, or a run: its last two phases.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="[LANG=]PATH,..., RUN:PHASE, or a run (compares its last two phases).")
+    ],
     b: Annotated[str | None, typer.Argument(metavar="B", help="The other data set.")] = None,
     encoder: Annotated[
         str | None,
@@ -31,13 +33,13 @@ def similarity(
     ] = None,
     column: Annotated[
         str | None,
-        typer.Option("--column", metavar="NAME", help="Column of text to compare, for records of no known format."),
+        typer.Option("--column", metavar="NAME", help="Column of text to compare, for records of an unknown format."),
     ] = None,
     runs: Runs = Path("runs"),
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how alike the instructions of two data sets are (DES), and say what that implies for phase 2."""
+    """Measure how similar the instructions of two data sets are (DES), and say what that means for phase 2."""
     from qcft.cli.listings import similarity_table
     from qcft.report.similarity_section import similarity_rows
     from qcft.terminal import tables
@@ -58,7 +60,7 @@ def drift(
             "--from",
             metavar="STAGE",
             help="Stage to start from: base, a phase or a merge.",
-            show_default="what the phase began with",
+            show_default="the stage the phase started from",
         ),
     ] = None,
     to: Annotated[
@@ -71,7 +73,7 @@ def drift(
     apart: Annotated[
         bool,
         typer.Option(
-            "--apart", help="Train the last phase's data from the base, apart from phase 1, and compare the two models."
+            "--apart", help="Train the last phase's data from the base, without phase 1, and compare the two models."
         ),
     ] = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Held-out rows of each language.")] = 16,

@@ -18,10 +18,10 @@ from qcft.store.runs import RUN
 
 
 def runs_listed(runs: Path) -> list[dict[str, Any]]:
-    """Runs, the latest first, then ablations; `problem` says of one that cannot be read what is wrong.
+    """Runs, the latest first, then ablations; `problem` says why one cannot be read.
 
     `english`: how far the last phase moved English since the first (since the base where there is one phase), NLL in
-    nats per answer token; null where it is not measured. `run` is the name that other commands take.
+    nats per answer token; null where it is not measured. `run` is the name to give to other commands.
     """
     ablations, problems = readable_ablations(runs)
     states = {ablation.name: ablation.states() for ablation in ablations}
@@ -33,7 +33,7 @@ def runs_listed(runs: Path) -> list[dict[str, Any]]:
 
 
 def in_columns(listed: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The same as cells, the columns that matter most first."""
+    """The same as table cells, the most important columns first."""
     return [
         {
             "run": one["run"],
@@ -106,7 +106,7 @@ def _ablation(ablation: AblationIndex, states: list[ArmState]) -> dict[str, Any]
 
 
 def _english(run: NamedRun, recipe: Recipe, store: Store) -> Mapping[str, Any] | None:
-    """The first change of a run's table, of its first English group."""
+    """The first change in a run's table, for its first English group."""
     try:
         table = finished_run(run, recipe, run.stages, store).table
     except QcftError:  # a file was altered: `qcft show` says which

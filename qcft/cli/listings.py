@@ -1,4 +1,4 @@
-"""What commands list: runs, recipes, steps, layers, how alike data sets are. Prints nothing."""
+"""What commands list: recipes, steps, layers, replay rows, similarity of data sets. Prints nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 def layers_table(
     target: str, runs: Path, freeze: str | None, base: str | None, assignments: list[str], snr: bool, watch: Watch
 ) -> LayersTable:
-    """What `qcft layers` shows: a run's last phase, or a model's only one, layer by layer. Raises InputError."""
+    """What `qcft layers` shows, layer by layer: for a run, its second phase; for a model, a phase that starts from it.
+
+    Raises InputError.
+    """
     from qcft.inspect.layers import describe_layers, weights_of
 
     run = read_run(runs, target) if any(found.name == target for found in list_runs(runs)) else None
@@ -39,7 +42,7 @@ def layers_table(
         raw = {"name": "layers", "model": {"name": target}, "phases": []}
     phase = second_phase(raw, run is None)
     if not phase.get("data") and not phase.get("adapter"):
-        phase["data"] = ["qcft:instructions/en"]  # stands for data that isn't known yet
+        phase["data"] = ["qcft:instructions/en"]  # a placeholder for data that is not known yet
     if freeze is not None:
         phase["freeze"] = freeze
     if base is not None:
@@ -56,7 +59,7 @@ def layers_table(
 
 
 class StepListed(TypedDict):
-    """A step of a plan; `seconds` that it took, once it is done; of replay its share of the mix."""
+    """A step of a plan; `seconds` that it took, once it is done; `replay`: its share of the mix, for a replay step."""
 
     id: str
     stage: str
@@ -67,7 +70,7 @@ class StepListed(TypedDict):
 
 
 def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: bool) -> ReplayShown:
-    """A run's last replay: what it is made of, and the first `show` of its rows, or of those left out."""
+    """A run's last replay: its metrics, and the first `show` of its rows, or with `left_out` of the dropped rows."""
     stage = [stage for stage in stages if stage == "replay" or stage.startswith("replay-")][-1]
     file = stages[stage].opened.file("left_out.jsonl" if left_out else "replay.jsonl")
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -83,10 +86,10 @@ def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: boo
 def similarity_table(
     a: str, b: str | None, runs: Path, encoder: str | None, take: int | None, column: str | None, watch: Watch
 ) -> SimilarityFound:
-    """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named; of
-    a run with one phase, DES of what is taken for its model's own data and that phase.
+    """What `qcft similarity` shows: DES of two data sets, or of a run's last two phases where only a run is named; for
+    a run with one phase, DES between that phase and data that stands for its model's instruction tuning.
 
-    Two phases of one run are also kept beside its report. Raises InputError.
+    For two phases of one run the result is also stored beside its report. Raises InputError.
     """
     from qcft.api import keep_similarity
     from qcft.measure.similarity import instruct_side, measure_similarity
@@ -116,7 +119,7 @@ def similarity_table(
 
 
 def _side(text: str, runs: Path, column: str | None) -> Side:
-    """The data that `RUN:PHASE`, or a list of data sets, names."""
+    """The data named by `RUN:PHASE` or by a list of data sets."""
     from qcft.measure.similarity import Side
 
     sources = _phase_sources(text, runs)
@@ -126,7 +129,7 @@ def _side(text: str, runs: Path, column: str | None) -> Side:
 
 
 def recipes_listed() -> list[dict[str, str]]:
-    """Built-in recipes with the first sentence of the comment at their top."""
+    """Built-in recipes, each with the first sentence of its top comment."""
     listed = []
     for name, path in built_in_recipes().items():
         comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
@@ -136,7 +139,7 @@ def recipes_listed() -> list[dict[str, str]]:
 
 
 def recipe_text(name: str) -> str:
-    """A built-in recipe as it is written. Raises InputError."""
+    """The text of a built-in recipe. Raises InputError."""
     known = built_in_recipes()
     if name not in known:
         raise InputError(
@@ -146,7 +149,7 @@ def recipe_text(name: str) -> str:
 
 
 def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
-    """The steps a recipe comes to, and the state of each; of replay its share of the mix, as far as it is known."""
+    """The steps of a recipe's plan, with the state of each; for replay its share of the mix, as far as it is known."""
     from qcft.runner.forecast import replay_share
     from qcft.runner.recipe import plan_recipe
 
@@ -172,7 +175,7 @@ def plan_listed(recipe: Recipe, runs: Path, watch: Watch) -> list[StepListed]:
 
 
 def _phase_sources(text: str, runs: Path) -> list[Source] | None:
-    """The sources of `RUN:PHASE` or `RECIPE:PHASE`; None where the text is no such thing."""
+    """The sources of `RUN:PHASE` or `RECIPE:PHASE`; None if the text names neither."""
     name, colon, phase_name = text.rpartition(":")
     if not colon or text.startswith(SHIPPED) or Path(text).exists():
         return None
@@ -181,7 +184,9 @@ def _phase_sources(text: str, runs: Path) -> list[Source] | None:
     elif Path(name).is_file() or name in built_in_recipes():
         recipe = load_recipe(name)
     else:
-        raise InputError(f"{name!r} is no run in {str(runs)!r} and no recipe", "write RUN:PHASE, or the path of data")
+        raise InputError(
+            f"{name!r} is neither a run in {str(runs)!r} nor a recipe", "write RUN:PHASE, or the path of data"
+        )
     names = [phase.name for phase in recipe.phases]
     if phase_name not in names:
         raise InputError(

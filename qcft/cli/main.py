@@ -1,4 +1,4 @@
-"""The `qcft` command: what it does with errors."""
+"""The `qcft` command: how errors are printed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qcft.cli.options import app, hear, stop_at_once
+from qcft.cli.options import app, set_handler, stop_at_once
 
 
 def main() -> NoReturn:
@@ -17,9 +17,9 @@ def main() -> NoReturn:
     if "--cpu" in sys.argv:
         os.environ["QCFT_DEVICE"] = "cpu"
     sys.argv = [argument for argument in sys.argv if argument not in {"--debug", "--cpu"}]
-    if os.environ.get("QCFT_DEVICE") == "cpu":  # for libraries that look for a card by themselves, too
+    if os.environ.get("QCFT_DEVICE") == "cpu":  # libraries look for a GPU themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["PYTHONSAFEPATH"] = "1"  # no process that a library begins loads modules from the working folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start load no modules from the current folder
     from qcft.cache import ensure_home
     from qcft.errors import QcftError, is_out_of_memory, short
     from qcft.terminal.streams import clean_streams
@@ -29,7 +29,7 @@ def main() -> NoReturn:
         os.getcwd()
     except FileNotFoundError:
         _fail("the current folder was deleted", "cd to an existing folder", 2)
-    hear(stop_at_once)  # until work begins, which hears them itself
+    set_handler(stop_at_once)  # until work begins, which sets its own
     try:
         _check_words(sys.argv[1:])
         ensure_home()
@@ -38,43 +38,46 @@ def main() -> NoReturn:
         if debug:
             raise
         _fail(error.message, error.hint, error.exit_code)
-    except Exception as error:  # the last line of defence between a user and a traceback
-        if hasattr(error, "format_message"):  # a mistake on the command line; Typer's versions share no class for it
+    except Exception as error:  # any other error: print no traceback
+        if hasattr(error, "format_message"):  # a usage error; Typer's versions have no common class for it
             _usage_error(error)
         if debug:
             raise
         from qcft.files import UNWRITABLE, is_disk_full
 
         if is_disk_full(error, Path.cwd()):
-            _fail("the disk that is written to is full", "free some space, then give the same command", 1)
+            _fail("the disk that is written to is full", "free some space, then run the same command again", 1)
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
             _fail(f"{str(error.filename)!r}: {error.strerror}", "check its permissions, or name another folder", 2)
         if is_out_of_memory(error):
-            _fail("memory ran out", "free memory, or use a smaller model; what was done is kept", 1)
+            _fail("memory ran out", "free memory, or use a smaller model; finished steps are kept", 1)
         text = f"unexpected {type(error).__name__}: {short(error, 300)}"
-        _fail(text, "what was done is kept; run again with --debug to see where it comes from", 1)
+        _fail(text, "finished steps are kept; run again with --debug to see the traceback", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _check_words(arguments: list[str]) -> None:
-    """Refuse what names nothing, of every command: what a shell makes of a variable that is not set would mean the
-    working folder to one flag, and all there is to another; and what is no text. Raises InputError."""
+    """Refuse empty values, in every command, and values that are not UTF-8 text.
+
+    A shell variable that is not set gives an empty value. Some flags would read it as the current folder, others as
+    everything. Raises InputError.
+    """
     from qcft.errors import InputError
 
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if any("\ud800" <= one <= "\udfff" for one in argument):
-            raise InputError(f"{argument!a} is no UTF-8 text", "give it in UTF-8; rename a file of such a name")
+            raise InputError(f"{argument!a} is not UTF-8 text", "give it in UTF-8; rename a file with such a name")
         flag, equals, value = argument.partition("=")
         if equals and flag.startswith("--") and not value.strip():
             before = flag
         elif argument.strip():
             continue
         what = f"{before}: the value given" if re.match("--?[a-z]", before) else "an argument"
-        raise InputError(f"{what} is empty", "give one, or leave it out; a shell variable that is not set is empty")
+        raise InputError(f"{what} is empty", "give one, or omit it; a shell variable that is not set is empty")
 
 
 def _usage_error(error: Any) -> NoReturn:
-    """A mistake on the command line, told like any other."""
+    """Print a mistake on the command line like any other error."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
         sys.stdout.write(f"{error.format_message()}\n")

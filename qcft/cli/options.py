@@ -1,4 +1,4 @@
-"""The app, the flags that commands share, and the watch over work that can be stopped."""
+"""The app, the flags that commands share, and the watch that shows work and can stop it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 Work = TypeVar("Work", bound=Callable[..., None])
-STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # the exit code of each
-SIGHUP = getattr(signal, "SIGHUP", None)  # Windows has none
+STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit codes
+SIGHUP = getattr(signal, "SIGHUP", None)  # None on Windows
 if SIGHUP is not None:
     STOPPED[SIGHUP] = 129
 
@@ -29,7 +29,7 @@ app = typer.Typer(
     cls=Grouped,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # Rich takes `[...]` in a text for markup, and takes longer than all else of a help
+    rich_markup_mode=None,  # Rich reads `[...]` in a text as markup, and is slow to load
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Two-phase continual fine-tuning on one GPU, in 4 bits: teach a model languages and keep its English.",
     epilog="Start with: qcft run quickstart",
@@ -37,7 +37,7 @@ app = typer.Typer(
 
 
 def command(group: str, example: str, name: str | None = None) -> Callable[[Work], Work]:
-    """Register a command under a group of `qcft --help`, with an example at the end of its own."""
+    """Register a command in a group of `qcft --help`, with an example at the end of its own help."""
     assert group in GROUPS
     return app.command(name, rich_help_panel=group, epilog=f"Example: {example}")
 
@@ -49,9 +49,9 @@ Set = Annotated[
 
 
 def _folder(text: str | Path) -> Path:
-    """A folder that was named; what an unset variable leaves of a name is no word for the working folder."""
+    """The folder of `--runs`. An empty name, as from a shell variable that is not set, is refused."""
     if not str(text).strip():
-        raise InputError(f"--runs {text!r} names no folder", "give one, such as --runs runs, or leave --runs out")
+        raise InputError(f"--runs {text!r} names no folder", "give one, such as --runs runs, or omit --runs")
     return Path(text)
 
 
@@ -62,8 +62,8 @@ Runs = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the steps and do nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only warnings and the result.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Print the steps without running them.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only warnings and the result.")]
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", metavar="MODEL", help="Hub id, folder, .gguf file, or smollm2-135m-instruct."),
@@ -79,7 +79,7 @@ Data = Annotated[
 ]
 Test = Annotated[
     list[str] | None,
-    typer.Option("--test", metavar="LANG=PATH", help="Your own test set: measured at every stage, never trained."),
+    typer.Option("--test", metavar="LANG=PATH", help="Your own test set: measured at every stage, never trained on."),
 ]
 Take = Annotated[
     int | None,
@@ -90,7 +90,7 @@ Columns = Annotated[
     typer.Option(
         "--columns",
         metavar="A=B,...",
-        help="Names of --data's and --test's columns: instruction=question,output=answer.",
+        help="Column names in --data and --test: instruction=question,output=answer.",
     ),
 ]
 Freeze = Annotated[
@@ -104,7 +104,7 @@ Freeze = Annotated[
 Replay = Annotated[float | None, typer.Option("--replay", metavar="SHARE", help="Replay's share of the mix, e.g. 0.2.")]
 ReplayLoss = Annotated[
     str | None,
-    typer.Option("--replay-loss", metavar="LOSS", help="Of replay rows: answer or distil.", show_default="answer"),
+    typer.Option("--replay-loss", metavar="LOSS", help="Loss on replay rows: answer or distil.", show_default="answer"),
 ]
 Stage = Annotated[
     str | None, typer.Option("--stage", metavar="PHASE", help="Name of a phase.", show_default="the last")
@@ -119,10 +119,10 @@ AnchorKind = Annotated[
     typer.Option(
         "--anchor",
         metavar="KIND[:WEIGHT]",
-        help="Hold new rows to the model the phase starts from: target-masked, or kl:0.01.",
+        help="On new rows, keep the model close to the one the phase starts from: target-masked, or kl:0.01.",
     ),
 ]
-As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the run to make.")]
+As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Name of the new run.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -143,19 +143,19 @@ def options(
         bool, typer.Option("--cpu", help="Run on the CPU (anywhere on the line), as QCFT_DEVICE=cpu does.")
     ] = False,
 ) -> None:
-    """Options before any command; --debug and --cpu are taken out of the line in `main`."""
+    """Options before any command; `main` removes --debug and --cpu from the command line."""
 
 
 @contextmanager
 def watched(quiet: bool, shown_by: type[Reporter] | None = None, stops: bool = True) -> Iterator[Watch]:
-    """Work that is shown on stderr and, where it `stops`, hears Ctrl-C."""
+    """A watch that shows work on stderr and, with `stops`, stops it on Ctrl-C."""
     from qcft.events import Watch
     from qcft.terminal import progress
 
     reporter = (shown_by or progress.Reporter)(quiet)
     watch = Watch(reporter)
     if stops:
-        hear_signals(watch)
+        handle_signals(watch)
     try:
         yield watch
     finally:
@@ -165,7 +165,7 @@ def watched(quiet: bool, shown_by: type[Reporter] | None = None, stops: bool = T
 def show_work(
     work: Callable[[Watch], Thing], printed: Callable[[Thing], None], json_: bool, quiet: bool = False
 ) -> Thing:
-    """Do watched work; print what it comes to as JSON, or as `printed` does; return it."""
+    """Do watched work; print its result as JSON, or with `printed`; return it."""
     from qcft.terminal import tables
 
     with watched(quiet) as watch:
@@ -174,29 +174,30 @@ def show_work(
     return found
 
 
-def hear_signals(watch: Watch) -> None:
+def handle_signals(watch: Watch) -> None:
     """The first Ctrl-C, SIGTERM or SIGHUP asks the work to stop at a safe point, the second ends it at once."""
 
     def handle(number: int, frame: Any) -> None:
         if watch.stop_code is not None:
-            if number == SIGHUP:  # from the kernel and the shell both
+            if number == SIGHUP:  # the kernel and the shell both send it
                 return
             stop_at_once(number, frame)
         watch.ask_to_stop(STOPPED[number])
         sys.stderr.write("\nstopping at the next safe point (again to stop at once)\n")
 
-    hear(handle)
+    set_handler(handle)
 
 
-def hear(handler: Callable[[int, Any], None]) -> None:
-    """Set a handler for the signals that stop; `nohup` has SIGHUP ignored, and so it stays."""
+def set_handler(handler: Callable[[int, Any], None]) -> None:
+    """Set a handler for the signals that stop; SIGHUP stays ignored where `nohup` has set that."""
     for number in STOPPED:
         if number != SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def stop_at_once(number: int, frame: Any) -> NoReturn:
-    """A signal's handler that says how to resume, and exits; what is in writing is left as it is, not marked done."""
-    hint = "the same command goes on from the last whole step or checkpoint"
+    """A signal handler that says how to resume, and exits; a step that is being written stays as it is, not marked
+    done."""
+    hint = "the same command resumes from the last finished step or checkpoint"
     sys.stderr.write(f"\nerror: stopped at once\nhint: {hint}\n")
-    raise SystemExit(STOPPED[number])  # no Exception, which a library might take for its own
+    raise SystemExit(STOPPED[number])  # not an Exception, which a library might catch

@@ -1,4 +1,4 @@
-"""Commands that run recipes and phases, and list what was run. Flags are sugar for recipe keys."""
+"""Commands that run recipes and phases, and list what was run. Flags are short forms of recipe keys."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def run(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a whole recipe: its phases, what is measured between them, the report."""
+    """Run a whole recipe: its phases, the measurements between them, the report."""
     from qcft.recipe import load_recipe, parse_assignments
     from qcft.terminal import tables
 
     changes = parse_assignments(set_ or [])
     loaded = load_recipe(recipe, changes | ({} if name is None else {"name": name}))
     if loaded.ablation and not quiet:
-        tables.say("this is the plain recipe; its arms are run by `qcft ablate`", "dim")
+        tables.say("this runs the recipe without its arms; `qcft ablate` runs the arms", "dim")
     run_and_show(loaded, runs, dry_run, json_, quiet)
 
 
@@ -80,7 +80,7 @@ def phase1(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the first phase (English, unless --data says LANG=PATH), or import an adapter."""
+    """Train the first phase (English, unless --data gives LANG=PATH), or import an adapter."""
     from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase1_recipe
 
@@ -113,7 +113,7 @@ def phase2(
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge phase 1, mix in replay, train the second phase, and show what was gained and lost."""
+    """Merge phase 1, add replay rows, train the second phase, and show what was gained and lost."""
     from qcft.cli.data_flags import source_keys
     from qcft.cli.flags import phase2_recipe
 
@@ -157,7 +157,7 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
         tables.print_lines(f"{one['run']}: {one['problem']}" for one in listed if one["problem"])
         tables.say("English: change of NLL in nats per answer token since phase 1 (above 0: worse)", "dim")
     else:
-        tables.say(f"there is no run in {str(runs)!r}; start with `qcft run quickstart`")
+        tables.say(f"no runs in {str(runs)!r}; start with `qcft run quickstart`")
 
 
 @command(LOOK, "qcft show spanish")
@@ -169,9 +169,9 @@ def show(
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Show a run's tables, stages and languages, what the stages were evaluated on, and what it cost.
+    """Show a run's tables (stages by languages, evaluations) and its cost.
 
-    Of an ablation, its arms side by side.
+    For an ablation, show its arms side by side.
     """
     from qcft import api
     from qcft.store.ablations import AblationIndex, list_ablations
@@ -202,13 +202,15 @@ def report(
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("--to", "-o", metavar="DIR", help="Folder to write.", show_default="the run's own, or report"),
+        typer.Option(
+            "--to", "-o", metavar="DIR", help="Folder to write.", show_default="the run's own, or report/ for several"
+        ),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """Write the report of a run, or of several side by side: one page, Markdown, plots and tables as files."""
+    """Write the report of a run, or of several side by side: an HTML page, Markdown, plots and tables as files."""
     from qcft import api
     from qcft.terminal import tables
     from qcft.terminal.browser import open_page
@@ -221,7 +223,7 @@ def report(
     if open_ and open_page(Path(written["page"])):
         return
     if open_:
-        tables.say("no browser could be opened: there is no display, or BROWSER names none that runs", "yellow")
+        tables.say("no browser could be opened: there is no display, or the program in BROWSER does not run", "yellow")
     tables.next_step(f"open {written['page']} in a browser")
 
 
@@ -234,9 +236,9 @@ def run_and_show(
     of: str | None = None,
     phases: Sequence[str] | None = None,
 ) -> None:
-    """Run a recipe and print its tables, or its steps; exit code 1 where an evaluation failed.
+    """Run a recipe and print its tables, or print its steps (`dry_run`); exit code 1 if an evaluation failed.
 
-    `of`: the run it goes on from, whose `phases` (all by default) are not trained again because their data changed.
+    `of`: the run it continues, whose `phases` (all by default) are not trained again because their data changed.
     """
     from qcft import api
     from qcft.cli.listings import plan_listed
@@ -248,10 +250,10 @@ def run_and_show(
     if dry_run:
         show_work(lambda watch: plan_listed(recipe, runs, watch), _print_steps, json_, quiet)
         return
-    if rank() > 0:  # of several processes that `accelerate launch` began
+    if rank() > 0:  # one of several processes that `accelerate launch` started
         help_train(recipe, runs, Watch())
         leave()
-        os._exit(0)  # it wrote nothing and has nothing to tidy; threads of libraries abort an interpreter that ends
+        os._exit(0)  # it wrote nothing and has nothing to clean up; threads of libraries would abort a normal exit
     with watched(quiet) as watch:
         done = api.run_watched(recipe, runs, watch, of, phases)
     if world() > 1:

@@ -13,11 +13,13 @@ from qcft.cli.options import Json, Runs, command
 
 @command(KEEP, "qcft gc --delete")
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="Remove them; else they are only listed.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete them. Without this flag they are only listed.")
+    ] = False,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """List the steps that no run uses, and what finished trainings left; remove them with --delete."""
+    """List the steps that no run uses and leftovers of finished trainings; --delete removes them."""
     from dataclasses import asdict
 
     from qcft.store.upkeep import remove_unused, unused_steps
@@ -34,7 +36,7 @@ def gc(
     if rows:
         tables.print_rows(["step", "size", "why"], rows)
     for one in left:
-        tables.say(f"{one.step} was left: a process works on it")
+        tables.say(f"{one.step} was not removed: a process is using it")
     if not rows:
         tables.say("Nothing to clean up.")
         return
@@ -47,12 +49,12 @@ def gc(
 @command(KEEP, "qcft rm spanish spanish-2")
 def rm(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="Runs, or ablations.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove the runs of an ablation's arms with it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Also remove the runs of an ablation's arms.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Remove runs (recipe, report and links), or an ablation with its runs.
 
-    Their steps stay, for other runs or `qcft gc`.
+    Their steps stay: other runs may use them, and `qcft gc` deletes unused ones.
     """
     from qcft.errors import InputError
     from qcft.store.upkeep import remove_named, unused_steps
@@ -62,12 +64,12 @@ def rm(
     removed = remove_named(runs, names, yes)
     for name, others in removed.items():
         if others:
-            tables.say(f"left in {runs / name}, as qcft did not write it: {', '.join(others)}")
+            tables.say(f"kept in {runs / name}, as qcft did not write it: {', '.join(others)}")
     what = f"Removed {', '.join(map(repr, removed))}."
     try:
         unused = unused_steps(runs)
     except InputError as error:  # another run cannot be read
-        tables.say(f"{what} Which steps are no longer used is not known: {error.message}")
+        tables.say(f"{what} Unused steps could not be counted: {error.message}")
         return
     size = format.size(sum(one.bytes for one in unused))
     more = f" {counted(len(unused), 'step is', 'steps are')} no longer used ({size})."

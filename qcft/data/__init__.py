@@ -1,1 +1,1 @@
-"""Data: many formats in, one conversational form out; split, digested, tokenised and mixed."""
+"""Reads many data formats into one conversational form; splits, digests, tokenises and mixes the rows."""

@@ -1,4 +1,4 @@
-"""How many rows each language gives to an epoch where the recipe balances them, and which."""
+"""Draws the rows of each language for an epoch where the recipe balances languages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NOT_DRAWN = "not drawn, to balance languages"
 
 
 def balanced_rows(rows: Mapping[str, int], balance: str | Temperature) -> dict[str, int]:
-    """The rows each language gives, from the rows it has: `none` all, `equal` as many as the smallest has.
+    """How many rows each language gives, from how many it has: `none` all, `equal` as many as the smallest has.
 
-    With a temperature T, in proportion to the T-th root of what it has (Conneau et al. 2020, arXiv 1911.02116, where
-    T is 1 / alpha), and the smallest language gives all of its rows: no row is repeated.
+    With a temperature T, in proportion to the T-th root of its rows (Conneau et al. 2020, arXiv 1911.02116, where
+    T is 1 / alpha); the smallest language gives all of its rows, so no row is repeated.
     """
     if balance == "none":
         return dict(rows)
@@ -28,9 +28,9 @@ def balanced_rows(rows: Mapping[str, int], balance: str | Temperature) -> dict[s
 def draw_balanced(
     sets: Sequence[EncodedSet], langs: Sequence[str], balance: str | Temperature, seed: int
 ) -> list[EncodedSet]:
-    """The sets with only the rows that are drawn, in their order; `langs` has the language of each set.
+    """The sets with only the drawn rows, in their order; `langs` has the language of each set.
 
-    Every row of a language has the same chance, whichever set it is in. What is not drawn is counted as left out.
+    Every row of a language has the same chance, whichever set it is in. Rows that are not drawn are counted as dropped.
     """
     rows: dict[str, list[tuple[int, int]]] = {lang: [] for lang in langs}
     for number, (one, lang) in enumerate(zip(sets, langs, strict=True)):

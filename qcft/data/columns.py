@@ -1,4 +1,4 @@
-"""Which columns of a record hold what: by the recipe's `columns`, by the known formats, by the usual other names."""
+"""Finds the columns of a record: by the recipe's `columns`, by the known formats, by other common names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qcft.data.formats import COLUMNS, FORMATS, PROMPT_COLUMNS, Record, column_n
 from qcft.errors import InputError, nearest
 from qcft.recipe import Source
 
-# What a record's columns may be called for `instruction` and `output`; the first pair that is there counts.
+# Other names for `instruction` and `output`; the first pair that a record has is used.
 QUESTIONS = ("instruction", "question", "prompt", "query")
 ANSWERS = ("output", "response", "answer", "completion", "target")
 PAIRS = [*((q, a) for q in QUESTIONS for a in ANSWERS), ("text", "target"), ("input", "output"), ("source", "target")]
@@ -18,16 +18,16 @@ OTHER_NAMES = {"conversations": "conversation", "system": "system_prompt", "inpu
 
 @dataclass(frozen=True)
 class _Shape:
-    """How records with the same columns are read: `names` are the columns to rename, by what they are read as."""
+    """How records with the same columns are read: `names` maps the format's column names to the record's."""
 
     format: str
     names: dict[str, str]
 
 
 class Columns:
-    """Brings the records of one source to the columns that `formats` knows. `unused`: columns that nothing reads.
+    """Renames the columns of one source's records to those that `formats` reads. `unused`: columns that nothing reads.
 
-    `answers`: records without answers are not known; `aliases`: other names of columns are.
+    `answers`: records must have answers; `aliases`: other names of columns are accepted.
     """
 
     def __init__(self, source: Source, what: str = "data", answers: bool = True, aliases: bool = True) -> None:
@@ -41,10 +41,10 @@ class Columns:
         self._shapes: dict[tuple[Any, ...], _Shape | None] = {}
 
     def read(self, record: dict[str, Any]) -> tuple[str, Record] | None:
-        """A record's format, and the record with its columns as the format names them; None for no known format.
+        """A record's format, and the record with the format's column names; None for an unknown format.
 
-        After the first of a known format, records of no known format are read as if they were of that one. Raises
-        InputError for a column of the recipe's that the first record lacks.
+        After the first record of a known format, records of an unknown format are read in that format. Raises
+        InputError if the first record lacks a column that the recipe names.
         """
         key = tuple(name for name, value in record.items() if value is not None)
         if key not in self._shapes:
@@ -63,13 +63,13 @@ class Columns:
         return shape.format, others | {name: record[column] for name, column in shape.names.items()}
 
     def unknown(self, record: dict[str, Any], number: int) -> InputError:
-        """The error for a record of no known format; `number` counts the source's records from 1."""
+        """The error for a record of an unknown format; `number` counts the source's records from 1."""
         known = COLUMNS if self.answers else PROMPT_COLUMNS
         where = f"row {number} of {self.source.path!r}"
         return InputError(
             f"{self.what}: {where} has the columns {column_names(record)}: no known format",
-            "say which is which with --columns instruction=COLUMN,output=COLUMN (in a recipe, columns: {instruction: "
-            "COLUMN, output: COLUMN}); known by themselves: "
+            "name the columns with --columns instruction=COLUMN,output=COLUMN (in a recipe, columns: {instruction: "
+            "COLUMN, output: COLUMN}); known formats: "
             + "; ".join(f"{name} ({columns})" for name, columns in known.items())
             + "; question and answer",
         )
@@ -98,7 +98,7 @@ class Columns:
         return _Shape(format, {name: column for name, column in names.items() if name != column})
 
     def _given(self, record: dict[str, Any]) -> dict[str, str]:
-        """The recipe's own names. Raises InputError for a column that the first record lacks."""
+        """The names from the recipe. Raises InputError for a column that the first record lacks."""
         given = self.source.columns
         missing = [column for column in given.values() if column not in record]
         if missing and not self._shapes:
@@ -109,7 +109,7 @@ class Columns:
         return {name: column for name, column in given.items() if column in record}
 
     def _format(self, record: Record) -> tuple[str, dict[str, str]] | None:
-        """The format of a record, and the columns that stand for its question and answer."""
+        """The format of a record, and the columns that hold its question and answer."""
         if self.source.format != "auto":
             return self.source.format, {}
         known = detect_format({*record}) or detect_format({*record}, self.answers)
@@ -127,6 +127,6 @@ class Columns:
 def mixes_text(source: Source, what: str, both: str, other: str = "messages") -> InputError:
     """The error for a source that holds `both` raw text and instructions, of the format `other`."""
     return InputError(
-        f"{what}: {source.path!r} holds {both}, and does not say which to train on",
+        f"{what}: {source.path!r} holds {both}: it is not clear which to train on",
         f"set format: text or format: {other} to read one of them, or give each its own source",
     )

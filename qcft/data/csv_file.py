@@ -1,6 +1,6 @@
-"""CSV as spreadsheets write it: commas, semicolons or tabs; a damaged file is refused with the number of its line.
+"""CSV as spreadsheets write it: commas, semicolons or tabs; a damaged file is refused with its line number.
 
-pyarrow's reader (26) tells no line, joins what follows a closing quote to the cell, and makes 007 the number 7.
+pyarrow's reader (26) reports no line number, appends text after a closing quote to the cell, and reads 007 as 7.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ FIXES = 'write text that holds a comma, a quote or a line break as "...", a quot
 def read_csv(stream: IO[str], path: Path) -> Iterator[dict[str, Any]]:
     """The records of a CSV file, opened as text with `newline=""`.
 
-    The delimiter is the one of comma, semicolon and tab that cuts the header into most columns, or the one of Excel's
-    first line `sep=;`. Raises InputError for a line with more or fewer fields than the header, a quote that is not
-    closed, or that is closed in mid-field: some cell is then not what its author wrote.
+    The delimiter is the one of comma, semicolon and tab that splits the header into most columns, or the one in Excel's
+    first line `sep=;`. Raises InputError for a line with more or fewer fields than the header, and for a quote that is
+    not closed or is closed inside a field: a cell would then not be what its author wrote.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
@@ -46,9 +46,9 @@ def read_csv(stream: IO[str], path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _records(reader: Any, delimiter: str, before: int, path: Path) -> Iterator[dict[str, Any]]:
-    """`before`: lines of the file ahead of the reader's first."""
+    """`before`: lines of the file before the reader's first."""
     header: list[str] | None = None
-    line = before + 1  # where the record begins that is read next
+    line = before + 1  # where the next record begins
     try:
         for fields in reader:
             if header is None:
@@ -63,11 +63,11 @@ def _records(reader: Any, delimiter: str, before: int, path: Path) -> Iterator[d
                 yield dict(zip(header, fields, strict=True))
             line = before + reader.line_num + 1
     except csv.Error as error:
-        what = "a quote opens here and is not closed" if "end of data" in str(error) else _wrong_quote(error)
+        what = "a quote opens here and is not closed" if "end of data" in str(error) else _quote_error(error)
         raise InputError(f"data: {str(path)!r} is not readable as CSV, line {line}: {what}", FIXES) from None
 
 
-def _wrong_quote(error: csv.Error) -> str:
+def _quote_error(error: csv.Error) -> str:
     return "text follows a closing quote" if "expected after" in str(error) else str(error)
 
 

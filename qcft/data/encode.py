@@ -17,8 +17,8 @@ from qcft.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AT_ONCE, MUCH = 100, 1_000_000  # rows and characters that are rendered at once
-IGNORED = -100  # the label of a token that bears no loss
+AT_ONCE, MUCH = 100, 1_000_000  # rows and characters rendered at once
+IGNORED = -100  # the label of a token without loss
 MARKED = re.compile(f"{START}([^{START}{END}]*){END}")
 TOO_LONG, NO_ANSWER = "longer than max_length", "no answer to train"
 TOO_SHORT = "shorter than train.text.min_tokens"
@@ -28,10 +28,10 @@ SPLIT = "made into one training row for each answer: the chat template changes e
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids and, of the same length, labels: the id where loss falls, else -100. `source`: where it is from;
-    `name`: what a person finds it by; `cut`: whether it lost its end, or turns, to the limit on length; `replay`:
-    whether it is no new row of the phase that trains on it; `bytes`: of raw text that is measured, in UTF-8, those of
-    its labels."""
+    """Token ids and, of the same length, labels: the id for tokens with loss, else -100. `source`: where it is from;
+    `name`: its name in tables; `cut`: whether it was truncated by the limit on length; `replay`: whether it is a replay
+    row, not a new row of the phase that trains on it; `bytes`: for raw text that is measured, the UTF-8 bytes of its
+    labels."""
 
     input_ids: list[int]
     labels: list[int]
@@ -43,14 +43,14 @@ class EncodedRow:
 
     @property
     def answer_tokens(self) -> int:
-        """How many tokens bear loss."""
+        """How many tokens have loss."""
         return sum(label != IGNORED for label in self.labels)
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Encoded rows, each with the row it came from; `left_out` counts the rows that gave none by reason, `changed`
-    those that were encoded with something about them changed."""
+    """Encoded rows, each with its original row; `left_out` counts dropped rows by reason, `changed` the rows that were
+    changed while encoding."""
 
     rows: tuple[Row, ...]
     encoded: tuple[EncodedRow, ...]
@@ -64,18 +64,18 @@ class EncodedSet:
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens that bear loss."""
+        """Tokens that have loss."""
         return sum(row.answer_tokens for row in self.encoded)
 
 
 class Encoder:
     """Turns conversations into tokens with one tokenizer and its chat template (by default as `Template` reads it).
 
-    Loss falls on every assistant turn that is to be trained, up to and with its end-of-turn token, and on nothing else.
-    An answer that is not finished bears loss up to the end of its text, where a row that ends with it ends.
-    Of a document of raw text every token but the first bears loss, its end among them; with `measuring`, every token
-    that stands for its text, but those of the first character where no BOS stands before it.
-    Raises InputError when the template cannot be used at all.
+    Every assistant turn to be trained has loss, including its end-of-turn token, and nothing else has. An unfinished
+    answer has loss up to the end of its text; a row that ends with it ends there.
+    In a document of raw text every token but the first has loss, including its end; with `measuring`, every token of
+    its text, except those of the first character if no BOS precedes it.
+    Raises InputError if the template cannot be used at all.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Encoder:
         return self._tokenize(self.template.prompt(messages))[0]
 
     def prompt(self, row: Row) -> list[int] | str:
-        """The prompt's tokens, or the reason why it cannot be asked: the template refuses it, or it is too long."""
+        """The prompt's tokens, or the reason why it cannot be used: the template refuses it, or it is too long."""
         try:
             ids = self.prompt_ids(row)
         except TemplateRefused as refused:
@@ -127,10 +127,10 @@ class Encoder:
     def encode(self, row: Row) -> tuple[EncodedRow, ...] | str:
         """The row's tokens, or the reason why it cannot train.
 
-        They are one training row, or one for each answer where the template writes earlier turns otherwise once there
+        They are one training row, or one for each answer if the template writes earlier turns differently once there
         are later ones. A training row longer than `max_length` loses its last turns; if its first exchange alone is
-        too long it is dropped, or with `long_rows="cut"` its answer is cut where the limit falls. A document that is
-        longer becomes several training rows.
+        too long it is dropped, or with `long_rows="cut"` its answer is truncated. A longer document becomes several
+        training rows.
         """
         if row.text is not None:
             return self._document(row.text, Counter())
@@ -138,7 +138,7 @@ class Encoder:
         return prepared if isinstance(prepared, str) else self._encode(*prepared, Counter())
 
     def encode_all(self, rows: Iterable[Row], progress: Callable[[int], None] | None = None) -> EncodedSet:
-        """Encode rows; those that cannot train are counted by reason. `progress` hears of each row done."""
+        """Encode rows; those that cannot train are counted by reason. `progress` is called with the rows done."""
         kept: list[tuple[Row, EncodedRow]] = []
         left_out: Counter[str] = Counter()
         changed: Counter[str] = Counter()
@@ -185,10 +185,10 @@ class Encoder:
         return tuple(kept)
 
     def _document(self, text: str, changed: Counter[str]) -> tuple[EncodedRow, ...] | str:
-        """A document's tokens, BOS before them where the tokenizer adds it, in pieces of at most `max_length`.
+        """A document's tokens, after BOS if the tokenizer adds it, in pieces of at most `max_length`.
 
-        A later piece begins with the last token of the one before, which is context there, so that each token bears
-        loss once. The bytes of a character that is several tokens count where its first one does.
+        A later piece begins with the last token of the one before, as context, so that each token has loss once. The
+        bytes of a character of several tokens are counted with its first token.
         """
         marked = self.template.marked(text)
         ids, offsets = self._tokenize(marked)
@@ -213,7 +213,7 @@ class Encoder:
         return tuple(found) or TOO_SHORT
 
     def _encode_text(self, text: str, spans: Sequence[tuple[int, int]]) -> EncodedRow | None:
-        """Tokens and labels of a rendered conversation, within `max_length`; None where no answer fits."""
+        """Tokens and labels of a rendered conversation, within `max_length`; None if no answer fits."""
         ids, offsets = self._tokenize(text)
         labels = _labels(ids, offsets, spans)
         limit, cut = self.max_length, False
@@ -257,7 +257,7 @@ class Encoder:
         return list(tokens["input_ids"]), list(tokens["offset_mapping"])
 
     def _tokens_after(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The tokens of text that other text stands before: a tokenizer may put a blank before what comes first."""
+        """The tokens of text that follows other text: a tokenizer may add a space before the first text."""
         head = self._tokens("\n")[0]
         ids, offsets = self._tokens("\n" + text)
         if ids[: len(head)] != head:
@@ -265,7 +265,7 @@ class Encoder:
         return ids[len(head) :], [(max(0, a - 1), b - 1) for a, b in offsets[len(head) :]]
 
     def _plain_ids(self, token: str) -> list[int]:
-        """A control token's characters as the tokenizer's own steps encode them, its added tokens left aside."""
+        """A control token's characters as the tokenizer encodes them without its added tokens."""
         backend = self.tokenizer.backend_tokenizer
 
         def encode(text: str) -> list[int]:
@@ -276,14 +276,14 @@ class Encoder:
         head = encode("\n")
         ids = encode("\n" + token)
         ids = ids[len(head) :] if ids[: len(head)] == head else encode(token)
-        if self.tokenizer.convert_tokens_to_ids(token) in ids:  # the vocabulary of the model has it whole
+        if self.tokenizer.convert_tokens_to_ids(token) in ids:  # it is one entry of the model's vocabulary
             return [one for character in token for one in encode(character)]
         return ids
 
 
 def _pieces(tokens: int, first: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """A document's tokens in pieces [start, end) of at most `most`, which bear loss from `begin` on: (start, begin,
-    end). Together those are the tokens from `first` on, each once."""
+    """A document's tokens in pieces [start, end) of at most `most`, which have loss from `begin`: (start, begin, end).
+    Together they cover the tokens from `first`, each once."""
     start = end = 0
     while end < tokens:
         start, end = max(0, end - 1), min(max(0, end - 1) + most, tokens)
@@ -291,28 +291,28 @@ def _pieces(tokens: int, first: int, most: int) -> Iterator[tuple[int, int, int]
 
 
 def _rendered_size(row: Row) -> int:
-    """About how many characters it takes to render each of a row's turns with those before."""
+    """Roughly how many characters are rendered for a row: each of its turns with those before."""
     return len(row.messages) * sum(len(message.content) for message in row.messages)
 
 
 def hint_for(left_out: Mapping[str, int], when_too_long: str) -> str:
-    """What to do where no row was left: about the most frequent reason."""
+    """The hint if no row is left: what to do about the most frequent reason."""
     reason = max(left_out, key=lambda one: left_out[one]) if left_out else ""
     if reason == TOO_LONG:
         return when_too_long
     if reason == TOO_SHORT:
         return "give longer documents, or lower train.text.min_tokens"
     if reason == NO_ANSWER:
-        return "give rows with an answer to train: not train: false, nor weight: 0, on every assistant turn"
+        return "give rows with an answer to train on: not every assistant turn with train: false or weight: 0"
     if reason == NO_TEXT:
-        return "give an answer after the reasoning, or leave thinking at auto and the reasoning out"
+        return "give an answer after the reasoning, or keep thinking: auto and remove the reasoning"
     if reason == REWRITES:
-        return "use the chat template that the model came with; this one does not write answers as they are"
-    return "look at the order of roles in the rows: most templates take user and assistant in turn"
+        return "use the model's own chat template; this one changes the text of answers"
+    return "check the order of roles in the rows: most templates need user and assistant in turn"
 
 
 def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Label the tokens that lie within an answer, one that begins just before it (a blank) among them."""
+    """Label the tokens inside an answer, including one that begins just before it (with a space)."""
     labels = []
     span = 0
     for token, (start, end) in zip(ids, offsets, strict=True):

@@ -1,6 +1,6 @@
-"""Reading one data file of any kind: its records, one by one as they are asked for.
+"""Reads the records of one data file of any kind, lazily.
 
-JSON by Python's own reader: pyarrow's ends at the first broken line and wants one type in each column.
+JSON is read with Python's own reader: pyarrow's stops at the first broken line and needs one type per column.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ KINDS = {
 }  # fmt: skip
 SUFFIXES = (*KINDS, ".gz")
 FORMS = "a .json, .jsonl, .csv, .tsv, .parquet or .txt file (also .gz), a folder of them, or a hub id OWNER/NAME"
-# What reading JSON may raise: no JSON, no UTF-8, a number of thousands of digits; nesting thousands deep.
+# What reading JSON may raise: invalid JSON or UTF-8, a number of thousands of digits; nesting thousands deep.
 UNREADABLE = (ValueError, RecursionError)
-# What lists in a JSON file are named that are not to be trained on.
+# Names of lists in a JSON file that are not to be trained on.
 OTHER_SPLITS = {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """What is no JSON object, `where` (`line 5`, or `entry 5` of a list), and why; counted, not fatal."""
+    """A line or entry that is not a JSON object: `where` (`line 5`, or `entry 5` of a list), and why; only counted."""
 
     where: str
     why: str
 
 
 def kind_of(path: Path) -> str | None:
-    """`json`, `csv`, `parquet`, `arrow` or `text` by the file's name; gzipped files of no other name are JSON lines."""
+    """`json`, `csv`, `parquet`, `arrow` or `text` by the file's name; other gzipped files are JSON lines."""
     names = [suffix.lower() for suffix in path.suffixes]
     if names[-1:] == [".gz"]:
         return KINDS.get(names[-2] if len(names) > 1 else "", "json")
@@ -47,8 +47,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_file(path: Path, split: str = "train", sample_by: str | None = None) -> Iterator[dict[str, Any] | BadLine]:
-    """The file's records in order, read as they are asked for. Only a JSON file may hold more splits than `train`;
-    `sample_by`: what of a file of text is a document (None: all of it).
+    """The file's records in order, read lazily. Only a JSON file may hold more splits than `train`; `sample_by`: which
+    part of a text file is a document (None: all of it).
 
     Raises InputError.
     """
@@ -56,7 +56,7 @@ def read_file(path: Path, split: str = "train", sample_by: str | None = None) ->
     if split != "train" and kind != "json":
         raise no_split(str(path), split, ["train"])
     if sample_by is not None and kind != "text":
-        raise InputError(f"data: {str(path)!r} is no .txt file, which sample_by: is for", "leave sample_by: out")
+        raise InputError(f"data: {str(path)!r} is not a .txt file, which sample_by: is for", "omit sample_by:")
     if kind == "parquet":
         yield from read_parquet(path)
     elif kind == "arrow":
@@ -70,16 +70,16 @@ def read_file(path: Path, split: str = "train", sample_by: str | None = None) ->
     elif kind == "json":
         yield from _read_json(path, split)
     else:
-        raise InputError(f"data: {str(path)!r} is of no known file type", f"give {FORMS}")
+        raise InputError(f"data: {str(path)!r} has an unsupported file type", f"give {FORMS}")
 
 
 def no_split(path: str, split: str, known: list[str]) -> InputError:
-    """The error for a split that is not there; it names those that are."""
+    """The error for a missing split; it names the splits that exist."""
     return InputError(f"data: {path!r} has no split {split!r}", f"it has {', '.join(known)}: name one with split:")
 
 
 def _read_json(path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
-    """JSON lines, or one JSON document: a list of records, or an object that holds one, or one for each split."""
+    """JSON lines, or one JSON document: a list of records, or an object with one list, or with one for each split."""
     with open_file(path) as stream:
         if _is_document(stream, path):
             text = stream.read()
@@ -88,7 +88,7 @@ def _read_json(path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
             except UNREADABLE as error:
                 if text.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                     raise InputError(f"data: {str(path)!r} is not readable as JSON: {error}", f"give {FORMS}") from None
-                stream.seek(0)  # JSON lines whose first is broken
+                stream.seek(0)  # JSON lines with a broken first line
             else:
                 del text
                 yield from _records_of(document, path, split)
@@ -101,7 +101,7 @@ def _read_json(path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
 
 
 def _is_document(stream: IO[bytes], path: Path) -> bool:
-    """Whether the file is one JSON document; read from its start and left there."""
+    """Whether the file is one JSON document; the stream stays at its start."""
     start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     stream.seek(0)
     if start != b"{" or not path.name.lower().removesuffix(".gz").endswith(".json"):
@@ -120,7 +120,7 @@ def _record(line: bytes, number: int) -> dict[str, Any] | BadLine:
         return BadLine(f"line {number}", f"{error.msg}, column {error.colno}")
     except UNREADABLE as error:
         return BadLine(f"line {number}", short(error))
-    return record if isinstance(record, dict) else BadLine(f"line {number}", "no JSON object")
+    return record if isinstance(record, dict) else BadLine(f"line {number}", "not a JSON object")
 
 
 def _records_of(document: Any, path: Path, split: str) -> Iterator[dict[str, Any] | BadLine]:
@@ -131,11 +131,11 @@ def _records_of(document: Any, path: Path, split: str) -> Iterator[dict[str, Any
     if not isinstance(document, list):
         raise InputError(f"data: {str(path)!r} holds no list of records", f"give {FORMS}")
     for number, record in enumerate(document, start=1):
-        yield record if isinstance(record, dict) else BadLine(f"entry {number}", "no JSON object")
+        yield record if isinstance(record, dict) else BadLine(f"entry {number}", "not a JSON object")
 
 
 def _list_in(document: dict[str, Any], path: Path, split: str) -> list[Any]:
-    """The split's list in an object; an object that is one record stands for a list of it. Raises InputError."""
+    """The split's list in an object; an object that is one record counts as a list of one. Raises InputError."""
     lists = {key: v for key, v in document.items() if isinstance(v, list) and (not v or isinstance(v[0], dict))}
     if {"messages", "conversations", "instruction", "prompt"} & document.keys():
         lists = {"train": [document]}

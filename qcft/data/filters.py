@@ -1,4 +1,4 @@
-"""Which generated answers are kept for replay, and why others are not."""
+"""Decides which generated answers are kept for replay, and why others are dropped."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from qcft.recipe import Filters
 
-NGRAM = 5  # words of a sequence that should not come again
+NGRAM = 5  # words of a sequence that should not repeat
 REPEATABLE = 10  # words; shorter answers ("Paris") may well answer several prompts
-LETTERS = 20  # fewer tell no language
-SURE = 0.5  # of 3,000 Alpaca answers with LETTERS or more, 0.3% are then taken for another language than English
+LETTERS = 20  # fewer are too short to identify a language
+SURE = 0.5  # with it, 0.3% of 3,000 Alpaca answers of LETTERS or more are identified as not English
 REFUSAL = re.compile(
     r"((i'm|i am) (so |very )?sorry|sorry|i apologi[sz]e|unfortunately)\b.{0,40}\b(can't|cannot|unable|not able)\b"
     r"|(i|we) (can't|cannot|won't|am unable to|am not able to|'m unable to) "
@@ -21,14 +21,14 @@ REFUSAL = re.compile(
 
 
 class AnswerFilter:
-    """Judges answers in the order they are drawn; remembers them, to find those that come again."""
+    """Filters answers in the order they are drawn; remembers them, to find repeated ones."""
 
     def __init__(self, filters: Filters) -> None:
         self.filters = filters
         self._given: set[str] = set()
 
     def reason(self, text: str, finished: bool) -> str | None:
-        """Why an answer is left out, or None."""
+        """Why an answer is dropped, or None."""
         if not text.strip():
             return "empty answer"
         if self.filters.unfinished and not finished:
@@ -49,10 +49,10 @@ class AnswerFilter:
 
 
 def repetition(text: str) -> float:
-    """The share of the text's sequences of five words that came before in it; of characters where no blanks part words.
+    """The share of the text's five-word sequences that are repeats; of five characters if spaces do not separate words.
 
-    After the repetition rules of Rae et al. 2021 (arXiv 2112.11446), which cut at 0.15 for web pages: answers
-    hold lists and tables.
+    After the repetition rules of Rae et al. 2021 (arXiv 2112.11446), whose limit is 0.15 for web pages: answers
+    contain more lists and tables.
     """
     units = text.split()
     if len(text) > 12 * len(units):
@@ -62,12 +62,12 @@ def repetition(text: str) -> float:
 
 
 def speaks_another(text: str, language: str) -> bool:
-    """Whether a text is clearly in another language; one that is too short to tell is not."""
+    """Whether a text is clearly in another language; one that is too short to identify is not."""
     return identified(text) not in {None, language.split("-")[0]}
 
 
 def identified(text: str) -> str | None:
-    """The language a text is in, or None where it is too short to tell, or not clear."""
+    """The language of a text, or None if it is too short or not clear."""
     if sum(c.isalpha() for c in text) < LETTERS:
         return None
     found, probability = _identifier().classify(text)
@@ -76,7 +76,7 @@ def identified(text: str) -> str | None:
 
 @cache
 def _identifier() -> Any:
-    """Made once: it takes a second."""
+    """Loaded once: it takes a second."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -84,5 +84,5 @@ def _identifier() -> Any:
 
 @cache
 def known_languages() -> frozenset[str]:
-    """The codes of the languages that can be told."""
+    """The codes of the languages that can be identified."""
     return frozenset(map(str, _identifier().labels))

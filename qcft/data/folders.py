@@ -1,9 +1,9 @@
-"""Which files of a folder belong to which split, by the rules of `datasets.load_dataset(FOLDER)`.
+"""Assigns the files of a folder to splits, by the rules of `datasets.load_dataset(FOLDER)`.
 
-The rules: a README.md with `configs:` says so; else `data/{split}-00000-of-00001.*`; else folders, then files, named
-train, test, validation ...; else every file is of the split train. Hidden files and folders are left aside.
+The rules: `configs:` in a README.md; else `data/{split}-00000-of-00001.*`; else folders, then files, named train, test,
+validation ...; else every file belongs to the split train. Hidden files and folders are ignored.
 
-What is used of `datasets` beyond its documented names: `datasets.data_files` (`get_data_patterns`, `resolve_pattern`,
+Names of `datasets` that it does not document: `datasets.data_files` (`get_data_patterns`, `resolve_pattern`,
 `sanitize_patterns`) and `datasets.utils.metadata.MetadataConfigs`; without them folders could not be read.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from qcft.data.files import FORMS, SUFFIXES, kind_of, no_split
 from qcft.errors import InputError, nearest, short
 
-ABOUT = re.compile(r"(readme|licen[cs]e|notice)\b.*\.txt$", re.IGNORECASE)  # what tells of the data
+ABOUT = re.compile(r"(readme|licen[cs]e|notice)\b.*\.txt$", re.IGNORECASE)  # files about the data
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class SplitFiles:
 def split_of(folder: Path, subset: str | None, split: str) -> SplitFiles:
     """The files of a split. `subset` names a config of the folder's README.md, else a folder in it.
 
-    Raises InputError where there is no such subset, no such split or no data file, or a file of the split is there in
-    two formats.
+    Raises InputError if there is no such subset, no such split or no data file, or if a file of the split exists in two
+    formats.
     """
     base, patterns = _patterns(folder, subset)
     every = _resolved(["**"], base)
@@ -94,7 +94,12 @@ def _configs(folder: Path) -> Any:
     try:
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
         return configs if any({"data_files", "data_dir"} & one.keys() for one in configs.values()) else {}
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:  # no YAML, or not of the shape they expect
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        yaml.YAMLError,
+    ) as error:  # invalid YAML, or not the expected structure
         raise InputError(f"data: the header of {str(card)!r} cannot be read: {short(error)}", "correct it") from None
 
 
@@ -105,12 +110,12 @@ def _subfolder(folder: Path, subset: str) -> Path:
     known = sorted(one.name for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
     raise InputError(
         f"data: {str(folder)!r} has no subset {subset!r}: neither a folder of that name nor one that README.md lists",
-        nearest(subset, known) + (f"it has {', '.join(known)}" if known else "leave subset: out"),
+        nearest(subset, known) + (f"it has {', '.join(known)}" if known else "omit subset:"),
     )
 
 
 def _resolved(patterns: Iterable[str], base: Path) -> list[Path]:
-    """The data files that match, each once, sorted. Raises InputError for a plain name that is not there."""
+    """The data files that match, each once, sorted. Raises InputError for a plain name that does not exist."""
     from datasets.data_files import resolve_pattern
 
     found: set[Path] = set()

@@ -1,4 +1,4 @@
-"""Known shapes of records, recognised by their columns, each turned into a `Row`."""
+"""Known formats of records, recognised by their columns, each converted to a `Row`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qcft.recipe.yaml_file import joined
 
 Record = Mapping[str, Any]
 
-# What people call the three roles.
+# Names for the three roles.
 ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -30,16 +30,16 @@ ROLES: dict[str, Role] = {
 }
 # Turns that belong to the use of tools. A row that has one is dropped: its other turns make no sense without it.
 TOOL_ROLES = {"tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython"}
-# Columns that hold what a text model cannot see. A row that has it is dropped: its answer is about it.
+# Columns that a text model cannot see. A row with a value in them is dropped: its answer depends on it.
 MEDIA = {"image": "an image", "audio": "audio", "video": "a video"}
 MEDIA_COLUMNS = {f"{medium}{plural}" for medium in MEDIA for plural in ("", "s")}
-WHOLE = re.compile(r"(-?\d+)\.0")  # what pandas makes of a whole number in a column with gaps
+WHOLE = re.compile(r"(-?\d+)\.0")  # how pandas writes a whole number in a column with missing values
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # what the thoughts before an answer are called
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the thoughts before an answer
 
 
 class Unusable(ValueError):
-    """A record that cannot train; its text is the reason it is counted under."""
+    """A record that cannot be trained on; its text is the reason under which it is counted."""
 
 
 def to_row(record: Record, format: str) -> Row:
@@ -50,7 +50,7 @@ def to_row(record: Record, format: str) -> Row:
 
 
 def to_prompt(record: Record, format: str) -> Row:
-    """The record's first user turn as a row, with what was answered where that can train. Raises Unusable."""
+    """The record's first user turn as a row, with its answer if that can be trained on. Raises Unusable."""
     messages = _read(record, format)
     try:
         return _row(messages, record)
@@ -62,7 +62,7 @@ def to_prompt(record: Record, format: str) -> Row:
 
 
 def _english(record: Record, format: str) -> Row | None:
-    """The row's English version, from columns that end in `_en`; None where they do not say all it asks."""
+    """The row's English version, from columns that end in `_en`; None if a needed column is missing."""
     if f"{PROMPT_COLUMNS[format]}_en" not in record:
         return None
     columns = {str(key)[: -len("_en")]: value for key, value in record.items() if str(key).endswith("_en")}
@@ -121,13 +121,13 @@ def _document(record: Record) -> list[Message]:
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of records: what reads it, the columns it needs, that of its prompts first, and those it may have; and
-    what a person is told of them."""
+    """One format of records: its reader, the columns it needs (the prompt's column first), the columns it may have, and
+    how messages describe them."""
 
     read: Callable[[Record], list[Message]]
     needs: tuple[str, ...]
     may_have: tuple[str, ...] = ("system",)
-    told: str = ""
+    described: str = ""
 
 
 FORMATS = {
@@ -139,15 +139,15 @@ FORMATS = {
     "prompt-completion": Format(_prompt_completion, ("prompt", "completion")),
     "text": Format(_document, ("text",), (), "text alone, or format: text: raw text"),
 }
-ALONE = {"text", "id"}  # the columns of raw text that is known without being named: others may make it something else
-COLUMNS = {name: one.told or ", ".join(one.needs) for name, one in FORMATS.items()}
+ALONE = {"text", "id"}  # only these columns are read as raw text by themselves: with others it may be something else
+COLUMNS = {name: one.described or ", ".join(one.needs) for name, one in FORMATS.items()}
 PROMPT_COLUMNS = {
     name: FORMATS[name].needs[0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
 }
 
 
 def detect_format(columns: set[str], answers: bool = True) -> str | None:
-    """The format whose columns these are, those of its answers among them where they are wanted, or None."""
+    """The format with these columns (with `answers`, including its answer's column), or None."""
     most = None if answers else 1
     found = next((name for name in PROMPT_COLUMNS if columns.issuperset(FORMATS[name].needs[:most])), None)
     return found if found != "text" or {str(name).strip().lower() for name in columns} <= ALONE else None
@@ -171,7 +171,7 @@ def _list(value: Any, what: str) -> list[Any]:
 
 
 def _message(given: Any) -> Message:
-    """One turn, from `role` or `from` and `content` or `value`, whichever are not null. Raises Unusable."""
+    """One turn, from `role` or `from`, and `content` or `value`, whichever is not null. Raises Unusable."""
     turn = _parsed(given)
     if isinstance(turn, list) and all(isinstance(item, tuple) and len(item) == 2 for item in turn):
         turn = dict(turn)  # Arrow's maps
@@ -187,7 +187,7 @@ def _message(given: Any) -> Message:
 
 
 def _with_system(system: str, messages: list[Message]) -> list[Message]:
-    """The turns under the system prompt of a column of its own: one system turn, that holds both where they differ."""
+    """The turns with the system prompt of a `system` column: one system turn, with both texts if they differ."""
     if not system.strip():
         return messages
     if not messages or messages[0].role != "system":
@@ -198,7 +198,7 @@ def _with_system(system: str, messages: list[Message]) -> list[Message]:
 
 
 def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
-    """A turn with what else it says: whether an answer is trained, the reasoning before it, whether it was cut.
+    """A turn with its other fields: whether an answer is trained, the reasoning before it, whether it was truncated.
 
     Raises Unusable.
     """
@@ -215,11 +215,12 @@ def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
 
 
 def _row(messages: list[Message], record: Record) -> Row:
-    """Cut a conversation into prompt and completion, after checking that it can train; a document is all completion."""
+    """Split a conversation into prompt and completion, after checking that it can be trained on; a document is only
+    completion."""
     if messages and messages[0].role == "text":
         return Row((), tuple(messages), _id(record))
     while messages and messages[-1].role != "assistant":
-        messages = messages[:-1]  # a question nobody answered trains nothing
+        messages = messages[:-1]  # a question without an answer trains nothing
     first = next((i for i, m in enumerate(messages) if m.role == "user" and m.content.strip()), None)
     if first is None:
         raise Unusable("no user turn" if messages else "no answer")
@@ -236,7 +237,7 @@ def _row(messages: list[Message], record: Record) -> Row:
 def _id(record: Record) -> str | None:
     """The id as text; a whole number is the same id as text, as an integer and as a float (`15.0`)."""
     identity = record.get("id")
-    if identity is None or identity == "" or identity != identity:  # pandas' gap is NaN
+    if identity is None or identity == "" or identity != identity:  # pandas' missing value is NaN
         return None
     if isinstance(identity, float) and identity.is_integer():
         identity = int(identity)
@@ -246,7 +247,7 @@ def _id(record: Record) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """A cell as text; null is empty. Raises Unusable for a cell that holds no text."""
+    """A cell as text; null is empty. Raises Unusable for a cell that is not text."""
     if value is None or (isinstance(value, float) and value != value):  # CSV's empty cell is NaN
         return ""
     if isinstance(value, list) and all(isinstance(part, Mapping) for part in value):
@@ -268,7 +269,7 @@ def _part(part: Record) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """What a text holds that JSON, or Python's own printing, made of a list or a mapping; anything else as it is."""
+    """The list or mapping in a text that is JSON or Python's repr of one; anything else unchanged."""
     text = _decoded(value) if isinstance(value, bytes) else value
     if isinstance(text, str) and text.lstrip()[:1] in {"[", "{"}:
         for read in (json.loads, ast.literal_eval):
@@ -280,7 +281,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _conversation(value: Any) -> Any:
-    """`_parsed`, but only where it gives turns with known roles: an answer may well be JSON itself."""
+    """`_parsed`, but only if the result is turns with known roles: an answer may be JSON itself."""
     found = _parsed(value)
     known = isinstance(found, list) and all(isinstance(t, dict) and str(t.get("role")).lower() in ROLES for t in found)
     return found if known else value
@@ -294,11 +295,11 @@ def _decoded(value: bytes) -> str:
 
 
 def _valid(text: str) -> str:
-    """Text that can be written: JSON's escapes can hold half a character. Raises Unusable."""
+    """Text that can be written: JSON's escapes can contain a lone surrogate. Raises Unusable."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        whole = joined(text)  # escaped pairs in a list that is a text
+        whole = joined(text)  # escaped pairs, in a list that was stored as text
         if whole == text:
             raise Unusable("broken Unicode") from None
         return _valid(whole)

@@ -1,6 +1,6 @@
-"""A source's instructions, one after the other: what the user says first, with its input; answers are not needed.
+"""A source's instructions, one by one: the first user turn with its input; answers are not needed.
 
-Of raw text the documents, of which an encoder of sentences reads the beginning.
+For raw text the documents, of which a sentence encoder reads the beginning.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from qcft.recipe import Source
 
 
 def instructions(source: Source, column: str | None = None) -> Iterator[str]:
-    """The first `take` instructions, read as they are asked for; records that have none are passed over.
+    """The first `take` instructions, read lazily; records without one are skipped.
 
-    `column` names the column of text to take where the records are of no known format. Raises InputError when the
-    source cannot be read, or has no instruction at all.
+    `column` names the column of text to use if the records are of an unknown format. Raises InputError if the source
+    cannot be read, or has no instruction at all.
     """
     columns = Columns(source, answers=False, aliases=column is None)
     found = 0

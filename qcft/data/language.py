@@ -1,4 +1,4 @@
-"""Which language a source's rows are in, where nobody said."""
+"""Guesses the language of a source's rows, where the recipe does not name it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLEAR = 0.6  # the share of rows in one language that makes it the source's
 
 @dataclass(frozen=True)
 class Guess:
-    """The commonest language of `rows` rows that are long enough to tell, `share` of them; None where none is clear."""
+    """The most common language of `rows` rows that are long enough to identify, `share` of them; None if not clear."""
 
     lang: str | None
     share: float

@@ -1,4 +1,4 @@
-"""From a source to rows: those that train, those held out from them, and those that replay is drawn from."""
+"""Reads a source into rows: rows to train on, held-out rows, and rows that replay is drawn from."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from qcft.recipe import HeldOut, Source
 class RowReader:
     """Reads a source once. `make` turns a record and its format into a row, or raises Unusable.
 
-    `seen` counts the records read so far, `left_out` those that are no rows; at the end the watch is told of lines
-    that are no JSON and of columns that nothing reads.
+    `seen` counts the records read so far, `left_out` the dropped ones by reason; `report` notes lines that are not
+    JSON, and columns that nothing reads.
     """
 
     def __init__(self, source: Source, make: Callable[[Record, str], Row], columns: Columns, watch: Watch) -> None:
@@ -52,8 +52,8 @@ class RowReader:
             else:
                 yield row
 
-    def tell(self) -> None:
-        """Tell the watch what a person should know of a source that was read."""
+    def report(self) -> None:
+        """Send notes about the source that was read to the watch."""
         if self.bad is not None:
             self.watch.note(
                 f"{self.source.path}: {self.left_out['bad JSON']} of {self.seen:,} rows are not a JSON object and are "
@@ -66,8 +66,8 @@ class RowReader:
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source's rows to train on or draw from, and those to measure on, with the `digest` of both where some are;
-    `left_out` counts records by reason."""
+    """A source's rows to train on or draw from, and those to measure on, with the `digest` of both; `left_out` counts
+    dropped records by reason."""
 
     source: Source
     rows: tuple[Row, ...]
@@ -83,7 +83,7 @@ class LoadedSource:
 
     @property
     def lang(self) -> str:
-        """The language, or `?` where the recipe names none."""
+        """The language, or `?` if the recipe names none."""
         assert not isinstance(self.source.lang, list)
         return self.source.lang or "?"
 
@@ -92,7 +92,7 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
     """Read `take` rows to train on and up to `held_out.rows` to measure on, in the source's order.
 
     A row is held out by its key alone, so the rest of a held-out share that is larger than
-    `held_out.rows` is set aside, never trained. Raises InputError when nothing usable is found.
+    `held_out.rows` is set aside, never trained on. Raises InputError if nothing usable is found.
     """
     train: list[Row] = []
     aside: list[Row] = []
@@ -103,7 +103,7 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
             if len(aside) < held_out.rows:
                 aside.append(row)
             else:
-                left_out["held out beyond what is scored"] += 1
+                left_out["reserved for the test set but not needed (heldout.rows)"] += 1
         elif source.take is None or len(train) < source.take:
             train.append(row)
         if source.take is not None and len(train) >= source.take and len(aside) >= held_out.rows:
@@ -113,16 +113,15 @@ def load_source(source: Source, held_out: HeldOut, watch: Watch) -> LoadedSource
     if len(kept) < len(train):
         left_out["same prompt as a held-out row"] += len(train) - len(kept)
     _check(reader, kept, aside, held_out)
-    reader.tell()
+    reader.report()
     return LoadedSource(source, tuple(kept), dict(left_out), tuple(aside), digest_rows(kept) + digest_rows(aside))
 
 
 def read_pool(source: Source, answers: bool, watch: Watch, what: str = "replay") -> LoadedSource:
     """The first `take` rows of a source, to draw replay from or to measure on: none is set aside. With `answers` false,
-    prompts without an answer are rows too.
+    prompts without an answer count as rows.
 
-    Raises InputError, which names the recipe's key by `what`, when the source cannot be read or none of its records is
-    usable.
+    Raises InputError, with `what` as the recipe's key, if the source cannot be read or none of its records is usable.
     """
     rows: list[Row] = []
     reader = RowReader(source, to_row if answers else to_prompt, Columns(source, what, answers), watch)
@@ -136,7 +135,7 @@ def read_pool(source: Source, answers: bool, watch: Watch, what: str = "replay")
             f"{what}: {source.path!r} gives no row to use ({reasons})",
             "give it rows in one of these forms: " + "; ".join(f"{n} ({c})" for n, c in COLUMNS.items()),
         )
-    reader.tell()
+    reader.report()
     return LoadedSource(source, tuple(rows), dict(reader.left_out))
 
 
@@ -151,14 +150,14 @@ def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: Held
         raise InputError(
             f"data: {bad} of the {reader.seen} rows of {source.path!r} are not a JSON object; the first is "
             f"{reader.bad.where} ({reader.bad.why})",
-            "write one JSON object a line, in UTF-8, with nothing after it",
+            "write one JSON object per line, in UTF-8, with nothing after it",
         )
     if not train and not aside:
         reasons = ", ".join(f"{count} {reason}" for reason, count in reader.left_out.most_common(3))
         unread = any(reason.startswith("with ") for reason in reader.left_out)
         raise InputError(
             f"data: none of the {reader.seen} rows of {source.path!r} can train ({reasons})",
-            "qcft trains on text alone: give rows without images and tool calls"
+            "qcft trains on text only: give rows without images and tool calls"
             if unread
             else f"it was read as {format}: {COLUMNS[format or 'alpaca']}",
         )

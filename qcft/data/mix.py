@@ -1,4 +1,4 @@
-"""Mixing replay into new rows: shuffled, then interleaved, so that nothing is lost or repeated."""
+"""Mixes replay with new rows: shuffled, then interleaved, so that no row is lost or repeated."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fractions import Fraction
 from typing import TypeVar
 
 T = TypeVar("T")
-BLOCK = 5  # replay rows per interleaved block: keeps the share even along the training
+BLOCK = 5  # replay rows per interleaved block: keeps the share even throughout training
 LANGUAGE_BLOCK = 50  # rows of the smallest language per interleaved block of languages
 
 
 def stratified(items: Sequence[T], stratum: Callable[[T], Hashable], seed: str) -> list[T]:
-    """An order drawn from the seed in which any first part holds every stratum in proportion.
+    """A seeded order in which any first part has every stratum in proportion.
 
-    The i-th of the n items of a stratum stands at (i + u) / n, with one u in [0, 1) for each stratum.
+    The i-th of the n items of a stratum is placed at (i + u) / n, with one u in [0, 1) for each stratum.
     """
     strata: dict[Hashable, list[T]] = {}
     for item in shuffled(items, seed):
@@ -32,9 +32,9 @@ def stratified(items: Sequence[T], stratum: Callable[[T], Hashable], seed: str) 
 def mixed_order(new_rows: int, replay_rows: int, seed: int | str, langs: Sequence[Hashable] | None = None) -> list[int]:
     """An order of `new_rows + replay_rows` rows, the replay rows numbered after the new ones.
 
-    Both are shuffled, cut into blocks of at most five replay rows, and each block is interleaved by
-    `datasets.interleave_datasets` without replacement: every row comes exactly once, and any stretch of
-    the training that should hold 20 replay rows or more holds at least half and at most twice as many.
+    Both are shuffled and cut into blocks of at most five replay rows, and each block is interleaved by
+    `datasets.interleave_datasets` without replacement: every row appears exactly once, and any part of the training
+    that should have 20 replay rows or more has at least half and at most twice as many.
     With `langs`, the language of each new row, the new rows are interleaved by language in the same way, in blocks of
     at most fifty rows of the smallest.
     """
@@ -51,7 +51,7 @@ def mixed_order(new_rows: int, replay_rows: int, seed: int | str, langs: Sequenc
 
 
 def _interleaved(parts: Sequence[list[int]], blocks: int, seed: int | str) -> list[int]:
-    """The parts in one order, each even along it: every row once, each part's rows in their order."""
+    """The parts in one order, each spread evenly: every row once, each part's rows in their order."""
     from datasets import Dataset, interleave_datasets
 
     order: list[int] = []
@@ -74,9 +74,9 @@ def _interleaved(parts: Sequence[list[int]], blocks: int, seed: int | str) -> li
 def in_groups(
     items: Iterable[T], size: Callable[[T], int], most: float, count: float = math.inf, padded: bool = False
 ) -> Iterator[list[T]]:
-    """Neighbouring items in groups of at most `count` whose sizes come to at most `most`, each group as large as fits.
+    """Adjacent items in groups of at most `count` items and a total size of at most `most`, each as large as possible.
 
-    An item that is larger has a group to itself. `padded`: every item takes as much as the largest of its group.
+    A larger item has a group of its own. `padded`: every item counts as the largest of its group.
     """
     group: list[T] = []
     held = largest = 0
@@ -92,7 +92,7 @@ def in_groups(
 
 
 def shuffled(items: Sequence[T], seed: str) -> list[T]:
-    """The items in an order drawn from the seed."""
+    """The items in a seeded order."""
     result = list(items)
     random.Random(stable_seed(seed)).shuffle(result)
     return result

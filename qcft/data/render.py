@@ -1,7 +1,7 @@
-"""Rendering conversations with a model's chat template, which is a program that anyone may have written.
+"""Renders conversations with a model's chat template, which is untrusted code.
 
-It runs in a process of its own with limits on time, memory and size (see `render_worker`). One such process serves all
-templates, one conversation after the other, in some 50 microseconds beyond the rendering itself.
+It runs in a separate process with limits on time, memory and size (see `render_worker`). One such process serves all
+templates, one conversation after the other, and adds about 50 microseconds to the rendering itself.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SECONDS = 5.0  # of CPU time for one conversation
-REFILL = 0.05  # seconds that each conversation adds to what is left for the next, up to SECONDS
+REFILL = 0.05  # seconds that each conversation adds to the time left for the next, up to SECONDS
 MEMORY = 2 << 30  # bytes
-LONGEST, TIMES = 1_000_000, 20  # characters that may be written, and more for each one of the conversation
+LONGEST, TIMES = 1_000_000, 20  # characters of output, plus so many for each character of the conversation
 LIMITS = f"{SECONDS:.0f} s, {MEMORY >> 30} GB of memory, {LONGEST:,} characters more than {TIMES} times its own"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread would take memory, and none has work
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread would need memory, and has no work
 
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]  # turns, options
 
 
 class TemplateRefused(ValueError):
-    """The chat template cannot render a conversation; the text is the reason."""
+    """The chat template cannot render a conversation; the text gives the reason."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """What `tokenizer.apply_chat_template` makes of a conversation as text, with its options.
+    """The text that `tokenizer.apply_chat_template` returns for a conversation, with its options.
 
-    Raises TemplateRefused where the template does, InputError where it exceeds the limits.
+    Raises TemplateRefused if the template raises an error, InputError if it exceeds the limits.
     """
     found = render_all(tokenizer, [(turns, options)])[0]
     if isinstance(found, TemplateRefused):
@@ -49,7 +49,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, Any]
 def render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
 ) -> list[str | TemplateRefused]:
-    """The same of several conversations at once, which is faster: what each becomes, or why the template refuses it."""
+    """The same for several conversations at once, which is faster: each text, or why the template refuses it."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
@@ -68,12 +68,12 @@ def render_all(
 
 
 def start_rendering() -> None:
-    """Start the process that renders, which takes a second or two, ahead of its first use."""
+    """Start the rendering process before its first use, as starting takes a second or two."""
     _WORKER.start()
 
 
 class _Worker:
-    """The process that renders; started again after it was ended, and in a forked process."""
+    """The rendering process; started again after it was killed, and in a forked process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -83,10 +83,10 @@ class _Worker:
         self._template: str | None = None
 
     def start(self) -> None:
-        """Start the process, if it is not there."""
+        """Start the process if it is not running."""
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
-        # -P: not what lies beside the program. Its errors are told by what it answers.
+        # -P: do not import modules from the program's folder. Its errors are in its answers.
         command = [sys.executable, "-P", str(Path(__file__).with_name("render_worker.py"))]
         command.append(json.dumps([SECONDS, REFILL, MEMORY, LONGEST, TIMES]))
         self._process = subprocess.Popen(
@@ -99,7 +99,7 @@ class _Worker:
         self._owner, self._ready, self._template = os.getpid(), False, None
 
     def ask(self, template: str, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
-        """The answers, in order; fewer where a limit was met, and none where the process was ended over it."""
+        """The answers, in order; fewer if a limit was reached, none if the process was killed for it."""
         with self._lock:
             self.start()
             process = self._process
@@ -109,8 +109,8 @@ class _Worker:
             if not self._ready and process.stdout.readline() != b"ready\n":
                 private("transformers.utils.chat_template_utils:render_jinja_template")  # what it imports
                 raise QcftError(
-                    f"the process that renders chat templates ends at once, with code {process.wait()}",
-                    "see whether `python -c 'import transformers'` works",
+                    f"the process that renders chat templates exits at once, with code {process.wait()}",
+                    "check that `python -c 'import transformers'` works",
                 )
             self._ready = True
             asked = {"template": None if template == self._template else template, "conversations": conversations}
@@ -122,7 +122,7 @@ class _Worker:
                 line = process.stdout.readline()
             except BrokenPipeError:
                 pass
-            finally:  # interrupted midway, it must not give this answer to the next question
+            finally:  # if interrupted, it must not give this answer to the next request
                 if not line.endswith(b"\n"):
                     process.kill()
                     process.wait()

@@ -1,8 +1,8 @@
-"""The program of the process that renders conversations for `render`, JSON lines in and out.
+"""The program of the process that renders conversations for `render`; it reads and writes JSON lines.
 
-Limits are the operating system's, which hold in C code too: at the end of a conversation's CPU time it ends this
-process (`'9' * 9**9` cannot be interrupted otherwise), beyond the memory it refuses more. It is run as a file, so that
-it imports nothing of qcft.
+The limits are the operating system's, which also apply inside C code: it kills this process when a conversation's CPU
+time is used up (`'9' * 9**9` cannot be interrupted otherwise), and refuses memory over the limit. The program is run as
+a file, so that it imports nothing from qcft.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def main() -> None:
 
 
 def _render(template: str, turns: list[Any], options: dict[str, Any], most: int) -> dict[str, str]:
-    """The text, the reason why there is none, or the limit that was met."""
+    """The text, the reason why there is none, or the limit that was reached."""
     try:
         found = render_jinja_template(conversations=[turns], chat_template=template, **options)
         text = found[0][0]
         if len(text) > most:
             return {"limit": "size"}
-        text.encode()  # half characters
+        text.encode()  # lone surrogates
     except MemoryError:
         return {"limit": "memory"}
     except Exception as error:  # a template may raise anything
@@ -65,27 +65,27 @@ def _render(template: str, turns: list[Any], options: dict[str, Any], most: int)
 
 
 def _reason(error: Exception) -> str:
-    """The first line that an error says, or its name."""
+    """The first line of an error's message, or the error's name."""
     with suppress(Exception):
         return (str(error)[:1000].strip().splitlines() or [type(error).__name__])[0][:80]
     return type(error).__name__
 
 
 def _watchdog() -> Any:
-    """What ends this process after so many seconds, and what calls that off."""
+    """Two functions: one kills this process after a number of seconds, the other cancels that."""
     if hasattr(signal, "setitimer"):
-        clock = signal.ITIMER_PROF  # CPU time, so that a busy machine does not count
+        clock = signal.ITIMER_PROF  # CPU time, so that other work on the machine is not counted
         return partial(signal.setitimer, clock), partial(signal.setitimer, clock, 0)
     null = open(os.devnull, "w")  # noqa: SIM115 (held to the end)
     return partial(faulthandler.dump_traceback_later, exit=True, file=null), faulthandler.cancel_dump_traceback_later
 
 
 def _limit_memory(most: int) -> None:
-    with suppress(ImportError, OSError, ValueError):  # where the system knows no such limit, that of time is left
+    with suppress(ImportError, OSError, ValueError):  # if the system has no such limit, only the limit on time applies
         import resource
 
-        with open("/proc/self/statm") as told:
-            used = int(told.read().split()[0]) * resource.getpagesize()
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + most, used + most))
 
 

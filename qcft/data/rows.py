@@ -1,4 +1,4 @@
-"""The one form every data set takes: a conversational prompt and its completion, or a document of raw text."""
+"""The form that every data set is converted to: a conversational prompt and its completion, or a raw text document."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _AS_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",",
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `train`: whether an assistant's turn bears loss; `reasoning`: the thoughts before its text; `finished`:
-    false for an answer that was cut, whose end of turn bears no loss."""
+    """One turn. `train`: whether an assistant's turn has loss; `reasoning`: the thoughts before its text; `finished`:
+    false for a truncated answer, whose end of turn has no loss."""
 
     role: Role
     content: str
@@ -25,7 +25,7 @@ class Message:
     finished: bool = True
 
     def as_dict(self) -> dict[str, object]:
-        """The turn as plain data; what is as usual is left out."""
+        """The turn as plain data, without fields that have their default."""
         return {
             "role": self.role,
             "content": self.content,
@@ -38,7 +38,7 @@ class Message:
 @dataclass(frozen=True)
 class Row:
     """A conversation. `prompt` ends with the first user turn; `completion` begins with the first assistant turn and
-    holds all that follows. Every assistant turn is trained unless its `train` is false, and nothing else is.
+    has all later turns. Every assistant turn is trained unless its `train` is false, and nothing else is.
 
     A document of raw text has no prompt, and a completion of one turn with the role `text`.
 
@@ -58,17 +58,17 @@ class Row:
 
     @property
     def reference(self) -> str | None:
-        """The row's own answer to its prompt; None where it has none."""
+        """The row's own answer to its prompt; None if it has none."""
         return self.completion[0].content if self.completion else None
 
     @property
     def text(self) -> str | None:
-        """The document, of raw text; None for a conversation."""
+        """The document of raw text; None for a conversation."""
         return None if self.prompt else self.completion[0].content
 
     @cached_property
     def prompt_digest(self) -> str:
-        """Digest of what the user said first (a system turn left aside), or of a whole document."""
+        """Digest of the first user turn (without a system turn), or of a whole document."""
         if self.text is not None:
             return hashlib.sha256(b"text:" + self.text.strip().encode()).hexdigest()
         text = "\n".join(m.content.strip() for m in self.prompt if m.role != "system")
@@ -76,14 +76,14 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Digest of the parallel id, or of the prompt where there is none."""
+        """Digest of the parallel id, or of the prompt if there is none."""
         if self.id is not None:
             return hashlib.sha256(b"id:" + self.id.encode()).hexdigest()
         return self.prompt_digest
 
     @property
     def name(self) -> str:
-        """What a person finds the row by: its id, else how its prompt or document begins."""
+        """The row's name in messages: its id, else the beginning of its prompt or document."""
         text = self.prompt[-1].content if self.text is None else self.text
         return self.id if self.id is not None else " ".join(text.split())[:40]
 
@@ -102,7 +102,7 @@ class Row:
 
 
 def message_from(turn: Mapping[str, Any]) -> Message:
-    """A turn from what `Message.as_dict` gave."""
+    """A turn from the output of `Message.as_dict`."""
     reasoning, finished = turn.get("reasoning_content"), turn.get("finished", True)
     return Message(turn["role"], turn["content"], turn.get("train", True), reasoning, finished)
 

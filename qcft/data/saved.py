@@ -1,4 +1,4 @@
-"""Folders that `datasets`' save_to_disk wrote, which name their files in state.json."""
+"""Reads folders written by `datasets`' save_to_disk, which list their files in state.json."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def read_saved(folder: Path, split: str) -> Iterator[dict[str, Any]]:
         yield from data
     except QcftError:
         raise
-    except Exception as error:  # anything may stand in its JSON
+    except Exception as error:  # its JSON may contain anything
         raise InputError(
-            f"data: {str(folder)!r} is no folder that save_to_disk wrote, or it was altered: {_reason(error)}",
+            f"data: {str(folder)!r} was not written by save_to_disk, or was altered: {_reason(error)}",
             f"save it again, or give {FORMS}",
         ) from None
 
 
 def _plain(name: Any) -> str:
-    """A name that leads nowhere but into the folder. Raises ValueError."""
+    """A name, checked to be directly in the folder. Raises ValueError."""
     if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
         raise ValueError(f"it names {str(name)[:80]!r}, which is not in the folder")
     return name

@@ -1,4 +1,4 @@
-"""Where records come from: files, folders, data that ships with qcft, and the hub."""
+"""Reads the records of a source: files, folders, data that ships with qcft, and the hub."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_records(source: Source, watch: Watch | None = None) -> Iterator[dict[str, Any] | BadLine]:
-    """The records of the source's split in order, read as they are asked for; `watch` is told of files of a folder
-    that belong to no split. Raises InputError."""
+    """The records of the source's split in order, read lazily; `watch` gets a warning about files of a folder that
+    belong to no split. Raises InputError."""
     assert not isinstance(source.lang, list)
     if source.path.startswith(SHIPPED):
         path = _shipped(source.path.removeprefix(SHIPPED))
@@ -33,9 +33,7 @@ def read_records(source: Source, watch: Watch | None = None) -> Iterator[dict[st
     there = exists(path)
     if there and path.is_file():
         if source.subset is not None:
-            raise InputError(
-                f"data: {source.path!r} is a file and has no subset {source.subset!r}", "leave subset: out"
-            )
+            raise InputError(f"data: {source.path!r} is a file and has no subset {source.subset!r}", "omit subset:")
         yield from read_file(path, source.split, source.sample_by)
     elif there and path.is_dir():
         yield from _read_folder(path, source, watch)
@@ -62,7 +60,7 @@ def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[
     if is_saved(folder) and source.subset is not None:
         raise InputError(
             f"data: {source.path!r} was written by save_to_disk and has no subset {source.subset!r}",
-            "leave subset: out",
+            "omit subset:",
         )
     saved = folder / (source.subset or "")
     if is_saved(saved):
@@ -82,7 +80,7 @@ def _read_folder(folder: Path, source: Source, watch: Watch | None) -> Iterator[
 
 
 def _readable(files: Sequence[Path], source: Source) -> Sequence[Path]:
-    """The files, of text or of other records where the format says which. Raises InputError where nothing does."""
+    """The text files or the other files, as the format says. Raises InputError if it does not say which."""
     texts = [file for file in files if kind_of(file) == "text"]
     if not texts or len(texts) == len(files) or source.format == "text":
         return files
@@ -93,7 +91,7 @@ def _readable(files: Sequence[Path], source: Source) -> Sequence[Path]:
 
 
 def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:
-    """A hub data set; streamed when only some rows are taken, so that the rest is not downloaded."""
+    """A hub data set; streamed if only some rows are used, so that the rest is not downloaded."""
     import datasets
     from huggingface_hub import HfApi, constants
 
@@ -102,7 +100,7 @@ def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:
     offline = "give a file or a folder, or qcft:instructions/en; if the set is cached, set HF_HUB_OFFLINE=1"
     try:
         if not constants.HF_HUB_OFFLINE:
-            # Asked first: `datasets` retries an unreachable hub for half a minute.
+            # Checked first: `datasets` retries an unreachable hub for half a minute.
             info = HfApi().dataset_info(source.path, revision=source.revision, timeout=10, files_metadata=True)
             if source.take is None:
                 sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
@@ -117,14 +115,14 @@ def _read_hub(source: Source, watch: Watch | None) -> Iterator[dict[str, Any]]:
         )
     except QcftError:
         raise
-    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
+    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` finds out which
         raise (isinstance(error, ValueError) and _misnamed(source)) or unreachable(
             "data", source.path, error, offline
         ) from None
 
 
 def _files_of(source: Source) -> set[str]:
-    """The files of a hub data set that its subset is read from; none where `datasets` has read them before."""
+    """The files of a hub data set that its subset is read from; none if `datasets` has them in its cache."""
     import datasets
 
     builder = datasets.load_dataset_builder(source.path, source.subset, revision=source.revision)
@@ -133,7 +131,7 @@ def _files_of(source: Source) -> set[str]:
 
 
 def _misnamed(source: Source) -> InputError | None:
-    """The error for a subset or split that a hub data set lacks; None where it has both."""
+    """The error for a subset or split that a hub data set does not have; None if it has both."""
     import datasets
 
     try:
@@ -145,7 +143,7 @@ def _misnamed(source: Source) -> InputError | None:
                 f"data: {source.path!r} has {what}", f"it has {', '.join(subsets)}: name one with subset:"
             )
         splits = datasets.get_dataset_split_names(source.path, chosen, revision=source.revision)
-    except Exception:  # the hub again; the first error says more
+    except Exception:  # the hub again; the first error is more useful
         return None
     known = [str(name) for name in splits]
     return None if source.split in known else no_split(source.path, source.split, known)

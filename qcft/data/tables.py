@@ -1,4 +1,4 @@
-"""Files of columns, Parquet and Arrow, read in parts; what they announce and hold is checked part by part."""
+"""Reads Parquet and Arrow files in parts; the size they announce, and each part, is checked."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from qcft.data.streams import most_unpacked, unpacks_too_far
 from qcft.errors import InputError, QcftError, short
 
-BATCH = 1000  # records turned into Python's own types at once
-ROW = 64  # bytes that a row counts for at least, whatever it holds
-AS_LINES = "write it as .jsonl, if that is what it holds"
+BATCH = 1000  # records converted to Python's types at once
+ROW = 64  # the least bytes that a row counts for
+AS_LINES = "if that is the right size, write it as .jsonl"
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -24,16 +24,17 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             announced = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             if announced > most:
                 raise unpacks_too_far(path, most, AS_LINES)
-            rows = max(1, min(BATCH, most // max(1, announced)))  # each of them may hold the longest text again
+            rows = max(1, min(BATCH, most // max(1, announced)))  # each of them may contain the longest text
             yield from _records(file.schema_arrow, file.iter_batches(batch_size=rows), path)
     except QcftError:
         raise
-    except Exception as error:  # where a file is damaged decides what is raised, and values of any type may not convert
+    except Exception as error:  # depends on where the file is damaged; values of any type may fail to convert
         raise _unreadable(path, "parquet", error) from None
 
 
 def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of Arrow's stream form, as `datasets` writes it, or of its file form. Raises InputError."""
+    """The records of a file in Arrow's stream format, as `datasets` writes it, or in its file format. Raises
+    InputError."""
     import pyarrow as pa
 
     try:
@@ -55,7 +56,7 @@ def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
 def _unreadable(path: Path, kind: str, error: Exception) -> InputError:
     return InputError(
         f"data: {str(path)!r} is not readable as {kind}: {short(error)}",
-        "check that the file is whole, or write it as .jsonl in UTF-8",
+        "check that the file is complete, or write it as .jsonl in UTF-8",
     )
 
 
@@ -65,7 +66,7 @@ def _records(schema: Any, batches: Iterable[Any], path: Path) -> Iterator[dict[s
         raise InputError(f"data: {str(path)!r}: two columns are named {twice!r}", "rename or remove one of them")
     size, most = 0, most_unpacked(path)
     for batch in batches:
-        batch.validate(full=True)  # lengths that lead out of the memory, text that is no UTF-8
+        batch.validate(full=True)  # offsets outside the memory, text that is not UTF-8
         size += sum(_bytes_of(column) for column in batch.columns) + ROW * batch.num_rows
         if size > most:
             raise unpacks_too_far(path, most, AS_LINES)
@@ -74,17 +75,17 @@ def _records(schema: Any, batches: Iterable[Any], path: Path) -> Iterator[dict[s
 
 
 def _bytes_of(column: Any) -> int:
-    """The bytes of a column's values, those of a dictionary as often as they are used."""
+    """The bytes of a column's values; a dictionary's values count each time they are used."""
     import pyarrow.compute as pc
 
     try:
         return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
-    except (AttributeError, NotImplementedError):  # no dictionary, or none of texts
+    except (AttributeError, NotImplementedError):  # not a dictionary, or not one of texts
         return int(column.nbytes)
 
 
 def _named_twice(fields: Any) -> str | None:
-    """The name of two columns, or of two fields in a column: a record can hold one of them only."""
+    """A name that two columns, or two fields of a column, share: a record can have only one of them."""
     names = [field.name for field in fields]
     twice = next((name for name in names if names.count(name) > 1), None)
     inner = (_named_twice([field.type.field(i) for i in range(field.type.num_fields)]) for field in fields)

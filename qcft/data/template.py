@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: how it writes a conversation, and where the answers stand in what it writes."""
+"""A tokenizer's chat template: how it renders a conversation, and where the answers are in the rendered text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHATML = (
 )
 BOS = "{{ bos_token }}"
 
-# Put before a template that writes today's date, so that it writes this one, as Llama's do where there is no clock.
+# Added before a template that writes today's date, so that it writes this date, which is the default in Llama's.
 # transformers passes no functions to templates, so the date is formatted by Jinja itself.
 FIXED_DATE = (
     "{% macro strftime_now(form) %}{{ form"
@@ -36,17 +36,17 @@ FIXED_DATE = (
     " }}{% endmacro %}{{ '' }}"
 )
 
-# Around a control token in the text of a turn, while it is rendered: characters that no text may hold.
+# Marks around a control token in the text of a turn while it is rendered: characters that text cannot contain.
 START, END = "\ufdd0", "\ufdd1"
 
-USER, ANSWER, REASON, SYSTEM = "qcftuser", "qcftanswer", "qcftreason", "qcftsystem"  # what templates are tried out with
+USER, ANSWER, REASON, SYSTEM = "qcftuser", "qcftanswer", "qcftreason", "qcftsystem"  # texts to test templates with
 CLOSE = "\n</think>\n\n"  # after `<think>`: no thoughts
 OPENED = re.compile(r"<think>\s*$")
 INLINE = re.compile(r"(?:\s*<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
 
 REASONING_DROPPED = "reasoning dropped: the chat template has no place for it"
 REASONING_OFF = "reasoning dropped: thinking is off"
-SYSTEM_MERGED = "system prompt put into the first user turn: the chat template takes no system turn"
+SYSTEM_MERGED = "system prompt moved to the first user turn: the chat template has no system turn"
 NO_TEXT = "no answer after its reasoning"
 REWRITES = "the chat template rewrites the answer"
 CONTROL_TOKENS = "control tokens in the text encoded as plain text"
@@ -55,9 +55,9 @@ CONTROL_TOKENS = "control tokens in the text encoded as plain text"
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> None:
     """Make sure the tokenizer has a chat template: its own, or the named built-in one; with a fixed date.
 
-    The built-in `chatml` begins with BOS where the tokenizer prepends one to text, and ends turns with `<|im_end|>`
-    where the vocabulary has it as one token, else with the tokenizer's EOS, which it must have: the end of a turn is
-    always one token. Raises InputError.
+    The built-in `chatml` begins with BOS if the tokenizer prepends one to text, and ends turns with `<|im_end|>` if the
+    vocabulary has it as one token, else with the tokenizer's EOS, which it must have: the end of a turn is always one
+    token. Raises InputError.
     """
     if named == "chatml":
         end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else str(tokenizer.eos_token)
@@ -70,7 +70,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, named: str | None) -> 
     template: Any = tokenizer.chat_template  # or several by name
     if not all(isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template])):
         raise InputError(
-            "model: its chat template is no text",
+            "model: its chat template is not text",
             "correct chat_template in tokenizer_config.json, or --set model.chat_template=chatml",
         )
     tokenizer.chat_template = _dated(template)
@@ -104,17 +104,17 @@ def prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text with the spans [start, end) of its characters that bear loss: answers and their ends."""
+    """A conversation as text with the spans [start, end) of its characters that have loss: answers and their ends."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
 class Template:
-    """What a tokenizer's chat template makes of conversations, found out by rendering with and without each turn.
+    """How a tokenizer's chat template renders conversations, found by rendering with and without each turn.
 
     With `special_tokens="plain"`, control tokens in the text of turns are marked with START and END.
-    Raises InputError where the template cannot be used at all.
+    Raises InputError if the template cannot be used at all.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: SpecialTokens = "plain") -> None:
@@ -122,7 +122,7 @@ class Template:
         self.special_tokens = special_tokens
         self._ahead: dict[tuple[tuple[Message, ...], bool, bool], str | TemplateRefused] = {}
         self._control: re.Pattern[str] | None = None
-        self._switches: bool | None = None  # until this and what follows are known, all is passed to the template
+        self._switches: bool | None = None  # unknown yet: everything is passed to the template
         self._reasons: Literal["field", "opened", "inline"] | None = None
         user = Message("user", USER)
         try:
@@ -148,7 +148,7 @@ class Template:
 
     @property
     def traits(self) -> tuple[str, ...]:
-        """What is done beyond the template's plain reading, whatever the rows: part of the ids of steps."""
+        """The special treatment that the template needs for any rows: part of the ids of steps."""
         text = str(self.tokenizer.get_chat_template())
         return tuple(
             name
@@ -162,7 +162,7 @@ class Template:
         )
 
     def reads_otherwise(self, rows: Iterable[Row], system: str | None) -> bool:
-        """Whether any of the rows takes more than the template's plain reading: part of the digest of the rows."""
+        """Whether any of the rows needs special treatment by the template: part of the digest of the rows."""
         if system and not self.takes_system:
             return True
         for row in rows:
@@ -177,7 +177,7 @@ class Template:
         return False
 
     def beyond(self, rows: int) -> list[str]:
-        """The tokens that rows or answers can hold and that an embedding of so many rows lacks."""
+        """The tokens that rows or answers can contain but that are outside an embedding of this many rows."""
         tokenizer = self.tokenizer
         used = {self.end_of_turn, tokenizer.eos_token, tokenizer.pad_token}
         return [
@@ -188,7 +188,7 @@ class Template:
         ]
 
     def prepare(self, messages: Sequence[Message], thinking: Thinking) -> tuple[list[Message], Counter[str]]:
-        """The conversation as this template takes it, and what was changed about it: each reason once."""
+        """The conversation in the form that this template accepts, and what was changed: each reason once."""
         changed: Counter[str] = Counter()
         prepared = [self._with_reasoning(message, thinking, changed) for message in messages]
         if not self.takes_system and prepared and prepared[0].role == "system":
@@ -199,8 +199,8 @@ class Template:
         return prepared, changed
 
     def sequences(self, messages: Sequence[Message], thinking: Thinking) -> list[Rendered]:
-        """The conversation as texts to train on: one, or one for each answer where the template writes earlier turns
-        otherwise once there are later ones, so that each is trained under what the model will see before it.
+        """The conversation as texts to train on: one, or one for each answer if the template writes earlier turns
+        differently once there are later ones, so that each answer is trained after the text that the model will see.
 
         Raises TemplateRefused.
         """
@@ -219,7 +219,7 @@ class Template:
         return [*done, Rendered(text, tuple(spans))] if spans else done
 
     def render_ahead(self, conversations: Iterable[Sequence[Message]], thinking: Thinking) -> None:
-        """Render at once what `sequences` is going to ask for, which takes less time than one by one."""
+        """Render everything that `sequences` will need in one call, which is faster than one by one."""
         asked: dict[tuple[tuple[Message, ...], bool, bool], None] = {}
         for messages in conversations:
             for i, answer in enumerate(messages):
@@ -233,17 +233,17 @@ class Template:
         self._ahead = dict(zip(known, found, strict=True))
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What the model is given to answer, without thinking. Raises TemplateRefused."""
+        """The text that the model gets to answer, without thinking. Raises TemplateRefused."""
         if self._plain:
             return self._render(messages, True)
         return self._prompt_and_answer([*messages, Message("assistant", ANSWER)], "off")[0]
 
     def _prompt_and_answer(self, messages: Sequence[Message], thinking: Thinking) -> tuple[str, str]:
-        """What stands before the last turn's answer when the model gives it, and the answer to its end of turn, or to
-        the end of its text where it is not finished.
+        """The text before the last turn's answer when the model generates it, and the answer with its end of turn, or
+        up to the end of its text if it is not finished.
 
-        What a template writes between its generation prompt and an answer without thoughts, such as an empty think
-        block, is no part of the answer, unless thinking is on: then the model has to write it.
+        Text that a template writes between its generation prompt and an answer without thoughts, such as an empty think
+        block, is not part of the answer, unless thinking is on: then the model has to write it.
         """
         answer = messages[-1]
         think = _thinks(answer, thinking)
@@ -263,7 +263,7 @@ class Template:
         return opening, (f"{thoughts}{CLOSE}" if thoughts else CLOSE) + rest
 
     def _takes_start(self, think: bool) -> bool:
-        """Whether it takes another rendering to see where an answer begins."""
+        """Whether another rendering is needed to find where an answer begins."""
         return not self._plain and not (think and self._has_prompt)
 
     def _content_start(self, messages: Sequence[Message], whole: str, think: bool) -> int:
@@ -284,15 +284,15 @@ class Template:
         return len(whole) - len(after)
 
     def _ended(self, messages: Sequence[Message], whole: str, start: int, think: bool) -> str:
-        """The text from `start` to the end of its turn, which is added where the template writes none; of an answer
-        that is not finished, without it."""
+        """The text from `start` to the end of its turn, which is added if the template writes none; for an unfinished
+        answer, without the end."""
         if not messages[-1].finished:
             return whole[start : self._content_end(messages, whole, think)]
         end = whole.rfind(self.end_of_turn, start) if self._ends_turns else -1
         return whole[start : end + len(self.end_of_turn)] if end >= 0 else whole[start:].rstrip("\n") + self.end_of_turn
 
     def _with_reasoning(self, message: Message, thinking: Thinking, changed: Counter[str]) -> Message:
-        """A turn with its reasoning apart from its text, as far as the template renders it."""
+        """A turn with its reasoning separated from its text, if the template renders reasoning."""
         inline = INLINE.fullmatch(message.content) if self._reasons and message.role == "assistant" else None
         if inline and message.reasoning is None:
             message = replace(message, content=inline[2], reasoning=inline[1].strip("\n") or None)
@@ -328,7 +328,7 @@ class Template:
         return {"role": message.role, "content": content, "reasoning_content": reasoning, "thinking": reasoning}
 
     def marked(self, text: str) -> str:
-        """Text with marks around the control tokens in it, where these are plain text."""
+        """Text with marks around its control tokens, if they are to be plain text."""
         if self._control is None:
             return text
         if START in text or END in text:
@@ -344,12 +344,14 @@ class Template:
         if found:
             return min(found)[2], True
         if self.tokenizer.eos_token is None:
-            raise InputError("model: neither template nor tokenizer has a token that ends a turn", "use another model")
+            raise InputError(
+                "model: neither its chat template nor its tokenizer has a token that ends a turn", "use another model"
+            )
         return str(self.tokenizer.eos_token), False
 
     def _find_reasoning(self, user: Message) -> Literal["field", "opened", "inline"] | None:
-        """How a turn's thoughts are given to the template: as a field, after a block that its generation prompt opens,
-        in the text; or not at all."""
+        """How a turn's thoughts are passed to the template: as a field, after a block that its generation prompt opens,
+        in the text; None: not at all."""
         answer = Message("assistant", ANSWER, reasoning=REASON)
         if REASON in self._render([user, answer], False, True):
             return "field"
@@ -374,7 +376,7 @@ class Template:
             return False
 
     def _control_tokens(self) -> re.Pattern[str] | None:
-        """What matches a special token, or an added one that the template writes around turns."""
+        """A pattern for special tokens, and for added tokens that the template writes around turns."""
         if self.special_tokens == "allow":
             return None
         added = self.tokenizer.added_tokens_decoder.values()
@@ -390,7 +392,7 @@ def _thinks(answer: Message, thinking: Thinking) -> bool:
 
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with its system turn at the head of the first user turn."""
+    """The conversation with its system turn's text at the start of the first user turn."""
     system, *rest = messages
     first = next(i for i, message in enumerate(rest) if message.role == "user")
     text = f"{system.content.strip()}\n\n{rest[first].content}"

@@ -1,4 +1,4 @@
-"""Files of plain text: documents of raw text, one a file, one a paragraph or one a line."""
+"""Reads plain text files as documents of raw text: one per file, per paragraph or per line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qcft.errors import InputError
 
 
 def read_text_file(stream: IO[bytes], path: Path, sample_by: str) -> Iterator[dict[str, str]]:
-    """The documents of a file, without white space around them: `document`, the whole file (empty where it is);
-    `paragraph`, what blank lines part; `line`. Raises InputError for a file that is not text in UTF-8."""
+    """The documents of a file, without white space around them: `document`, the whole file (may be empty); `paragraph`,
+    separated by blank lines; `line`. Raises InputError for a file that is not text in UTF-8."""
     lines = _decoded(lines_of(stream, path), path)
     if sample_by == "document":
         yield {"text": "".join(_limited(lines, path)).strip()}
@@ -32,7 +32,7 @@ def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise InputError(
                 f"data: {str(path)!r} is not text in UTF-8: line {number}, {error.reason}",
-                "save it as plain text in UTF-8, or leave out what is no text",
+                "save it as plain text in UTF-8, or remove what is not text",
             ) from None
         if "\0" in text:
             raise InputError(f"data: {str(path)!r} is binary, not text: line {number}", "give plain text in UTF-8")

@@ -1,4 +1,4 @@
-"""What can be checked before weights are loaded: data, lengths, layers, adapters, tasks."""
+"""The checks before weights are loaded: data, lengths, layers, adapters, tasks."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NOT_IN_4_BITS = {"mamba", "falcon_mamba"}  # families of transformers 5.24
-FEW = 0.5  # share of a model's weights in 4 bits under which a run says so
-MOST_ROWS = 10**8  # of all epochs: a consumer's card is at it for years
+FEW = 0.5  # warn if a smaller share of the model's weights is in 4 bits
+MOST_ROWS = 10**8  # in all epochs: a consumer GPU would need years
 
 
 def check_prepared(prepared: Prepared, weights: bool = True) -> None:
-    """Check what needs the model's config and tokenizer; with `weights`, also the names of the weights that are
-    then fetched, but none are loaded. Raises InputError."""
+    """Check everything that needs only the model's config and tokenizer; with `weights`, also the names of the weights,
+    which are then downloaded but not loaded. Raises InputError."""
     from qcft.training.settings import check_settings
 
     folder = prepared.folder if weights else prepared.described
     mark = read_json(folder / MARK) or {}
     if mark.get("merged_onto") == "dequantised" and prepared.recipe.model.quantize != "none":
         raise InputError(
-            f"model: {prepared.recipe.model.name!r} was merged onto a dequantised base, to be used in 16 bits; "
-            "in 4 bits again it loses what was learned",
+            f"model: {prepared.recipe.model.name!r} was merged onto a dequantised base, for use in 16 bits; "
+            "in 4 bits it would lose what it learned",
             "merge it without --base dequantised, or --set model.quantize=none",
         )
     if weights and any(one.dtype.startswith("F8") for one in stored_weights(folder).values()):
         raise InputError(
-            f"model: {prepared.recipe.model.name!r} holds weights in 8-bit floats, without a config that says how they "
+            f"model: {prepared.recipe.model.name!r} has weights in 8-bit floats, but no config that says how they "
             "are scaled",
             "give its 16-bit weights: phase 1 is merged onto them, and qcft quantises them itself",
         )
@@ -54,7 +54,7 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
         raise InputError(
             f"model: {prepared.recipe.model.name!r} lacks {len(missing)} weights, such as {missing[0]}, which would be "
             "random numbers",
-            "fetch the model again, or give one that is whole",
+            "download the model again, or give a complete one",
         )
     _check_tokenizer(prepared)
     for group in prepared.groups:
@@ -71,17 +71,19 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
         if phase.replay and phase.replay.ratio > 0:
             replayed = check_replay(phase, prepared.pools[phase.name], new, prepared.replay_encoder(phase))
             if warning := replayed.warning(phase.name):
-                prepared.once(("warned", warning), partial(prepared.watch.note, warning, "warning"))  # not for each arm
+                prepared.once(
+                    ("warned", warning), partial(prepared.watch.note, warning, "warning")
+                )  # once, not for each arm
     if prepared.recipe.model.quantize == "nf4" and (share := quantised_share(prepared.meta_model)) < FEW:
         prepared.watch.note(
-            f"only {share:.0%} of the weights of {_config(prepared).model_type} are in linear modules (embeddings and "
-            "head not counted): the rest, such as experts, stays in 16 bits and gets no adapter",
+            f"only {share:.0%} of the weights of {_config(prepared).model_type} (without embeddings and head) are in "
+            "linear modules: the rest, such as experts, stays in 16 bits and gets no adapter",
             "warning",
         )
 
 
 def _check_tokenizer(prepared: Prepared) -> None:
-    """Check that the embedding has a row for every token, and that a template that is told to think can."""
+    """Check that the embedding has a row for every token, and that the template can think where thinking is on."""
     rows = int(prepared.meta_model.get_input_embeddings().weight.shape[0])
     beyond = prepared.template.beyond(rows)
     if beyond:
@@ -95,23 +97,23 @@ def _check_tokenizer(prepared: Prepared) -> None:
         if phase.thinking == "on" and not prepared.template.thinks:
             raise InputError(
                 f"{phase.name}.thinking: the chat template of {prepared.recipe.model.name!r} has no place for thoughts",
-                f"leave {phase.name}.thinking at auto",
+                f"keep {phase.name}.thinking: auto",
             )
 
 
 def _check_text(prepared: Prepared, phase: Phase) -> None:
-    """Check that a phase on nothing but raw text asks for nothing of the chat template, which it does without."""
+    """Check that a phase that trains only on raw text sets no keys of the chat template, which it does not use."""
     rows = [row for rows in prepared.rows[phase.name] for row in rows]
     for key, given in (("system", bool(phase.system)), ("thinking", phase.thinking != "auto")):
         if given and rows and all(row.text is not None for row in rows):
             raise InputError(
-                f"{phase.name}.{key}: {phase.name} trains on raw text, which is written without a chat template",
-                f"leave {phase.name}.{key} out, or give the phase instructions",
+                f"{phase.name}.{key}: {phase.name} trains on raw text, which uses no chat template",
+                f"omit {phase.name}.{key}, or give the phase instructions",
             )
 
 
 def check_tasks(prepared: Prepared, tasks: Iterable[str]) -> None:
-    """Check that what stages are evaluated on can be had: data, columns, packages. Raises InputError."""
+    """Check that the tasks' data, columns and packages are available. Raises InputError."""
     for task in tasks:
         assert prepared.catalog is not None
         prepared.catalog.check(task)
@@ -120,7 +122,7 @@ def check_tasks(prepared: Prepared, tasks: Iterable[str]) -> None:
 
 
 def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
-    """Check that the freeze spec and the targets fit the model, and that its deltas can be merged."""
+    """Check that the freeze spec and the targets fit the model, and that the deltas can be merged."""
     from qcft.layers import adapted_in, linear_modules
 
     modules = adapted_in(prepared.meta_model, prepared.recipe, phase)
@@ -136,12 +138,12 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
     _check_peft(prepared, [module.name for module in targets])
     if prepared.meta_model.base_model is prepared.meta_model:
         raise InputError(
-            f"model: {_config(prepared).model_type} has no inner model apart from its head, which training goes by",
+            f"model: {_config(prepared).model_type} has no inner model separate from its head, which training needs",
             "use another model",
         )
     if prepared.recipe.model.quantize == "nf4" and (family := _config(prepared).model_type) in NOT_IN_4_BITS:
         raise InputError(
-            f"model: {family} multiplies with the weights of its projections itself, which cannot be in 4 bits",
+            f"model: {family} multiplies with its projection weights directly, so they cannot be in 4 bits",
             "train it in 16 bits: --set model.quantize=none",
         )
     check_adaptable(prepared.meta_model, _of_each_kind(prepared.meta_model, modules), prepared.recipe.lora)
@@ -150,14 +152,14 @@ def _check_layers(prepared: Prepared, phase: Phase, weights: bool) -> None:
     unmergeable = {f"{name}.weight" for name in modules} - stored_names(prepared.meta_model, prepared.folder).keys()
     if unmergeable:
         raise InputError(
-            f"model: {prepared.recipe.model.name!r} holds no tensor of its own for {min(unmergeable)}, onto which "
+            f"model: {prepared.recipe.model.name!r} has no separate tensor for {min(unmergeable)}, onto which "
             f"{phase.name} could be merged",
             "name other modules with lora.targets, or start the next phase stacked",
         )
 
 
 def _check_peft(prepared: Prepared, targets: list[str]) -> None:
-    """Check that patterns of `lora.peft` name some of the modules (full names), and that what it trains beside the
+    """Check that each pattern of `lora.peft` matches a module (by full name), and that what it trains beside the
     factors can be merged, and saved by processes that share the weights."""
     from qcft.private import private
     from qcft.training.distributed.ranks import sharded
@@ -168,18 +170,18 @@ def _check_peft(prepared: Prepared, targets: list[str]) -> None:
         for pattern in getattr(peft, field):
             if all(matched([pattern], name) != pattern for name in targets):
                 raise InputError(
-                    f"recipe: lora.peft.{field}: {pattern!r} is the end of no adapted module's name",
+                    f"recipe: lora.peft.{field}: no adapted module's name ends in {pattern!r}",
                     f"name a module of lora.targets, such as {targets[0]}, or a pattern of several",
                 )
     if peft.lora_bias and (without := [n for n in targets if prepared.meta_model.get_submodule(n).bias is None]):
         raise InputError(
             f"recipe: lora.peft.lora_bias: {without[0]} has no bias that the adapter's could be merged into",
-            "leave lora_bias out, or name modules with a bias in lora.targets",
+            "omit lora_bias, or name modules with a bias in lora.targets",
         )
     if peft.beyond_factors and sharded():
         raise InputError(
             f"recipe: lora.peft.{peft.beyond_factors} is not trained by processes that share the weights (FSDP)",
-            "leave it out, or launch with --multi_gpu in the place of --use_fsdp",
+            "omit it, or launch with --multi_gpu instead of --use_fsdp",
         )
 
 
@@ -188,7 +190,7 @@ def _config(prepared: Prepared) -> Any:
 
 
 def _of_each_kind(model: PreTrainedModel, modules: list[str]) -> list[str]:
-    """The modules that are in the first layer of each kind: layers made of the same are treated the same."""
+    """The modules in the first layer of each kind: layers with the same structure are treated in the same way."""
     from qcft.layers import decoder_layers
 
     prefix, count = decoder_layers(model)
@@ -225,22 +227,22 @@ def _check_adapter(prepared: Prepared, folder: Path) -> None:
     said = str((read_json(folder / CONFIG) or {}).get("base_model_name_or_path") or "")
     if said and _last(said) not in {_last(prepared.recipe.model.name), _last(str(prepared.described))}:
         prepared.watch.note(
-            f"the adapter {str(folder)!r} says it is of {said!r}, not {prepared.recipe.model.name!r}", "warning"
+            f"the adapter {str(folder)!r} was made for {said!r}, not {prepared.recipe.model.name!r}", "warning"
         )
 
 
 def _last(model: str) -> str:
-    """A model's name without owner or folders, which are others elsewhere."""
+    """A model's name without owner or folders, which differ between machines."""
     return Path(model).name.lower()
 
 
 def _check_length(phase: Phase, rows: int) -> None:
-    """Refuse what no machine gets through, and memory cannot even lay out."""
+    """Refuse a training that is too long for any machine, and whose order of rows would not fit in memory."""
     train = phase.train
     total = train.steps * train.batch if train.steps else train.epochs * rows
     if total > MOST_ROWS:
         key = "steps" if train.steps else "epochs"
         raise InputError(
-            f"recipe: {phase.name}.train.{key}: {getattr(train, key):g} come to {total:.2g} rows to train on",
-            f"{MOST_ROWS:,} are the most that qcft lays out",
+            f"recipe: {phase.name}.train.{key}: {getattr(train, key):g} means {total:.2g} rows to train on",
+            f"qcft trains on at most {MOST_ROWS:,}",
         )

@@ -1,4 +1,4 @@
-"""Digests of a recipe's inputs, from which ids of steps are made."""
+"""Digests of a recipe's inputs, which step ids depend on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Digests:
-    """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind
-    of a phase's replay its rows or prompts in their order; the held-out rows that every stage is measured on;
-    the model that the model was tuned from, where a freeze spec goes by what that changed; for each phase that the
-    live probe watches the English rows it goes by; the tasks that stages are evaluated on, each with a digest of its
-    data as far as it is local, and lm-eval's version; for each phase that balances its languages, what decides which
-    rows are drawn; what is done beyond the plain reading of the chat template."""
+    """Digests of a recipe's inputs: the model; each phase's training rows, or its adapter; for each kind of a phase's
+    replay its rows or prompts in order; the held-out rows that every stage is measured on; the model that the model was
+    tuned from, if a freeze spec depends on it; for each phase with a live probe its English rows; the tasks that stages
+    are evaluated on, each with a digest of its local data, and lm-eval's version; for each phase that balances its
+    languages, what decides which rows are drawn; the special treatment that the chat template needs."""
 
     model: str
     phases: Mapping[str, str]

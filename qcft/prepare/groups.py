@@ -1,4 +1,4 @@
-"""Held-out rows in the groups that they are measured in: of each phase, of one's own test sets, of the probe."""
+"""Held-out rows in groups that are measured together: of each phase, of your own test sets, of the probe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE_LENGTH = 1024  # tokens of a row that is only measured
 
 @dataclass(frozen=True)
 class Group:
-    """Held-out rows measured together: those of one phase in one language, raw text apart from conversations."""
+    """Held-out rows measured together: those of one phase in one language, raw text separate from conversations."""
 
     phase: str
     lang: str
@@ -39,8 +39,8 @@ class Group:
 
 
 def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]], reader: SourceReader) -> list[Group]:
-    """Held-out rows by phase and language, then one's own test sets by language, then the probe's; English that ships
-    with qcft where no source is English. Raises InputError for a source that cannot be read."""
+    """Held-out rows by phase and language, then your own test sets by language, then the probe's; English that ships
+    with qcft if no source is English. Raises InputError for a source that cannot be read."""
     own = recipe.heldout
     first = recipe.phases[0]
     groups: list[Group] = []
@@ -75,7 +75,7 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
 
 
 def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str], most: int | None) -> list[Group]:
-    """At most `most` rows of each language and kind: one of each prompt, and none that an earlier phase trains on."""
+    """At most `most` rows of each language and kind: each prompt once, and no row that an earlier phase trains on."""
     by_lang: dict[tuple[str, bool], dict[str, Row]] = {}
     for source in sources:
         by_lang.setdefault((source.lang, False), {})
@@ -100,8 +100,8 @@ def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str
 def _tests(
     recipe: Recipe, measured: Sequence[tuple[Measured, Sequence[LoadedSource]]], reader: SourceReader
 ) -> list[Group]:
-    """The rows of one's own test sets by language, each prompt once, under the limits of what is measured last in that
-    language, else first."""
+    """The rows of your own test sets by language, each prompt once, with the limits of the last measured phase in that
+    language, else of the first."""
     by_lang: dict[tuple[str, bool], dict[str, Row]] = {}
     for source in recipe.heldout.data:
         for one in source.expanded():

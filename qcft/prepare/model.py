@@ -1,4 +1,4 @@
-"""A model with its tokenizer and its modules; no data is read, and no weights before they are needed."""
+"""A model with its tokenizer and its modules; reads no data, and weights only when they are needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class PreparedModel:
-    """A model that was found. What recipes prepared one after the other with one `memo` share is made once."""
+    """A model that was found. Recipes that are prepared with the same `memo` share what they have in common."""
 
     def __init__(self, asked: Model, watch: Watch, memo: dict[Any, Any] | None = None) -> None:
         self.asked = asked
@@ -38,7 +38,7 @@ class PreparedModel:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder with the model's 16-bit weights; fetched or converted when first asked for."""
+        """The folder with the model's 16-bit weights; downloaded or converted on first use."""
         return self.once(("folder", self.key), lambda: weights_folder(self.model, self.watch))
 
     @cached_property
@@ -56,7 +56,7 @@ class PreparedModel:
 
     @cached_property
     def template(self) -> Template:
-        """What the tokenizer's chat template makes of conversations."""
+        """The tokenizer's chat template."""
         read = self.asked.special_tokens_in_text
         return self.once(("template", self.key), lambda: Template(self.tokenizer, read))
 
@@ -74,11 +74,11 @@ class PreparedModel:
         min_tokens: int = 2,
         measuring: bool = False,
     ) -> Encoder:
-        """The way from rows to tokens with the model's chat template."""
+        """An encoder from rows to tokens with the model's chat template."""
         return Encoder(self.tokenizer, system, max_length, long_rows, thinking, self.template, min_tokens, measuring)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is made once for all recipes that share it."""
+        """The value under `key`, made once for all recipes that share it."""
         if key not in self.memo:
             self.memo[key] = make()
         return cast("T", self.memo[key])

@@ -1,4 +1,4 @@
-"""Before any work: find the model, read the data, set rows aside."""
+"""The preparation before any work: find the model, read the data, set rows aside."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from qcft.training.settings import with_optimizers
 
 
 class Prepared(PreparedModel):
-    """A recipe with its data read. Weights are neither fetched nor loaded.
+    """A recipe with its data read. Weights are neither downloaded nor loaded.
 
-    Recipes prepared one after the other with one `memo` read and tokenise what they share once.
+    Recipes that are prepared with the same `memo` read and tokenise what they share once.
     """
 
     def __init__(self, recipe: Recipe, watch: Watch, memo: dict[Any, Any] | None = None) -> None:
@@ -47,7 +47,7 @@ class Prepared(PreparedModel):
 
     @cached_property
     def for_steps(self) -> Rows:
-        """The rows as steps see them."""
+        """The rows in the form that steps use."""
         phases = {
             phase.name: PhaseRows(
                 phase.name,
@@ -69,18 +69,18 @@ class Prepared(PreparedModel):
 
     @cached_property
     def base(self) -> ModelSource | None:
-        """The model that this one was tuned from, where a freeze spec depends on what that changed."""
+        """The model that this one was tuned from, if a freeze spec depends on the difference."""
         base = self.recipe.model.base
         return resolve(Model(name=base)) if base and self.recipe.measures_change_since_base() else None
 
     @cached_property
     def inputs(self) -> Inputs:
-        """The files of the models, as they were when their digests were taken."""
+        """The files of the models, as they were when their digests were computed."""
         return Inputs([self.model, self.base])
 
     @cached_property
     def pools(self) -> dict[str, list[Pool]]:
-        """What each phase's replay is drawn from."""
+        """The pools that each phase's replay is drawn from."""
         return {p.name: self._pools(p) for p in self.recipe.phases if p.replay and p.replay.ratio > 0}
 
     @cached_property
@@ -96,27 +96,27 @@ class Prepared(PreparedModel):
         return weights_folder(self.base, self.watch)
 
     def held_out(self, group: Group) -> EncodedSet:
-        """A group's rows as tokens. Raises InputError when none is left to measure."""
+        """A group's rows as tokens. Raises InputError if none is left to measure."""
         return self.for_steps.measured(group)
 
     def encoded(self, phase: Phase) -> list[EncodedSet]:
-        """The phase's training rows as tokens, source by source, those that are drawn where its languages are
-        balanced. Raises InputError when none is left."""
+        """The phase's training rows as tokens, source by source; only the drawn rows if its languages are balanced.
+        Raises InputError if none is left."""
         balance = self._balance(phase) if phase.balance != "none" else None
         return self.for_steps.encoded(self.for_steps.phases[phase.name], limits_of(phase), balance)
 
     def order(self, phase: Phase, replay_rows: int) -> Callable[[int], list[int]]:
-        """The order of the phase's rows, as `encoded` gives them, and of its replay in each epoch, from 0."""
+        """The order of the phase's rows, as `encoded` returns them, and of its replay in each epoch, from 0."""
         own, balanced = self.for_steps.phases[phase.name], phase.balance != "none"
         return order_of(own, self.encoded(phase), replay_rows, self.recipe.seed, balanced)
 
     def replay_encoder(self, phase: Phase) -> Encoder:
-        """Replay's way from rows to tokens."""
+        """The encoder for a phase's replay."""
         return self.for_steps.encoder(kept_alive(limits_of(phase), self.recipe.phases[0].system))
 
     def english_group(self, phase: Phase) -> Group | None:
-        """The held-out English rows that a phase's live probe goes by: those of another phase, of `probe`, or that ship
-        with qcft. None for a phase that is itself where they are from: it makes what the probe would measure."""
+        """The held-out English rows for a phase's live probe: those of another phase, of `probe`, or the ones that ship
+        with qcft. None if they are only from this phase itself, which trains on such rows."""
         others = [group for group in self.groups if group.lang == ENGLISH and group.phase != phase.name]
         return next((group for group in others if not group.is_text), next(iter(others), None))
 
@@ -128,10 +128,10 @@ class Prepared(PreparedModel):
         return self.recipe.model_copy(update={"model": pinned})
 
     def _training_rows(self, phase: Phase) -> list[tuple[Row, ...]]:
-        """The phase's rows, source by source, less those held out by this phase, an earlier one or a probe.
+        """The phase's rows, source by source, without those held out by this phase, an earlier one or a probe.
 
-        Rows that a later phase holds out are none of these, or are not measured; where `heldout.of` says what is
-        measured, nothing of it is trained. Of one's own test sets, translations (rows of the same id) are not either.
+        Rows that a later phase holds out are kept: they are not measured there. With `heldout.of`, no measured row is
+        trained on. Rows with the id of a row of your own test sets (its translations) are dropped too.
         """
         names = [p.name for p in self.recipe.phases]
         later = () if self.recipe.heldout.of else names[names.index(phase.name) + 1 :]
@@ -144,13 +144,13 @@ class Prepared(PreparedModel):
             if len(free) < len(source.rows):
                 self.watch.note(
                     f"{phase.name}: {len(source.rows) - len(free):,} of {len(source.rows):,} rows of {source.name} are "
-                    "not trained, as they have the prompt or the id of a row of heldout.data"
+                    "not trained on, as they have the prompt or the id of a row of heldout.data"
                 )
             kept.append(tuple(row for row in free if row.prompt_digest not in held))
         return kept
 
     def _pools(self, phase: Phase) -> list[Pool]:
-        """What a phase's replay is drawn from, kind by kind; never a held-out row."""
+        """The pools that a phase's replay is drawn from, kind by kind, without held-out rows."""
         rows = [row for group in self.groups for row in group.rows]
         held = HeldOutRows(
             frozenset(r.prompt_digest for r in rows), frozenset(r.key for r in rows), self.recipe.heldout.share
@@ -158,7 +158,7 @@ class Prepared(PreparedModel):
         return make_pools(self.recipe, phase, self.sources, held, self.watch)
 
     def digests(self) -> Digests:
-        """Digests of everything that the plan's ids rest on."""
+        """Digests of everything that the plan's ids depend on."""
         held_out = self.held_out_digest()
         tasks = self._tasks(held_out)
         return Digests(
@@ -194,17 +194,17 @@ class Prepared(PreparedModel):
         return held.hexdigest()
 
     def _digest(self, group: Group) -> str:
-        """A group's rows, and what decides how they become tokens."""
+        """A group's digest: its rows, and the settings that decide how they become tokens."""
         thinking = "" if group.thinking == "auto" else f"thinking {group.thinking} "
         rows = self._digest_rows(group.rows, group.system)
         return f"{group.name} {group.system} {group.max_length} {group.long_rows} {thinking}{rows}"
 
     def _digest_rows(self, rows: Sequence[Row], system: str | None) -> str:
-        """The digest of rows, and whether they take more than the chat template's plain reading."""
+        """The digest of rows, and whether the chat template needs special treatment for them."""
         return digest_rows(rows) + (" read otherwise" if self.template.reads_otherwise(rows, system) else "")
 
     def _balance(self, phase: Phase) -> dict[str, Any]:
-        """What decides which rows of a phase are drawn to balance its languages."""
+        """The settings and digests that decide which rows of a phase are drawn to balance its languages."""
         rows = zip(self.sources[phase.name], self.rows[phase.name], strict=True)
         return {
             "by": phase.model_dump(mode="json")["balance"],
@@ -213,13 +213,13 @@ class Prepared(PreparedModel):
         }
 
     def _tasks(self, held_out: str) -> dict[str, str]:
-        """What stages are evaluated on: tasks with digests of their data."""
+        """The tasks that stages are evaluated on, with digests of their data."""
         if self.catalog is None:
             return {}
         trained = {s.lang for p in self.recipe.phases for s in p.sources() if isinstance(s.lang, str)}
         chosen = self.catalog.choose(sorted(trained - {ENGLISH}))
         for lang, names in chosen.lacking.items():
-            self.watch.note(f"there is no task {', '.join(names)}: {lang} goes without", "warning")
+            self.watch.note(f"there is no task {', '.join(names)}: {lang} is not evaluated on it", "warning")
         return {task: held_out if task == FIDELITY else digest for task, digest in chosen.tasks.items()}
 
 

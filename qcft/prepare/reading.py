@@ -1,4 +1,4 @@
-"""Reading a recipe's sources, each once, and guessing the language of those that name none."""
+"""Reads a recipe's sources, each once, and guesses the language of those that name none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qcft.recipe import Recipe, Source
 
 
 class SourceReader:
-    """Reads the sources of one recipe; `once` keeps what was made under a key."""
+    """Reads the sources of one recipe; `once` caches results under a key."""
 
     def __init__(self, recipe: Recipe, watch: Watch, once: Callable[[Hashable, Callable[[], Any]], Any]) -> None:
         self.recipe = recipe
@@ -22,7 +22,7 @@ class SourceReader:
         self.once = once
 
     def load(self, source: Source, phase: str) -> LoadedSource:
-        """A source's rows; where it names no language and is of a second phase, with the language of its rows."""
+        """A source's rows; if it names no language and is not of a first phase, with the guessed language."""
         held_out = self.recipe.heldout
         loaded: LoadedSource = self.once(
             ("source", source.model_dump_json(), held_out.share, held_out.rows),
@@ -34,7 +34,7 @@ class SourceReader:
         return replace(loaded, source=self._guessed(source, loaded.rows))
 
     def _guessed(self, source: Source, rows: tuple[Row, ...]) -> Source:
-        """The source with the language its rows are in; the watch is told of the guess."""
+        """The source with the language of its rows; the guess is reported to the watch."""
         guess = self.once(("language", source.model_dump_json()), lambda: self._guess(source, rows))
         return source.model_copy(update={"lang": guess})
 
@@ -42,14 +42,14 @@ class SourceReader:
         found = guess_language(rows)
         what = f"taken as {found.lang}" if found.lang else "its language is not clear, so tables show it as ?"
         self.watch.note(
-            f"data: {source.path} has no lang: {what} ({found.share:.0%} of {found.rows} rows that can be told); "
+            f"data: {source.path} has no lang: {what} ({found.share:.0%} of {found.rows} rows that are long enough); "
             f"set it with lang: {found.lang or 'es'}, or --data {found.lang or 'es'}=PATH",
             "warning",
         )
         return found.lang
 
     def test(self, source: Source) -> LoadedSource:
-        """One's own test set, every row of it; with the language of its rows where it names none."""
+        """All rows of one of your own test sets; with the guessed language if it names none."""
         found: LoadedSource = self.once(
             ("test", source.model_dump_json()), lambda: read_pool(source, True, self.watch, "heldout.data")
         )

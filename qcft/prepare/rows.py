@@ -1,4 +1,4 @@
-"""Rows as steps see them: those whose digests their ids are made of, and no others."""
+"""The rows that steps use: only those whose digests are part of the steps' ids."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class PhaseRows:
 
 @dataclass
 class Rows:
-    """The rows of a recipe whose data is read, and what else its steps depend on. `held_out` has the digest of all
-    groups, `live` those of single groups; `pools` gives a phase's, one for each kind of its replay, with digests."""
+    """The rows of a recipe whose data was read, and what else its steps depend on. `held_out` has the digest of all
+    groups, `live` maps digests to single groups; `pools` gives a phase's pools with digests, one for each kind of
+    replay."""
 
     model: PreparedModel
     phases: Mapping[str, PhaseRows] = field(default_factory=dict)
@@ -46,36 +47,36 @@ class Rows:
     catalog: Catalog | None = None
 
     def encoder(self, limits: Limits) -> Encoder:
-        """The way from rows to tokens under these limits."""
+        """The encoder from rows to tokens under these limits."""
         how = (limits.system, limits.max_length, limits.long_rows, limits.thinking)
         return self.model.encoder_for(*how, limits.min_tokens)
 
     def group_encoder(self, group: Group) -> Encoder:
-        """A held-out group's way from rows to tokens: its phase's."""
+        """The encoder for a held-out group."""
         how = (group.system, group.max_length, group.long_rows, group.thinking)
         return self.model.encoder_for(*how, measuring=True)
 
     def groups(self, digest: str) -> Sequence[Group]:
-        """The held-out groups. Raises QcftError where they are not those of the digest."""
+        """The held-out groups. Raises QcftError if they do not have this digest."""
         found, groups = self.held_out
         return groups if found == digest else _others(f"the held-out rows {digest[:8]}")
 
     def local(self, task: str) -> str | None:
-        """The file that stands for a task's data, if one was given."""
+        """The local file for a task's data, if one was given."""
         return self.catalog.evaluate.local.get(task) if self.catalog else None
 
     def phase(self, name: str | None, digest: str) -> PhaseRows:
-        """A phase's rows. Raises QcftError where they are not those of the digest."""
+        """A phase's rows. Raises QcftError if they do not have this digest."""
         found = self.phases.get(name or "")
         return found if found and found.digest == digest else _others(f"the rows of {name}")
 
     def pool(self, phase: str | None, number: int, digest: str) -> Pool:
-        """What one kind of a phase's replay is drawn from. Raises QcftError where it is not that of the digest."""
+        """The pool of one kind of a phase's replay. Raises QcftError if it does not have this digest."""
         found, pool = self.pools(phase or "")[number]
         return pool if found == digest else _others(f"the replay of {phase}")
 
     def measured(self, group: Group) -> EncodedSet:
-        """A group's rows as tokens. Raises InputError when none is left to measure."""
+        """A group's rows as tokens. Raises InputError if none is left to measure."""
         encoded = self.group_encoder(group).encode_all(group.rows)
         if not encoded.rows:
             of_phase = group.phase in self.phases
@@ -92,9 +93,9 @@ class Rows:
         return encoded
 
     def encoded(self, own: PhaseRows, limits: Limits, balance: Mapping[str, Any] | None = None) -> list[EncodedSet]:
-        """A phase's training rows as tokens, source by source, those that are drawn where its languages are balanced.
+        """A phase's training rows as tokens, source by source; only the drawn rows if its languages are balanced.
 
-        Raises InputError when none is left.
+        Raises InputError if none is left.
         """
         sources = tuple(source.digest for source in own.sources)
         key = ("tokens", self.model.key, limits, sources, own.digest)
@@ -129,7 +130,7 @@ class Rows:
 
 
 def english_prompts(rows: Rows, held_out: str, most: int) -> list[tuple[Group, Row]]:
-    """The held-out English rows whose prompts every stage answers."""
+    """The held-out English rows whose prompts are answered at every stage."""
     for group in rows.groups(held_out):
         if group.lang == ENGLISH and not group.is_text:
             each = {row.prompt_digest: row for row in rows.measured(group).rows}  # one may be several training rows
@@ -158,7 +159,7 @@ def order_of(
 
 
 def _others(what: str) -> NoReturn:
-    raise QcftError(f"{what} are not those that the step was planned with", "give the same command again")
+    raise QcftError(f"{what} have changed since the step was planned", "run the same command again")
 
 
 def _counts(left_out: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Settings of steps: frozen dataclasses that ids are made of. Pure."""
+"""Settings of steps: frozen dataclasses that ids are computed from. Pure."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pydantic import BaseModel
 from qcft.data.template import Thinking
 from qcft.recipe import FreezeSpec, Phase
 
-# How a field takes part in the id, beside the plain way, as its own key.
-ADDED = {"id": "added"}  # later: left out at its default, so that ids made before stay
-SPREAD = {"id": "spread"}  # settings, or keys and values, which stand beside the others
-CIRCUMSTANCE = {"id": "circumstance"}  # changes how the work is done, not what comes of it: no part of the id
+# How a field enters the id, if not simply under its own key.
+ADDED = {"id": "added"}  # added later: omitted at its default, so that existing ids stay the same
+SPREAD = {"id": "spread"}  # settings, or a mapping, whose keys enter on the same level as the others
+CIRCUMSTANCE = {"id": "circumstance"}  # changes how the work is done, not its result: not part of the id
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A frozen dataclass that an id is made of."""
+    """A frozen dataclass that an id is computed from."""
 
     def settings(self) -> dict[str, Any]:
         """Its fields as JSON has them."""
@@ -34,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):
-    """What most steps depend on: the model by its digest, and how it is run and reads conversations."""
+    """What most steps depend on: the model's digest, its attention, and its chat template."""
 
     model: str
     attn_implementation: str | None
@@ -44,7 +44,7 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True)
 class Limits(Settings):
-    """What decides how rows become tokens."""
+    """The settings that decide how rows become tokens."""
 
     system: str | None
     max_length: int
@@ -60,8 +60,8 @@ def limits_of(phase: Phase) -> Limits:
 
 
 def kept_alive(limits: Limits, system: str | None) -> Limits:
-    """How replay becomes tokens beside rows under `limits`: under the `system` prompt of the phase it keeps alive, and
-    with thoughts only in rows that have some: answers are asked for without."""
+    """How replay becomes tokens beside rows under `limits`: with the `system` prompt of the phase that it replays, and
+    with thoughts only in rows that have some, as answers are generated without."""
     return replace(limits, system=system, thinking="off" if limits.thinking == "off" else "auto")
 
 

@@ -1,6 +1,6 @@
-"""The recipe: its schema, its specs, and how it is read and changed. Knows nothing of torch."""
+"""The recipe: its schema, its specs, and how it is read and changed. Does not import torch."""
 
-from qcft.recipe.ablation import Ablation, Arm
+from qcft.recipe.ablation import AblationSpec, ArmSpec
 from qcft.recipe.anchor import Anchor
 from qcft.recipe.arms import ArmRun, chosen_arms, expand_ablation, load_ablation
 from qcft.recipe.by_layer import ByLayer, parse_by_layer
@@ -31,11 +31,11 @@ __all__ = [
     "FIDELITY",
     "SUITES",
     "TESTS",
-    "Ablation",
+    "AblationSpec",
     "Anchor",
     "Answers",
-    "Arm",
     "ArmRun",
+    "ArmSpec",
     "ByLayer",
     "Dial",
     "Evaluate",

@@ -1,4 +1,4 @@
-"""The anchor of a phase: a term of its loss that keeps it near the model it starts from, on its own rows."""
+"""The anchor of a phase: a loss term that keeps it close to the model it starts from, on its own rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ WEIGHTS = {"target-masked": 1.0, "kl": 0.01}  # of each kind, where none is give
 
 class Anchor(Part):
     """KL(q || p) from the model q that the phase starts from to the model p that trains, on the answer tokens of new
-    rows. `target-masked`: over all tokens but the right one, so that learning the right one costs nothing; `kl`: over
-    all. `weight` is what a nat of it counts beside a nat of cross-entropy (null: 1.0 and 0.01); 0 only measures it.
+    rows. `target-masked`: over all tokens but the target, so that learning the target costs nothing; `kl`: over all
+    tokens. `weight` multiplies it in the loss, beside the cross-entropy (null: 1.0 and 0.01); 0 only measures it.
     """
 
     kind: Literal["target-masked", "kl"] = "target-masked"
@@ -40,8 +40,8 @@ class Anchor(Part):
         return f"{self.kind}:{self.strength:g}"
 
 
-def spelt_out(value: Any) -> Any:
-    """`KIND` or `KIND:WEIGHT` as a mapping; anything else as it is."""
+def as_mapping(value: Any) -> Any:
+    """`KIND` or `KIND:WEIGHT` as a mapping; anything else unchanged."""
     if not isinstance(value, str):
         return value
     kind, colon, weight = value.partition(":")
@@ -49,13 +49,13 @@ def spelt_out(value: Any) -> Any:
 
 
 def check_anchor(value: Any) -> Any:
-    """What an anchor is made of, checked as far as its shape goes. Raises ValueError."""
-    value = spelt_out(value)
+    """Check the form and the kind of an anchor, before its fields are validated. Raises ValueError."""
+    value = as_mapping(value)
     if value is None or isinstance(value, Anchor):
         return value
     if not isinstance(value, dict):
         raise ValueError(
-            f"{value!r} is no anchor | give {' or '.join(WEIGHTS)}, or {{kind: kl, weight: 0.01}}; null for none"
+            f"{value!r} is not an anchor | give {' or '.join(WEIGHTS)}, or {{kind: kl, weight: 0.01}}; null for none"
         )
     kind = value.get("kind", "target-masked")
     if not isinstance(kind, str) or kind not in WEIGHTS:

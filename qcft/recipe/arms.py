@@ -16,10 +16,10 @@ from qcft.recipe.schema import Measured, Recipe
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One arm with one seed: a recipe of its own. `set` is what makes the plain recipe this one.
+    """One arm with one seed: a recipe of its own. `set`: its changes to the plain recipe.
 
-    `as_long_as`: for a mixed arm, the recipe whose phases it trains as long as, without replay: in answer tokens or in
-    optimizer steps, as `match` says.
+    `as_long_as`: for a mixed arm, the recipe whose phases, without replay, it trains as long as: in answer tokens or
+    optimizer steps, by `match`.
     """
 
     arm: str
@@ -33,7 +33,7 @@ class ArmRun:
 def load_ablation(recipe: str | Path, changes: Mapping[str, Any] | None = None) -> tuple[Recipe, list[ArmRun]]:
     """The plain recipe of a file or built-in name with `changes` applied, and its arms, seed by seed.
 
-    `changes` are made before an arm's own settings, so that those win. Raises InputError, naming the arm.
+    `changes` are applied before an arm's own settings, so the arm's settings win. Raises InputError, naming the arm.
     """
     raw, folder = read_recipe(recipe)
     return expand_ablation(raw, changes, folder)
@@ -66,7 +66,7 @@ def expand_ablation(
 
 
 def chosen_arms(arms: Sequence[ArmRun], names: Sequence[str] | None, seeds: Sequence[int] | None) -> list[ArmRun]:
-    """Those of the arms and seeds that were asked for. Raises InputError for one that is not there."""
+    """The requested arms and seeds. Raises InputError for one that does not exist."""
     for wanted, known, what in (
         (names, list(dict.fromkeys(one.arm for one in arms)), "arm"),
         (seeds, list(dict.fromkeys(one.seed for one in arms)), "seed"),
@@ -85,7 +85,7 @@ def chosen_arms(arms: Sequence[ArmRun], names: Sequence[str] | None, seeds: Sequ
 
 
 def _matches(known: str | int, wanted: str | int) -> bool:
-    """Whether an arm or seed is the one that is wanted, or an arm's name matches a pattern such as `gr*`."""
+    """Whether an arm or seed is the wanted one, or an arm's name matches a pattern such as `gr*`."""
     return known == wanted or (isinstance(wanted, str) and fnmatchcase(str(known), wanted))
 
 
@@ -125,13 +125,13 @@ def _without_replay(recipe: Recipe) -> Recipe:
 
 
 def measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
-    """What is held out by the phases of all recipes: each source once, under the first phase that has it."""
+    """The sources whose rows are held out by the phases of all recipes, each once, under its first phase."""
     found: dict[str, Measured] = {}
     seen: set[str] = set()
     for phase in (phase for recipe in recipes for phase in recipe.phases):
         new = []
         for source in phase.sources():
-            rows = source.model_dump_json(exclude={"take"})  # the same rows are held out, however many are trained
+            rows = source.model_dump_json(exclude={"take"})  # the same rows are held out, whatever `take` is
             if rows not in seen:
                 seen.add(rows)
                 new.append(source)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qcft.errors import InputError
 
-LARGEST_SCALE = 1000  # what a delta in 16 bits can be multiplied by
+LARGEST_SCALE = 1000  # the largest factor for a delta in 16 bits
 START = "layers="
 HINT = "give --by layers=0-9:1,10-19:0.5,20-29:0 (layers from 0, then the scale of their delta), or --by auto"
 PART = re.compile(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*:(.*)")
@@ -19,10 +19,10 @@ LONGEST = 60  # characters of a name
 
 @dataclass(frozen=True)
 class ByLayer:
-    """How much of a delta is taken, by range of decoder layers (both ends in it), the lowest first.
+    """Scales of a delta by range of decoder layers (both ends included), the lowest first.
 
-    All else keeps the scale 1: the layers that no range names, and modules outside the decoder layers. Two that scale
-    alike are equal: ranges of scale 1 are dropped, and adjacent ranges of one scale are joined.
+    Everything else keeps the scale 1: layers that no range names, and modules outside the decoder layers. Two that
+    scale in the same way are equal: ranges of scale 1 are dropped, and adjacent ranges of one scale are joined.
     """
 
     ranges: tuple[tuple[int, int, float], ...]
@@ -38,29 +38,29 @@ class ByLayer:
         return cls(tuple(joined))
 
     def __str__(self) -> str:
-        """As `--by` takes it, and as ids hold it."""
+        """The form that `--by` reads, which also enters ids."""
         return START + ",".join(f"{_range(low, high)}:{_number(scale)}" for low, high, scale in self.ranges)
 
     @property
     def label(self) -> str:
-        """As people read it: `layers 0-9 at 0.5, 20-29 at 0`."""
+        """A readable form: `layers 0-9 at 0.5, 20-29 at 0`."""
         one = len(self.ranges) == 1 and self.ranges[0][0] == self.ranges[0][1]
         named = ", ".join(f"{_range(low, high)} at {_number(scale)}" for low, high, scale in self.ranges)
         return f"{'layer' if one else 'layers'} {named}"
 
     @property
     def path(self) -> str:
-        """As a part of a file's name; a digest of it where it is long."""
+        """The form used in file names; a digest if it is long."""
         name = str(self).replace("=", "-").replace(":", "x").replace(",", "_")
         return name if len(name) <= LONGEST else f"layers-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
     def scale(self, layer: int | None) -> float:
-        """The scale of a decoder layer; None: of what is outside of them."""
+        """The scale of a decoder layer; None: of modules outside the layers."""
         inside = (scale for low, high, scale in self.ranges if layer is not None and low <= layer <= high)
         return next(inside, 1.0)
 
     def check(self, layers: int) -> None:
-        """Check that a model with this many decoder layers has those that are named. Raises InputError."""
+        """Check that a model with this many decoder layers has the named layers. Raises InputError."""
         highest = max(high for _, high, _ in self.ranges)
         if highest >= layers:
             raise InputError(
@@ -91,14 +91,14 @@ def parse_by_layer(text: str) -> ByLayer:
         ranges.append((low, high, _scale(given, match[3])))
     found = ByLayer.of(ranges)
     if not found.ranges:
-        raise InputError(f"{given}: every scale is 1: the whole delta", "leave --by out, or name another scale")
+        raise InputError(f"{given}: every scale is 1: the whole delta", "omit --by, or give another scale")
     return found
 
 
 def patterns(layers: Iterable[int]) -> tuple[ByLayer, ...]:
-    """What `--by auto` tries on the layers that have a delta, as of merging by layers (arXiv 2410.01335, 2505.18356):
-    the lower, the middle and the upper third at half their size and without their delta, and the lowest and the highest
-    sixth without it. Raises InputError for fewer than two layers."""
+    """What `--by auto` tries on the layers that have a delta, after work on merging by layers (arXiv 2410.01335,
+    2505.18356): the lower, middle and upper third at scale 0.5 and 0, and the lowest and highest sixth at 0.
+    Raises InputError for fewer than two layers."""
     has = sorted(set(layers))
     if len(has) < 2:
         there = "no decoder layer" if not has else f"layer {has[0]} alone"
@@ -115,9 +115,9 @@ def _scale(given: str, text: str) -> float:
         scale = float(text)
     except ValueError:
         scale = math.nan
-    if not 0 <= scale <= LARGEST_SCALE:  # nor is it a number
+    if not 0 <= scale <= LARGEST_SCALE:  # true for NaN too
         raise InputError(
-            f"{given}: {text[:40]!r} is no scale of a layer's delta", f"give numbers from 0 to {LARGEST_SCALE}"
+            f"{given}: {text[:40]!r} is not a scale for a layer's delta", f"give numbers from 0 to {LARGEST_SCALE}"
         )
     return abs(scale)  # -0 is 0
 

@@ -1,4 +1,4 @@
-"""What a run is evaluated on: suites of lm-eval's tasks, languages, limits, local copies."""
+"""The `evaluate` section: suites of lm-eval's tasks, languages, limits, local copies."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 class Fidelity(Part):
-    """Greedy answers to held-out prompts of each language: in which language are they?"""
+    """Checks in which language the model answers: greedy answers to held-out prompts of each language."""
 
     prompts: Annotated[Count, Field(ge=1)] = 16
     max_new_tokens: Annotated[Count, Field(ge=1)] = 64
 
 
 class Evaluate(Part):
-    """Which tasks, and how. `limit`: items of each task, a group's shared out over its tasks; `shots` and
-    `max_new_tokens` (a cap): lm-eval's own where null; `stages`: by their names in `eval/`; `local`: files that
-    stand for a task's data on the hub."""
+    """Which tasks, and how. `limit`: items of each task, or of a group together; `shots` and `max_new_tokens` (a
+    limit): lm-eval's own where null; `stages`: by their names in `eval/`; `local`: files that replace a task's data
+    on the hub."""
 
     suites: list[Literal["english", "multilingual"]] = []
     tasks: list[str] = []

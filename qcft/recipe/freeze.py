@@ -1,4 +1,4 @@
-"""The one place where a freeze spec is read. Every spec names what is FROZEN, that is, gets no adapter.
+"""Parses freeze specs. Every spec names what is FROZEN, that is, gets no adapter.
 
 none, first:N, last:N, middle:N, every:K, layers:0-11,20, random:N[@SEED], most-changed:N, least-changed:N
 and snr:N. N is a count, or a share when it has a decimal point (0.5); shares round half up. `middle:N`
@@ -25,7 +25,7 @@ HINT = (
 
 @dataclass(frozen=True)
 class FreezeSpec:
-    """A parsed spec; `amount` is an int (layers) or a float (share of the layers). As `text` it is told and hashed."""
+    """A parsed spec; `amount` is an int (layers) or a float (share of the layers); `text` is shown and hashed."""
 
     kind: str
     amount: int | float | None = None
@@ -38,13 +38,13 @@ class FreezeSpec:
 
     @property
     def measure(self) -> Literal["change", "snr"] | None:
-        """What must be known of the weights before the spec says which layers are frozen."""
+        """What must be measured on the weights before the spec can be resolved to layers."""
         if self.kind == "snr":
             return "snr"
         return "change" if self.kind in {"most-changed", "least-changed"} else None
 
     def count(self, of: int, what: str = "layers") -> int:
-        """How many of `of` layers (or modules of a type) the spec's N comes to. Raises InputError if more than all."""
+        """The spec's N as a number of `of` layers (or modules of a type). Raises InputError if it is more than `of`."""
         assert self.amount is not None
         count = self.amount if isinstance(self.amount, int) else math.floor(self.amount * of + 0.5)
         if count > of:
@@ -56,13 +56,13 @@ class FreezeSpec:
 
 
 def parse_freeze(text: str) -> FreezeSpec:
-    """Read a spec. Raises InputError when it is not one."""
+    """Parse a spec. Raises InputError if it is not valid."""
     kind, _, argument = text.strip().partition(":")
     if kind not in KINDS:
         raise InputError(f"freeze: {text!r} is not a freeze spec", nearest(kind, list(KINDS)) + HINT)
     if kind == "none":
         if argument:
-            raise InputError(f"freeze: {text!r}: 'none' takes nothing after it", HINT)
+            raise InputError(f"freeze: {text!r}: 'none' takes no argument", HINT)
         return FreezeSpec(kind, text=text)
     if kind == "layers":
         return FreezeSpec(kind, ranges=_ranges(text, argument), text=text)
@@ -84,9 +84,9 @@ def frozen_layers(
 ) -> frozenset[int]:
     """The layers, counted from 0, that a spec freezes whole in a model with `layers` decoder layers.
 
-    `seed` is the arm's, used by `random` specs that name none. `change` is how much phase 1 changed each layer;
-    without it most-changed and least-changed freeze as many layers as they will, but not yet the right ones.
-    Raises InputError for a layer that the model does not have and for a spec that leaves nothing to train.
+    `seed` is the arm's, used by `random` specs without a seed. `change` is how much phase 1 changed each layer; without
+    it most-changed and least-changed return the right number of layers, but not yet the right ones.
+    Raises InputError for a layer that the model does not have and for a spec that freezes everything.
     """
     frozen = _frozen(spec, layers, seed, change or [0.0] * layers)
     if len(frozen) == layers:
@@ -101,7 +101,7 @@ def frozen_modules(spec: FreezeSpec, snr: Mapping[str, float], type_of: Mapping[
     """The modules an `snr` spec freezes: of each type, those with the lowest signal-to-noise ratio.
 
     `snr` and `type_of` give each module's ratio and type by its full name; ties go to the lower layer, that is, to
-    the module named first. Raises InputError for a spec that leaves nothing to train.
+    the module named first. Raises InputError for a spec that freezes everything.
     """
     by_type: dict[str, list[str]] = {}
     for name, kind in type_of.items():

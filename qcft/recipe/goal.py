@@ -1,4 +1,4 @@
-"""What can be asked of a run beyond its recipe: a phase merged for use elsewhere, or dialled."""
+"""Requests beyond a run's recipe: to merge a phase for use elsewhere, or to dial it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Goal:
-    """A phase to be merged beyond what the recipe's own phases need: for use elsewhere.
+    """A phase to merge for use elsewhere, beyond the merges that the recipe's phases need.
 
-    `dequantised` merges onto the base as 4 bits hold it; `scale` takes that much of the phase's delta, `by` as
-    much of each layer's as it says.
+    `dequantised` merges onto the dequantised 4-bit base; `scale` multiplies the phase's delta, `by` scales it by layer.
     """
 
     phase: str
@@ -30,20 +29,20 @@ class Goal:
     by: ByLayer | None = None
 
     def way(self) -> dict[str, Any]:
-        """How much of the delta is taken, and by which of PEFT's methods beyond scaling."""
+        """How much of the delta is used, and with which of PEFT's methods beyond scaling."""
         if self.by:
             return {"by": str(self.by)}
         method = {"method": self.method, "density": self.density} if self.method else {}
         return {"scale": self.scale, **method} if self.scale != 1 or method else {}
 
     def share(self) -> str:
-        """How much of the delta is taken, in words."""
+        """How much of the delta is used, in words."""
         return f"its delta with {self.by.label}" if self.by else f"{self.scale:g} of its delta"
 
 
 @dataclass(frozen=True)
 class Dial:
-    """A phase's delta to be measured at several scales, and by layers; `method` as `Goal`'s."""
+    """A phase whose delta is measured at several scales, and by layers; `method` as in `Goal`."""
 
     phase: str
     scales: tuple[float, ...]

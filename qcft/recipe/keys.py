@@ -19,12 +19,12 @@ MEANINGS = {
     "name": "names the run: letters, digits, `.`, `_`, `-`",
     "model.name": "a hub id, a folder, a `.gguf` file, or `smollm2-135m-instruct`, which ships with qcft",
     "model.revision": "a hub revision; it is pinned to its commit",
-    "model.base": "the model this one was tuned from, for `most-changed` and `least-changed` in the first phase",
-    "model.quantize": "how weights are held while training and measuring: 4 bits, or 16",
+    "model.base": "the model it was tuned from, for `most-changed` and `least-changed` in the first phase",
+    "model.quantize": "precision of the weights while training and measuring: 4 bits, or 16",
     "model.attn_implementation": "of transformers: `sdpa`, `flash_attention_2`",
     "model.trust_remote_code": "run code that comes with the model",
     "model.chat_template": "for models without a template",
-    "model.special_tokens_in_text": "control tokens in the text of data: plain text, or themselves",
+    "model.special_tokens_in_text": "control tokens in the text of data: encoded as plain text, or as control tokens",
     "seed": "of adapters, order, sampling and random freezing",
     "deterministic": "train with deterministic kernels, which are slower on CUDA",
     "lora.r": "rank of the adapters",
@@ -37,10 +37,10 @@ MEANINGS = {
     "lora.peft.init_lora_weights": "how factor A starts: PEFT's own way, or Gaussian",
     "lora.peft.rank_pattern": "ranks of modules by the end of their names: `{q_proj: 32}`",
     "lora.peft.alpha_pattern": "alphas of modules by the end of their names",
-    "heldout.share": "of each source's rows, set aside for measuring",
-    "heldout.rows": "the most that are scored of each language",
+    "heldout.share": "share of each source's rows that is set aside for measuring",
+    "heldout.rows": "rows scored of each language, at most",
     "heldout.data": "your own test sets, measured at every stage and never trained",
-    "heldout.of": "whose rows are measured, where not the phases' own; `qcft ablate` sets it",
+    "heldout.of": "measure the rows of these phases instead of the recipe's own; `qcft ablate` sets it",
     "answers.prompts": "held-out English prompts answered at every stage",
     "answers.max_new_tokens": "of an answer",
     "merge.warn_below": "warn where merging keeps less of what the phase learned",
@@ -55,29 +55,29 @@ MEANINGS = {
     "forgetting.stop": "stop training at this rise and keep the last adapter below it",
     "evaluate.suites": "suites of tasks",
     "evaluate.tasks": "other tasks of lm-eval",
-    "evaluate.languages": "of the multilingual suite; null: those that are trained",
+    "evaluate.languages": "languages of the multilingual suite; null: the trained ones",
     "evaluate.stages": "which stages; null: the base, and each phase as the next one starts from it",
     "evaluate.limit": "items of each task",
     "evaluate.shots": "examples in a prompt; null: the task's own",
-    "evaluate.max_new_tokens": "the most; null: the task's own",
+    "evaluate.max_new_tokens": "longest answer; null: the task's own",
     "evaluate.batch": "items at once",
     "evaluate.local": "files in place of a task's data on the hub: `{xquad_es: FILE}`",
-    "evaluate.fidelity.prompts": "prompts of each language whose answers' language is looked at",
+    "evaluate.fidelity.prompts": "prompts of each language whose answers' language is checked",
     "evaluate.fidelity.max_new_tokens": "of such an answer",
-    "probe": "other held-out texts that drift and merges are measured on",
+    "probe": "other held-out texts to measure drift and merges on",
     "phases": "one or more, in order",
     "phases[].name": "used in `--set NAME.key=value` and as the stage's name",
     "phases[].data": "what the phase trains on; a path, a source, or a list of them",
     "phases[].adapter": "an adapter made elsewhere in place of data (first phase only)",
     "phases[].start": "what the phase starts from",
-    "phases[].balance": "rows that each language gives: all; as many as the smallest; `{temperature: T}`",
+    "phases[].balance": "rows of each language: all; as many as the smallest has; `{temperature: T}`",
     "phases[].freeze": "which layers get no adapter",
     "phases[].replay": "a ratio, or the keys below; null: none",
     "phases[].anchor": "`target-masked`, `kl`, `kl:0.01`, or the keys below; null: none",
-    "phases[].anchor.kind": "KL without the right token, or over the whole vocabulary",
+    "phases[].anchor.kind": "KL without the target token, or over the whole vocabulary",
     "phases[].anchor.weight": "null: 1.0 (target-masked), 0.01 (kl)",
     "phases[].system": "a system prompt for rows without one",
-    "phases[].thinking": "of thinking models: train answers with their thoughts, without, or as they are",
+    "phases[].thinking": "for thinking models: train answers with their thoughts, without, or unmodified",
     "phases[].train.lr": "learning rate at its peak",
     "phases[].train.epochs": "passes over the mix; may be a fraction",
     "phases[].train.steps": "optimizer steps, in place of epochs",
@@ -105,23 +105,23 @@ MEANINGS = {
     "phases[].replay.mix": "several kinds, each with the keys of one and a `weight`",
     "phases[].replay.mix[].weight": "share among the kinds",
     "phases[].replay.on_shortfall": "with too few rows: stop, repeat them, or lower the ratio",
-    "phases[].replay.stratify": "draw rows so that any part has the lengths, or languages, of all",
+    "phases[].replay.stratify": "draw rows so that any part has the same lengths, or languages, as the whole",
     "phases[].replay.loss": "of replay rows: cross-entropy, or KL to the starting model",
     "phases[].replay.max_new_tokens": "of a generated answer",
     "phases[].replay.temperature": "of sampling; 0: greedy",
     "phases[].replay.top_p": "of sampling",
     "phases[].replay.chunk": "answers that are stored together",
     "phases[].replay.batch": "prompts answered at once",
-    "phases[].replay.filters.unfinished": "drop answers that had not ended",
-    "phases[].replay.filters.duplicates": "drop answers given before",
+    "phases[].replay.filters.unfinished": "drop answers that did not end within `max_new_tokens`",
+    "phases[].replay.filters.duplicates": "drop repeated answers",
     "phases[].replay.filters.loops": "drop above this share of repeated five-word sequences",
     "phases[].replay.filters.language": "drop answers in another language",
     "phases[].replay.filters.refusals": "drop answers that begin by declining, in English",
     "data[].path": "a file, a folder, a hub id, or `qcft:NAME`; `{lang}` stands for a language",
     "data[].lang": "language code, or a list of them where the path has `{lang}`",
-    "data[].take": "rows to train on: the first N, held-out rows beside them",
-    "data[].format": "told by the columns where auto; `text` is raw text",
-    "data[].sample_by": "what of a .txt file is a document of raw text; null: the whole file",
+    "data[].take": "rows to train on: the first N, held-out rows not counted",
+    "data[].format": "auto: detected from the columns; `text` is raw text",
+    "data[].sample_by": "which part of a .txt file is one document; null: the whole file",
     "data[].columns": "the data's names of columns: `{instruction: question}`",
     "data[].revision": "of a data set on the hub",
     "data[].subset": "of a data set on the hub or a folder",
@@ -143,19 +143,19 @@ NESTED_ELSEWHERE = {"ReplayPart": "phases[].replay"}  # their keys, but for thos
 
 
 def keys() -> Iterator[tuple[str, str, str]]:
-    """Every key as `phases[].train.lr`, its values and its default, as one writes them in YAML."""
+    """Every key as `phases[].train.lr`, with its values and its default as in YAML."""
     yield from _keys(Recipe, "")
     yield from _keys(_parts(Measured.model_fields["data"].annotation)[0], "data[].")
 
 
 def table() -> str:
-    """The keys as a Markdown table. Raises KeyError where one has no meaning here."""
+    """The keys as a Markdown table. Raises KeyError for a key that is missing in MEANINGS."""
     rows = [f"| `{key}` | {values} | {default} | {MEANINGS[key]} |" for key, values, default in keys()]
     return "\n".join(["| key | values | default | what it does |", "|---|---|---|---|", *rows])
 
 
 def with_table(text: str) -> str:
-    """A Markdown text with the table between its two marks. Raises ValueError where they are missing."""
+    """A Markdown text with the table between its two marks. Raises ValueError if the marks are missing."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not end:
@@ -180,7 +180,7 @@ def _keys(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _bare(annotation: Any) -> Any:
-    """An annotation without what validates it, and without None."""
+    """An annotation without its validators, and without None."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in {Union, types.UnionType}:
@@ -201,7 +201,7 @@ def _parts(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _values(annotation: Any) -> str:
-    """What a key takes, in words or as a list of its values."""
+    """The values of a key, in words or as a list."""
     bare = _bare(annotation)
     if get_origin(bare) in {Union, types.UnionType}:
         return ", ".join(dict.fromkeys(_values(one) for one in get_args(bare) if one is not type(None)))

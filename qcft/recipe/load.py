@@ -1,4 +1,4 @@
-"""Reading a recipe: from a file, a built-in name or flags; changed by `--set`; validated as a whole."""
+"""Reads a recipe from a file, a built-in name or flags, applies `--set`, and validates it as a whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from qcft.errors import InputError, nearest
 from qcft.files import exists, oddity
-from qcft.recipe.anchor import spelt_out
+from qcft.recipe.anchor import as_mapping
 from qcft.recipe.schema import Recipe
 from qcft.recipe.texts import check_texts
 from qcft.recipe.yaml_file import UNREADABLE, one_line, read_yaml, read_yaml_file
@@ -26,7 +26,7 @@ SHOWN = 120  # characters of a wrong value in a message
 
 
 def recipes_folder() -> Path:
-    """Where the built-in recipes lie: inside the installed package, or beside it in a checkout."""
+    """The folder of the built-in recipes: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -46,7 +46,7 @@ def load_recipe(recipe: str | Path, changes: Mapping[str, Any] | None = None) ->
 
 
 def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], Path]:
-    """A recipe file, or a built-in one by its name, as plain data, and the folder it lies in. Raises InputError."""
+    """A recipe file, or a built-in one by its name, as plain data, and the folder it is in. Raises InputError."""
     path = _find(str(recipe))
     raw = read_yaml_file(path)
     if not isinstance(raw, dict):
@@ -58,12 +58,12 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], Path]:
 
 
 def changed(raw: dict[str, Any], changes: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """A recipe given as plain data with `changes` applied and shorthands spelt out; relative paths in it are looked
-    for in `folder` first, then in the working directory. Raises InputError."""
+    """A recipe given as plain data with `changes` applied and shorthands expanded; relative paths in it are looked for
+    in `folder` first, then in the current folder. Raises InputError."""
     raw = _normalised(raw)
     for key, value in changes.items():
         _apply(raw, key, value)
-        raw = _normalised(raw)  # what was set may use shorthands too, and the next key may lead into them
+        raw = _normalised(raw)  # the new value may use shorthands too, and the next key may set something inside it
     for place in (folder, Path.cwd()):
         if place is not None:
             _anchor_paths(raw, place)
@@ -93,7 +93,7 @@ def parse_assignments(texts: list[str]) -> dict[str, Any]:
         except UNREADABLE as error:
             raise InputError(
                 f"--set {_shown(text)}: the value cannot be read: {one_line(error)}",
-                "close what is open, and quote it for the shell: --set 'KEY=[a, b]'",
+                "close all brackets and quotes, and quote it for the shell: --set 'KEY=[a, b]'",
             ) from None
     return changes
 
@@ -116,7 +116,7 @@ def _find(name: str) -> Path:
 
 
 def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy with the shorthands spelt out: a bare model name, phases as a mapping, a bare or single source."""
+    """A copy with the shorthands expanded: a bare model name, phases as a mapping, a bare or single source."""
     raw = copy.deepcopy(raw)
     if isinstance(raw.get("model"), str):
         raw["model"] = {"name": raw["model"]}
@@ -132,7 +132,7 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
         if isinstance(holder, dict) and type(holder.get("replay")) in {int, float}:
             holder["replay"] = {"ratio": holder["replay"]}
         if isinstance(holder, dict) and "anchor" in holder:
-            holder["anchor"] = spelt_out(holder["anchor"])
+            holder["anchor"] = as_mapping(holder["anchor"])
     holders += [p["replay"] for p in holders if isinstance(p, dict) and isinstance(p.get("replay"), dict)]
     mixes = [h["mix"] for h in holders if isinstance(h, dict) and isinstance(h.get("mix"), list)]
     holders += [part for mix in mixes for part in mix]
@@ -145,7 +145,7 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Make relative paths of models, data, adapters and local copies absolute where they lie in `folder`."""
+    """Make relative paths of models, data, adapters and local copies absolute if they exist in `folder`."""
 
     def lies_there(value: str, lang: Any) -> bool:
         langs = lang if isinstance(lang, list) else [lang]
@@ -239,7 +239,7 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
         )
     if kind == "missing":
         return InputError(f"recipe: {where!r} is missing", "add it to the recipe, or give it with --set")
-    text = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    text = first["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(" or instance of ")[0]
     if kind in {"too_short", "string_too_short"}:
         text = "should not be empty"
     if kind == "value_error":  # the schema's own: what is wrong | what to do
@@ -255,12 +255,12 @@ def _as_input_error(error: ValidationError, raw: dict[str, Any]) -> InputError:
         return InputError(f"recipe: {where}: {_shown(given)} {text}", quoted)
     expected = next((word for start, word in EXPECTED.items() if kind.startswith(start)), None)
     default = _default_at(location)
-    hint = f"give {expected}" if expected else f"leave it out for the default, {default!r}" if default else f"it {text}"
+    hint = f"give {expected}" if expected else f"omit it for the default, {default!r}" if default else f"it {text}"
     return InputError(f"recipe: {where}: {_shown(given)} {text}", hint)
 
 
 def _unquoted(value: Any) -> str | None:
-    """The hint where a text, or one in a list, was read as something else for want of quotes."""
+    """The hint where a text, or one in a list, was read as another type because it has no quotes."""
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, bool):
             return 'put it in quotes, such as "no": without them YAML reads no, off, yes and on as true or false'
@@ -290,7 +290,7 @@ EXPECTED = {
 
 
 def _readable(location: tuple[int | str, ...], raw: dict[str, Any]) -> str:
-    """`('phases', 1, 'train', 'lr')` as `phase2.train.lr`; names of union members are left out."""
+    """`('phases', 1, 'train', 'lr')` as `phase2.train.lr`, without the names of union members."""
     parts = list(location)
     if len(parts) >= 2 and parts[0] == "phases" and isinstance(parts[1], int):
         phases = raw.get("phases")

@@ -1,4 +1,4 @@
-"""What the schema is made of: parts that refuse unknown keys, numbers, data sources."""
+"""Building blocks of the schema: parts that refuse unknown keys, numbers, data sources."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def _no_bool(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Name = Annotated[str, Field(min_length=1)]  # of what is found by it: nothing would mean the working folder
+Name = Annotated[str, Field(min_length=1)]  # a name to look something up: an empty one would mean the current folder
 Count = Annotated[int, BeforeValidator(_no_bool)]
-Seed = Annotated[Count, Field(ge=0, lt=2**32)]  # the widest that NumPy's generator takes
+Seed = Annotated[Count, Field(ge=0, lt=2**32)]  # the range that NumPy's generator accepts
 
 
 class Part(BaseModel):
-    """A frozen part of the recipe that refuses keys it does not know."""
+    """A frozen part of the recipe that refuses unknown keys."""
 
-    # Defaults are validated like what is given, so that a recipe read back is equal to the last bit of its ids.
+    # Defaults are validated like given values, so that a recipe read back has exactly the same ids.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
@@ -36,7 +36,7 @@ def named(key: str) -> Callable[[Any], Any]:
 
 
 def _listed(value: Any) -> Any:
-    """One entry where a list is asked for is a list of one."""
+    """Turns a single entry into a list of one."""
     return [value] if isinstance(value, (str, dict)) else value
 
 
@@ -50,9 +50,9 @@ class Source(Part):
     """One data set: a file, a folder, a hub id, or `qcft:NAME` for data that ships with qcft.
 
     `{lang}` in `path`, with a list as `lang`, stands for one source per language. `take` is the number
-    of rows to train on; held-out rows are read beside them. `columns` says by which name the data has a column.
-    `sample_by`: what of a .txt file is a document of raw text: the whole file (the default), what blank lines part, or
-    each line. A hub data set of .txt files is read by lines, unless this says otherwise.
+    of rows to train on; held-out rows are read in addition. `columns` gives the data's own name of each column.
+    `sample_by`: which part of a .txt file is one document of raw text: the whole file (the default), each paragraph
+    (separated by blank lines), or each line. A hub data set of .txt files is read by lines, unless this is set.
     """
 
     path: Name
@@ -72,7 +72,7 @@ class Source(Part):
                 raise ValueError("lang: the list of languages is empty | name a language, such as es")
             if len(self.lang) > 1 and "{lang}" not in self.path:
                 raise ValueError(
-                    "lang: several languages, but no {lang} in path | write {lang} into path, or give a source for each"
+                    "lang: several languages, but no {lang} in path | write {lang} in path, or give one source for each"
                 )
         elif "{lang}" in self.path and self.lang is None:
             raise ValueError("path: {lang} stands for a language, but lang is not given | add lang: [es, pt]")

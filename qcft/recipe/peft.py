@@ -31,7 +31,7 @@ OWNED = {
     "auto_mapping": "nothing: PEFT finds the model's class itself",
 }
 
-# Fields that no training of qcft can have.
+# Fields that qcft cannot use, and why.
 REFUSED = {
     "bias": "trained biases stay in the model when the adapter is switched off",
     "modules_to_save": "qcft trains adapters, not whole modules",
@@ -49,7 +49,7 @@ REFUSED = {
     "megatron_config": "qcft trains models of transformers, not of Megatron",
     "megatron_core": "qcft trains models of transformers, not of Megatron",
     "loftq_config": "LoftQ changes the weights under the adapter, which are in 4 bits already",
-    "eva_config": "EVA begins from activations that qcft does not collect",
+    "eva_config": "EVA starts from activations that qcft does not collect",
     "corda_config": "CorDA changes the weights under the adapter",
     "lora_ga_config": "LoRA-GA changes the weights under the adapter",
 }
@@ -61,20 +61,20 @@ BEGINNINGS = {
     "corda": CHANGES_WEIGHTS,
     "loftq": CHANGES_WEIGHTS,
     "lora_ga": CHANGES_WEIGHTS,
-    "eva": "begins from activations that qcft does not collect",
+    "eva": "starts from activations that qcft does not collect",
     "orthogonal": "fails in PEFT on 4-bit weights",
-    "mica": "leaves half of the adapter untrained, which qcft takes for an error",
+    "mica": "leaves half of the adapter untrained, which qcft treats as an error",
 }
 
 
 def _beginning(value: Any) -> Any:
-    hint = "leave it out for PEFT's own (the adapter changes nothing at first), or use gaussian"
+    hint = "omit it for PEFT's default (the adapter changes nothing at first), or use gaussian"
     if value is False:
-        raise ValueError(f"false begins from a random change of the model | {hint}")
+        raise ValueError(f"false starts from a random change of the model | {hint}")
     if value is True or value == "gaussian":
         return value
     kind = str(value).lower().partition("_niter_")[0]
-    raise ValueError(f"{value!r} {BEGINNINGS.get(kind, 'is no way to begin an adapter')} | {hint}")
+    raise ValueError(f"{value!r} {BEGINNINGS.get(kind, 'is not a known way to initialize an adapter')} | {hint}")
 
 
 def _pattern(value: Any) -> Any:
@@ -82,7 +82,9 @@ def _pattern(value: Any) -> Any:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{value!r} is no pattern: {error} | name modules, as in q_proj or layers.0.*") from None
+            raise ValueError(
+                f"{value!r} is not a pattern: {error} | name modules, such as q_proj or layers.0.*"
+            ) from None
     return value
 
 
@@ -90,13 +92,14 @@ Pattern = Annotated[Name, BeforeValidator(_pattern)]
 
 
 class Peft(Part):
-    """Fields of PEFT's LoraConfig, by its own names.
+    """Fields of PEFT's LoraConfig, under their own names.
 
     `use_dora`: a trained magnitude for each output beside the two factors (arXiv 2402.09353). `lora_bias`: a bias
-    beside factor B. `init_lora_weights`: how factor A begins (B is 0). `rank_pattern`, `alpha_pattern`: rank and alpha
-    of the modules whose names end in a pattern.
+    beside factor B. `init_lora_weights`: how factor A is initialized (B is 0). `rank_pattern`, `alpha_pattern`: rank
+    and alpha of the modules whose names end in a pattern.
 
-    Not any other field: of a field that qcft does not know, it cannot say whether a merge holds all that was trained.
+    Other fields are refused: for a field that qcft does not know, it cannot check that a merge contains everything
+    that was trained.
     """
 
     use_dora: bool = False
@@ -112,21 +115,21 @@ class Peft(Part):
             if key in OWNED:
                 raise ValueError(f"{key} is set by qcft itself | use {OWNED[key]}")
             if key in REFUSED:
-                raise ValueError(f"{key}: {REFUSED[key]} | leave it out")
+                raise ValueError(f"{key}: {REFUSED[key]} | omit lora.peft.{key}")
         return value
 
     @field_validator("lora_bias")
     @classmethod
     def _one_kind(cls, value: bool, info: Any) -> bool:
         if value and info.data.get("use_dora"):
-            raise ValueError("PEFT has no lora_bias for DoRA | leave one of them out")
+            raise ValueError("PEFT has no lora_bias for DoRA | omit one of them")
         return value
 
     @property
     def beyond_factors(self) -> str | None:
-        """The field that makes a delta more than s B A, so that it has no scale and no place in a stack."""
+        """The field that makes a delta more than s B A, so that it cannot be scaled or stacked; None if not set."""
         return next((name for name in ("use_dora", "lora_bias") if getattr(self, name)), None)
 
     def given(self) -> dict[str, Any] | None:
-        """The fields that are not PEFT's defaults; None where all are."""
+        """The fields that differ from PEFT's defaults; None if there are none."""
         return self.model_dump(exclude_defaults=True) or None

@@ -1,4 +1,4 @@
-"""Replay in the recipe: how much, of which kinds, how it is generated and what is left out."""
+"""The `replay` section: how much, of which kinds, how it is generated and which answers are dropped."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qcft.recipe.parts import Count, Number, Part, Sources, named
 
 
 class Filters(Part):
-    """Which generated answers are left out of replay, beside those that are empty.
+    """Which generated answers are dropped from replay, besides empty ones.
 
-    `unfinished`: answers that did not end within `max_new_tokens`; else they are kept, cut there, without loss on an
-    end of turn. Those are the longer ones: without them replay teaches shorter answers. `duplicates`: an answer of ten
-    words or more that was given before. `loops`: answers in which more than this share of five-word sequences came
-    before (null: any). `language`: answers clearly in another (null: any). `refusals`: answers that begin by
-    declining, in English.
+    `unfinished`: answers that did not end within `max_new_tokens`; if false they are kept, truncated there, without
+    loss on an end of turn. They are the longer answers: without them replay teaches shorter answers. `duplicates`: an
+    answer of ten words or more that was given before. `loops`: answers in which more than this share of five-word
+    sequences are repeats (null: no limit). `language`: answers that are clearly in another language (null: any).
+    `refusals`: answers that begin by declining, in English.
     """
 
     unfinished: bool = False
@@ -30,11 +30,11 @@ class ReplayKind(Part):
     """Where replay rows come from.
 
     generative: the model the phase starts from answers English prompts: those of `data`, else the English
-    versions of the phase's own prompts, else those of the first phase, else of what ships with qcft.
+    versions of the phase's own prompts, else those of the first phase, else the ones that ship with qcft.
     english: real English rows, those of `data` or of the first phase that are parallel to the phase's rows by id,
-    or the phase's `*_en` columns; with `parallel: false` the rows of `data` as they come. phase1: rows of the
-    first phase. file: the rows of `path`, such as a replay.jsonl read and edited. `phase` names another earlier
-    phase, for generative (its prompts, in its language) and phase1 (its rows).
+    or the phase's `*_en` columns; with `parallel: false` all rows of `data`. phase1: rows of the first phase.
+    file: the rows of `path`, such as an edited replay.jsonl. `phase` names another earlier phase, for generative (its
+    prompts, in its language) and phase1 (its rows).
     """
 
     kind: Literal["generative", "english", "phase1", "file"] = "generative"
@@ -49,31 +49,31 @@ class ReplayKind(Part):
             what = "needs path: FILE" if self.kind == "file" else "takes no path"
             raise ValueError(f"replay of kind {self.kind} {what} | kind: file, path: replay.jsonl belong together")
         if self.data and self.kind in {"phase1", "file"}:
-            raise ValueError(f"replay of kind {self.kind} takes no data | leave data out, or use kind: english")
+            raise ValueError(f"replay of kind {self.kind} takes no data | omit data, or use kind: english")
         if self.phase is not None and (self.kind in {"english", "file"} or self.data):
-            raise ValueError("phase is for replay of kind phase1 or generative, without data | leave one of them out")
+            raise ValueError("phase is for replay of kind phase1 or generative, without data | omit one of them")
         if not self.parallel and not (self.kind == "english" and self.data):
-            raise ValueError("parallel: false is for kind: english with data | leave it out")
+            raise ValueError("parallel: false is for kind: english with data | omit parallel")
         return self
 
 
 class ReplayPart(ReplayKind):
-    """One kind among several; `weight` is its share of them."""
+    """One kind of several; `weight` is its share of the replay rows, relative to the others."""
 
     weight: Annotated[Number, Field(gt=0)] = 1.0
 
 
 def ratio_alone(value: Any) -> Any:
-    """A bare number where replay is asked for is its ratio."""
+    """Turns a bare number given for `replay` into its ratio."""
     return {"ratio": value} if isinstance(value, (int, float)) else value
 
 
 class Replay(ReplayKind):
     """Rows that keep English alive: `ratio` is their share of the final mix, by rows or by answer tokens.
 
-    `kind`, `data`, `path`, `phase` and `parallel` name one kind of rows; `mix` names several, with weights. When there
-    are too few rows, `on_shortfall` is an error, repeats them, or shrinks the share. `stratify` draws them so
-    that any part of them has the lengths, or the languages, of all. `loss` of a replay row: the cross-entropy of its
+    `kind`, `data`, `path`, `phase` and `parallel` set one kind of rows; `mix` sets several, with weights. When there
+    are too few rows, `on_shortfall` raises an error, repeats rows, or shrinks the share. `stratify` draws rows so that
+    any part of them has the same lengths, or languages, as the whole. `loss` of a replay row: the cross-entropy of its
     answer, or `distil`, the divergence from the model that the phase starts from on each of its answer tokens.
     """
 
@@ -95,7 +95,7 @@ class Replay(ReplayKind):
         if self.mix and ReplayKind(**{key: getattr(self, key) for key in ReplayKind.model_fields}) != ReplayKind():
             raise ValueError("both mix and one kind of replay | put kind, data and path into the entries of mix")
         if self.loss == "distil" and self.ratio == 0:
-            raise ValueError("loss: distil with ratio 0 has no rows to distil on | give a ratio, or leave loss out")
+            raise ValueError("loss: distil with ratio 0 has no rows to distil on | give a ratio, or omit loss")
         return self
 
     def parts(self) -> list[ReplayPart]:

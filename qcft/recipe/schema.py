@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, fi
 from pydantic_core import PydanticKnownError
 
 from qcft.errors import InputError
-from qcft.recipe.ablation import Ablation
+from qcft.recipe.ablation import AblationSpec
 from qcft.recipe.anchor import Anchor, check_anchor
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import FreezeSpec, parse_freeze
@@ -18,15 +18,15 @@ from qcft.recipe.peft import Peft
 from qcft.recipe.replay import Replay, ratio_alone
 from qcft.recipe.stages import taken_for
 
-TESTS = "test"  # what the rows of heldout.data are measured as
+TESTS = "test"  # the phase name under which the rows of heldout.data are measured
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # 1e-8, which PyYAML reads as text
 
 
 class Model(Part):
-    """Which model, and how its weights are held while training and measuring.
+    """Which model, and the precision of its weights while training and measuring.
 
-    `base` is the model it was tuned from: what a first phase's most-changed and least-changed are measured against.
-    `special_tokens_in_text`: whether control tokens in the text of data are encoded as plain text, or as themselves.
+    `base` is the model it was tuned from: a first phase's most-changed and least-changed are measured against it.
+    `special_tokens_in_text`: whether control tokens in the text of data are encoded as plain text or as control tokens.
     """
 
     name: Name
@@ -42,7 +42,7 @@ class Model(Part):
 class Lora(Part):
     """The shape of the adapters. `targets`: all linear layers, or the last names of modules (`q_proj`).
 
-    `peft`: further fields of PEFT's LoraConfig, passed on as they are.
+    `peft`: further fields of PEFT's LoraConfig, passed on unmodified.
     """
 
     r: Annotated[Count, Field(ge=1)] = 16
@@ -54,8 +54,8 @@ class Lora(Part):
 
 
 class Text(Part):
-    """How raw text is trained. `min_tokens`: documents, and last pieces of long ones, that are shorter are dropped and
-    counted."""
+    """How raw text is trained on. Documents, and last pieces of long documents, that are shorter than `min_tokens` are
+    dropped and counted."""
 
     min_tokens: Annotated[Count, Field(ge=2)] = 16
 
@@ -63,11 +63,11 @@ class Text(Part):
 class Train(Part):
     """How a phase is trained. `batch` counts rows per optimizer step, whether rows are packed or not.
 
-    `micro_batch`: rows run at once where rows are not packed; `auto`: as many as memory holds, packed or not, with the
-    same rows in every optimizer step. `batch: auto` is the default batch, run so.
+    `micro_batch`: rows per forward pass where rows are not packed; `auto`: as many as fit in memory, packed or not,
+    with the same rows in every optimizer step. `batch: auto` is the default batch with `micro_batch: auto`.
 
-    `prefix_cache`: keep on disk what the lowest, frozen layers make of each row, and train from that.
-    `long_rows` is about conversations: long documents of raw text are cut into pieces, none is dropped.
+    `prefix_cache`: store the output of the lowest, frozen layers for each row on disk, and train from it.
+    `long_rows` is for conversations: long documents of raw text are always split into pieces.
     """
 
     lr: Annotated[Number, Field(gt=0)] = 2e-4
@@ -105,7 +105,7 @@ class Train(Part):
 
 
 class Temperature(Part):
-    """Languages give rows in proportion to the `temperature`-th root of what they have: 1 is all, large is equal."""
+    """Each language gives rows in proportion to the `temperature`-th root of its rows: 1 is all, large is equal."""
 
     temperature: Annotated[Number, Field(ge=1)]
 
@@ -134,9 +134,9 @@ def _freeze(value: Any) -> FreezeSpec:
 class Phase(Part):
     """One phase: data to train on, or an adapter made elsewhere.
 
-    `balance`: how many rows each language gives to an epoch, drawn once without repeats: all, as many as the smallest
+    `balance`: how many rows of each language an epoch has, drawn once without repeats: all, as many as the smallest
     has, or by a temperature. `thinking`: whether a thinking model's answers are trained with thoughts before them;
-    `auto`: those that have some.
+    `auto`: the answers that have thoughts.
     """
 
     name: str
@@ -158,14 +158,14 @@ class Phase(Part):
         if self.adapter is not None and self.data:
             raise ValueError(f"phase {self.name!r} has both data and an adapter | give one of them")
         if self.adapter is not None and self.anchor is not None:
-            raise ValueError(f"phase {self.name!r} is an adapter made elsewhere and not trained | leave its anchor out")
+            raise ValueError(f"phase {self.name!r} is an adapter made elsewhere and not trained | omit its anchor")
         terms = self.anchor is not None or (self.replay is not None and self.replay.loss == "distil")
         other = [key for key, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0)) if terms
                  if self.train.sft.get(key, plain) != plain]  # fmt: skip
         if other:
             raise ValueError(
-                f"train.sft.{other[0]} changes the cross-entropy that an anchor and distilled replay stand beside | "
-                "leave one of them out"
+                f"train.sft.{other[0]} changes the cross-entropy, which an anchor and distilled replay need as it is | "
+                "omit one of them"
             )
         return self
 
@@ -186,11 +186,11 @@ class Measured(Part):
 
 
 class HeldOut(Part):
-    """Rows set aside for measuring: the share of all rows, and at most `rows` scored of each language.
+    """Rows set aside for measuring: `share` of all rows, of which at most `rows` of each language are scored.
 
-    `data`: one's own test sets, all of whose rows (or the first `take`) are measured besides, and never trained.
-    `of`: whose rows are measured, at most `rows` of each source, where that is not the recipe's own phases:
-    `qcft ablate` has every arm measure the rows of all.
+    `data`: your own test sets; all of their rows (or the first `take`) are also measured, and never trained on.
+    `of`: the phases whose rows are measured, at most `rows` of each source, instead of the recipe's own:
+    `qcft ablate` sets it so that every arm measures the rows of all arms.
     """
 
     share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
@@ -200,16 +200,16 @@ class HeldOut(Part):
 
 
 class Answers(Part):
-    """Greedy answers to held-out English prompts, the first thing to break."""
+    """Greedy answers to held-out English prompts: often the first thing that gets worse."""
 
     prompts: Annotated[Count, Field(ge=0)] = 16
     max_new_tokens: Annotated[Count, Field(ge=1)] = 64
 
 
 class Merge(Part):
-    """What a merge must come to. `warn_below`, `refuse_below`: the least share of what a phase learned that it must
-    keep, to pass unwarned, to pass (null: any). `max_kl` (nats per answer token) and `min_agreement` (share of
-    answer tokens) refuse by how far it is from the live adapter. `dtype`: of the weights (null: the base's)."""
+    """Limits for a merge. `warn_below`, `refuse_below`: warn, or stop, if it keeps a smaller share of what the phase
+    learned (null: never). `max_kl` (nats per answer token) and `min_agreement` (share of answer tokens): stop if it is
+    further from the live adapter. `dtype`: of the weights (null: the base's)."""
 
     warn_below: Annotated[Number, Field(le=1)] = 0.8
     refuse_below: Annotated[Number, Field(le=1)] | None = 0.5
@@ -219,9 +219,10 @@ class Merge(Part):
 
 
 class Forgetting(Part):
-    """The live probe: English NLL on at most `rows` held-out rows, every so many optimizer steps of a phase, against
-    the model the phase starts from. `auto`: as often as costs at most 5% of the training. A relative rise of `warn`
-    is told once; at a rise of `stop` training ends, and the adapter of the last probe under it is kept.
+    """The live probe: English NLL on at most `rows` held-out rows, measured every `every` optimizer steps of a phase
+    and compared with the model the phase starts from. `auto`: as often as possible within 5% of the training time. A
+    relative rise of `warn` is reported once; at a rise of `stop` training ends and the adapter of the last probe below
+    it is kept.
     """
 
     every: Annotated[Count, Field(ge=1)] | Literal["auto"] = "auto"
@@ -231,7 +232,7 @@ class Forgetting(Part):
 
 
 class Recipe(Part):
-    """A whole experiment. `deterministic`: train by kernels that come to the same bits each time, on CUDA too."""
+    """A whole experiment. `deterministic`: train with kernels that give the same bits each time, on CUDA too."""
 
     version: Literal[1] = 1
     name: str
@@ -246,7 +247,7 @@ class Recipe(Part):
     evaluate: Evaluate = Evaluate()
     probe: Sources = []
     phases: list[Phase] = Field(min_length=1)
-    ablation: Ablation | None = None
+    ablation: AblationSpec | None = None
 
     @field_validator("name")
     @classmethod
@@ -264,11 +265,11 @@ class Recipe(Part):
             if not NAME.fullmatch(phase.name):
                 raise ValueError(f"phases: {phase.name!r} cannot name a phase | use letters, digits, '.', '_' and '-'")
             if phase.name in seen:
-                raise ValueError(f"phases: two phases are named {phase.name!r} | name one otherwise")
+                raise ValueError(f"phases: two phases are named {phase.name!r} | rename one of them")
             if phase.name in Recipe.model_fields:
-                raise ValueError(f"phases: {phase.name!r} is a key of the recipe | name the phase otherwise")
+                raise ValueError(f"phases: {phase.name!r} is a key of the recipe | rename the phase")
             if what := taken_for(phase.name, (other.name for other in self.phases)):
-                raise ValueError(f"phases: {phase.name!r} would be taken for {what} | name the phase otherwise")
+                raise ValueError(f"phases: {phase.name!r} would be mistaken for {what} | rename the phase")
             seen.add(phase.name)
             if i and phase.adapter is not None:
                 raise ValueError(
@@ -282,13 +283,13 @@ class Recipe(Part):
         for number, phase in enumerate(self.phases[1:], 1):
             if phase.start == "continue" and number == 1 and first.adapter and self.lora.peft.given():
                 raise ValueError(
-                    f"lora.peft: {phase.name} continues the adapter of {first.name}, whose own config holds | "
-                    f"leave lora.peft out, or set {phase.name}.start to merged"
+                    f"lora.peft: {phase.name} continues the adapter of {first.name}, whose own config applies | "
+                    f"omit lora.peft, or set {phase.name}.start to merged"
                 )
             if field and phase.start == "stacked":
                 raise ValueError(
-                    f"lora.peft.{field}: such an adapter cannot be part of a stack, which {phase.name}.start asks for"
-                    f" | set {phase.name}.start to merged, or leave lora.peft.{field} out"
+                    f"lora.peft.{field}: such an adapter cannot be part of a stack, which {phase.name}.start requires"
+                    f" | set {phase.name}.start to merged, or omit lora.peft.{field}"
                 )
             if field and phase.freeze.measure == "change" and not (number == 1 and first.adapter):
                 raise ValueError(
@@ -300,7 +301,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _tests_have_their_name(self) -> Self:
         if self.heldout.data and any(phase.name == TESTS for phase in self.phases):
-            raise ValueError(f"phases: {TESTS!r} names what heldout.data measures | name the phase otherwise")
+            raise ValueError(f"phases: {TESTS!r} is the name for heldout.data in the results | rename the phase")
         return self
 
     @model_validator(mode="after")
@@ -308,13 +309,13 @@ class Recipe(Part):
         first = self.phases[0]
         if self.measures_change_since_base() and self.model.base is None:
             raise ValueError(
-                f"{first.name}.freeze: {first.freeze.text!r} goes by what an earlier phase changed, but {first.name!r} "
-                "is the first phase | set model.base to the model that this one was tuned from"
+                f"{first.name}.freeze: {first.freeze.text!r} depends on what an earlier phase changed, but "
+                f"{first.name!r} is the first phase | set model.base to the model that it was tuned from"
             )
         return self
 
     def measures_change_since_base(self) -> bool:
-        """Whether the first phase freezes by what changed in the model before it came."""
+        """Whether the first phase freezes by how much the model changed from `model.base`."""
         return self.phases[0].freeze.measure == "change"
 
     def phase(self, name: str) -> Phase:
@@ -350,7 +351,7 @@ OWNED = {
     "data_seed": "seed",
     "full_determinism": "seed",
     "gradient_checkpointing_kwargs": "train.gradient_checkpointing (never reentrant)",
-    "ignore_data_skip": "nothing: a killed run goes on exactly where it was",
+    "ignore_data_skip": "nothing: a killed run resumes exactly where it stopped",
     "model_init_kwargs": "model",
     "trust_remote_code": "model.trust_remote_code",
     "chat_template_path": "model.chat_template",
@@ -371,9 +372,9 @@ OWNED = {
     "eval_packing": "heldout",
     "eval_strategy": "heldout",
     "eval_steps": "heldout",
-    "resume_from_checkpoint": "nothing: a killed run goes on by itself",
+    "resume_from_checkpoint": "nothing: a killed run resumes by itself",
     "logging_strategy": "train.report_to",
-    "logging_nan_inf_filter": "nothing: a loss that is not finite ends the training",
+    "logging_nan_inf_filter": "nothing: a loss that is not finite stops the training",
     "auto_find_batch_size": "train.micro_batch",
     "logging_steps": "train.report_to (every step is logged)",
     "disable_tqdm": "--quiet",

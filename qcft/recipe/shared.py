@@ -1,4 +1,4 @@
-"""A recipe as it may leave the machine: without the folders of this one."""
+"""A recipe for sharing: without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ TEXT = "system"  # a prompt, which may begin with a slash as `/no_think` does
 
 
 def without_folders(path: str) -> str:
-    """A path without the folders it lies in; a hub id or a built-in name as it is."""
+    """The last name of an absolute path; a hub id or a built-in name unmodified."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
 def shared_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML; of what lies on this machine only the last name of its path is left."""
+    """The recipe as YAML; of paths on this machine only the last name is kept."""
     return yaml.safe_dump(_shared(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 

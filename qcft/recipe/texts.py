@@ -1,4 +1,4 @@
-"""What no text of a recipe may hold, as recipes are kept, digested and shared: access tokens, half characters."""
+"""Refuses texts that a recipe must not contain, as it is stored and shared: access tokens, lone surrogates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from qcft.errors import InputError
 from qcft.safe import without_tokens
 
-MOST = 100_000  # values; far more than any recipe has, and what YAML's aliases can blow up to
+MOST = 100_000  # values; far more than any recipe has, but YAML's aliases can expand to more
 
 
 def check_texts(raw: Any) -> None:
@@ -18,7 +18,7 @@ def check_texts(raw: Any) -> None:
         where, node = ahead.pop()
         seen += 1
         if seen > MOST:
-            raise InputError(f"recipe: it holds more than {MOST:,} values", "see `qcft recipes` for examples")
+            raise InputError(f"recipe: it has more than {MOST:,} values", "see `qcft recipes` for examples")
         if isinstance(node, dict):
             ahead += [(where, key) for key in node]
             ahead += [(f"{where}.{key}".lstrip("."), value) for key, value in node.items()]
@@ -31,10 +31,10 @@ def check_texts(raw: Any) -> None:
 def _check(text: str, where: str) -> None:
     if without_tokens(text) != text:
         raise InputError(
-            f"{where} holds an access token or password, and recipes are kept and shared",
-            "take it out; log in with `hf auth login`, or set HF_TOKEN (W&B: `wandb login`, or WANDB_API_KEY)",
+            f"{where} contains an access token or password, and recipes are stored and shared",
+            "remove it; log in with `hf auth login`, or set HF_TOKEN (W&B: `wandb login`, or WANDB_API_KEY)",
         )
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: {text[:40]!r} holds half a character", "write it as plain UTF-8") from None
+        raise InputError(f"{where}: {text[:40]!r} contains half a character", "write it as plain UTF-8") from None

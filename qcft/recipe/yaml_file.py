@@ -1,7 +1,7 @@
-"""YAML as recipes are written in: every key once, merge keys, escaped pairs of UTF-16 as the character they mean.
+"""Reads the YAML of recipes: no key twice, merge keys, escaped UTF-16 pairs as the character they encode.
 
-1e-4 stays the text that PyYAML takes it for (YAML 1.2 has a number): it names an ablation's arm as it was written, and
-is a number where the schema asks for one.
+1e-4 stays text, as PyYAML reads it (in YAML 1.2 it is a number): an ablation's arm is named by it as it was written,
+and the schema converts it to a number where it needs one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import yaml
 
 from qcft.errors import InputError
 
-# What reading YAML may raise: no YAML, no UTF-8 or no such date, nesting thousands deep.
+# What reading YAML may raise: invalid YAML, UTF-8 or dates, nesting thousands deep.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
-LARGEST = 10_000_000  # bytes of a file; its values are counted later
-MERGED = 10_000  # keys of one mapping, those merged into it with them: merges of merges double
+LARGEST = 10_000_000  # bytes of a file; the number of values is checked later
+MERGED = 10_000  # keys of one mapping, merged keys included: merges of merges grow exponentially
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but that it refuses a key written twice, of which PyYAML silently keeps the last."""
+    """PyYAML's safe loader, but it refuses duplicate keys, of which PyYAML silently keeps the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > MERGED:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {MERGED:,} keys, with those merged")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {MERGED:,} keys, merged keys included")
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
@@ -43,22 +43,22 @@ class _Loader(yaml.SafeLoader):
 
 
 def joined(text: str) -> str:
-    """A text whose pairs of half characters, as JSON escapes what is beyond 16 bits, are whole; lone halves stay."""
+    """A text with surrogate pairs (JSON's escapes of characters beyond 16 bits) joined; lone surrogates stay."""
     if not any("\ud800" <= one <= "\udfff" for one in text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a YAML text holds. Raises one of UNREADABLE."""
+    """The value of a YAML text. Raises one of UNREADABLE."""
     return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 
 def read_yaml_file(path: Path) -> Any:
-    """The value that a YAML file holds. Raises InputError."""
+    """The value of a YAML file. Raises InputError."""
     try:
         if path.stat().st_size > LARGEST:
-            raise InputError(f"{path}: no recipe has over {LARGEST:,} bytes", "see `qcft recipes` for examples")
+            raise InputError(f"{path}: a recipe has at most {LARGEST:,} bytes", "see `qcft recipes` for examples")
         return read_yaml(path.read_text(encoding="utf-8"))
     except UNREADABLE as error:
         raise InputError(
@@ -69,5 +69,5 @@ def read_yaml_file(path: Path) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """What an error of YAML's says, on one line."""
+    """The message of a YAML error, on one line."""
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())

@@ -1,4 +1,4 @@
-"""How much replay a phase mixes in, in rows or answer tokens: exact, as fractions, until rows are taken."""
+"""How much replay a phase adds, in rows or answer tokens: exact fractions until rows are chosen."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 def replay_amount(replay: Replay | None, new: int) -> Fraction:
-    """How much replay makes up its share of the final mix beside `new`, in the same unit: rows or answer tokens.
+    """How much replay gives its share of the final mix with `new`, in the same unit: rows or answer tokens.
 
-    r / (1 - r) * new, exact in the decimal ratio that was written.
+    r / (1 - r) * new, exact for the decimal ratio as written.
     """
     share = Fraction(str(replay.ratio)) if replay else Fraction(0)
     return share / (1 - share) * new
@@ -27,11 +27,11 @@ def rounded(amount: Fraction) -> int:
 
 
 def take_amount(rows: Iterable[T], amount: Fraction, weigh: Callable[[T], int]) -> tuple[list[T], Fraction]:
-    """The first rows whose weights come nearest to `amount` in sum (half a row is rounded up), and how much
-    is missing where the rows run out before that, else 0.
+    """The first rows whose weights sum to nearly `amount` (half a row is rounded up), and how much is missing if there
+    are too few rows, else 0.
 
-    With a weight of 1 each, that is `amount` to the nearest row; with their answer tokens, to half a row's
-    length. No more rows are asked for than it takes, so they may be made on the way.
+    With a weight of 1 each, that is `amount` to the nearest row; with their answer tokens, to half a row's length. No
+    more rows are read than needed, so they may be generated on demand.
     """
     taken: list[T] = []
     total, last = 0, 0
@@ -40,7 +40,7 @@ def take_amount(rows: Iterable[T], amount: Fraction, weigh: Callable[[T], int]) 
         row = next(source, None)
         if row is None:
             missing = amount - total
-            # Not missed: less than half of what another row like the last one holds.
+            # Not counted as missing: less than half of another row like the last one.
             return taken, missing if not last or missing * 2 >= last else Fraction(0)
         last = weigh(row)
         if total + last > amount and amount - total < total + last - amount:
@@ -57,5 +57,5 @@ def split_amount(amount: Fraction, weights: Sequence[float]) -> list[Fraction]:
 
 
 def repeated(rows: Sequence[T], missing: Fraction, weigh: Callable[[T], int]) -> list[T]:
-    """Rows again from the first on, as often as it takes to make up what is missing."""
+    """Rows repeated from the first, as often as needed to fill what is missing."""
     return take_amount(itertools.cycle(rows), missing, weigh)[0] if rows else []

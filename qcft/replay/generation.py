@@ -1,4 +1,4 @@
-"""Answers to a pool's prompts, made in chunks as they are asked for, and kept for all who draw from the pool."""
+"""Answers to a pool's prompts, generated in chunks on demand and stored for all runs that draw from the pool."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 LARGEST = 64  # prompts answered at once, unless memory sets a lower limit
 CHUNKS = "chunks"
 
-Tell = Callable[[float], None]  # hears the tokens made per second
+Pace = Callable[[float], None]  # called with the tokens generated per second
 
 
 @dataclass(frozen=True)
 class Answering:
-    """How prompts are answered: the sampling, how many prompts make a chunk, how many are answered at once."""
+    """How prompts are answered: the sampling, the prompts in a chunk, how many are answered at once."""
 
     seed: int
     max_new_tokens: int
@@ -38,7 +38,7 @@ class Answering:
 
 
 class ChunkAnswer(TypedDict):
-    """The answer to one prompt of a chunk, or why it was not asked."""
+    """The answer to one prompt of a chunk, or why it was skipped."""
 
     prompt: str
     skipped: NotRequired[str]
@@ -48,8 +48,8 @@ class ChunkAnswer(TypedDict):
 
 
 class Chunk(TypedDict):
-    """What a chunk's file holds. `batches`: which of the prompts that were asked, by position, were answered at
-    once; `batch`: how many to begin the next chunk with."""
+    """The content of a chunk's file. `batches`: the positions of the prompts that were answered at once; `batch`: how
+    many to start the next chunk with."""
 
     chunk: int
     seed: int
@@ -61,7 +61,7 @@ class Chunk(TypedDict):
 
 @dataclass(frozen=True)
 class Generated:
-    """One prompt's answer, or why it could not be asked (`skipped`), with the chunk it was made in."""
+    """One prompt's answer, or why the prompt could not be used (`skipped`), with its chunk."""
 
     row: Row
     text: str
@@ -75,9 +75,9 @@ class Generated:
 class Generation:
     """The answers of one pool, in the pool's order.
 
-    Each chunk of prompts has a seed of its own and is a file of its own, whole or not there, so a killed run goes
-    on at the next chunk and a larger ratio adds chunks. The model is loaded when the first answer is missing. `fits`:
-    prompts to answer at once to begin with, where `batch` is auto.
+    Each chunk of prompts has its own seed and its own file, which is complete or does not exist, so a killed run
+    resumes at the next chunk and a larger ratio adds chunks. The model is loaded when the first answer is missing.
+    `fits`: prompts to answer at once at the start, if `batch` is auto.
     """
 
     def __init__(
@@ -103,13 +103,13 @@ class Generation:
         self._model: PreTrainedModel | None = None
         self._batch = min(fits if how.batch == "auto" else how.batch, how.chunk)
 
-    def draw(self, tell: Tell) -> Iterator[Generated]:
-        """Answers one after the other; a chunk is made when its first answer is asked for."""
+    def draw(self, pace: Pace) -> Iterator[Generated]:
+        """Answers one after the other; a chunk is generated when its first answer is needed."""
         size = self.how.chunk
         for number, start in enumerate(range(0, len(self.rows), size)):
             rows = self.rows[start : start + size]
             seed = stable_seed(f"{self.how.seed}:chunk:{number}")
-            chunk = self._chunk(number, seed, rows, tell)
+            chunk = self._chunk(number, seed, rows, pace)
             self._batch = chunk["batch"]
             self.seconds += chunk["seconds"]
             self.answers += sum("skipped" not in answer for answer in chunk["answers"])
@@ -119,7 +119,7 @@ class Generation:
                 yield Generated(row, *made, answer.get("skipped"), number, seed)
 
     def summary(self) -> GenerationCost:
-        """What the answers drawn cost, whenever they were made."""
+        """The cost of the answers drawn, including reused ones."""
         return {
             "answers": self.answers,
             "tokens": self.tokens,
@@ -130,20 +130,20 @@ class Generation:
             "batch": self._batch,
         }
 
-    def _chunk(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> Chunk:
+    def _chunk(self, number: int, seed: int, rows: tuple[Row, ...], pace: Pace) -> Chunk:
         file = self.folder / f"{number:06d}.json"
         chunk = cast("Chunk | None", read_sealed(file))
         if chunk is not None:
             self.reused += 1
             return chunk
         if file.is_file():
-            self.watch.note(f"{file.name} of the replay pool was altered; it is made anew", "warning")
-        chunk = self._make(number, seed, rows, tell)
+            self.watch.note(f"{file.name} of the replay pool was altered; it is generated again", "warning")
+        chunk = self._make(number, seed, rows, pace)
         write_sealed(file, chunk)
         self.made += 1
         return chunk
 
-    def _make(self, number: int, seed: int, rows: tuple[Row, ...], tell: Tell) -> Chunk:
+    def _make(self, number: int, seed: int, rows: tuple[Row, ...], pace: Pace) -> Chunk:
         if self._model is None:
             self._model = self.load()
         prompts = [self.encoder.prompt(row) for row in rows]
@@ -151,11 +151,11 @@ class Generation:
         sampling = Sampling(self.how.max_new_tokens, self.how.temperature, self.how.top_p, seed)
         begun = time.monotonic()
 
-        def heard(done: int, tokens: int) -> None:
-            tell(tokens / max(1e-9, time.monotonic() - begun))
+        def report(done: int, tokens: int) -> None:
+            pace(tokens / max(1e-9, time.monotonic() - begun))
 
         answers, batches = answer_batches(
-            self._model, self.encoder.tokenizer, asked, self.encoder.end_ids, sampling, self._batch, heard
+            self._model, self.encoder.tokenizer, asked, self.encoder.end_ids, sampling, self._batch, report
         )
         fitted = max(map(len, batches), default=self._batch)
         answered = iter(answers)

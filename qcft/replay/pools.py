@@ -1,4 +1,4 @@
-"""What replay is drawn from: for each kind the rows or prompts, in the order they are drawn, and why these."""
+"""The pools that replay is drawn from: for each kind the rows or prompts, in the order they are drawn."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qcft.recipe import Phase, Recipe, Replay, ReplayPart, Source
 ENGLISH = "en"
 SHIPPED_ENGLISH = "qcft:instructions/en"
 STRATA = 10  # classes of length, of equal size
-ENOUGH = 0.5  # share of a phase's rows that must have an English version for replay to ask those prompts
+ENOUGH = 0.5  # share of a phase's rows that must have an English version for replay to use those prompts
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows, or prompts without answers, in the order they are drawn; `left_out` counts others by reason.
+    """Rows, or prompts without answers, in the order they are drawn; `left_out` counts dropped ones by reason.
 
-    `language` is what answers should be in where that is not the filters' to say: that of a named phase's prompts.
+    `language`: the language of a named phase's prompts, which answers should be in instead of the filters' language.
     """
 
     part: ReplayPart
@@ -35,7 +35,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """What must not be drawn: measured prompts, measured rows' keys, and the share of all that is set aside."""
+    """Rows that must not be drawn: measured prompts, measured rows' keys, and the share that is set aside."""
 
     prompts: frozenset[str]
     keys: frozenset[str]
@@ -48,7 +48,7 @@ Drawn = list[tuple[Row, str]]  # rows with their languages
 def make_pools(
     recipe: Recipe, phase: Phase, sources: Mapping[str, Sequence[LoadedSource]], held: HeldOutRows, watch: Watch
 ) -> list[Pool]:
-    """A phase's pools, one for each kind of its replay. Raises InputError when one of them is empty."""
+    """A phase's pools, one for each kind of its replay. Raises InputError if one of them is empty."""
     return [_Finder(recipe, phase, sources, held, watch).pool(part) for part in _replay(phase).parts()]
 
 
@@ -83,7 +83,7 @@ class _Finder:
         left_out = Counter(unusable)
         free: dict[tuple[str, ...], tuple[Row, str]] = {}
         for row, lang in drawn:
-            # A file's rows may have lost their ids by editing, so only the prompts that are measured count there.
+            # A file's rows may have lost their ids by editing, so only their prompts are compared with measured ones.
             same = (row.prompt_digest, *(m.content for m in row.completion))
             aside = row.is_held_out(self.held.share) and part.kind != "file"
             if aside or row.key in self.held.keys or row.prompt_digest in self.held.prompts:
@@ -94,7 +94,7 @@ class _Finder:
                 free[same] = (row, lang)
         if not free:
             raise InputError(
-                f"replay: there is nothing to draw from for kind {part.kind}: {reason} "
+                f"replay: there are no rows to draw from for kind {part.kind}: {reason} "
                 f"({', '.join(f'{n} {why}' for why, n in left_out.items()) or 'no rows'})",
                 f"name other rows in {self.phase.name}.replay.data",
             )
@@ -103,7 +103,7 @@ class _Finder:
         return Pool(part, tuple(self.ordered(list(free.values()))), reason, dict(left_out), language)
 
     def prompts(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
-        """English prompts: those that are named, else of the phase's own rows, else of the first phase's."""
+        """English prompts: those of `data`, else of the phase's own rows, else of the first phase's."""
         if part.phase is not None:
             named = self.asked(_rows(self.named(part.phase)), part.phase)
             return named, f"prompts of {part.phase}", {}
@@ -122,18 +122,18 @@ class _Finder:
         return self.asked(drawn, reason.split(":")[0].removeprefix("prompts of ")), reason, unusable
 
     def asked(self, drawn: Drawn, whose: str) -> Drawn:
-        """Rows without their answers. Raises InputError where all of them are raw text, which asks nothing."""
+        """Rows without their answers. Raises InputError if all of them are raw text, which has no prompts."""
         prompts = [(Row(row.prompt, (), row.id), lang) for row, lang in drawn if row.text is None]
         if drawn and not prompts:
             raise InputError(
                 f"replay: {whose} is raw text, without prompts that the model could answer",
                 f"name instructions, such as {SHIPPED_ENGLISH}, in {self.phase.name}.replay.data, or set kind: phase1 "
-                "to replay an earlier phase's documents as they are",
+                "to replay an earlier phase's documents unmodified",
             )
         return prompts
 
     def english(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
-        """Real English rows, parallel to the phase's by id unless they need not be."""
+        """Real English rows, parallel to the phase's by id unless `parallel` is false."""
         if not part.data:
             drawn, reason = self.versions(True)
             if not drawn:
@@ -153,7 +153,7 @@ class _Finder:
             raise InputError(
                 f"replay: no row of {_names(part.data)} is parallel to {self.phase.name}: {theirs} of its {len(drawn)} "
                 f"rows have an id, and {len(ids)} ids of {self.phase.name}, none of them the same",
-                "give both the same id column, or set parallel: false to take the rows as they come",
+                "give both the same id column, or set parallel: false to use all rows",
             )
         if len(parallel) < len(drawn):
             unusable["not parallel"] = len(drawn) - len(parallel)
@@ -172,11 +172,11 @@ class _Finder:
         return _rows(self.first), f"rows of {self.first_name}", {}
 
     def named(self, phase: str) -> list[LoadedSource]:
-        """The data of an earlier phase. Raises InputError when there is none of that name."""
+        """The data of an earlier phase. Raises InputError if there is none of that name."""
         if phase not in self.earlier:
             known = ", ".join(self.earlier) or "none"
             raise InputError(
-                f"{self.phase.name}.replay.phase: {phase!r} is no phase before {self.phase.name}",
+                f"{self.phase.name}.replay.phase: {phase!r} is not a phase before {self.phase.name}",
                 nearest(phase, list(self.earlier)) + f"earlier phases: {known}",
             )
         return self.earlier[phase]
@@ -204,7 +204,7 @@ class _Finder:
         return {row.id for source in self.own for row in source.rows if row.id is not None}
 
     def distinct(self) -> int:
-        """How many rows the phase has, translations of one row counted once."""
+        """How many rows the phase has; translations of one row are counted once."""
         return len({row.key for source in self.own for row in source.rows})
 
     def read(self, sources: Iterable[Source], answers: bool) -> tuple[Drawn, dict[str, int]]:
@@ -215,7 +215,7 @@ class _Finder:
         return [(row, one.lang) for one in found for row in one.rows], dict(unusable)
 
     def ordered(self, drawn: Drawn) -> list[Row]:
-        """The rows in the order they are drawn: a seeded shuffle, stratified where that is asked for."""
+        """The rows in the order they are drawn: a seeded shuffle, stratified if the recipe says so."""
         seed, by = f"{self.recipe.seed}:replay", _replay(self.phase).stratify
         if by == "language":
             return [row for row, _ in stratified(drawn, lambda entry: entry[1], seed)]

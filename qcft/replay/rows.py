@@ -1,4 +1,4 @@
-"""Making a phase's replay rows: so many of each kind, drawn from its pool, exact in rows or in answer tokens."""
+"""Makes a phase's replay rows: an exact number of each kind, in rows or answer tokens, drawn from its pool."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ FILE, LEFT_OUT = "replay.jsonl", "left_out.jsonl"
 
 
 class Provenance(TypedDict):
-    """Where a replayed row is from: the kind of replay, and more."""
+    """The origin of a replayed row: the kind of replay, and more."""
 
     kind: str
 
 
 class ReplaySample(TypedDict):
-    """A line of replay.jsonl, or of left_out.jsonl, which says the `reason`."""
+    """A line of `replay.jsonl`, or of `left_out.jsonl`, which has the `reason`."""
 
     prompt: list[dict[str, str]]
     completion: list[dict[str, str]]
@@ -44,7 +44,7 @@ class ReplaySample(TypedDict):
 
 
 class ReplayShown(ReplayMetrics):
-    """What `qcft replay` shows: a replay step's metrics, its file, and samples of that."""
+    """What `qcft replay` shows: a replay step's metrics, its file, and samples from it."""
 
     run: str
     stage: str
@@ -54,7 +54,7 @@ class ReplayShown(ReplayMetrics):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row that can be replayed, how many training rows it makes, its tokens that bear loss, and where it is from."""
+    """A row that can be replayed, the number of training rows it gives, its tokens with loss, and its origin."""
 
     row: Row
     rows: int
@@ -64,23 +64,23 @@ class Candidate:
 
 @dataclass
 class Drawing:
-    """Drawing from one pool: what was left out, by reason and row by row."""
+    """Draws from one pool; counts and keeps the dropped rows."""
 
     pool: Pool
     encoder: Encoder
-    seen: set[str]  # of all pools of the phase, so that no row comes from two
+    seen: set[str]  # in all pools of the phase, so that no row is drawn twice
     left_out: Counter[str] = field(default_factory=Counter)
     aside: list[dict[str, object]] = field(default_factory=list)
 
     def rows(self) -> Iterator[Candidate]:
-        """The pool's rows as they are."""
+        """The pool's rows, unmodified."""
         for row in self.pool.rows:
             encoded = self.encoder.encode(row)
             identity = f"{row.prompt_digest} {[m.content for m in row.completion]}"
             if isinstance(encoded, str):
-                self.leave(row, encoded)
+                self.drop(row, encoded)
             elif identity in self.seen:
-                self.leave(row, "drawn as another kind")
+                self.drop(row, "drawn as another kind")
             else:
                 self.seen.add(identity)
                 yield Candidate(row, *_size(encoded), self.kind() | {"prompt": _short(row)})
@@ -95,16 +95,16 @@ class Drawing:
         settings = {key: getattr(replay, key) for key in ("max_new_tokens", "temperature", "top_p")}
         for answer in generated:
             if answer.skipped is not None:
-                self.leave(answer.row, answer.skipped)
+                self.drop(answer.row, answer.skipped)
                 continue
-            # What cuts an answer may cut a character too, of which a mark is left.
+            # A truncated answer may end in a partial character, which is decoded as U+FFFD.
             text = answer.text if answer.finished else answer.text.rstrip("\ufffd").rstrip()
             given = Message("assistant", text, finished=answer.finished)
             row = Row(answer.row.prompt, (given,), answer.row.id)
             reason = keep.reason(text, answer.finished)
             encoded = self.encoder.encode(row) if reason is None else reason
             if isinstance(encoded, str):
-                self.leave(row, encoded)
+                self.drop(row, encoded)
                 continue
             provenance = {
                 **self.kind(),
@@ -117,37 +117,37 @@ class Drawing:
             }
             yield Candidate(row, *_size(encoded), provenance)
 
-    def leave(self, row: Row, reason: str) -> None:
-        """Count a row that is left out, and keep it."""
+    def drop(self, row: Row, reason: str) -> None:
+        """Count a dropped row, and keep it for `left_out.jsonl`."""
         self.left_out[reason] += 1
         self.aside.append(row.as_dict() | {"reason": reason, "provenance": self.kind()})
 
     def kind(self) -> dict[str, object]:
-        """The kind of the rows, and the earlier phase they are of where one is named."""
+        """The kind of the rows, and the earlier phase if one is named."""
         part = self.pool.part
         return {"kind": part.kind, **({"phase": part.phase} if part.phase else {})}
 
 
 def weigher(replay: Replay) -> Callable[[Candidate], int]:
-    """What a row counts for in the replay's unit."""
+    """A function for the size of a row in the replay's unit."""
     return (lambda candidate: candidate.rows) if replay.unit == "rows" else (lambda candidate: candidate.answer_tokens)
 
 
 def wanted(replay: Replay, new: Sequence[EncodedSet]) -> list[Fraction]:
-    """How much replay of each kind makes up the ratio beside the new rows, in the replay's unit."""
+    """How much replay of each kind is needed for the ratio beside the new rows, in the replay's unit."""
     return split_amount(replay_amount(replay, _new(replay, new)), [part.weight for part in replay.parts()])
 
 
 def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet], encoder: Encoder) -> ReplayShare:
-    """Check before any weights are loaded that the pools can be large enough; replay's share, as far as it is known
-    before answers are generated. Raises InputError."""
+    """Check before any weights are loaded that the pools can be large enough. Returns replay's share, as far as it is
+    known before answers are generated. Raises InputError."""
     replay = phase.replay
     assert replay is not None
     language = replay.filters.language
     generative = any(part.kind == "generative" for part in replay.parts())
     if generative and language is not None and language.split("-")[0] not in known_languages():
         raise InputError(
-            f"{phase.name}.replay.filters.language: {language!r} is no language that can be told",
+            f"{phase.name}.replay.filters.language: {language!r} is not a language that can be identified",
             nearest(language, sorted(known_languages())) + "give a code such as en, or null to keep every language",
         )
     weigh, seen = weigher(replay), set[str]()
@@ -161,7 +161,7 @@ def check_replay(phase: Phase, pools: Sequence[Pool], new: Sequence[EncodedSet],
             have = sum(map(weigh, rows))
             drawn += rows + (repeated(rows, missing, weigh) if replay.on_shortfall == "repeat" else [])
             if len(pools) > 1 and missing <= max(map(weigh, rows), default=0):
-                missing = Fraction(0)  # what the other kinds are rounded by may make up for it
+                missing = Fraction(0)  # rounding in the other kinds may make up for it
         if not have and amount > 0:
             raise InputError(
                 f"replay: none of the {len(pool.rows)} rows can be used ({pool.reason}): {_counts(drawing.left_out)}",
@@ -185,21 +185,21 @@ def make_replay(
     folder: Path,
     watch: Watch,
 ) -> ReplayMetrics:
-    """Draw the replay rows into `folder/replay.jsonl`, and those left out into `left_out.jsonl`; their metrics.
+    """Draw the replay rows into `folder/replay.jsonl`, and the dropped ones into `left_out.jsonl`; returns metrics.
 
-    `generations` has, for each kind that is generated, where its answers come from, the model that gives them
-    and the pool's id. Raises QcftError when rows are missing that were to be there.
+    `generations` has, for each generated kind, the source of its answers, the model's name and the pool's id. Raises
+    QcftError if there are too few rows and `on_shortfall` is `error`.
     """
     weigh, seen, carry = weigher(replay), set[str](), Fraction(0)
     chosen: list[Candidate] = []
     aside: list[dict[str, object]] = []
     parts: list[ReplayedPart] = []
     for pool, share, generation in zip(pools, wanted(replay, new), generations, strict=True):
-        amount = share + carry  # the parts' roundings do not add up
+        amount = share + carry  # so that rounding errors of the parts do not add up
         drawing = Drawing(pool, encoder, seen)
         if generation:
-            teller = _Teller(generation[0], drawing, amount, replay, watch)
-            candidates = teller.heard(drawing.answers(generation[0].draw(teller.pace), replay, *generation[1:]), weigh)
+            shown = _Progress(generation[0], drawing, amount, replay, watch)
+            candidates = shown.counted(drawing.answers(generation[0].draw(shown.pace), replay, *generation[1:]), weigh)
         else:
             candidates = drawing.rows()
         rows, missing = take_amount(candidates, amount, weigh)
@@ -208,8 +208,8 @@ def make_replay(
         if missing and (replay.on_shortfall == "error" or not rows):
             raise QcftError(_shortfall(replay, new, amount, have, pool, drawing.left_out), _hint(phase))
         if missing:
-            what = f"{counted(len(again), 'row')} used twice" if again else "the share is smaller"
-            watch.note(f"replay: {rounded(missing)} {_unit(replay)} are missing ({pool.reason}): {what}", "warning")
+            what = f"{counted(len(again), 'row')} repeated" if again else "the share is smaller"
+            watch.note(f"replay: {rounded(missing)} {_unit(replay)} too few ({pool.reason}): {what}", "warning")
         carry = (
             amount - have - sum(map(weigh, again)) if replay.on_shortfall != "shrink" or not missing else Fraction(0)
         )
@@ -236,7 +236,7 @@ def make_replay(
     _write(folder / LEFT_OUT, aside)
     rows_made, tokens = sum(c.rows for c in chosen), sum(c.answer_tokens for c in chosen)
     made = share_beside(replay, new, rows_made, tokens)
-    if any(generations) and (warning := made.warning(phase)):  # that of other rows is given before any work
+    if any(generations) and (warning := made.warning(phase)):  # for other rows it is given before any work
         watch.note(warning, "warning")
     return {
         "rows": rows_made,
@@ -250,7 +250,7 @@ def make_replay(
 
 
 def read_replay(file: Path) -> list[tuple[Row, str]]:
-    """The rows of a replay file, each with its kind, and the earlier phase it is of where one was named."""
+    """The rows of a replay file, each with its kind, and the earlier phase if one was named."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -260,8 +260,8 @@ def read_replay(file: Path) -> list[tuple[Row, str]]:
     return rows
 
 
-class _Teller:
-    """Tells how generating goes: how much there is of how much, and what the rest will cost once that is known."""
+class _Progress:
+    """Reports the progress of generation, and an estimate of the remaining time once it is known."""
 
     def __init__(
         self, generation: Generation, drawing: Drawing, amount: Fraction, replay: Replay, watch: Watch
@@ -275,7 +275,7 @@ class _Teller:
         self.estimated = False
 
     def pace(self, tokens_per_second: float) -> None:
-        """Hears of every few tokens."""
+        """Report progress; called every few tokens."""
         made = self.generation.made + self.generation.reused
         if made and not self.estimated:
             self.estimated = True
@@ -283,10 +283,10 @@ class _Teller:
         out = sum(self.drawing.left_out.values())
         speed = f"{tokens_per_second:,.0f} tokens/s"
         done, total = min(float(self.have), float(self.amount)), math.ceil(self.amount)
-        self.watch.progress("generating replay", done, total, self.unit, speed=speed, out=f"{out} left out")
+        self.watch.progress("generating replay", done, total, self.unit, speed=speed, out=f"{out} dropped")
 
-    def heard(self, candidates: Iterator[Candidate], weigh: Callable[[Candidate], int]) -> Iterator[Candidate]:
-        """The candidates, counted."""
+    def counted(self, candidates: Iterator[Candidate], weigh: Callable[[Candidate], int]) -> Iterator[Candidate]:
+        """The candidates, while counting them."""
         for candidate in candidates:
             self.have += weigh(candidate)
             yield candidate
@@ -305,7 +305,7 @@ class _Teller:
 
 
 def _askable(drawing: Drawing, amount: Fraction, replay: Replay) -> tuple[int, Fraction]:
-    """At most how much the prompts can give, counted until it is enough; and how much is missing for sure."""
+    """The most that the prompts can give, counted until it is enough; and how much is certainly missing."""
     each = 1 if replay.unit == "rows" else replay.max_new_tokens + 1
     have = 0
     for row in drawing.pool.rows:
@@ -331,19 +331,19 @@ def _unit(replay: Replay) -> str:
 def _shortfall(
     replay: Replay, new: Sequence[EncodedSet], amount: Fraction, have: int, pool: Pool, left_out: Counter[str]
 ) -> str:
-    unit, needed = _unit(replay), rounded(amount)
-    why = f"; left out {_counts(left_out)}" if left_out else ""
-    at_most = "at most " if pool.part.kind == "generative" and replay.unit == "tokens" else ""
+    unit, needed = _unit(replay), max(rounded(amount), have + 1)
+    why = f"; dropped: {_counts(left_out)}" if left_out else ""
+    at_most = "at most" if pool.part.kind == "generative" and replay.unit == "tokens" else "only"
     return (
-        f"replay: a ratio of {replay.ratio} of {_new(replay, new)} new {unit} needs {needed} replay {unit}"
+        f"replay: a ratio of {replay.ratio} with {_new(replay, new)} new {unit} needs {needed} replay {unit}"
         + (f" of kind {pool.part.kind}" if len(replay.mix) > 1 else "")
-        + f", but there are {at_most}{have} ({pool.reason}{why}): {max(1, needed - have)} are missing"
+        + f", but {at_most} {have} can be made ({pool.reason}{why})"
     )
 
 
 def _hint(phase: str) -> str:
     name = f"{phase}.replay"
-    return f"lower {name}.ratio, name more rows in {name}.data, or set {name}.on_shortfall to repeat or shrink"
+    return f"lower {name}.ratio, add rows with {name}.data, or set {name}.on_shortfall to repeat or shrink"
 
 
 def _counts(left_out: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""Replay's share of a phase's mix, in rows and in answer tokens: the ratio sets one, the other may be far from it."""
+"""Replay's share of a phase's mix, in rows and in answer tokens: the ratio sets one, the other may differ a lot."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qcft.data.encode import EncodedSet
 from qcft.recipe import Replay
 from qcft.store.metrics import ReplayMetrics
 
-APART = 2  # times by which the two shares may differ without a warning
+APART = 2  # factor by which the two shares may differ without a warning
 
 
 class ShareShown(TypedDict):
-    """Replay's share of a phase's mix; None for what is known once it is generated."""
+    """Replay's share of a phase's mix; None for values that are not known before it is generated."""
 
     ratio: float
     unit: str
@@ -27,9 +27,9 @@ class ShareShown(TypedDict):
 
 @dataclass(frozen=True)
 class ReplayShare:
-    """Replay's rows and answer tokens beside the new ones, for an epoch; None for what is known once it is generated.
+    """Replay's rows and answer tokens and the new ones, for an epoch; None if not known before it is generated.
 
-    `ratio` and `unit` are what the recipe has.
+    `ratio` and `unit` are the recipe's.
     """
 
     ratio: float
@@ -46,26 +46,27 @@ class ReplayShare:
 
     @property
     def of_answer_tokens(self) -> float | None:
-        """The share of the mix's answer tokens, which are what bears loss."""
+        """The share of the mix's answer tokens, which are the tokens with loss."""
         return _share(self.answer_tokens, self.new_answer_tokens)
 
     def in_words(self) -> str:
-        """The ratio, and what it comes to in both units."""
+        """The ratio, and the share in both units."""
         shares = ((self.of_rows, "rows"), (self.of_answer_tokens, "answer tokens"))
         parts = [f"{share:.1%} of the {what}" for share, what in shares if share is not None]
         parts += [f"{what} known once it is generated" for share, what in shares if share is None]
         return f"replay {self.ratio:g} of {self.unit}: {', '.join(parts)}"
 
     def warning(self, phase: str) -> str | None:
-        """What to say where the two shares are far apart."""
+        """The warning if the two shares are very different."""
         rows, tokens = self.of_rows, self.of_answer_tokens
         if not rows or not tokens or max(rows, tokens) <= APART * min(rows, tokens):
             return None
         longer = "longer" if tokens > rows else "shorter"
         other, what = ("tokens", "answer tokens") if self.unit == "rows" else ("rows", "rows")
         return (
-            f"{phase}: replay is {rows:.1%} of the rows and {tokens:.1%} of the answer tokens, which bear the loss, as "
-            f"its answers are {longer}; --set {phase}.replay.unit={other} makes {self.ratio:g} a share of the {what}"
+            f"{phase}: replay is {rows:.1%} of the rows and {tokens:.1%} of the answer tokens, which have the loss, "
+            f"because its answers are {longer}; --set {phase}.replay.unit={other} makes {self.ratio:g} a share of the "
+            f"{what}"
         )
 
     def shown(self) -> ShareShown:
@@ -82,13 +83,13 @@ class ReplayShare:
 
 
 def share_beside(replay: Replay, new: Sequence[EncodedSet], rows: int | None, answer_tokens: int | None) -> ReplayShare:
-    """The share of so much replay beside the phase's own rows."""
+    """The share of this much replay beside the phase's own rows."""
     fresh = (sum(len(one.rows) for one in new), sum(one.answer_tokens for one in new))
     return ReplayShare(replay.ratio, replay.unit, rows, answer_tokens, *fresh)
 
 
 def share_made(replay: Replay, new: Sequence[EncodedSet], metrics: ReplayMetrics) -> ReplayShare:
-    """The share of replay that is made, by the metrics of its step."""
+    """The share of finished replay, by the metrics of its step."""
     return share_beside(replay, new, metrics["rows"], metrics["answer_tokens"])
 
 
