@@ -272,8 +272,8 @@ REFUSED = {
     "a language without rows": (["--lang", "xx"], "no held-out rows in 'xx'"),
     "the run itself": (["--with", "tiny"], "is the run itself"),
     "another run that is not there": (["--with", "none"], "there is no run 'none'"),
-    "a prompt longer than the model's positions": (["--prompt", "red " * 600], "cannot be asked: it has "),
-    "answers longer than the model's positions": (["--prompt", CAT, "--max-new-tokens", "9999"], "cannot be asked"),
+    "a prompt longer than the model's positions": (["--prompt", "red " * 600], "cannot be used: it has "),
+    "answers longer than the model's positions": (["--prompt", CAT, "--max-new-tokens", "9999"], "cannot be used"),
 }
 
 
