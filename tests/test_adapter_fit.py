@@ -55,7 +55,7 @@ def test_a_whole_adapter_is_taken(whole, meta):
     assert len(check(whole, meta).changes) == 6
 
 
-WANT = "where its config and the model want"
+WANT = "but its config and the model need"
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -63,8 +63,8 @@ Q = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
     ("change", "says"),
     [
         (lambda w: {k.removeprefix(PREFIX): v for k, v in w.items()}, "does not begin with base_model.model."),
-        (lambda w: {k: v for k, v in w.items() if k != Q}, "lacks .*q_proj.lora_A.weight, of which its config speaks"),
-        (lambda w: {**w, Q.replace("q_proj", "k_proj"): w[Q].clone()}, "of which its config says nothing"),
+        (lambda w: {k: v for k, v in w.items() if k != Q}, "lacks .*q_proj.lora_A.weight, which its config requires"),
+        (lambda w: {**w, Q.replace("q_proj", "k_proj"): w[Q].clone()}, "which its config does not mention"),
         (lambda w: {**w, Q.replace("layers.0", "layers.7"): w[Q].clone()}, "which the model lacks"),
         (lambda w: {**w, Q: torch.full_like(w[Q], torch.nan)}, "which is not finite"),
         (lambda w: {**w, Q: w[Q][:, :-1].contiguous()}, WANT),
@@ -82,15 +82,15 @@ def test_weights_that_contradict_the_config_are_refused(whole, meta, tmp_path, c
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"target_modules": ["q_proj"]}, "of which its config says nothing"),
+        ({"target_modules": ["q_proj"]}, "which its config does not mention"),
         ({"target_modules": ["q_proj", "up_proj", "down_proj"]}, "lacks .* and 5 more"),
         ({"target_modules": ["nothing"]}, "does not fit the model"),
-        ({"target_modules": "("}, "has a pattern that is none"),
+        ({"target_modules": "("}, "has an invalid pattern"),
         ({"target_modules": r"((\w|\.)+)+!"}, "takes over"),
         ({"r": 10**6}, WANT),
         ({"r": 2}, WANT),
         ({"rank_pattern": {"q_proj": 2}}, WANT),
-        ({"layers_to_transform": [0]}, "of which its config says nothing"),
+        ({"layers_to_transform": [0]}, "which its config does not mention"),
         ({"modules_to_save": ["lm_head"]}, "lacks .*lm_head"),
         ({"use_dora": True}, "lacks|without magnitudes"),
         ({"lora_alpha": float("nan")}, "no finite lora_alpha"),

@@ -110,7 +110,7 @@ CASES = {
     "a run that is a path": (command("rm", "../folder"), "there is no run '../folder'"),
     "nowhere to export to": (command("export", "x"), "--to"),
     "scales that are none": (command("dial", "x", "--scales", "a:b"), "there is no run"),
-    "no such layers": (command("layers", "nothing-here"), "is no embedded model, file or folder"),
+    "no such layers": (command("layers", "nothing-here"), "is not an embedded model, a file or a folder"),
     "no such built-in recipe": (command("recipes", "--show", "quikstart"), "no built-in recipe 'quikstart'"),
     "a run name with a slash": (command("run", "recipe.yaml", "--as", "a/b"), "cannot name a run"),
     "a run name that is no name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
@@ -268,11 +268,11 @@ CASES = {
     ),
     # models
     **{f"the model {name}": (setting(f"model.name={name}"), says) for name, says in {
-        "smollm2-135m-instuct": "no embedded model",
+        "smollm2-135m-instuct": "is not an embedded model",
         "folder": "holds no model",
         "cut.gguf": "truncated",
-        "text.gguf": "no GGUF file",
-        "good.jsonl": "no .gguf file",
+        "text.gguf": "is not a GGUF file",
+        "good.jsonl": "but not a .gguf file",
         "nowhere.gguf": "there is no file or folder",
         "someone/something": "in the local cache",
         "untemplated": "no chat template",
@@ -284,7 +284,7 @@ CASES = {
         "unheard": "unheard_of",
         "shardless": "lacks model-00002-of-00002.safetensors",
         "adapter": "holds no model",
-        "m" * 3000: "is no embedded model, file or folder",
+        "m" * 3000: "is not an embedded model, a file or a folder",
     }.items()},
     "an attention nobody has": (setting("model.attn_implementation=flash_attention_9"), "flash_attention_9"),
     # adapters

@@ -192,7 +192,7 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_under_a_stack(chain,
     assert "merged" in error.value.hint
     assert not (tmp_path / "runs").exists()
     by_change = recipe_from({**raw, "name": "dora"}, {"phase2.start": "merged", "phase2.freeze": "most-changed:0.5"})
-    with pytest.raises(qcft.InputError, match="has no two factors") as error:
+    with pytest.raises(qcft.InputError, match="is not a product of two factors") as error:
         api.run(by_change, runs=tmp_path / "runs")
     assert "layers:" in error.value.hint
     assert not (tmp_path / "runs").exists()

@@ -90,7 +90,7 @@ def two_cards(monkeypatch):
             "update the NVIDIA driver to 525 or later",
         ),
         ({"capability": "12.0"}, "13.0", "driver 580", "update the NVIDIA driver to 580 or later, then"),
-        ({"capability": "3.5"}, None, "built without CUDA", "no PyTorch that qcft admits has kernels for it"),
+        ({"capability": "3.5"}, None, "built without CUDA", "no PyTorch version that qcft supports has kernels for it"),
         ({"version": "460.9", "knows_capability": False}, "13.0", "driver 580", "driver to 525"),
         (
             {"version": "580.65.06"},
@@ -167,8 +167,8 @@ def test_the_cpu_on_purpose(qcft, driver, recipe_file, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "says", "hint"),
     [
-        ("banana", "QCFT_DEVICE='banana' is no device", "use cpu, cuda"),
-        ("cuda:", "QCFT_DEVICE='cuda:' is no device", "use cpu, cuda"),
+        ("banana", "QCFT_DEVICE='banana' is not a device", "use cpu, cuda"),
+        ("cuda:", "QCFT_DEVICE='cuda:' is not a device", "use cpu, cuda"),
         ("cuda", "QCFT_DEVICE=cuda: torch finds no such GPU; it sees none", "use another, or cpu"),
         ("cuda:3", "QCFT_DEVICE=cuda:3: torch finds no such GPU; it sees none", "use another, or cpu"),
     ],

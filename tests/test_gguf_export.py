@@ -265,7 +265,7 @@ def test_a_number_beyond_16_bits_is_refused_and_a_window_is_told(tmp_path):
     weights["model.layers.3.mlp.up_proj.weight"][5, 5] = 1e5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     told = []
-    with pytest.raises(QcftError, match=r"blk.3.ffn_up.weight has numbers beyond 65,504"):
+    with pytest.raises(QcftError, match=r"blk.3.ffn_up.weight has values beyond 65,504"):
         write_gguf(folder, tmp_path / "x.gguf", "f16", "x", Model(name=str(folder)), Watch(told.append))
     assert "the last 64 only" in told[0].text
     write(folder, tmp_path / "out" / "x.gguf", "bf16")

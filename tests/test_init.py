@@ -116,7 +116,7 @@ BAD = {
     "no data where nobody is asked": (["init", "--model", "tiny"], "init needs --data, as there is no terminal"),
     "nothing where nobody is asked": (["init"], "init needs --model and --data"),
     "a model that is nowhere": (given(model="nowhere.gguf"), "there is no file or folder"),
-    "a model of another name": (given(model="smollm2-135m-instuct"), "is no embedded model"),
+    "a model of another name": (given(model="smollm2-135m-instuct"), "is not an embedded model"),
     "a folder without a model": (given(model="folder"), "holds no model"),
     "data that is nowhere": (given(data=("--data", "es=nowhere.jsonl")), "there is no file 'nowhere.jsonl'"),
     "data without a language": (given(data=("--data", "es.jsonl")), "'es.jsonl' names no language"),

@@ -313,7 +313,7 @@ def run_one(qcft, raw, tmp_path, setting):
         (["TINY", "--freeze", "snr:1.0"], "nothing is left to train", "fewer"),
         (["TINY", "--freeze", "snr:4"], "asks for 4 modules", "up to 2"),
         (["TINY", "--freeze", "most-changed:0.5"], "depends on what an earlier phase changed", "model.base"),
-        (["no-such-run"], "no embedded model, file or folder", "embedded"),
+        (["no-such-run"], "not an embedded model, a file or a folder", "embedded"),
         (["TINY", "--set", "lora.targets=[q_prj]"], "no linear module 'q_prj'", "q_proj"),
         (["TINY", "--base", "no/such/folder", "--freeze", "most-changed:1"], "no file or folder", "give"),
     ],

@@ -17,7 +17,7 @@ from qcft.files import is_whole_safetensors
 from qcft.models.deltas import read_adapter
 from qcft.models.load import load_model
 from qcft.models.merge import MARK, Target, merge_adapters
-from qcft.models.tensors import Planned, stored_tensors, write_bytes, write_tensors
+from qcft.models.tensors import PlannedTensor, stored_tensors, write_bytes, write_tensors
 from qcft.recipe import Model
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -253,7 +253,7 @@ def test_a_file_written_tensor_by_tensor_is_read_by_the_formats_own_library(tmp_
         shape = [rng.randint(0, 5) for _ in range(rng.randint(0, 3))]
         tensors[f"t{i}"] = (torch.rand(shape) * 100).to(getattr(torch, dtype))
     names = {"bfloat16": "BF16", "float32": "F32", "int64": "I64", "uint8": "U8", "float64": "F64"}
-    planned = [Planned(f"t{i}", names[d], tuple(tensors[f"t{i}"].shape)) for i, d in enumerate(dtypes)]
+    planned = [PlannedTensor(f"t{i}", names[d], tuple(tensors[f"t{i}"].shape)) for i, d in enumerate(dtypes)]
     file = tmp_path_factory.mktemp("st") / "x.safetensors"
     write_tensors(file, planned, lambda t, out: write_bytes(tensors[t.name], out))
     assert is_whole_safetensors(file)

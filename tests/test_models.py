@@ -44,7 +44,7 @@ def test_a_folder_is_pinned_by_its_content(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says", "hint"),
     [
-        ("smollm2-135m-instuct", "no embedded model, file or folder", "did you mean 'smollm2-135m-instruct'"),
+        ("smollm2-135m-instuct", "not an embedded model, a file or a folder", "did you mean 'smollm2-135m-instruct'"),
         ("./nowhere", "no file or folder", "embedded name"),
         ("nowhere.gguf", "no file or folder", "embedded name"),
     ],
@@ -128,7 +128,7 @@ def test_a_gguf_file_is_checked_before_use(tmp_path):
     }.items():
         bad = tmp_path / f"{name}.gguf"
         bad.write_bytes(content)
-        with pytest.raises(InputError, match=r"truncated|altered|no GGUF"):
+        with pytest.raises(InputError, match=r"truncated|altered|not a GGUF"):
             found(bad)
 
 

@@ -307,7 +307,7 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
     other = make_llama(tmp_path / "other", tokenizer, intermediate_size=192)
     brought = {"name": "phase1", "adapter": str(first.stages["phase1"].folder / "adapter")}
     raw = {**raw_recipe, "model": str(other), "phases": [brought, raw_recipe["phases"][1]]}
-    with pytest.raises(qcft.InputError, match="where its config and the model want"):
+    with pytest.raises(qcft.InputError, match="but its config and the model need"):
         api.run(recipe_from(raw), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     # One that fits the shapes may be of the same model under another name: it is told.

@@ -195,7 +195,11 @@ def test_instructions_need_no_answers_and_may_be_any_column(tmp_path, qcft, enco
     [
         (["qcft:instructions/en", "qcft:instructions/es"], "'sentence-transformers/LaBSE' is not cached", "--encoder"),
         (["nowhere.jsonl", "qcft:instructions/es", "--encoder", "ENCODER"], "no file 'nowhere.jsonl'", ""),
-        (["qcft:instructions/en", "qcft:instructions/es", "--encoder", "./none"], "no folder and no hub id", "LaBSE"),
+        (
+            ["qcft:instructions/en", "qcft:instructions/es", "--encoder", "./none"],
+            "neither a folder nor a hub id",
+            "LaBSE",
+        ),
         (["qcft:instructions/en", "qcft:instructions/es", "--encoder", "."], "holds neither", "another folder"),
         (["quickstart:phase3", "qcft:instructions/es", "--encoder", "ENCODER"], "no phase 'phase3'", "phase1, phase2"),
         (["nobody:phase1", "qcft:instructions/es", "--encoder", "ENCODER"], "neither a run in", "RUN:PHASE"),

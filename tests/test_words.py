@@ -30,6 +30,7 @@ ROOMS_DONE = (
     "qcft/inspect",
     "qcft/installing.py",
     "qcft/layers",
+    "qcft/models",
     "qcft/plan",
     "qcft/prepare",
     "qcft/private.py",

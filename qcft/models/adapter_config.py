@@ -1,4 +1,4 @@
-"""An adapter's files and its config: what qcft reads, merges, and refuses by name."""
+"""An adapter's files and its config: the keys that qcft merges, ignores and refuses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qcft.errors import InputError
 from qcft.files import exists, is_whole_safetensors, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the model it wraps
+PREFIX = "base_model.model."  # PEFT's prefix for the names of the model it wraps
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The config of an adapter made elsewhere, after checking that qcft can use it. Raises InputError."""
+    """The config of an external adapter, after checking that qcft can use it. Raises InputError."""
     if not exists(folder) or not folder.is_dir():
         raise InputError(f"adapter: there is no folder {str(folder)!r}", "give the folder of a PEFT adapter")
     for name in (CONFIG, WEIGHTS):
@@ -29,8 +29,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-# Keys of PEFT's LoraConfig that qcft merges rightly, or that change nothing in a finished adapter. Any other that
-# is set is refused by name: a key of a later PEFT must not be passed over in silence.
+# Keys of PEFT's LoraConfig that qcft merges correctly, or that have no effect in a finished adapter. Any other key that
+# is set is refused by name: a key of a later PEFT must not be ignored silently.
 MERGED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias",
     "modules_to_save", "use_dora",
@@ -58,12 +58,12 @@ REFUSED = {
 
 
 def check_mergeable(config: dict[str, Any], where: str) -> None:
-    """Refuse by name what an adapter may hold beyond what qcft merges rightly. Raises InputError."""
+    """Refuse, by name, parts of an adapter that qcft does not merge correctly. Raises InputError."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"adapter: {where!r} is {config.get('peft_type')}, not LORA", "give a LoRA adapter")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise InputError(
-            f"adapter: {where!r} was begun with {config['init_lora_weights']}, which changes the base weights",
+            f"adapter: {where!r} was initialised with {config['init_lora_weights']}, which changes the base weights",
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first",
         )
     for key, value in config.items():

@@ -1,4 +1,4 @@
-"""LoRA adapters: put onto named modules, loaded beside a model, checked when brought from elsewhere."""
+"""LoRA adapters: adding them to modules, loading, stacking, combining and saving them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 COMBINED = "combined"
 ACTIVE = "peft:BaseTunerLayer._active_adapter"
-TOP, UNDER = "default", "under"  # PEFT's names for the adapter that trains, or trained last, and for those below it
-START = "start"  # of a frozen copy of the adapter that trains, as the phase found it
+TOP, UNDER = "default", "under"  # PEFT's names for the adapter that is (or was last) trained, and for those below it
+START = "start"  # the name of a frozen copy of the trained adapter from before the phase
 
 
 def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftModel:
-    """Put fresh adapters on exactly `modules` (full names) and freeze the rest."""
+    """Add new adapters to exactly `modules` (full names) and freeze the rest."""
     from peft import get_peft_model
 
     adapted = get_peft_model(model, _config(modules, lora))
@@ -38,10 +38,10 @@ def add_lora(model: PreTrainedModel, modules: list[str], lora: Lora) -> PeftMode
 
 
 def check_adaptable(model: PreTrainedModel, modules: list[str], lora: Lora) -> None:
-    """Put adapters on a copy of a model without weights, to see that they go where they are meant to.
+    """Add adapters to a copy of a model without weights, to check that PEFT puts them on these modules.
 
-    Raises InputError, by family, where they do not: PEFT refuses some modules, and in some families of experts it
-    takes the experts for linear modules of the same last name.
+    Raises InputError, naming the family, if it does not: PEFT refuses some modules, and in some mixture-of-experts
+    families it confuses the experts with linear modules of the same last name.
     """
     from peft import get_peft_model
 
@@ -49,8 +49,8 @@ def check_adaptable(model: PreTrainedModel, modules: list[str], lora: Lora) -> N
     hint = 'name other modules, such as --set "lora.targets=[q_proj, k_proj, v_proj, o_proj]", or use another model'
     try:
         adapted = get_peft_model(copy.deepcopy(model), _config(modules, lora))
-    except Exception as error:  # whatever a family's own code, or PEFT's checks of it, raise
-        raise InputError(f"model: {family} cannot be given adapters: {short(error)}", hint) from None
+    except Exception as error:  # a family's own code, or PEFT's checks, may raise anything
+        raise InputError(f"model: adapters cannot be added to {family}: {short(error)}", hint) from None
     lost = sorted(set(modules) - {name for name, _ in lora_layers(adapted)})
     if lost:
         raise InputError(
@@ -76,7 +76,7 @@ def _config(modules: list[str], lora: Lora) -> Any:
 
 
 def trained_numbers(lora: Lora, module: str, shape: tuple[int, int]) -> int:
-    """How many numbers the adapter of a module has: its two factors, and DoRA's magnitudes or B's bias.
+    """The number of values in a module's adapter: its two factors, and DoRA's magnitudes or B's bias.
 
     `shape`: of the module's weight (out, in).
     """
@@ -93,7 +93,7 @@ def rank_of(lora: Lora, module: str) -> int:
 
 
 def keep_adapters_in_fp32(model: PeftModel) -> None:
-    """Hold trained adapters in fp32: in bf16, small optimizer updates round away and never move them."""
+    """Keep trained adapters in fp32: in bf16, small optimizer updates would be lost in rounding."""
     import torch
 
     for parameter in model.parameters():
@@ -102,15 +102,15 @@ def keep_adapters_in_fp32(model: PeftModel) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A model with a saved adapter live on it, not trainable."""
+    """A model with a saved adapter active on it, not trainable."""
     return load_stack(model, [folder])
 
 
 def load_stack(
     model: PreTrainedModel, folders: Sequence[Path], trainable: Collection[str] = (), copied: bool = False
 ) -> PeftModel:
-    """A model with saved adapters live on one another, the lowest first; all frozen, but for the top one's adapters
-    on the modules `trainable` (full names). `copied`: a second, frozen one of the top adapter lies beside it, off."""
+    """A model with saved adapters stacked and active, the lowest first; all frozen, except for the top one's adapters
+    on the modules `trainable` (full names). `copied`: also load a frozen copy of the top adapter, switched off."""
     names = [*(f"{UNDER}{i}" for i in range(len(folders) - 1)), TOP]
     adapted: PeftModel = load_on(model, folders, names)
     if copied:
@@ -121,14 +121,14 @@ def load_stack(
         parameter.requires_grad = module in trainable and f".{TOP}" in name
     if trainable and not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise InputError(
-            "start: continue goes on with an adapter that has none of the modules this phase trains",
+            "start: continue resumes an adapter that has none of the modules this phase trains",
             "freeze other layers, or use start: stacked",
         )
     return adapted
 
 
 def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[str], lora: Lora) -> PeftModel:
-    """Fresh adapters on exactly `modules`, over saved ones that stay live and frozen; the lowest first."""
+    """New adapters on exactly `modules`, over saved ones (the lowest first) that stay active and frozen."""
     if not under:
         return add_lora(model, modules, lora)
     names = [f"{UNDER}{i}" for i in range(len(under))]
@@ -141,15 +141,15 @@ def add_lora_over(model: PreTrainedModel, under: Sequence[Path], modules: list[s
 
 
 def set_scale(model: PeftModel, scale: Scale) -> None:
-    """Take `scale` times the delta of the top adapter, or as much as it says of each module's by its full name; those
-    under it stay as they are."""
+    """Multiply the delta of the top adapter by `scale`, one number or one for each module by its full name; adapters
+    under it stay unchanged."""
     for name, layer in lora_layers(model):
         layer.set_scale(TOP, scale_of(scale, name))
 
 
 def combine_live(model: PeftModel, scale: float, method: str, density: float, seed: int, stack: int) -> str:
-    """Have the stack's adapters combined by one of PEFT's methods, the top one weighted by `scale`; the name of the
-    combination, which alone is live then. Raises InputError for what PEFT cannot combine."""
+    """Combine the stack's adapters by one of PEFT's methods, the top one weighted by `scale`. Returns the name of the
+    combination, which is then the only active adapter. Raises InputError for what PEFT cannot combine."""
     import torch
 
     names = [*(f"{UNDER}{i}" for i in range(stack - 1)), TOP]
@@ -163,7 +163,7 @@ def combine_live(model: PeftModel, scale: float, method: str, density: float, se
     except (ValueError, NotImplementedError) as error:
         raise InputError(
             f"dial: PEFT cannot combine the adapters by {method}: {short(error)}",
-            f"use --method {method}_svd for adapters of different ranks, or leave --method out",
+            f"use --method {method}_svd for adapters of different ranks, or omit --method",
         ) from None
     model.set_adapter(COMBINED)
     for parameter in model.parameters():
@@ -172,7 +172,7 @@ def combine_live(model: PeftModel, scale: float, method: str, density: float, se
 
 
 def read_trained(model: PeftModel, folder: Path) -> None:
-    """Put a checkpoint's adapter in the place of the one that trains; those under it stay as they are."""
+    """Load a checkpoint's adapter into the one that is trained; adapters under it stay unchanged."""
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=TOP)
@@ -181,28 +181,28 @@ def read_trained(model: PeftModel, folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's adapter, by the names of its weights in the model that trains it."""
+    """A checkpoint's adapter, by the names of its weights in the trained model."""
     from safetensors.torch import load_file
 
     return {f"{name.removesuffix('weight')}{TOP}.weight": w for name, w in load_file(folder / WEIGHTS).items()}
 
 
 def save_trained(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Save the adapter that trains, and none of those under it: the same files from every process.
+    """Save the trained adapter, without those under it: the same files from every process.
 
-    `weights`: by their names in the model, where the model holds a part of each only.
+    `weights`: the whole weights by their names in the model, where each process holds a shard only.
     """
     model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     config = read_json(folder / CONFIG)
-    if isinstance(config["target_modules"], list):  # a set in memory, in another order in each process
+    if isinstance(config["target_modules"], list):  # a set in memory, whose order differs between processes
         config["target_modules"].sort()
     write_json(folder / CONFIG, config)
 
 
 def load_on(model: PreTrainedModel | PeftModel, folders: Sequence[Path], names: Sequence[str]) -> Any:
-    """A model with saved adapters on it under `names`, beside those it may have, not trainable; which of them are live
-    is left to the caller."""
+    """Load saved adapters onto a model under `names`, beside those it may have, not trainable; the caller decides which
+    are active."""
     from peft import PeftModel
 
     adapted: Any = model
@@ -216,7 +216,7 @@ def load_on(model: PreTrainedModel | PeftModel, folders: Sequence[Path], names: 
 
 
 def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
-    """Make adapters add up; the last is the one PEFT's own functions mean. Frozen ones drop nothing out."""
+    """Activate all these adapters, the last one as PEFT's current adapter. Frozen ones get no dropout."""
     from torch import nn
 
     adapted.set_adapter(TOP)
@@ -229,8 +229,8 @@ def _activate(adapted: PeftModel, names: Sequence[str]) -> None:
 
 
 class AsBegun:
-    """The model that a phase starts from, in the model that it trains: the adapter that trains is off, or the frozen
-    copy of it is on instead; those under it stay on."""
+    """The model that a phase started from, as a state of the trained model: the trained adapter is off, or its frozen
+    copy is on instead; adapters under it stay on."""
 
     def __init__(self, model: PeftModel) -> None:
         self._layers = [layer for _, layer in lora_layers(model)]
@@ -238,8 +238,8 @@ class AsBegun:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Have the model be the one that the phase started from. Unlike PEFT's own switches, this changes nothing in
-        what is trainable."""
+        """Switch to the model that the phase started from. Unlike PEFT's own switches, this does not change which
+        parameters are trainable."""
         before = [of(layer, ACTIVE) for layer in self._layers]
         try:
             for layer in self._layers:
@@ -251,10 +251,10 @@ class AsBegun:
 
 
 def lora_factors(folder: Path, scale: Scale = 1.0) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
-    """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A, `scale`
-    times that of its training.
+    """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A: `scale`
+    times the scale it was trained with.
 
-    Raises InputError for an adapter that holds anything but plain LoRA on linear layers.
+    Raises InputError for an adapter that holds anything except plain LoRA on linear layers.
     """
     adapter = read_adapter(folder, scale)
     check_factors(adapter)
@@ -265,7 +265,7 @@ def lora_factors(folder: Path, scale: Scale = 1.0) -> Iterator[tuple[str, torch.
 
 
 def lora_layers(model: PeftModel) -> list[tuple[str, Any]]:
-    """The modules that carry adapters, by their names in the model."""
+    """The modules with adapters, by their names in the model."""
     from peft.tuners.lora import LoraLayer
 
     return [

@@ -1,4 +1,4 @@
-"""Where work runs: on the CPU or on one NVIDIA card; and why torch cannot use a card that is there."""
+"""Where work runs: on the CPU or on one NVIDIA card; and the reason why torch cannot use a card."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qcft.installing import install
 
 VARIABLE = "QCFT_DEVICE"
 CHOICE = re.compile(r"cpu|cuda(?::(\d+))?")
-WSL = "/usr/lib/wsl/lib"  # where Windows puts its driver's tools, on no search path
+WSL = "/usr/lib/wsl/lib"  # where Windows puts its driver's tools; not on PATH
 PROC = Path("/proc/driver/nvidia/gpus")
-# The oldest driver of each major version of CUDA, and the wheels that PyTorch publishes of 2.11 to 2.13 (its
-# RELEASE.md): CUDA 12.6 for compute capabilities 5.0 to 9.0 (Maxwell to Hopper), CUDA 13.0 from 7.5 (Turing) on.
+# The oldest driver for each major version of CUDA, and the wheels that PyTorch publishes for 2.11 to 2.13 (its
+# RELEASE.md): CUDA 12.6 for compute capabilities 5.0 to 9.0 (Maxwell to Hopper), CUDA 13.0 for 7.5 (Turing) and later.
 DRIVERS = {12: 525, 13: 580}
 OLDEST, TURING, BLACKWELL = 5.0, 7.5, 10.0
 INDEX = "https://download.pytorch.org/whl/"
@@ -25,7 +25,7 @@ INDEX = "https://download.pytorch.org/whl/"
 
 @dataclass(frozen=True)
 class Card:
-    """An NVIDIA card as its driver lists it; `capability`, of compute, where the driver says it."""
+    """An NVIDIA card as its driver lists it; `capability`: its compute capability, if the driver reports it."""
 
     name: str
     driver: str
@@ -33,22 +33,22 @@ class Card:
 
     @property
     def major(self) -> int:
-        """The driver's first number."""
+        """The driver's major version."""
         return int(self.driver.split(".")[0])
 
 
 def asked_device() -> str | None:
-    """What QCFT_DEVICE (or --cpu) asks for: `cpu`, `cuda`, `cuda:N`, or None. Raises InputError."""
+    """The device that QCFT_DEVICE (or --cpu) asks for: `cpu`, `cuda`, `cuda:N`, or None. Raises InputError."""
     asked = os.environ.get(VARIABLE, "").strip().lower()
     if asked and not CHOICE.fullmatch(asked):
-        raise InputError(f"{VARIABLE}={asked!r} is no device", "use cpu, cuda, or one of several cards: cuda:1")
+        raise InputError(f"{VARIABLE}={asked!r} is not a device", "use cpu, cuda, or one of several cards: cuda:1")
     return asked or None
 
 
 def choose_card() -> str | None:
-    """Make the card that is asked for the current one, which this process alone uses; its name where there are several.
+    """Make the requested card the current one, the only one this process uses; returns its name if there are several.
 
-    Raises InputError where that card is not there, or where there is one that torch cannot use.
+    Raises InputError if there is no such card, or torch cannot use it.
     """
     import torch
 
@@ -72,9 +72,9 @@ def choose_card() -> str | None:
 
 
 def unusable_card() -> tuple[str, str] | None:
-    """Why torch cannot use the NVIDIA card that is there, and what helps; None where it can, or there is none.
+    """The reason why torch cannot use this machine's NVIDIA card, and a fix; None if it can, or there is no card.
 
-    Cards that CUDA_VISIBLE_DEVICES hides are not there.
+    Cards that CUDA_VISIBLE_DEVICES hides do not count.
     """
     import torch
 
@@ -103,15 +103,15 @@ def unusable_card() -> tuple[str, str] | None:
 
 
 def listed_card() -> Card | None:
-    """The first card that the driver's nvidia-smi lists; None where there is none.
+    """The first card that the driver's nvidia-smi lists; None if there is none.
 
-    /proc alone is no card, as containers show the host's. Raises RuntimeError, with what it says, where nvidia-smi
-    fails though /proc shows one.
+    An entry in /proc alone does not count, as containers show the host's. Raises RuntimeError with nvidia-smi's message
+    if it fails although /proc shows a card.
     """
     program = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=WSL)
     if program is None:
         return None
-    for fields in ("name,driver_version,compute_cap", "name,driver_version"):  # older drivers do not know the last
+    for fields in ("name,driver_version,compute_cap", "name,driver_version"):  # older drivers lack the last field
         query = [program, f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
             done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
@@ -127,7 +127,7 @@ def listed_card() -> Card | None:
 
 
 def _too_old() -> tuple[str, str] | None:
-    """Why the current card, which torch sees, runs none of the kernels that torch was built with."""
+    """The reason why the current card cannot run any of the kernels that torch was built with; None if it can."""
     import torch
 
     built = [
@@ -141,11 +141,11 @@ def _too_old() -> tuple[str, str] | None:
     return what, _wheels("cu126") if float(f"{major}.{minor}") >= OLDEST else _CPU
 
 
-_CPU = "no PyTorch that qcft admits has kernels for it: use the CPU"
+_CPU = "no PyTorch version that qcft supports has kernels for it: use the CPU"
 
 
 def _remedy(card: Card) -> str:
-    """What makes torch usable on a card: another build of torch, a newer driver, or both."""
+    """The fix that makes torch usable on a card: another build of torch, a newer driver, or both."""
     if card.capability is not None and card.capability < OLDEST:
         return _CPU
     old_card = card.capability is not None and card.capability < TURING

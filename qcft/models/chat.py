@@ -1,4 +1,4 @@
-"""What a reader of weights needs to chat as was trained: the tokenizer, its template, the tokens that end an answer."""
+"""The files that other tools need to chat as trained: the tokenizer, its template, the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GENERATION, CONFIG = "generation_config.json", "config.json"
 
 
 def write_chat(tokenizer: PreTrainedTokenizerBase, folder: Path, base: Path | None = None) -> None:
-    """Write into a model's or an adapter's folder the tokenizer that was trained with, and what ends an answer.
+    """Write the tokenizer used in training and the tokens that end an answer into a model's or an adapter's folder.
 
-    transformers and vLLM stop where generation_config.json says; llama.cpp, Ollama and pipelines at the tokenizer's
-    EOS, which becomes the end of a turn where a built-in template ends turns with another token. `base`: the folder
-    whose generation_config.json an adapter's is made from; by default the folder's own.
+    transformers and vLLM stop at the tokens in generation_config.json; llama.cpp, Ollama and pipelines at the
+    tokenizer's EOS, which is set to the end-of-turn token if a built-in template ends turns with another token. `base`:
+    the folder whose generation_config.json is the start for an adapter's; by default the folder's own.
     """
     encoder, end = Encoder(tokenizer), tokenizer.eos_token
     ends_turns = encoder.end_of_turn if is_built_in(tokenizer) else end
@@ -34,11 +34,11 @@ def write_chat(tokenizer: PreTrainedTokenizerBase, folder: Path, base: Path | No
     finally:
         tokenizer.eos_token, tokenizer.chat_template = end, template
     of_base = read_json((base or folder) / CONFIG) or {}
-    said = read_json((base or folder) / GENERATION) or {
+    given = read_json((base or folder) / GENERATION) or {
         key: of_base[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in of_base
     }
-    ends = said.get("eos_token_id")
+    ends = given.get("eos_token_id")
     ends = [one for one in (ends if isinstance(ends, list) else [ends]) if isinstance(one, int)]
     missing = [token for token in encoder.end_ids if token not in ends]
     if missing or not (folder / GENERATION).is_file():
-        write_json(folder / GENERATION, {**said, "eos_token_id": [*ends, *missing]})
+        write_json(folder / GENERATION, {**given, "eos_token_id": [*ends, *missing]})

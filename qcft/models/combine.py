@@ -1,4 +1,4 @@
-"""Several LoRA adapters as one: their factors side by side, which adds their deltas up exactly."""
+"""Several LoRA adapters as one, with their factors concatenated, so that the sum of their deltas is exact."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qcft.models.deltas import Scale, check_stack, read_adapter
 def write_adapter(stack: Sequence[Path], to: Path, base: str, scale: Scale = 1.0) -> None:
     """Write a stack of adapters as one PEFT adapter for the model `base`, `scale` times the delta of the top one.
 
-    One adapter is copied as it is, unless it is scaled. Several are joined: A = [A1; A2], B = [s1 B1, s2 B2], so that
-    B A is the sum of the deltas; ranks add up, module by module. Raises InputError for what cannot lie in a stack.
+    One adapter is copied unmodified, unless it is scaled. Several are joined: A = [A1; A2], B = [s1 B1, s2 B2], so that
+    B A is the sum of the deltas; the ranks add up for each module. Raises InputError for what cannot be stacked.
     """
     if len(stack) == 1 and scale == 1:
         config = {**read_json(stack[0] / CONFIG), "base_model_name_or_path": base}
@@ -26,13 +26,13 @@ def write_adapter(stack: Sequence[Path], to: Path, base: str, scale: Scale = 1.0
     import torch
     from safetensors.torch import save_file
 
-    check_stack([read_adapter(folder) for folder in stack], "export the whole model: leave --adapter-only out")
+    check_stack([read_adapter(folder) for folder in stack], "export the whole model: omit --adapter-only")
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for folder in stack:
         for weight, a, b, factor in lora_factors(folder, scale if folder == stack[-1] else 1.0):
             parts.setdefault(weight.removesuffix(".weight"), []).append((a.float(), factor * b.float()))
     if not parts:
-        raise InputError("adapter: there is nothing in the stack", "export the whole model")
+        raise InputError("adapter: the stack is empty", "export the whole model")
     tensors = {}
     for module, factors in parts.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.cat([a for a, _ in factors]).contiguous()

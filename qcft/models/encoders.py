@@ -1,4 +1,4 @@
-"""Sentence encoders: which one a name means, the digest that pins it, and texts to vectors."""
+"""Sentence encoders: finding the one that a name means, its digest, and encoding texts as vectors."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class EncoderSource:
 
 
 def find_encoder(name: str = LABSE) -> EncoderSource:
-    """Find out what an encoder's name means, without loading it: a folder or a hub id. Raises InputError."""
+    """Find the encoder that a name means, a folder or a hub id, without loading it. Raises InputError."""
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         return _in_folder(path)
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(
-            f"encoder: {name!r} is no folder and no hub id", f"give a folder, or OWNER/NAME such as {LABSE}"
+            f"encoder: {name!r} is neither a folder nor a hub id", f"give a folder, or OWNER/NAME such as {LABSE}"
         )
     _installed("sentence_transformers")
     commit = pin_hub(name, None, "encoder", OFFLINE)
@@ -54,12 +54,12 @@ def find_encoder(name: str = LABSE) -> EncoderSource:
 
 
 def is_here(name: str) -> bool:
-    """Whether a hub's encoder can be loaded without fetching anything."""
+    """Whether an encoder from the hub can be loaded without fetching anything."""
     return find_spec("sentence_transformers") is not None and is_cached(name, "modules.json", "model.safetensors")
 
 
 def load_encoder(source: EncoderSource) -> Encode:
-    """Load an encoder. Texts that are longer than it takes are cut, as its own library does."""
+    """Load an encoder. Its library truncates texts that are too long for it."""
     if source.package == "model2vec":
         from model2vec import StaticModel
 
@@ -75,7 +75,7 @@ def load_encoder(source: EncoderSource) -> Encode:
         )
     except QcftError:
         raise
-    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
+    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` distinguishes them
         raise unreachable("encoder", source.name, error, OFFLINE) from None
     return lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_numpy=True)
 

@@ -1,4 +1,4 @@
-"""A model's folder: which of its files are loaded, and so make its digest."""
+"""A model's folder: which of its files are loaded, and therefore are part of its digest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADED = (
     "*token*.json", "*vocab*.json", "*vocab*.txt", "merges.txt", "tekken.json", "*.model", "*.jinja",
     "chat_template*.json",
 )  # fmt: skip
-# What whole repositories have besides. It is not read, but was part of the digest from the start.
+# Other files of whole repositories. They are not read, but have always been part of the digest.
 COUNTED = (
     "*processor_config.json", "configuration.json", "params.json", "*_results.json", "trainer_state.json",
     "LICENSE.txt",
@@ -28,7 +28,7 @@ def digested_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         hint = f"give {WHAT}"
         if (folder / "adapter_config.json").is_file():
-            hint = "it is an adapter: give its base as the model, and it as the first phase's adapter"
+            hint = "it is an adapter: give its base as the model, and this folder as the first phase's adapter"
         raise InputError(f"model: the folder {str(folder)!r} holds no model: no config.json", hint)
     weights = _weight_files(folder)
     for file in weights:
@@ -38,13 +38,13 @@ def digested_files(folder: Path) -> list[Path]:
     for file in [*others, *folder.glob("additional_chat_templates/*.jinja")]:  # the tokenizer reads those too
         if not file.is_file():
             raise InputError(
-                f"model: {str(file)!r} is {oddity(file) or 'no file'}", "copy the model again, each file as it is"
+                f"model: {str(file)!r} is {oddity(file) or 'not a file'}", "copy the model again, with regular files"
             )
     return [*weights, *others]
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that a model folder's weights are loaded from. Raises InputError where they are not all there."""
+    """The files that a model folder's weights are loaded from. Raises InputError if one is missing."""
     every = sorted(folder.glob("*.safetensors"))
     if not every:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
@@ -59,7 +59,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if weights == every and not (folder / INDEX).is_file() and not (folder / "model.safetensors").is_file():
         raise InputError(
             f"model: the folder {str(folder)!r} holds {every[0].name}, but neither model.safetensors nor an index",
-            f"fetch {INDEX} of the model as well, or rename the one file of weights to model.safetensors",
+            f"fetch the model's {INDEX} too, or, if there is a single weight file, rename it to model.safetensors",
         )
     missing = [file.name for file in weights if not file.is_file()]
     if missing:

@@ -1,6 +1,6 @@
-"""Answers to prompts, in batches sorted by length; finished answers leave the batch.
+"""Answers to prompts, in batches sorted by length; finished answers are removed from the batch.
 
-transformers' own continuous batching (`generate_batch`, 5.23) was slower on a CPU and took ten times the memory:
+transformers' own continuous batching (`generate_batch`, 5.23) was slower on a CPU and needed ten times the memory:
 `python tests/benchmarks/replay.py --continuous` compares them.
 """
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SEGMENT = 16  # tokens between two looks at which answers are finished
-NUCLEUS = 128  # likeliest tokens looked at first: sorting a whole vocabulary costs more than the model's own pass
+SEGMENT = 16  # tokens between two checks for finished answers
+NUCLEUS = 128  # most likely tokens, tried first: sorting a whole vocabulary costs more than the model's own pass
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; temperature 0 is greedy.
 
-    Each prompt draws from a generator of its own, seeded with `seed` and its position, so that what is drawn
-    does not depend on the batch it is answered in.
+    Each prompt has a random generator of its own, seeded with `seed` and its position, so that its answer does not
+    depend on the batch it is in.
     """
 
     max_new_tokens: int
@@ -41,7 +41,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer's text, its tokens without the end of turn, and whether it came to its end."""
+    """An answer's text, its number of tokens without the end of turn, and whether it is finished."""
 
     text: str
     tokens: int
@@ -58,15 +58,15 @@ def answer_prompts(
     watch: Watch,
     label: str | None = None,
 ) -> list[Answer]:
-    """Answer each prompt (token ids), in the order of the prompts; tells progress when given a `label`."""
+    """Answer each prompt (token ids), in the order of the prompts; reports progress if given a `label`."""
 
-    def tell(done: int, tokens: int) -> None:
+    def on_progress(done: int, tokens: int) -> None:
         if label is None:
             watch.check_stop()
         else:
             watch.progress(label, done, len(prompts), "answers", tokens=f"{tokens:,} tokens")
 
-    return answer_batches(model, tokenizer, prompts, end_ids, sampling, batch, tell)[0]
+    return answer_batches(model, tokenizer, prompts, end_ids, sampling, batch, on_progress)[0]
 
 
 def answer_batches(
@@ -76,13 +76,13 @@ def answer_batches(
     end_ids: list[int],
     sampling: Sampling,
     batch: int,
-    tell: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> tuple[list[Answer], list[list[int]]]:
-    """Answer each prompt, and say which prompts were batched together.
+    """Answer each prompt; also returns which prompts were batched together.
 
-    Prompts are sorted by length. A batch that does not fit into memory is tried again at half its size, and
-    the batches after it are no larger. `tell(answers done, tokens made)` hears of every few tokens. Raises
-    QcftError when not even a single prompt fits.
+    Prompts are sorted by length. A batch that does not fit into memory is tried again at half its size, which is the
+    limit for later batches too. `on_progress(answers finished, tokens generated)` is called every few tokens. Raises
+    QcftError if not even a single prompt fits.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
@@ -92,15 +92,15 @@ def answer_batches(
         while len(answers) < len(order):
             chosen = order[len(answers) : len(answers) + batch]
 
-            def heard(done: int, tokens: int, before: int = len(answers), so_far: int = made) -> None:
-                tell(before + done, so_far + tokens)
+            def in_batch(done: int, tokens: int, before: int = len(answers), so_far: int = made) -> None:
+                on_progress(before + done, so_far + tokens)
 
             given = [prompts[i] for i in chosen]
-            sequences = attempt(partial(_generate, model, tokenizer, given, chosen, end_ids, sampling, heard))
+            sequences = attempt(partial(_generate, model, tokenizer, given, chosen, end_ids, sampling, in_batch))
             if sequences is None:
                 if len(chosen) == 1:
                     raise QcftError(
-                        f"the memory ran out while answering a prompt of {len(prompts[chosen[0]])} tokens",
+                        f"memory ran out while answering a prompt of {len(prompts[chosen[0]])} tokens",
                         "lower max_new_tokens or train.max_length, or use a smaller model",
                     )
                 batch = max(1, len(chosen) // 2)
@@ -119,9 +119,9 @@ def _generate(
     positions: list[int],
     end_ids: list[int],
     sampling: Sampling,
-    tell: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """One batch's new tokens. `generate` is run for a few tokens at a time, and goes on without those who are done."""
+    """One batch's new tokens. `generate` runs for a few tokens at a time, then continues without finished answers."""
     import torch
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
@@ -161,27 +161,27 @@ def _generate(
         ids = output.sequences[keep]
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)[keep]
         live = [live[i] for i in keep.tolist()]
-        tell(len(prompts) - len(going), sum(len(tokens) for tokens in made))
+        on_progress(len(prompts) - len(going), sum(len(tokens) for tokens in made))
         if not len(going):
             break
     return made
 
 
 def _cache_name() -> str:
-    """What transformers calls the keys and values of the tokens so far, given and returned: `cache`, from 5.24 on."""
+    """transformers' name for the KV cache, as an argument and in the output: `cache` since version 5.24."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 def _can_shrink(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache: not where layers keep a state of another kind."""
+    """Whether rows can be removed from a KV cache: not if layers keep another kind of state."""
     layers: Any = getattr(cache, "layers", None)
     return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 class Nucleus:
-    """Top-p sampling (Holtzman et al. 2020, arXiv 1904.09751) that leaves one token, each row by its own generator."""
+    """Top-p sampling (Holtzman et al. 2020, arXiv 1904.09751) that keeps one token; each row has its own generator."""
 
     def __init__(self, sampling: Sampling, positions: list[int]) -> None:
         import torch
@@ -191,11 +191,11 @@ class Nucleus:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows x vocabulary) that are minus infinity but for the token drawn."""
+        """Scores (rows x vocabulary) that are minus infinity except for the drawn token."""
         import torch
 
         scores = scores.float() / self.temperature

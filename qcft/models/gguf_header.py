@@ -1,7 +1,7 @@
-"""A GGUF file's header, walked before a library reads it: no length in it may lead past the file's end.
+"""Checking a GGUF file's header before a library reads it: no length in it may exceed the file.
 
-The reader of the gguf package takes every length at its word: some fifty bytes that announce an array of 2**62 elements
-keep it busy, and memory filling, for ever. Layout: docs/gguf.md of the ggml project.
+The reader of the gguf package trusts every length: some fifty bytes with an array of 2**62 elements keep it busy for
+ever while memory fills. Layout: docs/gguf.md of the ggml project.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DEEPEST = 4  # arrays in arrays; no known file has any
 
 
 def check_lengths(path: Path) -> None:
-    """Raise ValueError where a count, a length or a type in the header cannot be true."""
+    """Raise ValueError if a count, a length or a type in the header is impossible."""
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data)
         tensors, values = walk.begin()
@@ -33,13 +33,13 @@ def check_lengths(path: Path) -> None:
 
 
 class _Walk:
-    """A place in the header, which moves forward and never past the end."""
+    """A position in the header, which only moves forward and never past the end."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at, self.order = data, 4, "<"
 
     def begin(self) -> tuple[int, int]:
-        """The number of tensors and of values; from the version follows the byte order."""
+        """The number of tensors and of values; also sets the byte order, by the version field."""
         version = self.integer("I")
         if version & 0xFFFF == 0:
             self.order = ">"
@@ -75,5 +75,5 @@ class _Walk:
         elif depth > DEEPEST:
             raise ValueError(f"arrays in arrays, more than {DEEPEST} deep")
         else:
-            for _ in range(count):  # each takes eight bytes or more, so the file's end comes first
+            for _ in range(count):  # each has eight bytes or more, so the loop stops at the end of the file
                 self.skip_value(kind, depth)

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file's metadata: tokens with their types, merges or scores, and how text is split before.
+"""A tokenizer as a GGUF file's metadata: tokens with their types, merges or scores, and the pre-tokenizer.
 
-Two shapes: byte-level BPE (`gpt2` in GGUF), which names its pre-tokenizer, as llama.cpp has each one's regular
-expression built in; and SentencePiece's BPE with bytes to fall back on (`llama`), which orders merges by scores. The
-keys: docs/gguf.md of the ggml project.
+Two kinds are supported: byte-level BPE (`gpt2` in GGUF), which names its pre-tokenizer, as llama.cpp has the regular
+expression of each one built in; and SentencePiece's BPE with byte fallback (`llama`), which orders merges by scores.
+The keys: docs/gguf.md of the ggml project.
 """
 
 from __future__ import annotations
@@ -28,26 +28,24 @@ TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _REST
 )
-# llama.cpp's names (src/llama-vocab.cpp), by what splits the text in turn.
+# llama.cpp's names (src/llama-vocab.cpp), by the expressions that split the text one after the other.
 PRE_TOKENIZERS = {
     (GPT2,): "gpt-2", (DIGIT, GPT2): "smollm", (LLAMA3,): "llama-bpe", (QWEN2,): "qwen2", (TEKKEN,): "tekken",
 }  # fmt: skip
-WITHOUT_MERGES = {
-    "llama-bpe": "smaug-bpe"
-}  # the same splits, where whole words in the vocabulary are merged all the same
+WITHOUT_MERGES = {"llama-bpe": "smaug-bpe"}  # the same splits; words in the vocabulary are merged from pieces too
 NORMALIZERS = {"gpt2": {"NFC"}, "llama": {"Prepend", "Replace"}}
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError for a tokenizer that GGUF, or this module, has no words for."""
+    """Raise InputError for a tokenizer that GGUF, or this module, does not support."""
     shape, backend = _shape(tokenizer)
     if shape == "gpt2":
         _pre_tokenizer(backend)
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int]) -> None:
-    """Write a tokenizer and its chat template. `rows`: those of the embedding, as many tokens as are written; `ends`:
-    the ids that end an answer. Raises InputError as `check_tokenizer` does."""
+    """Write a tokenizer and its chat template. `rows`: the number of rows of the embedding, and so of tokens to write;
+    `ends`: the ids that end an answer. Raises InputError as `check_tokenizer` does."""
     shape, backend = _shape(tokenizer)
     tokens, types = _tokens(tokenizer, shape, backend, rows)
     writer.add_tokenizer_model(shape)
@@ -76,12 +74,12 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a reader of the file puts BOS before a text."""
+    """Whether programs that read the file must put BOS before a text."""
     return bool(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
 
 
 def _shape(tokenizer: PreTrainedTokenizerBase) -> tuple[str, dict[str, Any]]:
-    """`gpt2` or `llama`, and the tokenizer's own description. Raises InputError."""
+    """`gpt2` or `llama`, and the tokenizer's JSON description. Raises InputError."""
     backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
@@ -112,7 +110,7 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str:
 
 
 def _parts(found: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
-    """The parts of a normalizer or a pre-tokenizer, which may be a sequence of them, or none."""
+    """The parts of a normalizer or a pre-tokenizer, which may be a sequence, a single one, or None."""
     if found is None:
         return []
     return [one for part in found[inside] for one in _parts(part, inside)] if inside in found else [found]
@@ -121,7 +119,7 @@ def _parts(found: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, shape: str, backend: dict[str, Any], rows: int
 ) -> tuple[list[str], list[int]]:
-    """The text and the type of each token; a row of the embedding that no token has is named `[PAD7]`."""
+    """The text and the type of each token; a row of the embedding without a token gets a name like `[PAD7]`."""
     from gguf import TokenType
 
     named = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -134,7 +132,7 @@ def _tokens(
         elif number in added:
             special = added[number].special or (text.startswith("<|") and text.endswith("|>"))
             kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
-            text = text if special else text.replace(SPACE, " ")  # as llama.cpp looks for it in the text
+            text = text if special else text.replace(SPACE, " ")  # as llama.cpp searches for it in the text
         elif shape == "llama" and len(text) == 6 and text.startswith("<0x"):
             kind = TokenType.BYTE
         if shape == "llama" and text == backend["model"].get("unk_token"):
@@ -145,7 +143,7 @@ def _tokens(
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:
-    """SentencePiece's scores: the earlier a piece is merged, the higher. What no merge makes comes last."""
+    """SentencePiece's scores: the earlier a piece is merged, the higher. Pieces without a merge come last."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -153,8 +151,8 @@ def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[floa
 
 
 def _prepends_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text after a special token is read as if a blank stood before it: so does llama.cpp at every place, while
-    some tokenizers do at the very beginning alone, where a chat has a special token."""
+    """Whether text after a special token is tokenised as if a space were before it: llama.cpp does this after every
+    special token, some tokenizers only at the beginning of a text."""
     return bool(tokenizer.tokenize(f"{tokenizer.all_special_tokens[0]}a")[1].startswith(SPACE))
 
 

@@ -1,6 +1,6 @@
-"""A model's folder written as one GGUF file, tensor by tensor, as llama.cpp's own converter lays it out.
+"""Writing a model's folder as one GGUF file, tensor by tensor, with the layout of llama.cpp's own converter.
 
-What the file has no place for is refused, and so is a weight whose name is not known: nothing is left out in silence.
+Anything that the format cannot hold is refused, and so is a weight with an unknown name: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
 GgufType = Literal["f16", "bf16", "q8_0", "q4_k_m"]
 TYPES: tuple[str, ...] = get_args(GgufType)
-# The families that are written here, by the `model_type` of their config, and their architecture's name in GGUF.
+# The supported families, by the `model_type` of their config, and the name of their architecture in GGUF.
 FAMILIES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3",
 }  # fmt: skip
 CONVERTER = "convert_hf_to_gguf.py"
-BLOCK = 1 << 24  # numbers that are quantised at once
+BLOCK = 1 << 24  # numbers quantised at a time
 LARGEST_F16 = 65504.0
-TEXT = re.compile(r"^(model\.language_model\.|language_model\.model\.)")  # of a model that takes images too
+TEXT = re.compile(r"^(model\.language_model\.|language_model\.model\.)")  # in a model that also takes images
 IMAGES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A weight of the file: where it comes from and its type; `heads`: those by which its rows are reordered."""
+    """A weight of the file: where it comes from and its type; `heads`: how many, where its rows are reordered."""
 
     name: str
     stored: Stored
@@ -64,16 +64,16 @@ def check_writable(folder: Path, model: Model, tokenizer: PreTrainedTokenizerBas
     for has, what in _beyond(config):
         if has:
             raise InputError(
-                f"--gguf: the model has {what}, which GGUF's {FAMILIES[config.model_type]} has no place for",
+                f"--gguf: the model has {what}, which GGUF's {FAMILIES[config.model_type]} does not support",
                 "export it without --gguf: transformers and vLLM load that folder",
             )
     check_tokenizer(tokenizer)
 
 
 def write_gguf(folder: Path, file: Path, kind: str, name: str, model: Model, watch: Watch) -> None:
-    """Write a model's folder as a GGUF file of this type: f16, bf16 or q8_0.
+    """Write a model's folder as a GGUF file of type `kind`: f16, bf16 or q8_0.
 
-    Weights of one dimension stay in 32 bits, and in q8_0 those whose rows are no multiple of 32 go in 16. Raises
+    Weights of one dimension are in 32 bits, and in q8_0 those whose row size is not a multiple of 32 in 16. Raises
     InputError as `check_writable` does, QcftError for a weight that cannot be written.
     """
     import gguf
@@ -116,7 +116,7 @@ def write_gguf(folder: Path, file: Path, kind: str, name: str, model: Model, wat
 
 
 def _beyond(config: PreTrainedConfig) -> Iterator[tuple[bool, str]]:
-    """What llama.cpp's code of these architectures takes for granted, and what a config has instead."""
+    """Assumptions of llama.cpp's code for these architectures: whether the config differs, and the value it has."""
     rope = _rope(config)
     gemma = config.model_type == "gemma3_text"
     act = config.hidden_activation if gemma else config.hidden_act
@@ -186,7 +186,7 @@ def _add_rotary(writer: GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def _rotary_factors(config: PreTrainedConfig) -> np.ndarray | None:
-    """What Llama 3's scaling divides each rotary frequency by; None where there is no such scaling."""
+    """The factors by which Llama 3's scaling divides the rotary frequencies; None without such scaling."""
     import torch
 
     rope = _rope(config)
@@ -200,7 +200,7 @@ def _rotary_factors(config: PreTrainedConfig) -> np.ndarray | None:
 
 
 def _tensors(folder: Path, config: PreTrainedConfig, kind: str, watch: Watch) -> Iterator[_Tensor]:
-    """The weights as the file names them. Raises QcftError for one that it has no name for."""
+    """The weights with their names in the file. Raises QcftError for a weight without one."""
     import gguf
 
     arch = FAMILIES[config.model_type]
@@ -224,7 +224,9 @@ def _tensors(folder: Path, config: PreTrainedConfig, kind: str, watch: Watch) ->
             packed = gguf.GGMLQuantizationType.F16
         yield _Tensor(found, stored, packed, heads.get(name.split(".")[-2]), shift)
     if images:
-        watch.note(f"GGUF has the text part alone: {images} weights of the image encoder are not written", "warning")
+        watch.note(
+            f"the GGUF file has the text part only: {images} weights of the image encoder are dropped", "warning"
+        )
 
 
 def _announce(writer: GGUFWriter, one: _Tensor) -> None:
@@ -240,7 +242,7 @@ def _announce(writer: GGUFWriter, one: _Tensor) -> None:
 
 
 def _packed(one: _Tensor) -> np.ndarray:
-    """A weight's numbers as the file holds them. Raises QcftError for one that is beyond F16."""
+    """A weight's values as stored in the file. Raises QcftError for values beyond the range of F16."""
     import gguf
     import numpy as np
 
@@ -252,13 +254,13 @@ def _packed(one: _Tensor) -> np.ndarray:
     for part in tensor.split(rows):
         numbers = part.float().numpy() + np.float32(one.shift)
         if one.kind == gguf.GGMLQuantizationType.F16 and abs(numbers).max() > LARGEST_F16:
-            raise QcftError(f"--gguf: {one.name} has numbers beyond {LARGEST_F16:,.0f}, F16's largest", "use bf16")
+            raise QcftError(f"--gguf: {one.name} has values beyond {LARGEST_F16:,.0f}, the largest in F16", "use bf16")
         parts.append(gguf.quants.quantize(numbers, one.kind))
     return np.concatenate(parts)
 
 
 def _paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of a query or key projection (or its bias) in llama.cpp's order: rotary embeddings turn neighbouring
-    rows of a head together there, in transformers rows of its two halves."""
+    """The rows of a query or key projection (or its bias) in llama.cpp's order: its rotary embeddings rotate
+    neighbouring rows of a head together, those of transformers rows of its two halves."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)

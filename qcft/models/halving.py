@@ -1,4 +1,4 @@
-"""Work that is done again in smaller parts when memory runs out, on the GPU or in the machine."""
+"""Retrying work in smaller parts when memory runs out, on the GPU or in RAM."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Result = TypeVar("Result")
 
 
 def attempt(work: Callable[[], Result]) -> Result | None:
-    """What `work` returns, or None when memory ran out; what it held is freed then."""
+    """The result of `work`, or None if memory ran out; the memory it held is freed then."""
     try:
         return work()
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-    free_memory()  # outside of the handler, whose traceback holds on to the tensors
+    free_memory()  # outside the handler, whose traceback keeps references to the tensors
     return None
 
 
 def in_halves(work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], what: str) -> list[Result]:
-    """`work(items)`, or that of each half where memory runs out. Raises QcftError when not even one item fits."""
+    """`work(items)`, or on each half if memory runs out. Raises QcftError if not even one item fits."""
     done = attempt(lambda: work(items))
     if done is not None:
         return done

@@ -1,4 +1,4 @@
-"""Whether a model's folder is as it was when a run began: what is made of it is known by the digest it had then."""
+"""Check that a model's folder is unchanged since a run began: results are stored under the digest it had then."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qcft.models.sources import ModelSource
 
 
 class Inputs:
-    """The files of models, as they were when their digests were taken."""
+    """The files of models, with the digests they had when the run began."""
 
     def __init__(self, sources: Iterable[ModelSource | None]) -> None:
-        # Of a GGUF file, nothing is read once it is converted.
+        # A GGUF file is not read again once it is converted.
         folders = (source for source in sources if source is not None and source.kind == "folder")
         self._files = {file.path: file.digest for source in folders for file in source.files}
 
     def check(self, thorough: bool = False) -> None:
-        """Compare the files with what they were: by size and times, by their digests where those differ or where it is
-        to be `thorough`. Raises ChangedInput."""
+        """Compare the files with their earlier state: by size and times, and by digest where those differ or if
+        `thorough`. Raises ChangedInput."""
         digest = file_digest if thorough else known_digest
         for path, before in self._files.items():
             try:
@@ -43,5 +43,5 @@ class Inputs:
 def _changed(path: Path) -> ChangedInput:
     return ChangedInput(
         f"model: {str(path)!r} changed while it was in use",
-        "what was made of it meanwhile is discarded; give the same command again to start from the model as it is now",
+        "unfinished results are discarded; run the same command again to start from the model as it is now",
     )

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def device() -> str:
-    """Where work runs: `cuda`, which is the current card, or `cpu` where there is none or it is asked for.
+    """Where work runs: `cuda` (the current card), or `cpu` if there is no card or QCFT_DEVICE asks for it.
 
-    Raises InputError for a QCFT_DEVICE that is no device.
+    Raises InputError if QCFT_DEVICE is not a device.
     """
     import torch
 
@@ -49,18 +49,18 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # it reads config.json too, and anything may stand there
+    except Exception as error:  # it reads config.json too, which may hold anything
         raise InputError(
             f"model: no tokenizer could be read from {str(folder)!r}: {short(error)}",
-            "the folder needs tokenizer.json and a whole config.json"
+            "the folder needs tokenizer.json and a complete config.json"
             if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file()
-            else "it has tokenizer.model alone, which transformers converts where it can: pip install sentencepiece "
+            else "it has only tokenizer.model, which transformers converts if possible: pip install sentencepiece "
             "protobuf tiktoken",
         ) from None
     if tokenizer.eos_token is None:
         raise InputError(
             f"model: the tokenizer of {model.name!r} has no EOS token",
-            "name the token that ends its texts as eos_token in tokenizer_config.json",
+            "set eos_token in tokenizer_config.json to the token that ends its texts",
         )
     set_chat_template(tokenizer, model.chat_template)
     if tokenizer.pad_token is None:
@@ -68,13 +68,13 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_out: bool = False) -> PreTrainedModel:
-    """A model's weights as the recipe asks (`quantize` overrides it), ready to be trained or measured.
+def load_model(folder: Path, model: Model, quantize: str | None = None, sharded: bool = False) -> PreTrainedModel:
+    """Load a model as the recipe asks (`quantize` overrides it), ready to be trained or measured.
 
-    NF4 with double quantisation and 16-bit compute. The same kernels serve training and measuring: on
-    some CPUs bitsandbytes repacks 4-bit weights in place for evaluation, with other results and no way
-    back to training, so 4-bit modules stay in training mode always (see `evaluating`). `dealt_out`: the 4-bit weights
-    are kept as 16-bit numbers, which FSDP can deal out to processes.
+    NF4 with double quantisation and 16-bit compute. Training and measuring use the same kernels: on some CPUs
+    bitsandbytes repacks 4-bit weights in place for evaluation, which changes results and cannot be undone for training,
+    so 4-bit modules always stay in training mode (see `evaluating`). `sharded`: the 4-bit weights are stored as 16-bit
+    numbers, which FSDP can shard.
     """
     import torch
     from transformers import BitsAndBytesConfig, GenerationConfig
@@ -96,10 +96,10 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype(),
-            **({"bnb_4bit_quant_storage": compute_dtype()} if dealt_out else {}),
+            **({"bnb_4bit_quant_storage": compute_dtype()} if sharded else {}),
         )
     elif device() == "cuda" and _bytes_of(folder) > 0.85 * torch.cuda.mem_get_info()[0]:
-        options["device_map"] = "auto"  # 16 bits do not fit on the card: the rest is held in main memory
+        options["device_map"] = "auto"  # 16 bits do not fit on the card: the rest stays in main memory
     try:
         config = read_config(folder, model)
         loaded, info = auto_class(config).from_pretrained(folder, config=config, output_loading_info=True, **options)
@@ -114,18 +114,18 @@ def load_model(folder: Path, model: Model, quantize: str | None = None, dealt_ou
             f"model: {str(folder)!r} lacks {len(missing)} weights, such as {missing[0]}, which would be random numbers",
             "fetch the model again",
         )
-    # Fresh, so that greedy means greedy: checkpoints ship repetition penalties and the like.
+    # A new one, so that greedy means greedy: checkpoints may set repetition penalties and similar options.
     old = loaded.generation_config
     loaded.generation_config = GenerationConfig(bos_token_id=old.bos_token_id, eos_token_id=old.eos_token_id)
     return loaded
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel, dealt_out: bool = False) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, sharded: bool = False) -> Iterator[None]:
     """Inference: no gradients, no dropout, and the 4-bit kernels of training (see `load_model`).
 
-    `dealt_out`: the weights are, and are gathered in another place for each pass. Raises QcftError where bitsandbytes
-    moved the 4-bit weights all the same: training after that is another one.
+    `sharded`: the weights are sharded with FSDP, and gathered at a new address for each pass. Raises QcftError if
+    bitsandbytes repacked the 4-bit weights all the same, as that would change the results of later training.
     """
     import bitsandbytes as bnb
     import torch
@@ -143,20 +143,20 @@ def evaluating(model: PreTrainedModel, dealt_out: bool = False) -> Iterator[None
         model.train(was_training)
         for module in quantised:
             module.training = True
-    if not dealt_out and places != [module.weight.data_ptr() for module in quantised]:
+    if not sharded and places != [module.weight.data_ptr() for module in quantised]:
         raise QcftError(
-            f"bitsandbytes {bnb.__version__} repacks the weights of a model that is evaluated, though told not to",
-            "install a version that qcft was run with: pip install 'bitsandbytes<0.51'",
+            f"bitsandbytes {bnb.__version__} repacks the weights of an evaluated model, although this is disabled",
+            "install a version that qcft was tested with: pip install 'bitsandbytes<0.51'",
         )
 
 
 def free_memory() -> None:
-    """Give back what a model that is no longer referred to held."""
+    """Release the memory of models that are no longer referenced."""
     import torch
 
     gc.collect()
     if sys.platform == "linux":
-        # glibc keeps freed blocks between tensors of odd sizes: over a run that came to a gigabyte and more.
+        # glibc keeps freed blocks between tensors of odd sizes: over a run this added up to over a gigabyte.
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
@@ -164,13 +164,13 @@ def free_memory() -> None:
 
 
 def peak_memory() -> tuple[str, int]:
-    """What the peak is of, and its bytes: GPU memory since the last reset, or the process's resident set."""
+    """The kind of memory and its peak in bytes: GPU memory since the last reset, or the process's resident set."""
     import torch
 
     if device() == "cuda":
         return "GPU", torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
-        return "RAM", 0  # not told by Python's own library there
+        return "RAM", 0  # Python's standard library does not report it there
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -178,7 +178,7 @@ def peak_memory() -> tuple[str, int]:
 
 
 def free_bytes() -> int:
-    """Memory that is free where work runs: on the GPU, else in the machine without swapping."""
+    """Free memory where work runs, in bytes: on the GPU, else RAM that is available without swapping."""
     import torch
 
     if device() == "cuda":
@@ -189,7 +189,7 @@ def free_bytes() -> int:
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' own progress bars and chatter; what matters is told by events."""
+    """Silence the progress bars and log messages of the libraries; events report what matters."""
     import logging
     import warnings
 
@@ -210,10 +210,10 @@ def _bytes_of(folder: Path) -> int:
 
 
 def load_gguf(file: Path, folder: Path, model: Model) -> PreTrainedModel:
-    """A GGUF file's weights, dequantised to 16 bits, under the config of the `folder` that it was made of.
+    """A GGUF file's weights, dequantised to 16 bits, with the config of the `folder` that it was converted from.
 
-    The file's own metadata are not used: transformers reads no scaling of rotary embeddings from them. Raises
-    QcftError where transformers cannot read the file, or weights are missing in it.
+    The file's own metadata are not used: transformers does not read the scaling of rotary embeddings from them. Raises
+    QcftError if transformers cannot read the file, or weights are missing in it.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -224,7 +224,7 @@ def load_gguf(file: Path, folder: Path, model: Model) -> PreTrainedModel:
             str(file.parent), gguf_file=file.name, config=read_config(folder, model).get_text_config(),
             dtype=compute_dtype(), quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
         )  # fmt: skip
-    except Exception as error:  # of a family that transformers reads no GGUF of, anything
+    except Exception as error:  # any error is possible for a family whose GGUF files transformers does not read
         raise QcftError(f"transformers cannot read it: {short(error)}", "measure it with llama.cpp") from None
     if missing := sorted({name for name, _ in loaded.named_parameters()} & set(info["missing_keys"])):
         raise QcftError(f"transformers finds no {missing[0]} in it", "measure it with llama.cpp")

@@ -1,7 +1,7 @@
 """Merging LoRA adapters onto the original 16-bit weights, tensor by tensor.
 
-Never into 4-bit weights and, before another 4-bit phase, never onto a dequantised base: once the result is
-back in 4 bits, both lose nearly all that the adapter learned.
+Adapters are never merged into 4-bit weights and, before another 4-bit phase, never onto a dequantised base: once the
+result is quantised to 4 bits again, both lose nearly everything the adapter learned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qcft.models.tensors import (
     DTYPES,
     FLOATS,
     TORCH_NAMES,
-    Planned,
+    PlannedTensor,
     Stored,
     stored_weights,
     write_bytes,
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_BYTES = 10**9
-BLOCK = 1 << 19  # numbers that are changed at a time: they stay in the processor's cache
-MARK = "qcft_merge.json"  # says how a folder was merged, where that decides how it may be loaded
+BLOCK = 1 << 19  # numbers that are changed at a time; small enough for the processor's cache
+MARK = "qcft_merge.json"  # records how a folder was merged, where that limits how it may be loaded
 COPIED = {".json", ".jinja", ".model", ".txt", ".py"}  # config, tokenizer, chat template, a model's own code
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the result is to be: its dtype (None: the base's, tensor by tensor), and what it is merged onto.
+    """The result's dtype (None: that of each tensor in the base), and what the adapters are merged onto.
 
-    `dequantised`: the base as 4 bits hold it, brought back to 16. That is what the adapter was trained on, so
-    the result is what was trained, in 16 bits; back in 4 bits it loses the adapter.
+    `dequantised`: the base after quantisation to 4 bits and back to 16. The adapter was trained on these weights, so
+    in 16 bits the result is the trained model; quantised to 4 bits again, it loses the adapter.
     """
 
     dtype: str | None = None
@@ -61,7 +61,7 @@ class Target:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an output tensor comes from: what is stored, and the adapters that change it."""
+    """Where an output tensor comes from: the stored tensor, and the adapters that change it."""
 
     stored: Stored
     adapters: tuple[Adapter, ...]
@@ -77,21 +77,23 @@ def merge_adapters(
 ) -> int:
     """Write base + adapters as a model folder: W + s1 B1 A1 + s2 B2 A2..., added in fp32, rounded once.
 
-    An adapter may come with a scale: (folder, 0.7), or one for each weight by its name. All is checked before anything
-    is written; one tensor is held in memory at a time, shards are at most 1 GB. Weights that are tied in the base, and
-    that the adapters make differ, are untied in the result. Returns the number of weights that were changed. Raises
-    QcftError when an adapter does not fit the base, InputError for one that cannot be merged.
+    An adapter may have a scale: (folder, 0.7), or a function from a weight's name to its scale. Everything is checked
+    before anything is written. One tensor is in memory at a time; shards are at most 1 GB. Weights that are tied in the
+    base but get different values from the adapters are untied in the result. Returns the number of changed weights.
+    Raises QcftError if an adapter does not fit the base, InputError for one that cannot be merged.
     """
     read = [read_adapter(*(entry if isinstance(entry, tuple) else (entry,))) for entry in adapters]
     check_stack(read)
     sources, untied = _plan(base, read, target)
-    planned = [Planned(name, _dtype(source.stored.dtype, target), source.stored.shape) for name, source in sources]
-    # Not by huggingface_hub's planner, which keeps order only among tensors smaller than a shard.
+    planned = [
+        PlannedTensor(name, _dtype(source.stored.dtype, target), source.stored.shape) for name, source in sources
+    ]
+    # huggingface_hub's planner keeps the order only among tensors smaller than a shard.
     parts = [*in_groups(planned, lambda tensor: tensor.size, SHARD_BYTES)]
     source_of = dict(sources)
     done = 0
 
-    def write(tensor: Planned, out: BinaryIO) -> None:
+    def write(tensor: PlannedTensor, out: BinaryIO) -> None:
         nonlocal done
         _write(tensor, source_of[tensor.name], out)
         done += 1
@@ -116,7 +118,7 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
     """Each output tensor and its source, and whether tied weights are untied. Raises QcftError."""
     stored = stored_weights(base)
     changed = {name for adapter in adapters for name in adapter.changes}
-    outside = [name for name in changed if not re.search(r"\.\d+\.", name)]  # not of a layer: embeddings, head, norm
+    outside = [name for name in changed if not re.search(r"\.\d+\.", name)]  # not in a layer: embeddings, head, norm
     tied: Mapping[str, str] = {}
     if outside or not changed <= stored.keys():
         model = _without_weights(base, target)
@@ -149,8 +151,8 @@ def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tup
     ], untied
 
 
-def _write(tensor: Planned, source: _Source, out: BinaryIO) -> None:
-    """Write one tensor: copied as it is, or changed in fp32 a block of rows at a time."""
+def _write(tensor: PlannedTensor, source: _Source, out: BinaryIO) -> None:
+    """Write one tensor: copied unmodified, or changed in fp32, a block of rows at a time."""
     stored = source.stored
     if not source.adapters and not source.dequantised and tensor.dtype == stored.dtype:
         for block in stored.blocks(BLOCK):
@@ -179,7 +181,7 @@ def _write(tensor: Planned, source: _Source, out: BinaryIO) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Blocks are small and the disk is slower: more threads gain nothing, and on a busy machine cost everything."""
+    """Use one thread: blocks are small and the disk is slower, so more threads only slow down a busy machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -191,7 +193,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _through_nf4(weight: Any) -> Any:
-    """A weight as `load_model` holds it in NF4, brought back to 16 bits."""
+    """A weight quantised to NF4 as `load_model` does it, and dequantised to 16 bits."""
     import bitsandbytes.functional as bnb
 
     from qcft.models.load import compute_dtype, device
@@ -204,7 +206,7 @@ def _through_nf4(weight: Any) -> Any:
 
 
 def _quantised(base: Path, target: Target) -> set[str]:
-    """The weights that are held in 4 bits when the model is: transformers' own choice."""
+    """The weights that transformers quantises when it loads the model in 4 bits."""
     model = _without_weights(base, target)
     names = stored_names(model, base)
     return {names.get(f"{name}.weight", f"{name}.weight") for name in quantised_modules(model)}
@@ -225,7 +227,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _copy_rest(base: Path, to: Path, target: Target, untied: bool) -> None:
-    """Config, tokenizer, chat template, generation config; the config is told of a new dtype and of untying."""
+    """Copy config, tokenizer, chat template and generation config; a new dtype and untying are set in the config."""
     for file in base.iterdir():
         if file.is_file() and file.suffix in COPIED and "index" not in file.name and file.name != MARK:
             shutil.copyfile(file, to / file.name)

@@ -1,4 +1,4 @@
-"""A model's modules without their weights: enough to see its layers and shapes."""
+"""A model's modules without weights, for its layers and shapes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qcft.recipe import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# More than any model has. Without weights, too, layers and tokens are gone through and adapters are made.
+# More than any model has: even without weights, qcft loops over layers and tokens and creates adapters.
 MOST = {"num_hidden_layers": 1000, "vocab_size": 10_000_000, "hidden_size": 1_000_000, "intermediate_size": 10_000_000}
 
 
 def read_config(folder: Path, model: Model) -> PreTrainedConfig:
-    """A model folder's config, without a padding token that its embedding has no row for: some checkpoints say -1, or
-    a number beyond the vocabulary, and padding is the tokenizer's to say."""
+    """A model folder's config, without a padding token that its embedding has no row for: some checkpoints have -1 or
+    a number beyond the vocabulary. The tokenizer decides on padding."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -30,8 +30,8 @@ def read_config(folder: Path, model: Model) -> PreTrainedConfig:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The class that builds and loads a model: transformers' for causal language models, else, for wrappers that it
-    has none for, that of models that also take images, whose text part is a language model."""
+    """The class that builds and loads a model: AutoModelForCausalLM or, for wrappers that it does not support,
+    AutoModelForImageTextToText, whose text part is a language model."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     known = type(config) in private("transformers:AutoModelForCausalLM._model_mapping") or "AutoModelForCausalLM" in (
@@ -43,23 +43,23 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def model_without_weights(folder: Path, model: Model) -> PreTrainedModel:
-    """The model of a folder on the meta device. Raises InputError when it cannot be built, or is quantised already."""
+    """The model of a folder on the meta device. Raises InputError if it cannot be built, or is quantised already."""
     import torch
 
     trust = model.trust_remote_code
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"model: {model.name!r} holds an adapter beside its weights (adapter_config.json), which loading would "
-            "attach to them in silence",
-            "move the adapter's two files to a folder of their own, and name that as the first phase's adapter if it "
-            "is wanted",
+            f"model: {model.name!r} holds an adapter beside its weights (adapter_config.json), which would be loaded "
+            "with the model without notice",
+            "move the adapter's two files to a folder of their own; to use it, name that folder as the first phase's "
+            "adapter",
         )
     try:
         config = read_config(folder, model)
         if getattr(config, "quantization_config", None):
             raise InputError(
                 f"model: {model.name!r} is quantised already",
-                "give its 16-bit weights: phase 1 is merged onto them, and qcft quantises them itself",
+                "give its 16-bit weights: phase 1 is merged onto them, and qcft does the quantisation",
             )
         check_sizes(config, model.name)
         with torch.device("meta"):
@@ -68,18 +68,18 @@ def model_without_weights(folder: Path, model: Model) -> PreTrainedModel:
             built: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust, **options)
     except InputError:
         raise
-    except Exception as error:  # a config with anything in it fails anywhere in the model's code
+    except Exception as error:  # a bad config may fail anywhere in the model's code
         raise InputError(
             f"model: {model.name!r} cannot be built: {short(error)}",
-            "give a decoder-only language model; look at its config.json, model.attn_implementation and "
+            "give a decoder-only language model; check its config.json, model.attn_implementation and "
             "model.trust_remote_code",
         ) from None
     return built
 
 
 def check_sizes(config: PreTrainedConfig, name: str) -> None:
-    """Raise InputError where a config announces a size that no model has."""
+    """Raise InputError if a config has a size that no model has."""
     for key, most in MOST.items():
         size = getattr(config.get_text_config(), key, 0)
         if isinstance(size, int) and size > most:
-            raise InputError(f"model: {name!r} has a {key} of {size:,} in its config", f"at most {most:,} can be")
+            raise InputError(f"model: {name!r} has a {key} of {size:,} in its config", f"qcft accepts at most {most:,}")

@@ -1,7 +1,7 @@
-"""The names of a model's weights: in memory, and in the files it is loaded from.
+"""The names of a model's weights: in memory and in the files they are loaded from.
 
-Multimodal wrappers and some older families are stored under other names than their modules have. The table is
-transformers' own, which loading goes by (`transformers.conversion_mapping`).
+Multimodal wrappers and some older families are stored under names that differ from those of their modules. The table
+is the one that transformers uses for loading (`transformers.conversion_mapping`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIED = "transformers:PreTrainedModel.all_tied_weights_keys"
 def stored_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """The stored name of every weight that is one tensor in the folder's files, by its name in the model.
 
-    Weights that loading puts together from several tensors, or out of one, have none.
+    Weights that loading joins from several tensors, or splits from one, are not included.
     """
     rename_source_key = private("transformers.core_model_loading:rename_source_key")
     live: Any = model.state_dict()
@@ -36,10 +36,10 @@ def stored_names(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 
 def missing_weights(model: PreTrainedModel, folder: Path) -> list[str]:
-    """The parameters of a model that a folder holds no weights for, and that loading would fill with random numbers.
+    """The parameters of a model that are not in a folder's files, which loading would initialise at random.
 
-    Of tied weights one is enough. Left to loading itself: what is put together from several tensors, and what the
-    model's class says may be missing.
+    Of tied weights one is enough. Not checked here: weights that are joined from several tensors, and those that the
+    model's class declares optional.
     """
     found = set(stored_names(model, folder))
     tied = of(model, TIED) or {}
@@ -56,7 +56,7 @@ def missing_weights(model: PreTrainedModel, folder: Path) -> list[str]:
 
 
 def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
-    """transformers' renamings of stored weights, and its conversions of several into others."""
+    """transformers' renamings of stored weights, and its conversions of several tensors into others."""
     renaming, converter = (
         private(f"transformers.core_model_loading:Weight{kind}") for kind in ("Renaming", "Converter")
     )

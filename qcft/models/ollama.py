@@ -1,7 +1,7 @@
-"""A Modelfile for Ollama: the GGUF file, its chat template in Go's words, what ends an answer, the context length.
+"""A Modelfile for Ollama: the GGUF file, a Go version of its chat template, stop tokens, the context length.
 
-Ollama knows the chat templates of well-known models by their text; others it leaves out. So the template is found out
-here by rendering conversations with it, and written as a Go template that writes the same.
+Ollama recognises the chat templates of well-known models by their text, and ignores others. So qcft renders
+conversations with the template, and writes a Go template with the same output.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GO = """{{- $first := true }}
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a chat template writes around the texts of a conversation.
+    """The text that a chat template writes around the messages of a conversation.
 
     `start` before the first user turn, or `open` SYSTEM `close` where there is a system prompt; `answered` after a user
     turn that has an answer, `turn` between that and the next user turn, `last` after the user turn to be answered.
@@ -56,7 +56,7 @@ class Pieces:
     last: str
 
     def render(self, users: Sequence[str], answers: Sequence[str], system: str | None) -> str:
-        """A conversation up to the answer that is to be given."""
+        """A conversation up to the next answer."""
         text = self.start if system is None else f"{self.open}{system}{self.close}"
         for user, answer in zip(users, answers, strict=False):
             text += f"{user}{self.answered}{answer}{self.turn}"
@@ -64,15 +64,15 @@ class Pieces:
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for what is no name of a model in Ollama."""
+    """Raise InputError if Ollama does not accept this as the name of a model."""
     if not NAME.fullmatch(name) or len(name) > 200:
-        raise InputError(f"--ollama: {name!r} is no name of a model", "give one such as spanish or me/spanish:q8_0")
+        raise InputError(f"--ollama: {name!r} is not a name of a model", "give one such as spanish or me/spanish:q8_0")
 
 
 def write_modelfile(
     folder: Path, file: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], positions: int
 ) -> bool:
-    """Write `folder/Modelfile` for the GGUF file beside it; whether the chat template could be written as Go's."""
+    """Write `folder/Modelfile` for the GGUF file beside it; whether its chat template could be written for Go."""
     pieces = find_pieces(tokenizer)
     lines = [f"FROM ./{file}"]
     if pieces is not None:
@@ -85,7 +85,7 @@ def write_modelfile(
 
 
 def create(name: str, folder: Path, watch: Watch) -> bool:
-    """Have Ollama take in the folder's Modelfile, where it is installed; whether it is. Raises QcftError."""
+    """Import the folder's Modelfile into Ollama; False if Ollama is not installed. Raises QcftError."""
     program = shutil.which("ollama")
     if program is None or not os.path.isabs(program):
         return False
@@ -96,33 +96,33 @@ def create(name: str, folder: Path, watch: Watch) -> bool:
     )
     watch.check_stop()
     if done.returncode:
-        said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no message"]
+        output = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["no message"]
         raise QcftError(
-            f"ollama create failed: {short(Exception(said[-1]))}",
-            f"{folder} is whole; when `ollama serve` runs: {create_command(name, folder)}",
+            f"ollama create failed: {short(Exception(output[-1]))}",
+            f"{folder} is complete; once `ollama serve` runs: {create_command(name, folder)}",
         )
     return True
 
 
 def create_command(name: str, folder: Path) -> str:
-    """The command that has Ollama take in the folder's Modelfile."""
+    """The command that imports the folder's Modelfile into Ollama."""
     return f"ollama create {name} -f {shlex.quote(str(folder / 'Modelfile'))}"
 
 
 def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
-    """What the tokenizer's chat template writes around turns, without BOS where llama.cpp puts it before a text; None
+    """The text that the tokenizer's chat template writes around turns, without BOS if llama.cpp adds it itself; None
     for a template that does more than that."""
     try:
         template = Template(tokenizer, "allow")
-        alone, several = _said(template, 1), _said(template, 2)
-        with_system = _said(template, 1, SYSTEM)
+        alone, several = _rendered(template, 1), _rendered(template, 2)
+        with_system = _rendered(template, 1, SYSTEM)
         start, last = alone.split(USERS[0])
         _, answered, turn, _ = re.split("|".join((*USERS, *ANSWERS)), several)
         opened, close, _ = re.split(f"{SYSTEM}|{USERS[0]}", with_system)
         pieces = Pieces(start, opened, close, answered, turn, last)
         for turns in (1, 2, 3):
             for system in (None, SYSTEM):
-                if pieces.render(USERS[:turns], ANSWERS[: turns - 1], system) != _said(template, turns, system):
+                if pieces.render(USERS[:turns], ANSWERS[: turns - 1], system) != _rendered(template, turns, system):
                     return None
     except (TemplateRefused, InputError, ValueError):
         return None
@@ -131,13 +131,13 @@ def find_pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces | None:
 
 
 def go_template(pieces: Pieces) -> str:
-    """The pieces as a template of Go's text/template over Ollama's messages."""
+    """The pieces as a Go text/template over Ollama's messages."""
     words = {name.upper(): text for name, text in vars(pieces).items()}
     return re.sub("|".join(words), lambda found: _literal(words[found[0]]), GO)
 
 
-def _said(template: Template, turns: int, system: str | None = None) -> str:
-    """What the template makes of so many user turns, all answered but the last."""
+def _rendered(template: Template, turns: int, system: str | None = None) -> str:
+    """The template's output for this number of user turns, all answered except the last."""
     messages = [Message("system", system)] if system else []
     for number in range(turns):
         messages += [Message("assistant", ANSWERS[number - 1])] if number else []
@@ -146,5 +146,5 @@ def _said(template: Template, turns: int, system: str | None = None) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as an action of a Go template: blanks and braces in it stay as they are."""
+    """A text as an action of a Go template, which keeps its spaces and braces."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

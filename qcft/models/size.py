@@ -1,4 +1,4 @@
-"""What weights take, from a model's shapes alone."""
+"""The memory that weights need, from a model's shapes alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-BLOCK, OUTER_BLOCK = 64, 256  # weights that share a constant, constants that share one of their own
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a quantization constant; constants that share a second one
 HALF = 2  # bytes of a weight in 16 bits
 
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a loaded model: what is in 4 bits, the constants of that, what stays in 16 bits, by part."""
+    """Bytes of a loaded model by part: 4-bit weights, their quantization constants, and what stays in 16 bits."""
 
     packed: int
     constants: int
@@ -27,15 +27,15 @@ class WeightBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.packed + self.constants + self.linear + self.embeddings + self.other
 
 
 def nf4_bytes(weights: int) -> tuple[int, int]:
-    """Bytes of a matrix of so many weights in NF4 with double quantisation, and of its constants.
+    """Bytes of a matrix of `weights` numbers in NF4 with double quantisation, and of its quantization constants.
 
-    QLoRA (Dettmers et al. 2023, arXiv 2305.14314): 4 bits a weight, 8 for each 64 weights, 32 for each 256 of those;
-    as bitsandbytes holds it each matrix also has both tables of levels (16 and 256 floats) and an offset.
+    QLoRA (Dettmers et al. 2023, arXiv 2305.14314): 4 bits per weight, 8 for each 64 weights, 32 for each 256 of those;
+    bitsandbytes also stores two tables of levels (16 and 256 floats) and an offset with each matrix.
     """
     inner = -(-weights // BLOCK)
     outer = -(-inner // OUTER_BLOCK)
@@ -43,8 +43,8 @@ def nf4_bytes(weights: int) -> tuple[int, int]:
 
 
 def quantised_modules(model: PreTrainedModel) -> list[str]:
-    """Full names of the modules that loading in 4 bits quantises, by transformers' own choice: linear ones, and no
-    subclasses of them, but for the output head. The model has no weights, or holds them in 16 bits."""
+    """Full names of the modules that transformers quantises when it loads a model in 4 bits: nn.Linear but none of its
+    subclasses, without the output head. The model has no weights, or holds them in 16 bits."""
     from torch import nn
 
     left = private("transformers.quantizers.base:get_keys_to_not_convert")(model)
@@ -53,12 +53,12 @@ def quantised_modules(model: PreTrainedModel) -> list[str]:
 
 
 def quantised_share(model: PreTrainedModel) -> float:
-    """The share of a model's weights that loading in 4 bits quantises; embeddings and head not counted."""
+    """The share of a model's weights that loading in 4 bits quantises, not counting embeddings and head."""
     return share_of_weights(model, quantised_modules(model))
 
 
 def share_of_weights(model: PreTrainedModel, modules: list[str]) -> float:
-    """The share of a model's weights that are those of linear modules, by name; embeddings and head not counted."""
+    """The share of a model's weights that these linear modules hold, not counting embeddings and head."""
     ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}
     outside = {id(part) for module in model.modules() if id(module) in ends for part in module.parameters()}
     total = sum(weight.numel() for weight in model.parameters() if id(weight) not in outside)
@@ -67,7 +67,7 @@ def share_of_weights(model: PreTrainedModel, modules: list[str]) -> float:
 
 
 def weight_bytes(model: PreTrainedModel, quantize: str, without: tuple[nn.Module, ...] = ()) -> WeightBytes:
-    """What a model's weights take once loaded; `without`: modules that are not."""
+    """The memory of a model's weights once loaded; `without`: modules that are not loaded."""
     quantised = {id(model.get_submodule(name)) for name in quantised_modules(model)}
     ends = {id(one) for one in (model.get_input_embeddings(), model.get_output_embeddings())}
     gone = {id(part) for module in without for part in module.modules()}

@@ -1,4 +1,4 @@
-"""Which model a name means, the digest that pins it, and the folder of 16-bit weights it becomes."""
+"""Finding the model that a name means, its digest, and the folder of its 16-bit weights."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from qcft.recipe import Model
 
 CONVERTED = 1  # raised when the conversion from GGUF changes
 FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights, as some repositories carry them
+IGNORED = ["*/*", "consolidated*"]  # other layouts of the same weights, which some repositories have
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found. `digest` changes when its weights or tokenizer do; `files`: what it was taken of, where
-    others may change that: those of a folder, or the GGUF file."""
+    """A model that was found. `digest` changes when its weights or tokenizer do; `files`: the files it was computed
+    from, where others may change them: those of a folder, or the GGUF file."""
 
     name: str
     kind: Literal["embedded", "gguf", "folder", "hub"]
@@ -50,7 +50,7 @@ class ModelSource:
 
 
 def resolve(model: Model) -> ModelSource:
-    """Find out what a model's name means, without loading weights. Raises InputError."""
+    """Find the model that a name means, without loading weights. Raises InputError."""
     name = model.name
     if name in EMBEDDED:
         return ModelSource(name, "embedded", name, f"gguf:{EMBEDDED[name].file_sha256}:{CONVERTED}")
@@ -58,7 +58,7 @@ def resolve(model: Model) -> ModelSource:
     there = exists(path)
     if there and path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise InputError(f"model: {name!r} is a file, but no .gguf file", f"give {WHAT}")
+            raise InputError(f"model: {name!r} is a file but not a .gguf file", f"give {WHAT}")
         check_gguf(path)
         seen = SeenFile(path.resolve(), known_digest(path))
         return ModelSource(name, "gguf", str(seen.path), f"gguf:{seen.digest}:{CONVERTED}", (seen,))
@@ -72,14 +72,14 @@ def resolve(model: Model) -> ModelSource:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return ModelSource(name, "hub", name, f"hub:{name}@{pin_hub(name, model.revision)}")
     raise InputError(
-        f"model: {name!r} is no embedded model, file or folder",
+        f"model: {name!r} is not an embedded model, a file or a folder",
         nearest(name, list(EMBEDDED))
         + f"embedded: {', '.join(EMBEDDED)}; or give a folder, a .gguf file or OWNER/NAME",
     )
 
 
 def weights_folder(source: ModelSource, watch: Watch) -> Path:
-    """The folder with the model's safetensors, config and tokenizer; fetched or converted if need be."""
+    """The folder with the model's safetensors, config and tokenizer; fetched or converted if necessary."""
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "hub":
@@ -89,7 +89,7 @@ def weights_folder(source: ModelSource, watch: Watch) -> Path:
 
 
 def described_folder(source: ModelSource, watch: Watch) -> Path:
-    """A folder with the model's config and tokenizer, which may lack its weights: none are fetched or converted."""
+    """A folder with the model's config and tokenizer, possibly without weights: none are fetched or converted."""
     if source.kind == "hub":
         return _fetch_description(source, watch)
     if source.kind == "folder":
@@ -101,8 +101,8 @@ def described_folder(source: ModelSource, watch: Watch) -> Path:
 
 
 def _from_gguf(source: ModelSource, watch: Watch, make: Callable[[Path, Path], None]) -> Callable[[Path], None]:
-    """What fills a folder of the cache by `make(GGUF file, folder)`. Raises ChangedInput where the file that was read
-    is not the one that was found: the cache keeps what it holds by its digest."""
+    """The function that fills a cache folder by `make(GGUF file, folder)`. It raises ChangedInput if the file has
+    changed since its digest was computed, as the cache is keyed by that digest."""
     file = fetch_embedded(source.location, watch) if source.kind == "embedded" else Path(source.location)
 
     def check() -> None:
@@ -110,7 +110,7 @@ def _from_gguf(source: ModelSource, watch: Watch, make: Callable[[Path, Path], N
             if file_digest(seen.path) != seen.digest:
                 raise ChangedInput(
                     f"model: {str(seen.path)!r} changed while it was in use",
-                    "give the same command again to start from the file as it is now",
+                    "run the same command again to start from the file as it is now",
                 )
 
     def fill(folder: Path) -> None:
@@ -122,17 +122,17 @@ def _from_gguf(source: ModelSource, watch: Watch, make: Callable[[Path, Path], N
 
 
 def _converted(source: ModelSource) -> Path:
-    """Where the cache keeps what a GGUF file is converted to."""
+    """The cache folder of the converted GGUF file."""
     return cache_folder() / "converted" / f"{source.digest.split(':')[1][:20]}-v{CONVERTED}"
 
 
 def check_gguf(path: Path) -> None:
-    """Read a GGUF file's header and check that the file holds all it announces. Raises InputError."""
+    """Read a GGUF file's header and check that all tensors it lists are in the file. Raises InputError."""
     from gguf import GGUFReader
 
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise InputError(f"model: {str(path)!r} is no GGUF file: it begins otherwise", f"give {WHAT}")
+            raise InputError(f"model: {str(path)!r} is not a GGUF file: it does not begin with GGUF", f"give {WHAT}")
     try:
         check_lengths(path)
         reader = GGUFReader(path)
@@ -142,9 +142,8 @@ def check_gguf(path: Path) -> None:
             f"model: {str(path)!r} is truncated or altered ({short(error, 80)})", "fetch it again"
         ) from None
     if end > path.stat().st_size:
-        raise InputError(
-            f"model: {str(path)!r} is truncated: it ends {end - path.stat().st_size} bytes too early", "fetch it again"
-        )
+        missing = end - path.stat().st_size
+        raise InputError(f"model: {str(path)!r} is truncated: {missing} bytes are missing at the end", "fetch it again")
 
 
 def _convert(file: Path, folder: Path, watch: Watch) -> None:
@@ -152,12 +151,12 @@ def _convert(file: Path, folder: Path, watch: Watch) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    watch.note(f"converting {file.name} to 16 bit, once")
+    watch.note(f"converting {file.name} to 16 bit (only once)")
     check_gguf(file)
     if _scales_rotary(file):
         watch.note(
-            f"{file.name}: transformers does not read how it scales its rotary embeddings, so what comes of it is "
-            "another model; use its safetensors folder",
+            f"{file.name}: transformers does not read how it scales its rotary embeddings, so the converted model "
+            "differs from the original; use its safetensors folder",
             "warning",
         )
     place, name = str(file.parent), file.name
@@ -186,7 +185,7 @@ def _scales_rotary(file: Path) -> bool:
 
 
 def _unreadable(file: Path, what: str, error: Exception) -> InputError:
-    """A header that announces anything may fail anywhere in the libraries' code."""
+    """The error for a file that a library cannot read: an odd header may fail anywhere in the libraries' code."""
     return InputError(
         f"model: {file.name!r} cannot be {what}: {short(error)}",
         "fetch it again, or use the model's safetensors folder",
@@ -194,7 +193,7 @@ def _unreadable(file: Path, what: str, error: Exception) -> InputError:
 
 
 def _describe(file: Path, folder: Path) -> None:
-    """Write the config and the tokenizer that a GGUF file's header holds."""
+    """Write the config and the tokenizer that are in a GGUF file's header."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -216,7 +215,7 @@ def _folder_digest(files: Sequence[SeenFile]) -> str:
 
 
 def pin_hub(name: str, revision: str | None, what: str = "model", offline: str = OFFLINE) -> str:
-    """The commit of a hub id: asked of the hub, or what is cached when it can't be reached. Raises InputError."""
+    """The commit of a hub id, from the hub or, when it cannot be reached, from the cache. Raises InputError."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     known = _hub_note(name, revision or "main")
@@ -225,17 +224,17 @@ def pin_hub(name: str, revision: str | None, what: str = "model", offline: str =
         commit = HfApi().model_info(name, revision=revision, timeout=10).sha
         known.parent.mkdir(parents=True, exist_ok=True)
         write_text(known, f"{commit}\n")
-    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` tells them apart
+    except Exception as error:  # whatever the hub's HTTP client raises; `unreachable` distinguishes them
         commit = known.read_text(encoding="utf-8").strip() if known.is_file() else revision
         config = try_to_load_from_cache(name, "config.json", revision=commit)
         if not isinstance(config, str):
             raise unreachable(what, name, error, offline) from None
-        commit = Path(config).parent.name  # of a branch that others than qcft fetched, such as `hf download`
+        commit = Path(config).parent.name  # of a branch that was not fetched by qcft, for example by `hf download`
     return str(commit)
 
 
 def hub_sizes(name: str, commit: str | None) -> dict[str, int | None]:
-    """The bytes of each file that is fetched of a hub model."""
+    """The bytes of each file of a hub model that qcft fetches."""
     from huggingface_hub import HfApi
 
     siblings = HfApi().model_info(name, revision=commit, timeout=10, files_metadata=True).siblings or []
@@ -243,7 +242,7 @@ def hub_sizes(name: str, commit: str | None) -> dict[str, int | None]:
 
 
 def is_cached(name: str, *files: str) -> bool:
-    """Whether the hub's cache holds files of a hub id, as far as can be told without asking the hub."""
+    """Whether the hub's cache holds these files of a hub id, without asking the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     known = _hub_note(name, "main")
@@ -252,7 +251,7 @@ def is_cached(name: str, *files: str) -> bool:
 
 
 def has_weights(source: ModelSource) -> bool:
-    """Whether a model's 16-bit weights are on this disk already; their bytes are not looked at."""
+    """Whether a model's 16-bit weights are on this disk already; their bytes are not checked."""
     if source.kind == "folder":
         return True
     if source.kind == "hub":
@@ -261,10 +260,10 @@ def has_weights(source: ModelSource) -> bool:
 
 
 def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
-    """The folder of a hub model in the hub's own cache, every file of it whole.
+    """The folder of a hub model in the hub's own cache, with all files complete.
 
-    Their digests are kept when they have been fetched, and checked before each use: the hub's library takes what
-    lies in its cache as it is, half a model too when the hub can't be reached.
+    Their digests are stored once they are fetched, and checked before each use: the hub's library uses its cache
+    unchecked, even an incomplete model when the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -286,7 +285,7 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
         snapshot_download(name, revision=commit, allow_patterns=FETCHED, ignore_patterns=IGNORED)
         if broken := [f for f in files if not (folder / f).is_file() or _is_cut(folder / f)]:
             _forget(folder, broken)
-            raise ConnectionError(f"{broken[0]} came incomplete")
+            raise ConnectionError(f"{broken[0]} was not downloaded completely")
         return files
 
     try:
@@ -294,7 +293,7 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
     except QcftError:
         if known is not None or not _is_model(folder):
             raise
-        files = sorted(p.name for p in folder.iterdir() if _is_fetched(p.name))  # fetched by others, and complete
+        files = sorted(p.name for p in folder.iterdir() if _is_fetched(p.name))  # not fetched by qcft, but complete
     if not any(file.endswith(".safetensors") for file in files):
         raise InputError(
             f"model: {source.name!r} has no safetensors on the hub", "qcft reads safetensors or GGUF only, never pickle"
@@ -305,7 +304,7 @@ def _fetch_hub(source: ModelSource, watch: Watch) -> Path:
 
 
 def _fetch_description(source: ModelSource, watch: Watch) -> Path:
-    """The folder of a hub model in the hub's own cache, with its weights or without."""
+    """The folder of a hub model in the hub's own cache, with or without its weights."""
     from huggingface_hub import snapshot_download
 
     name, commit = source.location, source.digest.rsplit("@", 1)[1]
@@ -322,7 +321,7 @@ def _fetch_description(source: ModelSource, watch: Watch) -> Path:
 
 
 def _hub_note(name: str, what: str) -> Path:
-    """Where the cache keeps what is known of a hub model."""
+    """The cache file with what is known about a hub model."""
     return cache_folder() / "hub" / f"{name}@{what}".replace("/", "--")
 
 

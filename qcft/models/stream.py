@@ -1,4 +1,4 @@
-"""One answer to one prompt, in pieces of text as it is generated."""
+"""One answer to one prompt, streamed in pieces of text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALF = "\ufffd"  # what a tokenizer writes for a character whose last bytes are 
 
 
 class _Stopped(Exception):
-    """The reader has enough."""
+    """The caller wants no more text."""
 
 
 def stream_answer(
@@ -27,12 +27,12 @@ def stream_answer(
     prompt: list[int],
     end_ids: list[int],
     sampling: Sampling,
-    heard: Callable[[str], None],
+    on_text: Callable[[str], None],
     stopped: Callable[[], bool],
 ) -> Answer:
-    """Answer a prompt (token ids). `heard` gets the answer's text piece by piece; once `stopped()` is true the answer
-    ends where it is, unfinished. Raises QcftError when memory runs out."""
-    reader = _Reader(tokenizer, end_ids, heard, stopped)
+    """Answer a prompt (token ids). `on_text` is called with each piece of the answer's text; generation stops once
+    `stopped()` is true, and the answer is unfinished then. Raises QcftError when memory runs out."""
+    reader = _Reader(tokenizer, end_ids, on_text, stopped)
 
     def generate() -> bool:
         import torch
@@ -68,16 +68,16 @@ class _Reader:
         self,
         tokenizer: PreTrainedTokenizerBase,
         end_ids: list[int],
-        heard: Callable[[str], None],
+        on_text: Callable[[str], None],
         stopped: Callable[[], bool],
     ) -> None:
-        self.tokenizer, self.end_ids, self.heard, self.stopped = tokenizer, end_ids, heard, stopped
+        self.tokenizer, self.end_ids, self.on_text, self.stopped = tokenizer, end_ids, on_text, stopped
         self.tokens: list[int] = []
-        self.said = ""
+        self.passed_on = ""
         self._prompt_seen = self._ended = False
 
     def put(self, value: Any) -> None:
-        """Take a new token; what is known of the text by now is passed on."""
+        """Receive a new token, and pass on the text that is complete by now."""
         if not self._prompt_seen:
             self._prompt_seen = True
         elif (token := int(value.reshape(-1)[0])) in self.end_ids:
@@ -91,21 +91,21 @@ class _Reader:
             raise _Stopped
 
     def end(self) -> None:
-        """The last token was put."""
+        """Called after the last token."""
 
     def answer(self) -> Answer:
-        """The whole answer, of which nothing is left to be passed on."""
+        """The whole answer, after passing on the rest of its text."""
         text = self._text()
         self._pass_on(text)
         return Answer(text, len(self.tokens), self._ended)
 
     def _pass_on(self, text: str) -> None:
-        if len(text) > len(self.said) and text.startswith(self.said):
-            self.heard(text[len(self.said) :])
-            self.said = text
+        if len(text) > len(self.passed_on) and text.startswith(self.passed_on):
+            self.on_text(text[len(self.passed_on) :])
+            self.passed_on = text
 
     def _text(self) -> str:
-        """The answer so far. White space around it is no part of it, as in answers that are not streamed; no clean-up
-        either, which would change what was passed on already."""
+        """The answer so far, stripped of white space like answers that are not streamed. Without clean-up, which would
+        change text that was passed on already."""
         decoded = self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(decoded).strip()

@@ -1,4 +1,4 @@
-"""One load of a model's weights that stands for many stages: adapters are switched, not reloaded."""
+"""One load of a model's weights for many stages: adapters are switched, not reloaded."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def can_switch(folders: Sequence[Path]) -> bool:
-    """Whether adapters leave the weights under them as they were once they are switched off: LoRA does, unless
-    biases were trained with it."""
+    """Whether the weights are unchanged once these adapters are switched off: true for LoRA, unless biases were trained
+    with it."""
     return all((read_json(folder / CONFIG) or {}).get("bias", "none") == "none" for folder in folders)
 
 
 def reads_weights(folders: Sequence[Path]) -> bool:
-    """Whether an adapter's forward pass reads the 4-bit weights under it, which must not be packed then: DoRA's does,
-    for their norms."""
+    """Whether an adapter's forward pass reads the 4-bit weights, which must not be packed then: DoRA needs their
+    norms."""
     return any((read_json(folder / CONFIG) or {}).get("use_dora") for folder in folders)
 
 
 class Adapters:
-    """A loaded model whose adapters are switched on and off; `model` is the model itself, adapters inside it."""
+    """A loaded model whose adapters are switched on and off; `model` is the model itself, with the adapters inside."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -37,7 +37,7 @@ class Adapters:
         self._names: dict[Path, str] = {}
 
     def use(self, stack: Sequence[Path]) -> PreTrainedModel:
-        """The model with exactly these adapters live, the lowest first; none of them: the bare weights."""
+        """The model with exactly these adapters active, the lowest first; with none: the base weights alone."""
         new = [folder for folder in dict.fromkeys(stack) if folder not in self._names]
         names = [f"a{len(self._names) + i}" for i in range(len(new))]
         with _packed(self.model):
@@ -54,10 +54,10 @@ class Adapters:
 
 @contextmanager
 def _packed(model: PreTrainedModel) -> Iterator[None]:
-    """Keep 4-bit weights as they are packed, to the bit.
+    """Keep packed 4-bit weights bit for bit.
 
-    On some CPUs bitsandbytes packs them in the first forward pass in evaluation mode. As an adapter is loaded PEFT asks
-    for the model's state dict, for which they are unpacked, and packed again they are other numbers.
+    On some CPUs bitsandbytes packs them in the first forward pass in evaluation mode. When an adapter is loaded, PEFT
+    asks for the model's state dict, for which they are unpacked; packing them again gives different numbers.
     """
     import bitsandbytes as bnb
 
@@ -78,10 +78,10 @@ def _packed(model: PreTrainedModel) -> Iterator[None]:
 class Switched(Adapters):
     """`Adapters` of a model that is evaluated.
 
-    It is put into evaluation mode, and, as bitsandbytes packs 4-bit weights in the first forward pass of that mode on
-    some CPUs, such a pass is done at once. So every number comes from the same kernels and the same weights, in
-    whatever order stages and tasks are evaluated. It must not be trained any more. `packed`: False where an adapter
-    reads the weights (see `reads_weights`): PEFT would take packed ones for others.
+    The model is put into evaluation mode, and one forward pass is run at once, because on some CPUs bitsandbytes packs
+    4-bit weights in the first pass of that mode. So all results come from the same kernels and the same weights, in
+    whatever order stages and tasks are evaluated. The model must not be trained afterwards. `packed`: False if an
+    adapter reads the weights (see `reads_weights`), as PEFT would misread packed ones.
     """
 
     def __init__(self, model: PreTrainedModel, packed: bool = True) -> None:
@@ -97,7 +97,7 @@ class Switched(Adapters):
             model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
 
     def use(self, stack: Sequence[Path]) -> PreTrainedModel:
-        """The model with these adapters live, ready to be evaluated."""
+        """The model with these adapters active, ready to be evaluated."""
         super().use(stack)
-        self.model.eval()  # adapters that were loaded came in training mode
+        self.model.eval()  # newly loaded adapters are in training mode
         return self.model

@@ -1,8 +1,8 @@
-"""Weights on disk, one tensor at a time: where each lies in a safetensors file, reading it, writing a file.
+"""Weights on disk, one tensor at a time: finding and reading each in a safetensors file, and writing such a file.
 
-The safetensors library writes a file from tensors that are all in memory, and maps the file it reads, which counts as
-resident. A merge writes shards of a gigabyte and need hold one block of rows: the format is a length, a JSON header and
-the bytes, so it is read and written here.
+The safetensors library needs all tensors of a file in memory to write it, and maps the file it reads, which counts as
+resident memory. A merge writes shards of a gigabyte but needs only one block of rows in memory. The format is simple (a
+length, a JSON header and the bytes), so it is read and written here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a safetensors file: its dtype in the format's words, its shape, its bytes' place."""
+    """One tensor of a safetensors file: its dtype as the format names it, its shape, and where its bytes are."""
 
     file: Path
     dtype: str
@@ -46,13 +46,13 @@ class Stored:
     size: int
 
     def read(self) -> torch.Tensor:
-        """The tensor, in memory of its own (a mapped file would count as resident for as long as it is open)."""
+        """The tensor, in memory of its own (a mapped file would count as resident while it is open)."""
         return next(self.blocks(None)).reshape(self.shape)
 
     def blocks(self, most: int | None) -> Iterator[torch.Tensor]:
         """The tensor's rows, of all its matrices (a bias is one row), at most about `most` numbers at once (None: all).
 
-        A block lives until the next one is asked for.
+        A block is valid until the next one is read.
         """
         import torch
 
@@ -74,7 +74,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor to be written."""
 
     name: str
@@ -83,12 +83,12 @@ class Planned:
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, in the order they lie in."""
+    """The tensors of a safetensors file by name, in the order of their bytes."""
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
         header = json.loads(stream.read(length))
@@ -101,8 +101,8 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model folder is loaded from, merged onto and named by: model.safetensors, else those
-    of its index, as transformers chooses; else, for what is no model, all there are."""
+    """The safetensors files with a model folder's weights: model.safetensors, else those of its index, like
+    transformers; in a folder that is not a model, all safetensors files."""
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -125,15 +125,17 @@ def tensor_files(folder: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     opened: list[Any] = [safe_open(file, framework="pt") for file in weight_files(folder)]
-    return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    return {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118 (safe_open is not a mapping)
 
 
-def write_tensors(file: Path, tensors: Sequence[Planned], write: Callable[[Planned, BinaryIO], None]) -> None:
+def write_tensors(
+    file: Path, tensors: Sequence[PlannedTensor], write: Callable[[PlannedTensor, BinaryIO], None]
+) -> None:
     """Write a safetensors file; `write(tensor, stream)` is called for each tensor in turn and writes its bytes.
 
-    Wider dtypes come first, as the format's own library lays them, so that every tensor is aligned.
+    Wider dtypes come first, as in the safetensors library, so that every tensor is aligned.
     """
-    ordered = sorted(tensors, key=lambda t: -ITEM_BYTES[t.dtype])  # stable: the order given, within a width
+    ordered = sorted(tensors, key=lambda t: -ITEM_BYTES[t.dtype])  # stable: tensors of one width keep their order
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for tensor in ordered:
@@ -150,11 +152,11 @@ def write_tensors(file: Path, tensors: Sequence[Planned], write: Callable[[Plann
         for tensor in ordered:
             write(tensor, out)
         if out.tell() != 8 + len(text) + place:
-            raise ValueError(f"{file.name}: its tensors came out at another size than planned")
+            raise ValueError(f"{file.name}: its tensors do not have the planned size")
 
 
 def write_bytes(tensor: torch.Tensor, out: BinaryIO) -> None:
-    """Write a tensor's bytes without another copy of it."""
+    """Write a tensor's bytes without copying the tensor."""
     import torch
 
     out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

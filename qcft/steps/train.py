@@ -113,7 +113,7 @@ class Training(Work[TrainMetrics]):
 
         phase, watch, meta = step.phase or "", bench.watch, bench.model.meta_model
         use_triton_where_it_works(watch)
-        model = load_model(bench.weights(step), bench.model.asked, self.quantize, dealt_out=sharded())
+        model = load_model(bench.weights(step), bench.model.asked, self.quantize, sharded=sharded())
         agreed, train = self._agreed(model, phase, bench)
         replay = self._replay_sets(step, bench)
         own = bench.rows.phase(step.phase, self.rows)

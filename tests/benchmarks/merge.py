@@ -81,7 +81,7 @@ def make(folder: Path, gigabytes: float) -> None:
     from qcft.events import Watch
     from qcft.models.meta import model_without_weights
     from qcft.models.sources import resolve, weights_folder
-    from qcft.models.tensors import Planned, stored_weights, write_bytes, write_tensors
+    from qcft.models.tensors import PlannedTensor, stored_weights, write_bytes, write_tensors
     from qcft.recipe import Model
 
     small = weights_folder(resolve(Model(name="smollm2-135m-instruct")), Watch())
@@ -93,7 +93,7 @@ def make(folder: Path, gigabytes: float) -> None:
     config.save_pretrained(large)
     AutoTokenizer.from_pretrained(small).save_pretrained(large)
     tensors = [
-        Planned(name, "BF16", tuple(t.shape))
+        PlannedTensor(name, "BF16", tuple(t.shape))
         for name, t in model_without_weights(large, Model(name=str(large))).state_dict().items()
     ]
     size, parts, held = sum(t.size for t in tensors), [[]], 0
