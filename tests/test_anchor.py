@@ -380,7 +380,7 @@ def test_a_head_that_is_not_over_its_layers_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_family("opt", tmp_path))
     with torch.no_grad():
         output = model.base_model(input_ids=torch.arange(10, 30)[None], use_cache=False)
-        with pytest.raises(QcftError, match="logits of opt cannot be had"):
+        with pytest.raises(QcftError, match="logits of opt cannot be computed"):
             OwnHead(model, output)(output.last_hidden_state[0])
 
 

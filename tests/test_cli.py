@@ -343,6 +343,6 @@ def test_sigterm_stops_with_a_checkpoint_exit_143_and_goes_on(recipe_file, tmp_p
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "a checkpoint was written" in err
-    assert "hint: the same command goes on from it" in err
+    assert "hint: the same command resumes from it" in err
     assert "Traceback" not in err
     assert list(tmp_path.glob("runs/.steps/train-*/checkpoints/checkpoint-*/files.sha256"))

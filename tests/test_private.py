@@ -87,7 +87,7 @@ def test_row_lengths_that_do_not_arrive_end_a_training(recipe_file, monkeypatch)
         LlamaDecoderLayer, "forward",
         lambda self, *args, **options: forward(self, *args, **{k: v for k, v in options.items() if k != "row_lengths"}),
     )  # fmt: skip
-    with pytest.raises(QcftError, match="does not hand row lengths on to attention"):
+    with pytest.raises(QcftError, match="does not pass row lengths to attention"):
         train(recipe_file)
 
 

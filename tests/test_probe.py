@@ -240,7 +240,7 @@ def test_a_lost_record_of_the_start_is_told(tiny_model, tmp_path):
     with pytest.raises(Interrupted):
         train(tiny_model, tmp_path / "step", probing, watch)
     (tmp_path / "step" / "english.jsonl").unlink()
-    with pytest.raises(QcftError, match=r"english.jsonl is gone"):
+    with pytest.raises(QcftError, match=r"english.jsonl is missing"):
         train(tiny_model, tmp_path / "step", probing)
 
 

@@ -48,6 +48,7 @@ ROOMS_DONE = (
     "qcft/safe.py",
     "qcft/store",
     "qcft/terminal",
+    "qcft/training",
     "qcft/words.py",
     "recipes",
 )

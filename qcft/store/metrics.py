@@ -159,7 +159,7 @@ class LossTerms(TypedDict):
 
 
 class TrainMetrics(TypedDict):
-    """Of a `train` step: training.sft.Trained, and what was trained on what."""
+    """Of a `train` step: training.sft.TrainingResult, and what was trained on what."""
 
     steps: int
     rows: int

@@ -1,7 +1,7 @@
-"""Whether training a model comes to what the model itself says: its rows alone, side by side, and one after the other.
+"""Whether training computes the same loss as the model itself: for single rows, padded rows and packed rows.
 
-A family that nobody looked at may let packed rows see each other, count positions on from one row to the next, or scale
-its logits in a way that a head computed apart does not. Two short rows show it, before the first training of a model.
+In a family that was not tested, packed rows may see each other, positions may continue from one row to the next, or the
+model may scale its logits, which a separate head does not. Two short rows show this before a model is first trained.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ FORMAT = 1  # raised when what is compared changes
 TEXT = "Every morning the baker walks along the river to the old mill and asks the miller how much flour is left."
 OTHER = "A small ship with nine sails left the harbour at noon, although the wind had turned and rain was near."
 LONG, SHORT = 72, 41  # tokens of the two rows
-CLOSE = 0.02  # nats, the mean over a row's tokens: rounding in 16 bits comes to a thousandth
-APART = 0.002  # nats, of any token, when the row that is packed before it is another: nothing where rows are apart
+CLOSE = 0.02  # nats, the mean over a row's tokens; rounding in 16 bits is about a thousandth
+APART = 0.002  # nats, the change of any token if another row is packed before it; 0 if rows are independent
 
 Run = Callable[[Sequence[EncodedRow], bool], "torch.Tensor"]  # rows, packed or padded -> log probabilities of answers
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What of training agrees with the model's own forward pass. `fused`: the loss from TRL's head; `padded`: rows
-    side by side; `packed`: rows one after the other, which also leave each other alone. `why` says what does not."""
+    """Whether training agrees with the model's own forward pass. `fused`: the loss from TRL's head; `padded`: padded
+    rows; `packed`: packed rows, which are also independent of each other. `why`: what does not agree."""
 
     fused: bool
     padded: bool
@@ -54,10 +54,10 @@ class Agreement:
 
 
 def agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, watch: Watch) -> Agreement:
-    """Compare the losses of two rows as training computes them with the model's own: once for each config, way of
-    loading and version of the libraries, then from the cache. The model stays as it is.
+    """Compare the losses of two rows in training with the model's own: once for each config, way of loading and version
+    of the libraries, then from the cache. The model is not changed.
 
-    Raises QcftError for a family that training cannot run at all.
+    Raises QcftError for a family that cannot be trained at all.
     """
 
     def make(folder: Path) -> None:
@@ -67,7 +67,7 @@ def agreement(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, watch:
 
 
 def _key(model: PreTrainedModel, *more: str) -> str:
-    """What an answer holds for: the model's config, how it is loaded, and the libraries."""
+    """The cache key of a result: the model's config, how it is loaded, and the versions of the libraries."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     seen = [FORMAT, config, type(model).__name__, str(model.device), str(compute_dtype()), package_versions(), *more]
     return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:20]
@@ -80,10 +80,10 @@ def check_live(
     watch: Watch,
     peft: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run a row forward and backward, to see that every adapter on `modules` that was run learns from it, and nothing
-    else does: once for each model, modules, `peft` (fields of LoraConfig) and version of the libraries.
+    """Run a row forward and backward, to check that exactly the adapters on `modules` that were run get gradients: once
+    for each model, modules, `peft` (fields of LoraConfig) and version of the libraries.
 
-    Raises QcftError, by family.
+    Raises QcftError, naming the family.
     """
 
     def make(folder: Path) -> None:
@@ -100,7 +100,7 @@ def _check_live(adapted: PeftModel, modules: Sequence[str], tokenizer: PreTraine
     layers = {name: layer for name, layer in lora_layers(adapted) if name in modules}
     hooks = [layer.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers.items()]
     device = adapted.get_base_model().device
-    adapted.train()  # as training has it: in evaluation some CPUs repack 4-bit weights, with no way back
+    adapted.train()  # some CPUs repack 4-bit weights in evaluation mode, which cannot be undone
     ids = torch.tensor([_row(tokenizer, TEXT, SHORT).input_ids], device=device)
     try:
         with torch.random.fork_rng(), torch.autocast(device.type, compute_dtype()):
@@ -121,7 +121,7 @@ def _check_live(adapted: PeftModel, modules: Sequence[str], tokenizer: PreTraine
             "name other modules with lora.targets, and please report this",
         )
     if others:
-        raise QcftError(f"model: {family}: {min(others)} would be trained, which is no adapter", "please report this")
+        raise QcftError(f"model: {family}: {min(others)} would be trained but is not an adapter", "please report this")
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agreement:
@@ -136,13 +136,13 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agree
             try:
                 alone = [run([row], False) for row in (first, second)]
                 together = run([first, second], False)
-            except Exception as error:  # whatever a family's own code raises
+            except Exception as error:  # a family's own code may raise anything
                 family = model.config.get_text_config().model_type
                 raise QcftError(
                     f"model: {family} cannot be trained: {type(error).__name__}: {short(error)}", "use another model"
                 ) from None
-            fused = _close(torch.cat(alone), torch.cat(own), "TRL's head gives another loss than the model", why)
-            padded = _close(together, torch.cat(alone), "rows depend on what they are padded beside", why)
+            fused = _close(torch.cat(alone), torch.cat(own), "TRL's head gives a different loss than the model", why)
+            padded = _close(together, torch.cat(alone), "rows depend on the rows they are padded with", why)
             packed = _packed(model, run, (first, second, other), alone, why)
     return Agreement(fused, padded, packed, "; ".join(why))
 
@@ -150,7 +150,7 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agree
 def _packed(
     model: PreTrainedModel, run: Run, rows: Sequence[EncodedRow], alone: list[torch.Tensor], why: list[str]
 ) -> bool:
-    """Whether the second row comes to the same behind the first, behind another, and alone."""
+    """Whether the second row has the same loss after the first row, after another, and alone."""
     import torch
 
     first, second, other = rows
@@ -169,20 +169,20 @@ def _packed(
     if moved > APART:
         why.append(f"packed rows see each other: a token moved by {moved:.2g} nats")
         return False
-    return _close(behind_first, torch.cat(alone), "packed rows come to another loss than alone", why)
+    return _close(behind_first, torch.cat(alone), "packed rows have a different loss than single rows", why)
 
 
 def _close(found: torch.Tensor, wanted: torch.Tensor, what: str, why: list[str]) -> bool:
     off = float((found - wanted).abs().mean())
     if off <= CLOSE:
         return True
-    why.append(f"{what}, by {off:.2g} nats a token")
+    why.append(f"{what}, by {off:.2g} nats per token")
     return False
 
 
 @contextmanager
 def _trained(model: PreTrainedModel) -> Iterator[Run]:
-    """The model as TRL's trainer runs it: its collator's batches, its head."""
+    """The model as TRL's trainer runs it, with its collator and its head."""
     forward = model.__dict__.get("forward")
     private("trl.trainer.utils:add_fused_lm_head")(model, outputs=("log_probs",))
     answers = AnswerTokens(model)
@@ -218,7 +218,7 @@ def _own(model: PreTrainedModel, row: EncodedRow) -> torch.Tensor:
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> EncodedRow:
-    """A row of so many tokens, all but the first few of which are the answer."""
+    """A row of `size` tokens; all except the first few are the answer."""
     words = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     ids = (words * size)[:size]
     return EncodedRow(ids, [IGNORED] * (size // 4) + ids[size // 4 :])

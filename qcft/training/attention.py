@@ -1,10 +1,10 @@
-"""Attention row by row: rows that share a pass without padding each attend to themselves alone.
+"""Attention row by row: rows that share a pass without padding attend only to themselves.
 
-The library's way is one dense mask over the whole pass, a square of its tokens. Row by row is less work, and
-what a row comes to no longer depends, to the bit in bf16 on a CPU, on the rows it is packed with.
+The library uses one dense mask over the whole pass, the square of its tokens. Row by row is less work, and the output
+of a row does not depend on the rows it is packed with (bit for bit, in bf16 on a CPU).
 
-On a card each row is a kernel of its own in every layer. PyTorch has one kernel for all rows; it is used where
-QCFT_VARLEN=1 asks for it, until a card has shown that both come to the same (tests/gpu/RESULTS.md).
+On a card each row is a separate kernel call in every layer. PyTorch has one kernel for all rows; it is used only if
+QCFT_VARLEN=1 is set, until runs on a card have shown that both give the same results (tests/gpu/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "qcft_rows"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose layers hand what they are given on to attention
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # decoders whose layers pass extra arguments to attention
 
 
 def attend_by_rows(model: PreTrainedModel, longest: int) -> bool:
-    """Have a model attend row by row; False, and nothing changed, where it cannot.
+    """Make a model attend row by row; False, with the model unchanged, if it cannot.
 
-    It can for decoders of known families that attend by PyTorch's own kernel, when no row is longer than their
+    This needs a decoder of a known family that uses PyTorch's own attention (sdpa), and rows no longer than its
     sliding window. Batches then carry `row_lengths`, a tuple of ints, and no attention mask.
     """
     from transformers import AttentionInterface
@@ -61,8 +61,8 @@ def _attention(
         import transformers
 
         raise QcftError(
-            f"transformers {transformers.__version__} does not hand row lengths on to attention",
-            "install a version that qcft was run with, or --set model.attn_implementation=eager",
+            f"transformers {transformers.__version__} does not pass row lengths to attention",
+            "install a version that qcft was tested with, or --set model.attn_implementation=eager",
         )
     if len(row_lengths) > 1 and not options.get("dropout") and one_kernel(query.device):
         return _by_one_kernel(query, key, value, tuple(row_lengths), options.get("scaling")), None
@@ -73,8 +73,8 @@ def _attention(
 
 
 def one_kernel(device: torch.device) -> bool:
-    """Whether all rows attend by one kernel: asked for, and the card (compute capability 8.0 or later) and torch have
-    it."""
+    """Whether one kernel serves all rows: requested, and supported by the card (compute capability 8.0 or later) and
+    torch."""
     import torch
 
     if (
@@ -98,7 +98,7 @@ def _by_one_kernel(
 
     ends, longest = _ends(lengths, query.device), max(lengths)
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    # One split: else the sums of a row would depend on the longest row beside it.
+    # One split: otherwise the sums of a row would depend on the longest row in the pass.
     out: Any = varlen_attn(
         q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=True, num_splits=1
     )

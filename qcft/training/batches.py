@@ -1,4 +1,4 @@
-"""What the trainer is fed: rows in their mixed order, epoch after epoch, packed or one by one."""
+"""The trainer's input: rows in their mixed order, epoch after epoch, packed or one by one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from qcft.errors import QcftError
 from qcft.recipe import Train
 from qcft.store.metrics import FedSource
 
-FILLER = "(filler)"  # the source of a row that only evens out passes between processes: nothing of it is learned
+FILLER = "(filler)"  # the source of a row that only fills up a process's passes: it bears no loss
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Items in training order. An item is one row, or one pack of rows run without padding.
+    """Items in training order. An item is one row, or one pack of rows that run without padding.
 
     Each optimizer step takes `accumulation` passes of `per_pass` items.
     """
@@ -33,17 +33,17 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in all."""
+        """The total number of optimizer steps."""
         return math.ceil(len(self.items) / (self.per_pass * self.accumulation))
 
     @property
     def rows(self) -> int:
-        """Rows trained in all, each epoch's counted."""
+        """The total number of trained rows, over all epochs."""
         return sum(len(item) for item in self.items)
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens that bear loss in all, each epoch's counted."""
+        """The total number of tokens that bear loss, over all epochs."""
         return sum(row.answer_tokens for item in self.items for row in item)
 
     def rows_of(self, step: int) -> list[EncodedRow]:
@@ -61,9 +61,9 @@ class Batches:
 
 
 class Fed:
-    """Counts the items that a training is fed, pass by pass, and checks each pass against the layout.
+    """Counts the items that the trainer receives, pass by pass, and checks each pass against the plan.
 
-    Of several processes that train together, each takes the `rank`th pass of every `world` and counts them all.
+    With several processes, each takes the `rank`th pass of every `world` passes and counts them all.
     """
 
     def __init__(self, batches: Batches, rank: int = 0, world: int = 1) -> None:
@@ -73,12 +73,12 @@ class Fed:
         self.world = world
 
     def take(self, step: int, items: Sequence[int]) -> None:
-        """One pass of optimizer step `step` (from 0), of items by their numbers.
+        """Count one pass of optimizer step `step` (from 0); `items`: the numbers of its items.
 
-        Raises QcftError when the pass is not the one laid out: then the mix is not what was trained.
+        Raises QcftError if the pass is not the planned one, as then the mix was not trained as it should be.
         """
         begin = step * self.batches.per_pass * self.batches.accumulation
-        if self.items < begin:  # gone on from a checkpoint: what came before was counted, and checked, then
+        if self.items < begin:  # resumed from a checkpoint: earlier passes were counted and checked before it
             self.items = begin
         own = self.items + self.rank * self.batches.per_pass
         wanted = list(range(own, min(own + self.batches.per_pass, len(self.batches.items))))
@@ -90,10 +90,10 @@ class Fed:
         self.items = min(len(self.batches.items), self.items + self.world * self.batches.per_pass)
 
     def exposure(self, steps: int) -> list[FedSource]:
-        """Rows, tokens and answer tokens by source, over all epochs, of the first `steps`, which were all trained."""
+        """Rows, tokens and answer tokens of the first `steps` (all trained), by source, over all epochs."""
         end = min(len(self.batches.items), steps * self.batches.per_pass * self.batches.accumulation)
         if self.items < end:
-            self.items = end  # every step had a checkpoint already: nothing was fed again
+            self.items = end  # a checkpoint held every step already, so no item was received again
         found: dict[str, FedSource] = {}
         fed = (row for item in self.batches.items[: min(self.items, end)] for row in item if row.source != FILLER)
         for row in fed:
@@ -105,7 +105,7 @@ class Fed:
 
 
 def check_collated(labels: Any, rows: Sequence[EncodedRow]) -> None:
-    """Check that as many tokens bear loss in a pass as its rows have. Raises QcftError."""
+    """Check that a pass has as many tokens that bear loss as its rows. Raises QcftError."""
     found, wanted = int((labels != IGNORED).sum()), sum(row.answer_tokens for row in rows)
     if found != wanted:
         raise QcftError(
@@ -114,18 +114,18 @@ def check_collated(labels: Any, rows: Sequence[EncodedRow]) -> None:
 
 
 def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], train: Train) -> Batches:
-    """Lay out the training: `order(epoch)` gives the order of the rows in each epoch, from 0.
+    """Plan the training: `order(epoch)` gives the order of the rows in each epoch, from 0.
 
-    `train.batch` counts rows. With packing, a pack holds at most `batch` rows and what `batch` rows take on
-    average, up to `max_length` tokens; a step takes the number of packs that comes nearest to `batch` rows.
-    So small data is not trained in two giant steps, and packing changes the speed, not the schedule.
+    `train.batch` counts rows. With packing, a pack holds at most `batch` rows and at most the tokens of `batch` rows on
+    average, up to `max_length` tokens; a step takes the number of packs that is closest to `batch` rows.
+    So small data is not trained in two huge steps, and packing changes the speed, not the schedule.
     """
     if train.packing:
         mean = sum(len(row.input_ids) for row in rows) / len(rows)
         budget = round(min(train.max_length, train.batch * mean))
         per_pass = 1
     elif train.micro_batch == "auto":
-        per_pass = train.batch  # divided to fit when it is run
+        per_pass = train.batch  # divided to fit into memory when it runs
     else:
         per_pass = max(n for n in range(1, min(train.micro_batch, train.batch) + 1) if train.batch % n == 0)
     sequence: list[EncodedRow] = []
@@ -136,8 +136,8 @@ def make_batches(rows: Sequence[EncodedRow], order: Callable[[int], list[int]], 
             if len(sequence) < wanted:
                 continue
             sequence = sequence[:wanted]
-        # A pack is run without padding and with positions that begin anew at each row, so no row sees another and a
-        # pack that is not full costs nothing.
+        # A pack runs without padding, and positions start again at 0 for each row, so no row sees another and a pack
+        # that is not full costs nothing.
         if train.packing:
             items = [*in_groups(sequence, lambda row: len(row.input_ids), budget, train.batch)]
         else:

@@ -1,4 +1,4 @@
-"""Activations recomputed in the backward pass, in the layers that it goes through."""
+"""Recomputing activations in the backward pass (gradient checkpointing), in the layers that it reaches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def recompute_activations(model: PeftModel, below: int) -> None:
-    """Turn checkpointing on, in the non-reentrant way, for the layers from `below` up."""
+    """Turn on non-reentrant gradient checkpointing for layer `below` and all above it."""
     base = model.get_base_model()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     only_above(model, below)
 
 
 def only_above(model: PeftModel, below: int) -> None:
-    """Recompute no layer under the lowest adapter: the backward pass ends above, so nothing of theirs is kept.
+    """Recompute no layer under the lowest adapter: the backward pass ends above, so their activations are not kept.
 
-    Nor are gradients of the embeddings' output asked for, which TRL and the Trainer do, and which would walk the
-    backward pass through every frozen layer; non-reentrant checkpointing does not need them.
+    Also turn off gradients for the output of the embeddings, which TRL and the Trainer turn on: the backward pass would
+    go through every frozen layer, and non-reentrant checkpointing does not need it.
     """
     base = model.get_base_model()
     model.disable_input_require_grads()

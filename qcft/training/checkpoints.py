@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: sealed when they are written, looked through when a training resumes."""
+"""Complete checkpoints: sealed when they are written, checked when a training resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qcft.events import Watch
 from qcft.files import SEAL, is_whole, seal
 from qcft.training.distributed.ranks import rank, world
 
-KEPT = 2  # the last, and one before it should the last be altered
+KEPT = 2  # the last one, and the one before in case the last is altered
 
 
 def sealing() -> Any:
@@ -33,29 +33,29 @@ def sealing() -> Any:
 
 
 def seal_newest(folder: Path) -> None:
-    """Seal a folder `KIND-STEP`, and remove all but the last ones of its kind."""
+    """Seal a folder `KIND-STEP`, and remove all except the last ones of its kind."""
     seal(folder)
     for old in newest_first(folder.parent, folder.name.split("-")[0])[KEPT:]:
         shutil.rmtree(old)
 
 
 def newest_first(checkpoints: Path, kind: str = "checkpoint") -> list[Path]:
-    """The folders of a kind by their steps."""
+    """The folders of a kind, the latest step first."""
     return sorted(checkpoints.glob(f"{kind}-*"), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step that a folder is of, by its name."""
+    """The step in a folder's name."""
     return int(folder.name.split("-")[1])
 
 
 def last_whole(checkpoints: Path, watch: Watch) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are removed, and named unless a kill cut them short."""
+    """The newest complete checkpoint; incomplete ones are removed, with a warning unless the process was killed."""
     for checkpoint in newest_first(checkpoints):
         if is_whole(checkpoint):
             return checkpoint
         if (checkpoint / SEAL).exists():
-            watch.note(f"{checkpoint.name} is altered; the training goes on from the one before it", "warning")
+            watch.note(f"{checkpoint.name} is altered; the training resumes from the one before it", "warning")
         if rank() == 0:
             shutil.rmtree(checkpoint)
     return None

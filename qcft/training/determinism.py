@@ -1,4 +1,4 @@
-"""Kernels that come to the same bits each time, where the recipe asks for them."""
+"""Deterministic kernels, if the recipe asks for them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qcft.errors import QcftError, short
 
 
 def prepare_cublas() -> None:
-    """What cuBLAS needs to be deterministic; it is read when CUDA starts. What the user has set stays."""
+    """Set the variable that makes cuBLAS deterministic, unless the user has set it; CUDA reads it at its start."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
 def deterministic(asked: bool) -> Iterator[None]:
-    """Work by PyTorch's deterministic kernels where `asked`. Raises QcftError for an operation that has none."""
+    """Use PyTorch's deterministic kernels if `asked`. Raises QcftError for an operation that has none."""
     import torch
 
     before = torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""KL(q || p) token by token, from a reference's last hidden states q to a student's p, without all logits at once."""
+"""KL(q || p) per token, from last hidden states of a reference (q) and a student (p), without all logits at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-LOGITS = 1 << 24  # that are held at once, of the student and of the reference each
-# Gradients of logits lie between -1 and 1, most of them next to nothing: they are taken times this, a power of two,
-# so that fp16 still holds them.
+LOGITS = 1 << 24  # in memory at a time, for the student and the reference each
+# Gradients of logits are between -1 and 1, most of them tiny: they are scaled by this power of two so that they do not
+# underflow in fp16.
 RAISED = 1 << 10
 
 Head = Callable[["torch.Tensor"], "torch.Tensor"]  # states (tokens, hidden size) -> logits (tokens, vocabulary)
@@ -26,12 +26,12 @@ def divergence(
     masked: torch.Tensor,
     vocabulary: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(q || p) in nats at each token, and -ln p of its target over the whole vocabulary, which bears no gradient.
+    """KL(q || p) in nats at each token, and -ln p of its target over the whole vocabulary, without a gradient.
 
     `student`, `reference`: last hidden states (tokens, hidden size); only the student's get a gradient. Where `masked`
-    (tokens), the divergence is that of q and p without the target, renormalised over all other tokens. In fp32 from
-    what `head` gives. The gradient by p's logits is p - q (of the renormalised ones, nothing at the target), and is
-    taken back through the head in the forward pass, so that logits need not be computed again.
+    (tokens), the divergence is that of q and p without the target, renormalised over all other tokens. Computed in
+    fp32 from the output of `head`. The gradient by p's logits is p - q (for renormalised ones, 0 at the target). It is
+    propagated through the head in the forward pass already, so that logits are not computed again.
     """
     at_once = max(1, LOGITS // vocabulary)
     found: tuple[torch.Tensor, torch.Tensor] = _function().apply(head, student, reference, targets, masked, at_once)
@@ -87,5 +87,5 @@ def _function() -> Any:
 
 
 def _put(numbers: torch.Tensor, right: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
-    """A value in the places of the `right` tokens (tokens, 1), in place, of those tokens `where` it is asked for."""
+    """Write a value, in place, at the `right` tokens (tokens, 1) of the rows `where` it is requested."""
     return numbers.scatter_(1, right, numbers.gather(1, right).masked_fill(where, value))

@@ -1,7 +1,7 @@
-"""What one pass of a training costs: its own code run on tensors that have shapes and no data.
+"""The cost of one pass of a training: its own code, run on tensors that have shapes but no data.
 
-Every allocation is counted, so there is no rule of thumb about layers, attention or checkpointing in here, and a
-model of any family comes to what its modules come to. The weights' own bytes are counted apart (`memory`).
+Every allocation is counted. So this needs no rule of thumb about layers, attention or checkpointing, and works for
+models of any family. The bytes of the weights are counted separately (`memory`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-HEAD_TOKENS = 4096  # whose logits TRL's fused head (trl.kernels) holds at once
+HEAD_TOKENS = 4096  # whose logits TRL's fused head (trl.kernels) has in memory at a time
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one pass, forward and backward. `activations`: bytes beyond weights, adapters and gradients at the peak,
-    of which the head's logits and their temporaries are `logits`; `flops`: multiplications and additions of its
-    matrix products; `moved`: bytes that all other operations read and write."""
+    """The cost of one pass, forward and backward. `activations`: bytes beyond weights, adapters and gradients at the
+    peak; `logits`: the part of them for the head's logits and their temporaries; `flops`: multiplications and additions
+    of its matrix products; `moved`: bytes that all other operations read and write."""
 
     activations: float
     logits: float
@@ -43,17 +43,17 @@ class Footprint:
     moved: float
 
     def plus(self, other: Footprint, times: float) -> Footprint:
-        """This and `times` the other, number by number."""
+        """This plus `times` the other, field by field."""
         mine, theirs = vars(self), vars(other)
         return Footprint(**{key: mine[key] + times * theirs[key] for key in mine})
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What is run through a model at once: rows of `lengths` tokens, of which `answers` bear loss.
+    """One forward and backward pass: rows of `lengths` tokens, of which `answers` bear loss.
 
-    `padded`: rows lie side by side, each as long as the longest, instead of one after the other. `by_rows`: attention
-    goes row by row.
+    `padded`: all rows are padded to the longest one, instead of packed one after the other. `by_rows`: attention runs
+    row by row.
     """
 
     lengths: tuple[int, ...]
@@ -63,14 +63,14 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are run, padding counted."""
+        """The number of tokens in the pass, with padding."""
         return len(self.lengths) * max(self.lengths) if self.padded else sum(self.lengths)
 
 
 @dataclass(frozen=True)
 class SecondPass:
-    """A forward pass, beside each that trains, of the model that the phase started from. `shared`: the frozen layers
-    under the adapters are run once for both; `copied`: it has adapters of its own."""
+    """An extra forward pass, for each training pass, of the model that the phase started from. `shared`: the frozen
+    layers under the adapters run once for both; `copied`: that model has adapters of its own."""
 
     shared: bool = False
     copied: bool = False
@@ -78,8 +78,8 @@ class SecondPass:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a model is trained, as far as it changes what a pass costs. `modules`: full names of those with adapters;
-    `cut`: the frozen layers under them are not run, as their output is stored; `second`: the pass of another model."""
+    """The settings of a training that affect the cost of a pass. `modules`: full names of the adapted modules; `cut`:
+    the frozen layers under them do not run, as their output is stored; `second`: the pass of the starting model."""
 
     modules: tuple[str, ...]
     lora: Lora
@@ -91,9 +91,9 @@ class Shape:
 
 
 def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
-    """The cost of one pass through a model that has no weights (on the meta device); the model stays as it is.
+    """The cost of one pass through a model without weights (on the meta device), which is not changed.
 
-    Layers of one kind cost the same, so of each kind one is run, and one more to see what one more costs.
+    Layers of one kind cost the same, so only one or two of each kind run; the difference is the cost per layer.
     """
     kinds = _kinds(model, shape)
     kept = {kind: layers[:1] for kind, layers in kinds.items()}
@@ -104,12 +104,12 @@ def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
             more = {**kept, kind: layers[:2]}
             second = _run(model, shape, one, [i for some in more.values() for i in some])
             total = total.plus(second.plus(first, -1), len(layers) - 1)
-    # The head needs the same room whatever is under it.
+    # The head needs the same memory whatever is under it.
     return replace(total, logits=first.logits)
 
 
 def _kinds(model: PreTrainedModel, shape: Shape) -> dict[Any, list[int]]:
-    """The layers that are run, by what makes their costs differ: what they are made of, what they have adapters on,
+    """The layers that run, grouped by what affects their cost: the shapes of their weights, the modules with adapters,
     whether the backward pass goes through them."""
     prefix, count = decoder_layers(model)
     below = lowest_adapted(model, list(shape.modules))
@@ -122,7 +122,7 @@ def _kinds(model: PreTrainedModel, shape: Shape) -> dict[Any, list[int]]:
     kinds: dict[Any, list[int]] = {}
     for i in range(below if shape.cut else 0, count):
         made_of = tuple((name, tuple(p.shape)) for name, p in layers[i].named_parameters())
-        # The lowest adapted layer is given states without gradients, and the one over it those with.
+        # The input of the lowest adapted layer has no gradients, that of the layer above it has.
         side = -1 if i < below else min(i - below, 1)
         kinds.setdefault((made_of, types[i], frozenset(adapted[i]), side), []).append(i)
     return kinds
@@ -137,7 +137,7 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
     below = lowest_adapted(model, list(shape.modules))
     reduced = copy.deepcopy(model)
     if reduced.config._attn_implementation not in {"eager", "sdpa"}:
-        reduced.set_attn_implementation("sdpa")  # whose kernel keeps what flash attention keeps
+        reduced.set_attn_implementation("sdpa")  # whose kernel stores the same as flash attention
     by_rows = one.by_rows and attend_by_rows(reduced, max(one.lengths))
     modules = [m for m in shape.modules if int(m[len(prefix) + 1 :].split(".")[0]) in layers]
     take_out(reduced, [i for i in range(count) if i not in layers])
@@ -178,8 +178,8 @@ def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> 
 
 @contextmanager
 def _autocast_for(device: str) -> Iterator[None]:
-    """Have PEFT see autocast where it would: it asks for CUDA's, without which it casts what goes into an adapter to
-    the adapter's fp32."""
+    """Show PEFT the autocast of the training's device: it checks that of CUDA, and without it casts the input of an
+    adapter to the adapter's fp32."""
     import torch
 
     before = torch.is_autocast_enabled("cuda")
@@ -202,13 +202,13 @@ def _inputs(one: Pass, by_rows: bool) -> dict[str, Any]:
 
 
 def _score(states: torch.Tensor, head: Any, device: str) -> None:
-    """Score answer tokens (tokens, hidden size) as TRL's fused head does, and take the gradient of their states."""
+    """Score answer tokens (tokens, hidden size) like TRL's fused head, and compute the gradient of their states."""
     import torch
 
     if device == "cpu":
         first_word(states, head.weight, head.bias).backward()  # type: ignore[no-untyped-call]
         return
-    # On a GPU a kernel folds each block of logits where it lies: the block, and gradients that add up in fp32.
+    # On a GPU a kernel reduces each block of logits in place: it needs the block, and gradients summed in fp32.
     words = len(head.weight)
     for start in range(0, len(states), HEAD_TOKENS):
         rows = states.detach()[start : start + HEAD_TOKENS]
@@ -221,7 +221,7 @@ def _score(states: torch.Tensor, head: Any, device: str) -> None:
 
 
 def _diverge(states: torch.Tensor, head: Any) -> None:
-    """Compare answer tokens with those of another model, and take the gradient of their states."""
+    """Compare answer tokens with those of another model, and compute the gradient of their states."""
     import torch
 
     rows, words = len(states), len(head.weight)
@@ -230,16 +230,16 @@ def _diverge(states: torch.Tensor, head: Any) -> None:
 
 
 def _stand_in(model: PreTrainedModel) -> None:
-    """Put modules that cost what bitsandbytes' cost in the place of those that are quantised.
+    """Replace the quantised modules by modules with the same cost as those of bitsandbytes.
 
-    Its own hold a kind of tensor that cannot go without data.
+    Those of bitsandbytes have a kind of tensor that does not work without data.
     """
     import bitsandbytes as bnb
     import torch
     from torch import nn
 
     class Product(torch.autograd.Function):
-        """x W^T with W made from 4 bits for the occasion, in the forward pass and again in the backward pass."""
+        """x W^T with W dequantised from 4 bits for each use, in the forward pass and again in the backward pass."""
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -257,7 +257,7 @@ def _stand_in(model: PreTrainedModel) -> None:
             self.out_features, self.in_features = self.shape
             packed = torch.empty((linear.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
             weight: Any = nn.Parameter(packed, requires_grad=False)
-            weight.compress_statistics, weight.quant_type = True, "nf4"  # what PEFT looks at
+            weight.compress_statistics, weight.quant_type = True, "nf4"  # which PEFT checks
             self.weight, self.bias = weight, linear.bias
             self.compute_dtype, self.quant_state = torch.bfloat16, None
 
@@ -269,7 +269,7 @@ def _stand_in(model: PreTrainedModel) -> None:
 
         @property
         def W_q(self) -> Any:
-            """What PEFT knows a module by that dequantises its weight itself, as DoRA has it do."""
+            """PEFT recognises a module that dequantises its own weight, which DoRA needs, by this name."""
             return self.weight
 
         def dequantize(self) -> torch.Tensor:
@@ -281,11 +281,11 @@ def _stand_in(model: PreTrainedModel) -> None:
 
 
 def _without_data(model: Any) -> None:
-    """Put tensors of the same shapes, as on a CPU but without data, in the place of those on the meta device."""
+    """Replace tensors on the meta device by tensors of the same shapes that act as on a CPU, but without data."""
     import torch
     from torch import nn
 
-    made: dict[int, Any] = {}  # tied weights stay one
+    made: dict[int, Any] = {}  # so that tied weights stay tied
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
@@ -302,17 +302,17 @@ def _without_data(model: Any) -> None:
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
-    """Of attention without a mask, by the shapes (batch, heads, tokens, head size) of its three: scores and what they
-    weigh. Query heads count, as those that share keys and values (grouped-query attention) have products of their own.
+    """The flops of attention without a mask, for both matrix products, by the shapes (batch, heads, tokens, head size).
+    All query heads count, as those that share keys and values (grouped-query attention) have their own products.
 
-    PyTorch's own counter knows no shared heads before 2.12, and no kernels of a CPU before 2.15.
+    PyTorch's own counter does not support shared heads before 2.12, or CPU kernels before 2.15.
     """
     batch, heads, tokens, size = query
     return 2 * batch * heads * tokens * key[2] * (size + value[3])
 
 
 def _counting() -> Any:
-    """A mode that counts the bytes of every tensor that is made while it lives, and the work of every operation."""
+    """A dispatch mode that counts the bytes of tensors created under it while they live, and each operation's work."""
     import torch
     from torch.utils import flop_counter
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,4 +1,4 @@
-"""The head's work in training: it scores the tokens that bear loss and no others."""
+"""The head in training: it scores only the tokens that bear loss."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 KERNEL = "trl.kernels:ChunkedLogProbFunction"
-HEAD_WORDS = 32768  # of the vocabulary, whose logits TRL's fused head holds at once
+HEAD_WORDS = 32768  # of the vocabulary, whose logits TRL's fused head has in memory at a time
 
 
 class AnswerTokens:
-    """Has TRL's head score the tokens that bear loss and no others; without Triton it would score every token."""
+    """Makes TRL's head score only the tokens that bear loss; without Triton it would score every token."""
 
     def __init__(self, model: Any) -> None:
         self.chosen: Any = None
         self._hook = model.base_model.register_forward_hook(self._keep_chosen)
 
     def choose(self, inputs: dict[str, Any]) -> None:
-        """Replace a batch's labels by those that bear loss, each in the place of the token before it."""
+        """Replace a batch's labels by those that bear loss, each at the position of the token before it."""
         labels = inputs.pop("labels")[:, 1:]
         self.chosen = labels != IGNORED
         inputs["shift_labels"] = labels[self.chosen][None]
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._hook.remove()
 
     def _keep_chosen(self, module: Any, arguments: Any, output: Any) -> None:
@@ -44,8 +44,8 @@ class AnswerTokens:
 
 
 class OwnHead:
-    """What a model's own code makes logits of, its scaling and capping included: the states that its layers gave in a
-    pass, which gave `output`. The layers do not run. Raises QcftError where a head is not over its layers."""
+    """The model's own code from last hidden states to logits, with its scaling and capping, after a pass whose layers
+    returned `output`. The layers do not run. Raises QcftError if the head does not use the output of its layers."""
 
     def __init__(self, model: Any, output: Any) -> None:
         self.model = model
@@ -68,7 +68,7 @@ class OwnHead:
                 asked.append(True)
                 return given
 
-            def __getattr__(self, name: str) -> Any:  # such as a factor that a family's head asks its layers for
+            def __getattr__(self, name: str) -> Any:  # such as a factor that a family's head reads from its layers
                 return getattr(layers, name)
 
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
@@ -85,8 +85,8 @@ class OwnHead:
 
 
 def _gathered(head: Any) -> Any:
-    """A head whose weights are dealt out to processes as a module that has them whole, and meets no other process when
-    it is called."""
+    """A head with sharded weights as a module with the whole weights, which does not communicate with other processes
+    when it is called."""
     from torch import nn
     from torch.distributed.tensor import DTensor
     from torch.nn.functional import linear
@@ -101,14 +101,14 @@ def _gathered(head: Any) -> Any:
 
 
 def no_head(model: Any) -> QcftError:
-    """The error for a family whose own code does not score what its layers come to as a whole."""
+    """The error for a family whose own code does not compute logits from the output of its layers."""
     family = model.config.get_text_config().model_type
-    return QcftError(f"model: the logits of {family} cannot be had apart from its layers", "leave out anchor, distil")
+    return QcftError(f"model: the logits of {family} cannot be computed apart from its layers", "omit anchor, distil")
 
 
 def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The summed log-probability of the first word after each of the states (tokens, hidden size), by TRL's fused head:
-    what costs as much as a loss does."""
+    """The summed log-probability of the vocabulary's first word after each state (tokens, hidden size), by TRL's fused
+    head, with the same cost as a loss."""
     import torch
 
     head = private(KERNEL)
@@ -123,8 +123,8 @@ def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def own_loss(loss_type: str, smoothing: float) -> Callable[..., torch.Tensor]:
-    """The loss of a pass from the model's own logits, where TRL's head would give another: `nll`, its labels smoothed
-    by `smoothing`, or `dft`."""
+    """The loss of a pass from the model's own logits, for models where TRL's head would give a different one: `nll`,
+    with labels smoothed by `smoothing`, or `dft`."""
     summed = summed_dft if loss_type == "dft" else partial(summed_nll, smoothing=smoothing)
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -141,7 +141,7 @@ def summed_nll(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.
 
 
 def summed_dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-sum p ln p, p in front of the logarithm without gradient: DFT's loss (Wu et al. 2025, arXiv 2508.05629)."""
+    """-sum p ln p, without a gradient for the factor p: DFT's loss (Wu et al. 2025, arXiv 2508.05629)."""
     each = _nll(logits, labels, "none")
     return (each * (-each).exp().detach()).sum()
 

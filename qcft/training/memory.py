@@ -1,4 +1,4 @@
-"""What a training needs in memory, part by part, and how its passes are made to fit."""
+"""The memory that a training needs, by part, and how its passes are made to fit."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 FULL = 4  # bytes of a number in fp32
 NOTHING = Footprint(0, 0, 0, 0)
 ROOM = 0.9  # share of the free memory to fill
-# The tokenizer, the rows, and freed blocks of some hundred KB that glibc keeps between tensors that live on: half a GiB
-# within a few steps, whatever the passes, as measured (tests/benchmarks/memory.py). CUDA's allocator reuses blocks.
+# The tokenizer, the rows, and freed blocks of some hundred KB that glibc keeps between live tensors: measured as half a
+# GiB within a few steps, whatever the passes (tests/benchmarks/memory.py). CUDA's allocator reuses blocks.
 KEPT = 1 << 29
-# Bytes an optimizer keeps for each trained number; others are taken for AdamW. Those in 8 bits have a constant for
-# each 256 numbers of either moment.
+# Bytes an optimizer stores per trained number; others are counted as AdamW. Those in 8 bits have a constant for each
+# 256 numbers of each moment.
 STATES = {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "sgd": 0, "adafactor": 0.1, "lion_8bit": 1.02}
 ADAMW = 8
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training by part. `weights`: in 4 bits, with their `constants`; `halves`: what stays in 16 bits
-    (embeddings, head, norms; all of it without quantisation); `file`: of the weights' file, what stays mapped beside
-    them on a CPU until the system wants it back; `logits`: of the head, with their temporaries; `kept`: freed blocks
-    that a CPU's allocator does not give back."""
+    """Bytes of a training by part. `weights`: in 4 bits, with their quantization `constants`; `halves`: what stays in
+    16 bits (embeddings, head, norms; without quantisation, all weights); `file`: the part of the weights' file that
+    stays mapped on a CPU until the system reclaims it; `logits`: those of the head, with their temporaries; `kept`:
+    freed blocks that the CPU's allocator does not return."""
 
     weights: int
     constants: int
@@ -52,15 +52,15 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All parts together: the peak."""
+        """The sum of all parts: the peak."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A training as it would run: what it needs, how passes are fitted, what its largest pass costs; `stored`, bytes
-    of frozen layers' states that it keeps on disk. `unknown` says why the cost, and so activations, logits and time,
-    cannot be estimated: they are 0 then."""
+    """How a training would run: its memory, how passes are made to fit, the cost of its largest pass; `stored`: bytes
+    of the frozen layers' output that it stores on disk. `unknown`: the reason why the cost, and with it activations,
+    logits and time, cannot be estimated; they are 0 then."""
 
     memory: Memory
     fit: Fit
@@ -81,11 +81,11 @@ def plan_training(
     loaded: bool = False,
     under: int = 0,
 ) -> Planned:
-    """Choose how passes are run: as laid out if that fits into `free` bytes, else with activations recomputed and,
-    where `train.micro_batch` is auto, in parts. Where the cost cannot be estimated, in the smallest way there is.
+    """Choose how passes run: as planned if that fits into `free` bytes, else with activations recomputed and, if
+    `train.micro_batch` is auto, in parts. If the cost cannot be estimated, in the way that needs the least memory.
 
-    `model` has no weights. `loaded`: they are in memory already, and not part of what must fit. `under`: numbers in
-    adapters that lie frozen under the one that is trained.
+    `model` has no weights. `loaded`: the real ones are in memory already, and need no more of it. `under`: the number
+    of values in frozen adapters under the trained one.
     """
     padded = not (batches.packed or by_rows)
     ways, unknown = _ways(batches, train, padded, shape.device), None
@@ -94,7 +94,7 @@ def plan_training(
         with_fit = replace(shape, checkpointing=fit.recompute)
         try:
             cost = footprint(model, with_fit, largest)
-        except Exception as error:  # a family's code may need numbers, such as those of a router, to be run at all
+        except Exception as error:  # a family's code may need data, such as the output of a router, to run at all
             family = model.config.get_text_config().model_type
             unknown = f"{family} cannot be run without weights ({short(error, 80)})"
             if isinstance(error, QcftError):  # a library has changed
@@ -109,7 +109,7 @@ def plan_training(
 
 
 def _ways(batches: Batches, train: Train, padded: bool, device: str) -> list[Fit]:
-    """Ways to run the passes, from the quickest to the smallest."""
+    """Ways to run the passes, from the fastest to the one that needs the least memory."""
     asked = train.gradient_checkpointing
     recompute = device != "cpu" if asked == "auto" else asked
     ways = [Fit(None, False)] if not recompute or asked == "auto" else []
@@ -128,7 +128,7 @@ def _ways(batches: Batches, train: Train, padded: bool, device: str) -> list[Fit
 
 
 def _largest(batches: Batches, limit: int | None, padded: bool, by_rows: bool) -> Pass:
-    """The pass with the most tokens, with as many answer tokens as any has."""
+    """The pass with the most tokens, with the highest number of answer tokens of any pass."""
     found: list[Pass] = []
     for i in range(0, len(batches.items), batches.per_pass):
         rows = [row for item in batches.items[i : i + batches.per_pass] for row in item]

@@ -1,4 +1,4 @@
-"""How many tokens are run through the model at once: as many as memory holds, with the same gradient."""
+"""How many tokens run through the model at once: as many as fit into memory, with the same gradient."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-FILE = "passes.json"  # beside the checkpoints: a training that goes on begins with what was found to fit
+FILE = "passes.json"  # beside the checkpoints: a resumed training starts with the limit that was found to fit
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How passes are run: `limit`, the most tokens at once (None: as laid out); whether to `recompute` activations."""
+    """How passes run: `limit`, the most tokens at once (None: as planned); whether to `recompute` activations."""
 
     limit: int | None
     recompute: bool
 
 
 class Passes:
-    """Divides passes into parts of at most `limit` tokens (None: as laid out), and into smaller ones when memory
+    """Divides passes into parts of at most `limit` tokens (None: as planned), and into smaller ones when memory
     runs out.
 
-    The loss of an optimizer step is a sum over its answer tokens by their number, so any division of its rows comes
-    to the same gradient, up to rounding. When memory runs out, the step is begun anew from the same rows.
+    The loss of an optimizer step is a sum over its answer tokens divided by their number, so any division of its rows
+    gives the same gradient, up to rounding. When memory runs out, the step starts again with the same rows.
     """
 
     def __init__(self, fit: Fit, padded: bool, folder: Path, watch: Watch) -> None:
@@ -50,8 +50,8 @@ class Passes:
         self._file = folder / FILE
         self._watch = watch
         self._step = -1
-        self._rows: list[list[EncodedRow]] = []  # of the passes of this step so far
-        self._random: Any = None  # as the step began, for dropout
+        self._rows: list[list[EncodedRow]] = []  # of the passes in this step so far
+        self._random: Any = None  # the generators' state when the step began, for dropout
         if self.limit is not None:
             self._keep()
 
@@ -64,9 +64,9 @@ class Passes:
         part: Callable[[Any], torch.Tensor],
         forget: Callable[[], None],
     ) -> torch.Tensor:
-        """Run the next pass of an optimizer step, forward and backward, by `part(rows)`; the loss of the pass.
+        """Run the next pass of an optimizer step, forward and backward, with `part(rows)`; returns its loss.
 
-        `forget` drops what `part` counted, when the step is begun anew. Raises QcftError when not even one row fits.
+        `forget` resets what `part` counted, when the step starts again. Raises QcftError if not even one row fits.
         """
         if step != self._step:
             self._step, self._rows, self._random = step, [], _random_state()
@@ -83,7 +83,7 @@ class Passes:
             passes = self._rows
 
     def _run(self, passes: Sequence[list[EncodedRow]], part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        """The loss of the last of `passes`, all of them run."""
+        """Run all `passes`; the loss of the last one."""
         import torch
 
         for one in passes:
@@ -91,11 +91,11 @@ class Passes:
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def parts(self, rows: Sequence[EncodedRow]) -> list[list[EncodedRow]]:
-        """The rows of a pass in the parts that are run at once."""
+        """The rows of a pass, in the parts that run at once."""
         return divided(rows, self.limit, self.padded)
 
     def _make_room(self, model: PeftModel, below: int) -> None:
-        """Halve what is run at once; when that is one row already, recompute activations."""
+        """Halve the tokens that run at once; if that is one row already, recompute activations."""
         parts = [part for rows in self._rows for part in self.parts(rows)]
         largest = max(_tokens(part, self.padded) for part in parts)
         if any(len(part) > 1 for part in parts):
@@ -104,14 +104,14 @@ class Passes:
         elif not self.recompute:
             self.recompute = True
             recompute_activations(model, below)
-            how = "activations are recomputed from here on (gradient_checkpointing)"
+            how = "activations are recomputed from now on (gradient_checkpointing)"
         else:
             raise QcftError(
                 f"memory ran out while training on one row of {largest} tokens",
                 "try a smaller train.max_length, freeze lower layers (freeze: first:N), or a smaller model",
             )
         self._keep()
-        self._watch.note(f"memory ran out at step {self._step + 1}: {how}; the step is begun again", "warning")
+        self._watch.note(f"memory ran out at step {self._step + 1}: {how}; the step starts again", "warning")
 
     def _keep(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ class Passes:
 
 
 def divided(rows: Sequence[EncodedRow], limit: int | None, padded: bool) -> list[list[EncodedRow]]:
-    """Rows in their order, in parts of at most `limit` tokens or one row; `padded`: each as long as the longest."""
+    """Rows in their order, in parts of at most `limit` tokens or one row; `padded`: each counts as the longest."""
     return [*in_groups(rows, lambda row: len(row.input_ids), limit or math.inf, padded=padded)]
 
 

@@ -1,4 +1,4 @@
-"""Training from the boundary: what the lowest, frozen layers make of a row is computed once and read from then on."""
+"""The prefix cache: the output of the lowest, frozen layers is computed once per row, stored, and read in training."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PASS_TOKENS = 2048
-SMALL = 10**9  # bytes that are worth storing even for a training that sees each row once
+SMALL = 10**9  # bytes; up to this size, states are stored even for a training that sees each row once
 
 
 def row_key(row: EncodedRow) -> str:
-    """What names a tokenised row: the digest of its token ids."""
+    """The key of a tokenised row: the digest of its token ids."""
     return hashlib.sha256(repr(row.input_ids).encode()).hexdigest()[:24]
 
 
 def cannot_split(model: PreTrainedModel, train: Train) -> str | None:
-    """Why a model's lowest layers cannot be run apart from the rest of a training, or None when they can."""
+    """The reason why a model's lowest layers cannot run separately from the rest, or None if they can."""
     config: Any = model.config
     if config.model_type not in FAMILIES:
         return f"qcft does not know how to split {config.model_type}"
     if getattr(config, "attention_dropout", 0):
-        return "its attention has dropout, so that no two passes are alike"
+        return "its attention has dropout, so that each pass is different"
     if "neftune_noise_alpha" in train.sft:
         return "NEFTune adds noise under the frozen layers"
     return None
 
 
 def fill_states(model: PreTrainedModel, below: int, rows: Sequence[EncodedRow], states: RowStates, watch: Watch) -> int:
-    """Compute and store what the layers under `below` make of the rows that are not stored yet; how many those were.
+    """Compute and store the output of the layers under `below` for rows that are not stored yet; returns their number.
 
-    Runs as training does: the same kernels, precision and attention. A pass holds several rows where attention
-    goes row by row, else one, so that a row's states do not depend on others.
+    Uses the kernels, precision and attention of training. A pass has several rows if attention runs row by row, else
+    one, so that a row's states do not depend on others.
     """
     by_key = {row_key(row): row for row in rows}
     missing = states.missing(by_key)
@@ -66,13 +66,13 @@ def fill_states(model: PreTrainedModel, below: int, rows: Sequence[EncodedRow], 
 
 
 class Prefix:
-    """A model cut at the boundary: its lowest layers are gone, and stored states stand in for their output."""
+    """A model without its lowest layers: stored states replace their output."""
 
     def __init__(self, model: PreTrainedModel, below: int, states: RowStates) -> None:
         from torch import nn
 
         class StoredStates(nn.Module):
-            """Stands where the embedding was and gives the states of the rows that come next."""
+            """Replaces the embedding, and returns the states of the next rows."""
 
             current: torch.Tensor
 
@@ -84,12 +84,12 @@ class Prefix:
         self.device = model.device
         self.stored = StoredStates()
         take_out(model, range(below))
-        model.set_input_embeddings(self.stored)  # a head tied to the embedding keeps the weights
+        model.set_input_embeddings(self.stored)  # a head that is tied to the embedding keeps the weights
         free_memory()
 
     def show(self, rows: Iterable[EncodedRow], padded: bool = False) -> None:
-        """Have the next pass begin from the stored states of these rows: one after the other, or `padded` on the right
-        with zeros, which the attention mask hides."""
+        """Start the next pass from the stored states of these rows: one after the other, or `padded` on the right with
+        zeros, which the attention mask hides."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -99,7 +99,7 @@ class Prefix:
 
 
 def take_out(model: PreTrainedModel, layers: Iterable[int]) -> None:
-    """Take layers out of a model, the others keeping their places and names."""
+    """Remove layers from a model; the others keep their indices and names."""
     from torch import nn
 
     class PassThrough(nn.Module):
@@ -113,7 +113,7 @@ def take_out(model: PreTrainedModel, layers: Iterable[int]) -> None:
 
 @contextmanager
 def caught_below(model: PreTrainedModel, below: int) -> Iterator[list[torch.Tensor]]:
-    """Keep what goes into layer `below` in the passes that are run, where there are layers under it."""
+    """Keep the input of layer `below` in the passes that are run, if there are layers under it."""
     layers: Any = model.get_submodule(decoder_layers(model)[0])
     caught: list[torch.Tensor] = []
     if not below:
@@ -128,7 +128,7 @@ def caught_below(model: PreTrainedModel, below: int) -> Iterator[list[torch.Tens
 
 @contextmanager
 def begun_at(model: PreTrainedModel, below: int, states: torch.Tensor) -> Iterator[None]:
-    """Have passes begin at layer `below`, which is given these states; the layers under it do not run."""
+    """Start passes at layer `below` with these states as its input; the layers under it do not run."""
     from torch import nn
 
     class Given(nn.Module):
@@ -136,22 +136,22 @@ def begun_at(model: PreTrainedModel, below: int, states: torch.Tensor) -> Iterat
             return states
 
     modules: Any = model.get_submodule(decoder_layers(model)[0])
-    taken_out = list(modules[:below])
+    removed = list(modules[:below])
     for i in range(below):
         modules[i] = Given()
     try:
         yield
     finally:
-        for i, layer in enumerate(taken_out):
+        for i, layer in enumerate(removed):
             modules[i] = layer
 
 
 def _run_prefix(model: PreTrainedModel, below: int, together: bool, rows: Sequence[EncodedRow]) -> list[torch.Tensor]:
-    """What goes into layer `below` for each row: tensors of shape (tokens, hidden size)."""
+    """The input of layer `below` for each row: tensors of shape (tokens, hidden size)."""
     import torch
 
     class Reached(Exception):
-        """The pass is at the boundary and need go no further."""
+        """The pass has reached layer `below`; the rest is not needed."""
 
     caught: list[torch.Tensor] = []
 
@@ -186,5 +186,5 @@ def _as_integers(states: torch.Tensor) -> Any:
 
 
 def worth_storing(train: Train, needed: int, again: bool) -> bool:
-    """Whether states of so many bytes are stored: as asked, or where they are small or are read `again`."""
+    """Whether to store states of `needed` bytes: as asked, or if they are few or are read `again`."""
     return train.prefix_cache is True or (train.prefix_cache == "auto" and (needed <= SMALL or again))

@@ -1,8 +1,8 @@
-"""The live probe: English NLL on held-out rows while a phase trains, against the model the phase starts from.
+"""The live probe: English NLL on held-out rows while a phase trains, compared with the phase's starting model.
 
-A probe is a forward pass beside the training's own: no gradients, no dropout, 4-bit modules left in training mode. It
-changes nothing in what is trained. How often it comes is laid out from token counts before training, so that a killed
-training that goes on probes at the same steps, with the same decisions.
+A probe is an additional forward pass: no gradients, no dropout, 4-bit modules stay in training mode. It does not change
+the training. The steps of the probes are computed from token counts before training, so that a killed and resumed
+training probes at the same steps, with the same decisions.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 FILE = "english.jsonl"
-COST = 0.05  # of the training's time, at most, where qcft chooses
+COST = 0.05  # of the training's time at most, when qcft chooses
 FEWEST_ROWS, FEWEST_PROBES = 4, 4
 PASS_TOKENS = 512
 
-SummedNll = Callable[[Sequence[EncodedRow]], float]  # of the answer tokens of rows that share a pass
+SummedNll = Callable[[Sequence[EncodedRow]], float]  # over the answer tokens of rows that share a pass
 
 
 class Logged(EnglishNll):
@@ -50,7 +50,7 @@ class Logged(EnglishNll):
 
 @dataclass(frozen=True)
 class Probing:
-    """Which rows are probed, every how many optimizer steps, and what is done about what is found."""
+    """The rows to probe, the optimizer steps between probes, and the limits for a warning and for a stop."""
 
     rows: tuple[EncodedRow, ...]
     every: int
@@ -64,12 +64,12 @@ class Probing:
 
 
 def lay_out(settings: Forgetting, rows: Sequence[EncodedRow], batches: Batches, frozen: float) -> Probing | None:
-    """The probes of a training; None where even few of them would cost over 5% of it.
+    """Plan the probes of a training; None if even a few of them would cost over 5% of it.
 
-    A trained token takes a forward pass and, through the share of layers above the `frozen` ones, a backward pass of
-    at least the same work, a probed token a forward pass. Within 5% by that count: all rows, as often as may be; fewer
-    rows where that leaves less than four probes (the start and the end among them), but at least four. A training that
-    may be stopped is probed that often whatever it costs; `every` sets the steps between probes by hand.
+    A trained token costs a forward pass and, through the share of layers above the `frozen` ones, a backward pass of
+    at least the same work; a probed token costs a forward pass. Within 5% by this count: all rows, as often as
+    possible; fewer rows, but at least four, if that allows fewer than four probes (including start and end). A training
+    with a `stop` limit gets at least four probes whatever they cost; `every` sets the steps between probes by hand.
     """
     chosen = tuple(rows[: settings.rows])
     if not chosen:
@@ -91,10 +91,10 @@ def lay_out(settings: Forgetting, rows: Sequence[EncodedRow], batches: Batches, 
 
 
 class EnglishProbe:
-    """Probes one training, and keeps what it found in the step's english.jsonl.
+    """Probes one training, and stores the results in the step's english.jsonl.
 
-    The rule of `stop`: training ends at the first probe where English NLL has risen by that share or more; the
-    adapter of the last probe before it is what is kept.
+    The rule of `stop`: training ends at the first probe where English NLL has risen by that share or more, and the
+    adapter of the last probe before it is kept.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class EnglishProbe:
         self.together = together
         self.found: list[Logged] = []
         self.stopped = False
-        self.seconds = 0.0  # spent on probes by this process, and what share of its training that is
+        self.seconds = 0.0  # spent on probes by this process; `share`: of its training time
         self.share = 0.0
         self._begun = 0.0
 
     def begin(self, model: PeftModel, step: int) -> None:
-        """Take up the probes until `step`; measure the start where that is step 0."""
+        """Load the earlier probes until `step`, or measure the start if `step` is 0."""
         self._begun = time.monotonic()
         self.found = cast("list[Logged]", log_until(self.folder / FILE, step))
         for kept in newest_first(self.folder / "checkpoints", "kept"):
@@ -122,13 +122,13 @@ class EnglishProbe:
         if not self.found:
             if step:
                 raise QcftError(
-                    f"{FILE} is gone, which holds the English NLL the phase began with",
-                    f"remove {self.folder.name} to train the phase anew",
+                    f"{FILE} is missing, which holds the English NLL at the start of the phase",
+                    f"remove {self.folder.name} to train the phase again",
                 )
             self._measure(model, 0)
 
     def after(self, model: PeftModel, step: int) -> bool:
-        """Probe if it is time to; whether training has to end here."""
+        """Probe if a probe is due at this step; whether training must stop here."""
         if step % self.probing.every and step != self.batches.steps:
             return False
         entry = self._measure(model, step)
@@ -147,13 +147,13 @@ class EnglishProbe:
         return self.stopped
 
     def latest(self, step: int | None = None) -> Logged | None:
-        """What was found last; with `step`, only if it was found there."""
+        """The last result; with `step`, only if it is from that step."""
         if not self.found or (step is not None and self.found[-1]["step"] != step):
             return None
         return self.found[-1]
 
     def go_back(self, model: PeftModel) -> int:
-        """Put the adapter that is kept in the place of the one that went too far; the step it is of."""
+        """Replace the adapter by the kept one, from before the limit was passed; returns the step of that."""
         last = self.found[-1]
         kept = next(filter(is_whole, newest_first(self.folder / "checkpoints", "kept")), None)
         if kept is None:
@@ -173,7 +173,7 @@ class EnglishProbe:
         return step
 
     def summary(self) -> LiveProbe:
-        """What the probes came to. `share_of_time`: of the training's time, in the process that ended it."""
+        """The results of all probes. `share_of_time`: of the training's time, in the process that finished it."""
         return {
             "rows": len(self.probing.rows),
             "tokens": self.probing.tokens,
@@ -198,7 +198,7 @@ class EnglishProbe:
         return entry
 
     def _keep(self, model: PeftModel, step: int) -> None:
-        """Save the adapter as it is now; the one before stays, should this process be killed meanwhile."""
+        """Save the current adapter; the one before stays, in case this process is killed meanwhile."""
         folder = self.folder / "checkpoints" / f"kept-{step}"
         shutil.rmtree(folder, ignore_errors=True)
         save_trained(model, folder)
@@ -206,7 +206,7 @@ class EnglishProbe:
 
 
 def english_nll(model: PeftModel, rows: Sequence[EncodedRow], nll: SummedNll, together: bool) -> float:
-    """Mean NLL per answer token of rows, in nats, by the kernels of training; `together`: rows may share a pass."""
+    """Mean NLL per answer token of rows, in nats, with the kernels of training; `together`: rows may share a pass."""
     import torch
 
     total, tokens = 0.0, 0
@@ -220,11 +220,11 @@ def english_nll(model: PeftModel, rows: Sequence[EncodedRow], nll: SummedNll, to
 
 
 def probe_callback(english: EnglishProbe) -> Any:
-    """The callback that has a training probed."""
+    """The callback that runs the probes of a training."""
     from transformers import TrainerCallback
 
     class Prober(TrainerCallback):
-        """Probes when it is time to, and ends the training where the probe says so."""
+        """Probes when a probe is due, and stops the training if the probe says so."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             english.begin(kwargs["model"], state.global_step)
@@ -232,14 +232,14 @@ def probe_callback(english: EnglishProbe) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if english.after(kwargs["model"], state.global_step):
                 control.should_training_stop = True
-                control.should_save = False  # a killed process must not go on from beyond the limit
+                control.should_save = False  # a killed process must not resume from beyond the limit
 
     return Prober()
 
 
 def log_until(file: Path, step: int) -> list[dict[str, Any]]:
-    """The entries of a log up to a step; those after it, and a line that a kill cut short, are removed: the training
-    comes to them again."""
+    """The entries of a log up to a step. Later ones, and a line that a kill truncated, are removed, as the resumed
+    training writes them again."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""The terms of a phase's loss that hold it to the model it started from, and that model's part in each pass.
+"""The terms of a phase's loss that keep it close to the model it started from, and that model's forward passes.
 
-With y the right token, q the model that the phase started from, p the one that trains, and N the answer tokens of an
-optimizer step, its loss is
+With y the target token, q the model that the phase started from, p the trained one, and N the answer tokens of an
+optimizer step, the loss of the step is
 
     ( sum -ln p(y)  +  W * sum KL(q || p)  +  sum KL(q || p) ) / N
       new rows, and       new rows              replay rows, where
@@ -9,11 +9,11 @@ optimizer step, its loss is
       are not distilled
 
 with the anchor's weight W and, for a target-masked anchor (arXiv 2605.29498; direction and weight are ours), q and p
-without y, renormalised over all other tokens. Distilling replay rows and an anchor of kind kl (arXiv 2512.22337) take
-the whole vocabulary.
+without y, renormalised over all other tokens. Distilled replay rows and an anchor of kind kl (arXiv 2512.22337) use the
+whole vocabulary.
 
 q needs no second model: it is the same one with the phase's adapter off, run without gradients and dropout on the same
-pass, by the same kernels. What the frozen lowest layers make of a pass is computed once, where a model can be split.
+pass, with the same kernels. The output of the frozen lowest layers is computed once per pass, if a model can be split.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STATES = "transformers:BaseModelOutput.last_hidden_state"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a phase's loss has beside cross-entropy: an `anchor` on new rows; replay rows that are distilled."""
+    """The terms of a phase's loss besides cross-entropy: an `anchor` on new rows; distilled replay rows."""
 
     anchor: Anchor | None = None
     distil: bool = False
@@ -61,7 +61,7 @@ NO_TERMS = Terms()
 
 
 def terms_of(phase: Phase) -> Terms:
-    """The terms of a phase as its recipe has it."""
+    """The terms of a phase, from its recipe."""
     return Terms(phase.anchor, phase.replay is not None and phase.replay.loss == "distil")
 
 
@@ -69,7 +69,7 @@ LOGGED = ("loss", "new_loss", "anchor_kl", "distil_kl")  # each a mean over its 
 
 
 def terms_in_words(terms: LossTerms) -> str:
-    """What the terms of a training's loss came to."""
+    """The values of the terms of a training's loss, as text."""
     found = {
         "new rows": terms["new_loss"],
         "anchor KL": terms["anchor_kl"],
@@ -79,9 +79,10 @@ def terms_in_words(terms: LossTerms) -> str:
 
 
 class Reference:
-    """The model that a phase started from, in the model that trains, and what the phase's terms come to.
+    """The model that a phase started from, inside the trained model, and the phase's loss terms.
 
-    `shared`: so many lowest layers are run once for both. To be made before AnswerTokens, whose hook cuts states down.
+    `shared`: the number of lowest layers that run once for both. To be created before AnswerTokens, whose hook reduces
+    the states.
     """
 
     def __init__(self, model: PeftModel, terms: Terms, shared: int) -> None:
@@ -92,19 +93,19 @@ class Reference:
         self.shared = shared
         self.base: Any = model.get_base_model()
         self.begun = AsBegun(model)
-        self.sums = torch.zeros(len(LOGGED), 2, dtype=torch.float64)  # of each that is logged: nats, answer tokens
-        self._hear: Callable[[Any], None] | None = None  # is given what the layers of the model come to in a pass
-        self.base.base_model.register_forward_hook(self._heard)
+        self.sums = torch.zeros(len(LOGGED), 2, dtype=torch.float64)  # of each logged value: nats, answer tokens
+        self._on_output: Callable[[Any], None] | None = None  # is called with the output of the layers in a pass
+        self.base.base_model.register_forward_hook(self._hook)
 
     def loss(
         self, inputs: dict[str, Any], rows: Sequence[EncodedRow], plain: Callable[[], torch.Tensor], share: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of a pass with its terms. `inputs`: the pass, whose labels lose what is distilled; `plain`: its loss
-        by cross-entropy, from a forward pass; `share`: what a summed nat counts in it."""
+        """The loss of a pass with its terms. `inputs`: the pass, from whose labels distilled tokens are removed;
+        `plain`: runs a forward pass and returns its cross-entropy; `share`: the weight of a summed nat in the loss."""
         import torch
 
-        self._hear = None  # of a pass that did not fit into memory
-        labels = inputs["labels"][:, 1:]  # in the place of the token before
+        self._on_output = None  # may be left from a pass that did not fit into memory
+        labels = inputs["labels"][:, 1:]  # at the position of the token before
         answers = labels != IGNORED
         replay = answers.masked_scatter(answers, _of_replay(rows).to(labels.device))
         new = answers & ~replay
@@ -113,7 +114,7 @@ class Reference:
         if self.terms.distil:
             labels.masked_fill_(replay, IGNORED)
         kl = nll = torch.zeros(len(targets), device=labels.device)
-        if len(targets) or sharded():  # where weights are dealt out, processes run the same passes
+        if len(targets) or sharded():  # with sharded weights, all processes run the same passes
             states, boundary = self._reference(inputs, bears)
             with begun_at(self.base, self.shared, boundary) if boundary is not None else nullcontext():
                 total, kl, nll = self._student(plain, states, bears, targets, by_anchor)
@@ -129,8 +130,8 @@ class Reference:
         return total + (kl * self._weights(by_anchor)).sum() * share if kl.requires_grad else total
 
     def logged(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """What the passes since it was last asked came to, over all processes by `reduce`; without what no token
-        bears."""
+        """The mean values of the passes since the last call, over all processes by `reduce`; values that no token bears
+        are omitted."""
         sums = reduce(self.sums).tolist()
         self.forget()
         bears = {"anchor_kl": self.terms.anchor is not None, "distil_kl": self.terms.distil}
@@ -138,12 +139,12 @@ class Reference:
         return {name: nats / count for name, (nats, count) in found if count and bears.get(name, True)}
 
     def forget(self) -> None:
-        """Begin anew, as a step is that did not fit into memory."""
+        """Reset the sums, as for a step that did not fit into memory and starts again."""
         self.sums.zero_()
 
     def _reference(self, inputs: dict[str, Any], bears: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last hidden states of the model that the phase started from where tokens bear a term, and what its lowest
-        layers came to where these are shared."""
+        """The last hidden states, at tokens that bear a term, of the model that the phase started from; and the output
+        of its lowest layers, if these are shared."""
         import torch
 
         found: list[torch.Tensor] = []
@@ -151,9 +152,9 @@ class Reference:
         def keep(output: Any) -> None:
             states = of(output, STATES)
             found.append(states[:, :-1][bears])
-            output.last_hidden_state = states[:1, :1]  # the head has nothing to do
+            output.last_hidden_state = states[:1, :1]  # almost no work for the head
 
-        self._hear = keep
+        self._on_output = keep
         unscored = torch.full((1, 1), IGNORED, device=bears.device)
         given = {key: value for key, value in inputs.items() if key != "labels"}
         with self.begun.live(), evaluating(self.base, sharded()), caught_below(self.base, self.shared) as boundary:
@@ -168,7 +169,7 @@ class Reference:
         targets: torch.Tensor,
         by_anchor: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss by cross-entropy, and the divergences and NLL of the tokens that bear a term."""
+        """The cross-entropy loss, and the divergence and NLL of each token that bears a term."""
         import torch
 
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -176,22 +177,22 @@ class Reference:
         vocabulary = len(self.base.get_output_embeddings().weight)
 
         def compare(output: Any) -> None:
-            if found or not torch.is_grad_enabled():  # a second pass, for the share of tokens that are right
+            if found or not torch.is_grad_enabled():  # a second pass, for the token accuracy
                 return
             own = of(output, STATES)[:, :-1][bears]
             if not self._weights(by_anchor).any():
                 own = own.detach()
             found.append(divergence(OwnHead(self.base, output), own, states, targets, masked, vocabulary))
 
-        self._hear = compare
+        self._on_output = compare
         total = plain()
-        self._hear = None
+        self._on_output = None
         if not found:
             raise no_head(self.base)
         return (total, *found[0])
 
     def _count(self, *found: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Add to the sums of what is logged: of each, the nats, and the mask of the tokens that bear them."""
+        """Add to the sums of the logged values: for each, the nats, and the mask of the tokens that bear them."""
         import torch
 
         self.sums[:, 0] += torch.stack([nats.detach().double() for nats, _ in found]).cpu()
@@ -203,13 +204,13 @@ class Reference:
         anchored = self.terms.anchor.strength if self.terms.anchor else 0.0
         return torch.where(by_anchor, anchored, 1.0)
 
-    def _heard(self, module: Any, arguments: Any, output: Any) -> None:
-        if self._hear is not None:
-            self._hear(output)
+    def _hook(self, module: Any, arguments: Any, output: Any) -> None:
+        if self._on_output is not None:
+            self._on_output(output)
 
 
 def _of_replay(rows: Sequence[EncodedRow]) -> torch.Tensor:
-    """Of each answer token of a pass, row after row, whether it is one of replay."""
+    """For each answer token of a pass, row after row, whether it is in a replay row."""
     import torch
 
     counts = [sum(label != IGNORED for label in row.labels[1:]) for row in rows]

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: progress, log.jsonl; and how it hears the wish to stop."""
+"""Reports from a running training: progress and log.jsonl; and stopping it on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qcft.training.distributed.ranks import any_stops, rank
 from qcft.training.probe import EnglishProbe, log_until
 from qcft.training.reference import LOGGED
 
-EXPLODED = 1e4  # a norm of gradients; trainings that learn stay orders of magnitude below
+EXPLODED = 1e4  # the norm of the gradients; trainings that learn stay orders of magnitude below
 TERMS = {"anchor_kl": "anchor", "distil_kl": "distil"}
 NAMED = 4  # rows of each source in a message
 
@@ -27,17 +27,17 @@ NAMED = 4  # rows of each source in a message
 def reporter(
     batches: Batches, log: Path, watch: Watch, label: str, below: int, english: EnglishProbe | None = None
 ) -> Any:
-    """The callback that watches a training; `below` layers are frozen under the lowest adapter, `english` is the live
-    probe."""
+    """The callback that reports on a training; `below`: the number of frozen layers under the lowest adapter,
+    `english`: the live probe."""
     from transformers import TrainerCallback
 
-    class Reporter(TrainerCallback):
-        """Tells progress after every step, keeps log.jsonl, and hears the wish to stop."""
+    class TrainingReporter(TrainerCallback):
+        """Reports progress after every step, writes log.jsonl, and stops the training on request."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun, self.first = time.monotonic(), state.global_step
             if args.gradient_checkpointing:
-                only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer ask otherwise
+                only_above(kwargs["model"], below)  # TRL and, just before this, the Trainer change it
             if rank() == 0:
                 log_until(log, state.global_step)
 
@@ -53,11 +53,11 @@ def reporter(
                 return
             step, loss = state.global_step, logs.get("loss")
             wrong = _diverged(logs.get("objective", logs.get("loss", 0.0)), logs.get("grad_norm"), skips=args.fp16)
-            if wrong:  # told before a checkpoint of this step could be written: the last one is good
+            if wrong:  # raised before a checkpoint of this step is written: the last one is good
                 raise QcftError(
                     f"{wrong} at step {step} of {batches.steps}, on {_named(batches.rows_of(step))}",
-                    "look at these rows, or lower train.lr; checkpoints from before this step are kept, and the same "
-                    "command goes on from the last of them, to the same end",
+                    "check these rows, or lower train.lr; checkpoints from before this step are kept, and the same "
+                    "command resumes from the last of them, with the same result",
                 )
             if rank():
                 return
@@ -69,13 +69,13 @@ def reporter(
                 "loss": loss,
                 "lr": logs.get("learning_rate"),
                 "grad_norm": logs.get("grad_norm"),
-                # TRL takes a pass without cross-entropy, which replay that is distilled may be, for one all wrong.
+                # For a pass without cross-entropy (distilled replay), TRL reports an accuracy of 0.
                 "token_accuracy": None if "distil_kl" in logs else logs.get("mean_token_accuracy"),
                 "tokens": tokens,
                 "tokens_per_second": round(rate, 1),
                 f"peak_{kind}_bytes": peak,
             }
-            if "objective" in logs:  # a loss with terms; what no token of the step bears is null
+            if "objective" in logs:  # a loss with terms; those that no token of the step bears are null
                 entry |= {name: logs.get(name) for name in ("objective", *LOGGED[1:])}
             if english and (here := english.latest(step)):
                 entry |= {"english_nll": here["nll"], "english_change": here["change"]}
@@ -88,11 +88,11 @@ def reporter(
                 stats["English"] = f"English NLL {last['nll']:.3f} ({last['change']:+.1%})"
             watch.emit(Progress(label, step, batches.steps, "steps", stats))
 
-    return Reporter()
+    return TrainingReporter()
 
 
 def _diverged(loss: float, norm: float | None, skips: bool) -> str | None:
-    """What shows that a training cannot go on, or None. `skips`: fp16's scaler leaves out steps that overflow."""
+    """Why a training cannot continue, or None. `skips`: the fp16 scaler skips steps that overflow."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if norm is None or (skips and not math.isfinite(norm)):
@@ -101,7 +101,7 @@ def _diverged(loss: float, norm: float | None, skips: bool) -> str | None:
 
 
 def _named(rows: Sequence[EncodedRow]) -> str:
-    """So many rows, source by source, the first of each by name."""
+    """The number of rows, and the names of the first ones by source."""
     by_source: dict[str, list[str]] = {}
     for row in rows:
         by_source.setdefault(row.source, []).append(row.name)

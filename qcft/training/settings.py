@@ -1,4 +1,4 @@
-"""What a recipe's `train` section is to TRL: its SFTConfig, checked before any work."""
+"""A recipe's `train` section as TRL's SFTConfig, checked before any work."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from qcft.training.distributed.ranks import sharded, world
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-LOSSES = ("nll", "dft", "chunked_nll")  # of TRL; the last is an older name of the first
+LOSSES = ("nll", "dft", "chunked_nll")  # in TRL; the last is an older name of the first
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_settings(train: Train) -> None:
-    """Check what only TRL can judge: the extra fields, the scheduler, the optimizer, the trackers.
+    """Check the settings that only TRL knows: extra fields, scheduler, optimizer, trackers.
 
     Raises InputError.
     """
@@ -42,13 +42,13 @@ def check_settings(train: Train) -> None:
         raise InputError(f"train.sft: there is no loss_type {loss!r}", f"use {' or '.join(LOSSES)}")
     if loss == "dft" and train.sft.get("label_smoothing_factor"):
         raise InputError(
-            "train.sft: loss_type dft and label_smoothing_factor do not go together: TRL leaves the smoothing out",
-            "leave one of them out",
+            "train.sft: loss_type dft and label_smoothing_factor cannot be combined: TRL ignores the smoothing",
+            "remove one of them",
         )
     if train.sft.get("activation_offloading") and device() == "cpu":
         raise InputError(
-            "train.sft: activation_offloading moves activations from a GPU to main memory, and no GPU is used here",
-            "leave it out",
+            "train.sft: activation_offloading moves activations from a GPU to main memory, but no GPU is used here",
+            "remove it",
         )
     for value, choices, name in (
         (train.scheduler, [str(s.value) for s in SchedulerType], "scheduler"),
@@ -71,10 +71,10 @@ def check_settings(train: Train) -> None:
 
 
 def optimizer_for(train: Train, where: str) -> str:
-    """The optimizer of a training, `auto` resolved: AdamW, on CUDA in 8 bits.
+    """The optimizer of a training, with `auto` resolved: AdamW, on CUDA in 8 bits.
 
-    Not paged: the states of adapters are small, and bitsandbytes keeps paged buffers until the process ends, which an
-    error in CUDA's paging does at once. Nor in 8 bits where the weights are sharded, which bitsandbytes cannot do.
+    Not paged: the optimizer states of adapters are small, bitsandbytes keeps paged buffers until the process ends, and
+    an error in CUDA's paging ends the process. Not in 8 bits if the weights are sharded, which bitsandbytes lacks.
     """
     if train.optimizer != "auto":
         return train.optimizer
@@ -82,9 +82,9 @@ def optimizer_for(train: Train, where: str) -> str:
 
 
 def with_optimizers(recipe: Recipe, where: str) -> Recipe:
-    """A recipe whose phases name the optimizer that `auto` comes to where they run, so that steps are known by it.
+    """A recipe whose phases name the optimizer that `auto` resolves to, so that it is part of the steps' ids.
 
-    Between CPUs nothing is named: there `auto` always came to the same.
+    On CPUs alone it is not named: there `auto` has always been the same optimizer.
     """
     if "cuda" not in {where, device()}:
         return recipe
@@ -100,12 +100,12 @@ def with_optimizers(recipe: Recipe, where: str) -> Recipe:
 def sft_config(
     train: Train, checkpoints: Path, batches: Batches, seed: int, checkpointing: bool, by_rows: bool
 ) -> SFTConfig:
-    """TRL's settings for a phase; `checkpointing`: recompute activations, `by_rows`: rows are not padded."""
+    """TRL's settings for a phase; `checkpointing`: recompute activations; `by_rows`: rows are not padded."""
     import torch
     from trl import SFTConfig
 
     class OneCard(SFTConfig):  # type: ignore[misc]
-        """TRL's settings for a process that uses the current card, whichever others it sees."""
+        """TRL's settings for a process that uses only the current card."""
 
         @property
         def n_gpu(self) -> int:  # the Trainer would copy the model to every card, which TRL refuses
@@ -125,14 +125,14 @@ def sft_config(
     return OneCard(
         output_dir=str(checkpoints),
         learning_rate=train.lr,
-        num_train_epochs=1,  # all epochs are laid out one after the other, each in an order of its own
+        num_train_epochs=1,  # all epochs are in `batches`, one after the other, each in its own order
         per_device_train_batch_size=batches.per_pass,
         gradient_accumulation_steps=max(1, batches.accumulation // world()),  # of each process
-        max_length=None,  # rows come cut to length
+        max_length=None,  # rows are truncated already
         padding_free=batches.packed or by_rows,
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,  # the numbers of items, which PhaseTrainer knows the rows of
-        train_sampling_strategy="sequential",  # the order is the mix's
+        remove_unused_columns=False,  # keeps the numbers of items, which PhaseTrainer needs
+        train_sampling_strategy="sequential",  # in the order of the mix
         lr_scheduler_type=train.scheduler,
         warmup_steps=train.warmup if batches.steps > 1 else 0,
         optim=optimizer_for(train, device()),
@@ -143,22 +143,22 @@ def sft_config(
         seed=seed,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=None,  # PhaseTrainer keeps the last two, by step: a clock may be set back
+        save_total_limit=None,  # PhaseTrainer keeps the last two, by step: file times may be wrong
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=train.report_to or "none",
         disable_tqdm=True,
         eval_strategy="no",
-        # Routers are never adapted, so there is nothing to balance; and not every family's base model reports it.
+        # Routers are never adapted, so this loss has no effect; and not every family's base model returns it.
         **{"router_aux_loss_coef": 0.0, **train.sft},
     )
 
 
 def above_zero(share: Callable[[int], float], warmup: int) -> Callable[[int], float]:
-    """A schedule (step -> share of the learning rate) whose `warmup` first steps rise evenly to the peak, none at 0.
+    """A schedule (step -> share of the learning rate) whose first `warmup` steps rise linearly from above 0.
 
-    transformers' schedules start a warm-up at 0, so that the first step, of a short training a good part, changes
-    nothing. Those that start above 0 stay as they are.
+    transformers' schedules start the warm-up at 0, so that the first step, which matters in a short training, changes
+    nothing. Schedules that start above 0 are returned unmodified.
     """
     if share(0) != 0:
         return share

@@ -1,4 +1,4 @@
-"""One phase's training with TRL's SFTTrainer: checkpoints that are whole, resuming to the digit."""
+"""Training one phase with TRL's SFTTrainer: complete checkpoints, and resuming with identical results."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What a training came to. `exposure`: for each source the rows, tokens and answer tokens that went
-    through the model, as counted while they did, all epochs together; `pass_limit`, most tokens that were run at
-    once where memory set a limit; `recomputed`, whether activations were; `processes` that trained together, of
-    which each held the share `held` of the model's weights.
-    `loss`: cross-entropy, in nats per answer token. `forgetting`: what the live probe found. `terms`: of a loss with
-    terms beside cross-entropy, that of new rows, each term, and the objective of them all."""
+class TrainingResult:
+    """The result of a training. `exposure`: for each source the rows, tokens and answer tokens that went through the
+    model, counted during training, over all epochs; `pass_limit`: the most tokens that ran at once, if memory set a
+    limit; `recomputed`: whether activations were; `processes`: how many trained together, each of which held the share
+    `held` of the model's weights.
+    `loss`: cross-entropy, in nats per answer token. `forgetting`: the results of the live probe. `terms`: for a loss
+    with terms besides cross-entropy, the loss of new rows, each term, and the objective."""
 
     steps: int
     rows: int
@@ -68,49 +68,48 @@ def train_adapter(
     fit: Fit | None = None,
     carried: bool = False,
     terms: Terms = NO_TERMS,
-) -> Trained:
-    """Train the adapters on a model, leaving them in `folder/adapter`; `probing` looks at English meanwhile.
+) -> TrainingResult:
+    """Train the adapters on a model and save them in `folder/adapter`; `probing`: how English is probed meanwhile.
 
-    `carried`: the adapters come from an earlier phase, and start from its weights to the bit. `terms`: of the loss,
-    beside cross-entropy.
-    `fit`: how passes are run to begin with (None: as laid out); smaller ones when memory runs out. Goes on from the
-    last whole checkpoint in `folder/checkpoints`. When a stop is asked for, a checkpoint is written and Interrupted
-    raised. Raises QcftError when the loss is no longer finite, the gradients explode, or one row does not fit into
-    memory.
+    `carried`: the adapters come from an earlier phase, and start with exactly its weights. `terms`: the terms of the
+    loss besides cross-entropy. `fit`: how passes run at first (None: as planned); they get smaller when memory runs
+    out. Resumes from the last complete checkpoint in `folder/checkpoints`. When asked to stop, writes a checkpoint and raises
+    Interrupted. Raises QcftError if the loss is no longer finite, the gradients explode, or one row does not fit
+    into memory.
     """
     checkpoints = folder / "checkpoints"
     last = last_whole(checkpoints, watch)
     padded = not (batches.packed or shortcuts.by_rows)
     passes = Passes(fit or Fit(None, train.gradient_checkpointing is True), padded, checkpoints, watch)
-    dealt = shared_out(batches, world())
-    config = sft_config(train, checkpoints, dealt, seed, passes.recompute, shortcuts.by_rows)
+    shared = shared_out(batches, world())
+    config = sft_config(train, checkpoints, shared, seed, passes.recompute, shortcuts.by_rows)
     if sharded():
         shards.allow_on_cpu()
     start = {name: p.data for name, p in model.named_parameters() if carried and p.requires_grad}
-    with _tensorboard_in(folder / "tensorboard"):  # read when the trainer makes its callbacks
-        trainer = make_trainer(model, tokenizer, dealt, config, shortcuts, passes, terms)
+    with _tensorboard_in(folder / "tensorboard"):  # read when the trainer creates its callbacks
+        trainer = make_trainer(model, tokenizer, shared, config, shortcuts, passes, terms)
     if config.gradient_checkpointing:
-        model.disable_input_require_grads()  # once for TRL; the Trainer asks again when it begins (Reporter)
+        model.disable_input_require_grads()  # TRL turned it on; the Trainer does it again at its start (see reporter)
     keep_adapters_in_fp32(model)
-    for name, weights_before in start.items():  # TRL rounded those of a quantised model to bf16
+    for name, weights_before in start.items():  # TRL rounds those of a quantised model to bf16
         model.get_parameter(name).data = weights_before
     if sharded():
         shards.keep_precision(trainer)
     english = EnglishProbe(probing, batches, folder, watch, trainer.nll, shortcuts.by_rows) if probing else None
     trainer.add_callback(reporter(batches, folder / "log.jsonl", watch, label, shortcuts.below, english))
     if english:
-        trainer.add_callback(probe_callback(english))  # last, so that where it ends the training nothing is saved
+        trainer.add_callback(probe_callback(english))  # last, so that nothing is saved if it stops the training
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except UnpicklingError:  # what is no tensor is not loaded, and not run
+    except UnpicklingError:  # only tensors are loaded; pickled code is never run
         raise QcftError(
-            f"{last.name if last else 'a checkpoint'} holds more than tensors: qcft did not write it so",
-            f"remove {str(last)!r}; the training goes on from the one before it",
+            f"{last.name if last else 'a checkpoint'} holds more than tensors: it was not written by qcft",
+            f"remove {str(last)!r}; the training resumes from the one before it",
         ) from None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise QcftError(  # not in a pass, which would have been made smaller
+        raise QcftError(  # not in a pass, which would have been divided
             "memory ran out between passes of the training",
             "the same command resumes from the last checkpoint; free memory, or use a smaller lora.r",
         ) from None
@@ -118,7 +117,7 @@ def train_adapter(
     if watch.stop_code is not None and trainer.state.global_step < batches.steps and not stopped:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {batches.steps}; a checkpoint was written",
-            "the same command goes on from it",
+            "the same command resumes from it",
             watch.stop_code,
         )
     steps = english.go_back(model) if english and stopped else trainer.state.global_step
@@ -127,7 +126,7 @@ def train_adapter(
         save_trained(model, folder / "adapter", weights)
     history = [entry for entry in trainer.state.log_history if entry["step"] <= steps]
     exposure = trainer.fed.exposure(steps)
-    return Trained(
+    return TrainingResult(
         steps=steps,
         rows=sum(entry["rows"] for entry in exposure),
         tokens=batches.tokens_until(steps),
@@ -153,14 +152,14 @@ def _terms(history: Sequence[Mapping[str, float]]) -> LossTerms:
 
 
 def _latest(history: Sequence[Mapping[str, float]], name: str) -> float | None:
-    """The mean of the last ten steps that logged it."""
+    """The mean of a value over the last ten steps that logged it."""
     found = [entry[name] for entry in history if name in entry][-10:]
     return sum(found) / len(found) if found else None
 
 
 @contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Have TensorBoard's files written to the step, unless the user's environment names a folder."""
+    """Make TensorBoard write to the step's folder, unless the user's environment names another."""
     name = "TENSORBOARD_LOGGING_DIR"
     if name in os.environ:
         yield

@@ -1,4 +1,4 @@
-"""How fast this machine computes and moves numbers, measured in under a second."""
+"""The speed of this machine, in computing and in memory access, measured in under a second."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from qcft.models.load import compute_dtype, device
 from qcft.training.footprint import Footprint
 
-SECONDS = 0.3  # of each measurement
+SECONDS = 0.3  # duration of each measurement
 
 
 @dataclass(frozen=True)
 class Speed:
-    """`flops`: of matrix products in 16 bits, a second; `moved`: bytes read and written, a second."""
+    """`flops`: of matrix products in 16 bits, per second; `moved`: bytes read and written per second."""
 
     flops: float
     moved: float
 
     def seconds(self, cost: Footprint) -> float:
-        """What a pass takes when its products and its other operations run one after the other."""
+        """The time of a pass if its matrix products and its other operations run one after the other."""
         return cost.flops / self.flops + cost.moved / self.moved
 
 
 def measure_speed() -> Speed:
-    """Time matrix products and copies of sizes that a training's have."""
+    """Time matrix products and copies of sizes that are typical of a training."""
     import torch
 
     rows, width = 512, 1024
@@ -39,8 +39,8 @@ def measure_speed() -> Speed:
 
 
 def _per_second(work: Callable[[], object]) -> float:
-    """How often `work` is done in a second, after a warm-up; in runs of twice the length each time, so that the waits
-    for a card between them hardly count."""
+    """How often `work` runs per second, after a warm-up; in batches that double in size, so that waiting for the card
+    between them hardly counts."""
     import torch
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as a phase is trained by it: fed by the numbers of items, each pass divided as memory allows."""
+"""TRL's SFTTrainer for a phase: its data are the numbers of items, and each pass is divided to fit into memory."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
     from qcft.training.prefix import Prefix
 
-ITEM = "item"  # the column that says which of the batches' items an example is
-ROWS = "rows"  # the rows of what is run at once
+ITEM = "item"  # the column with the number of an example's item in the batches
+ROWS = "rows"  # the rows that run at once
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What a training need not do: `below` layers are frozen under the lowest adapter, and the backward pass stops
-    there; `by_rows`, attention goes row by row and nothing is padded; `prefix`, the frozen layers need not run;
-    `fused`, TRL's head computes the loss, without all logits at once; `shared`, so many lowest layers are run once for
-    the model that trains and the one that it started from."""
+    """Work that a training can skip. `below`: the number of frozen layers under the lowest adapter, where the backward
+    pass stops; `by_rows`: attention runs row by row, without padding; `prefix`: stored states replace the frozen
+    layers; `fused`: TRL's head computes the loss, without all logits at once; `shared`: the number of lowest layers
+    that run once for both the trained model and the one that it started from."""
 
     below: int = 0
     by_rows: bool = False
@@ -56,7 +56,7 @@ def make_trainer(
     passes: Passes,
     terms: Terms = NO_TERMS,
 ) -> Any:
-    """The trainer of a phase. Raises QcftError where a library lacks what it overrides."""
+    """The trainer of a phase. Raises QcftError if a library lacks a method that it overrides."""
     import torch
     from datasets import Dataset
     from torch.optim.lr_scheduler import LambdaLR
@@ -66,8 +66,8 @@ def make_trainer(
     check_training()
 
     class PhaseTrainer(SFTTrainer):
-        """SFTTrainer that is fed the numbers of items, and counts them; its checkpoints hold the adapter and no pickled
-        arguments."""
+        """SFTTrainer that receives the numbers of items and counts them; its checkpoints hold the adapter, but no
+        pickled arguments."""
 
         fed = Fed(batches, rank(), world())
 
@@ -82,7 +82,7 @@ def make_trainer(
                 return step(model, {**collated, ROWS: tuple(rows)}, *args, **kwargs)
 
             rows = [row for item in inputs[ITEM] for row in batches.items[item]]
-            if world() > 1:  # a process that divides its passes would wait for the others, and they for it
+            if world() > 1:  # processes that divide their passes differently would wait for each other
                 return run(rows)
             forget = reference.forget if reference else lambda: None
             return passes.run(self.model, self.state.global_step, rows, shortcuts.below, run, forget)
@@ -102,7 +102,7 @@ def make_trainer(
 
             if reference is None:
                 return plain()
-            answers.chosen = None  # of the pass before
+            answers.chosen = None  # left from the pass before
             times = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             return reference.loss(inputs, rows, plain, times / kwargs["num_items_in_batch"])
 
@@ -113,7 +113,7 @@ def make_trainer(
             super().log(logs, *args, **kwargs)
 
         def nll(self, rows: Sequence[EncodedRow]) -> float:
-            """The summed NLL of rows' answer tokens; several rows only where attention goes row by row."""
+            """The summed NLL of rows' answer tokens; several rows only if attention runs row by row."""
             lengths = tuple(len(row.input_ids) for row in rows)
             device = self.model.device
             inputs: dict[str, Any] = {
@@ -130,7 +130,7 @@ def make_trainer(
                 return float(summed_nll(self.model(**inputs, use_cache=False).logits, labels))
             answers.choose(inputs)
             outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
-            answers.chosen = None  # where labels are smoothed, training itself does not choose
+            answers.chosen = None  # with smoothed labels, training does not use it
             return -float(outputs.log_probs.sum())
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -139,9 +139,9 @@ def make_trainer(
                 save_trained(self.model, Path(output_dir or self.args.output_dir), weights)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            # The Trainer's own loads one adapter only, under whichever name comes first.
+            # The Trainer's own method loads one adapter only, under the first name.
             if sharded():
-                shards.deal_out(self.model, read_weights(Path(resume_from_checkpoint)))
+                shards.load_weights(self.model, read_weights(Path(resume_from_checkpoint)))
             else:
                 read_trained(self.model, Path(resume_from_checkpoint))
 
@@ -169,17 +169,17 @@ def make_trainer(
             return scheduler
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """None: TRL would write one beside each checkpoint."""
+            """Write none: TRL would write one beside each checkpoint."""
 
     def items_of(examples: list[dict[str, int]]) -> dict[str, Any]:
         items = tuple(example[ITEM] for example in examples)
         labels = [label for item in items for row in batches.items[item] for label in row.labels]
-        return {ITEM: items, "labels": torch.tensor(labels)}  # by which the Trainer counts a step's answer tokens
+        return {ITEM: items, "labels": torch.tensor(labels)}  # from which the Trainer counts a step's answer tokens
 
     reference = Reference(model, terms, shortcuts.shared) if terms else None
     answers = AnswerTokens(model.get_base_model())
     loss = None
-    if not shortcuts.fused:  # TRL, which takes a loss of ours in the place of `nll` only, is told of no other
+    if not shortcuts.fused:  # TRL accepts another loss only in place of `nll`
         loss, config.loss_type = own_loss(config.loss_type, config.label_smoothing_factor), "nll"
     trainer = PhaseTrainer(
         model=model,

@@ -1,7 +1,7 @@
-"""Several processes that train one phase together, as `accelerate launch` begins them: on rows of their own, each with
-the whole model or, with FSDP 2, with a part of its weights.
+"""Several processes that train one phase together, as `accelerate launch` starts them: each on its own rows, with the
+whole model or, with FSDP 2, with a shard of its weights.
 
-Rank 0 walks the plan, writes and speaks; the others only train with it, step by step, when it says so.
+Rank 0 runs the plan, writes files and prints; the others only train the steps that rank 0 broadcasts.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def sharded() -> bool:
-    """Whether the weights are dealt out to the processes while they train."""
+    """Whether the weights are sharded across the processes in training."""
     return world() > 1 and _configured("FSDP")
 
 
 def join() -> None:
-    """Meet the other processes. Raises InputError for ways to train together that qcft does not know."""
+    """Join the process group. Raises InputError for kinds of distributed training that qcft does not support."""
     known = "launch with --multi_gpu (each GPU holds the whole model, in 4 bits), or --use_fsdp --fsdp_version 2"
     if _configured("DEEPSPEED"):
         raise InputError("accelerate is configured for DeepSpeed, which qcft does not train with", known)
@@ -49,8 +49,8 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes, as this one is about to end: threads of a process group that are still there when
-    the interpreter goes abort it now and then."""
+    """Leave the process group before this process ends: threads of a group that are still alive when the interpreter
+    exits sometimes abort it."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -62,23 +62,23 @@ def _configured(name: str) -> bool:
 
 
 def tell(message: str | None) -> None:
-    """From rank 0 to all: the step to train next, or None at the end."""
+    """Broadcast from rank 0: the step to train next, or None at the end."""
     from torch import distributed
 
     distributed.broadcast_object_list([message], src=0)
 
 
 def hear() -> str | None:
-    """What rank 0 tells."""
+    """Receive the broadcast of rank 0."""
     from torch import distributed
 
-    heard: list[Any] = [None]
-    distributed.broadcast_object_list(heard, src=0)
-    return cast("str | None", heard[0])
+    received: list[Any] = [None]
+    distributed.broadcast_object_list(received, src=0)
+    return cast("str | None", received[0])
 
 
 def any_stops(stops: bool) -> bool:
-    """Whether a process wants to stop; all ask at the same place."""
+    """Whether any process wants to stop; all processes must call this at the same point."""
     if world() == 1:
         return stops
     import torch
@@ -91,10 +91,10 @@ def any_stops(stops: bool) -> bool:
 
 
 def shared_out(batches: Batches, processes: int) -> Batches:
-    """The same optimizer steps with their passes dealt out to `processes`, pass by pass in turn.
+    """The same optimizer steps with their passes distributed to `processes`, one pass after the other.
 
-    A step whose passes do not come out even is filled up with the shortest row, none of its tokens bearing loss, so
-    that steps, their rows and their loss are those of one process.
+    A step with too few passes for all processes is filled up with the shortest row, without loss on its tokens, so that
+    steps, their rows and their loss are the same as with one process.
     """
     if processes == 1:
         return batches

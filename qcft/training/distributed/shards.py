@@ -1,7 +1,7 @@
-"""What is different where a training's weights are dealt out to processes (FSDP 2, as accelerate configures it).
+"""Training with weights that are sharded across processes (FSDP 2, as accelerate configures it).
 
-Adapters and checkpoints are gathered and written whole, so that they are those of one process: tensors, no pickles, and
-whichever number of processes goes on from them.
+Adapters and checkpoints are gathered and written whole, as by one process: tensors without pickles. Any number of
+processes can resume from them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPTIMIZER = "optimizer.pt"
 
 
 def allow_on_cpu() -> None:
-    """Have accelerate heed FSDP on CPUs, where it passes it over in silence; to call before a trainer is made."""
+    """Make accelerate use FSDP on CPUs, where it ignores it silently; to call before a trainer is made."""
     from accelerate import DistributedType, PartialState
 
     if PartialState().distributed_type == DistributedType.MULTI_CPU:
@@ -29,14 +29,14 @@ def allow_on_cpu() -> None:
 
 
 def keep_precision(trainer: Any) -> None:
-    """Have the weights gathered as they are, adapters in fp32; what computes in 16 bits is cast by autocast."""
+    """Gather weights in their own dtypes, adapters in fp32; autocast converts what is computed in 16 bits."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def held(model: PeftModel) -> float:
-    """The share of the model's weights, as they are stored, that this process holds."""
+    """The share of the model's stored weights that this process holds."""
     from torch.distributed.tensor import DTensor
 
     weights = list(model.parameters())
@@ -45,12 +45,12 @@ def held(model: PeftModel) -> float:
 
 
 def whole(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The weights that train, gathered; every process must ask."""
+    """The trained weights, gathered; every process must call this."""
     return {name: p.full_tensor().detach().cpu() for name, p in _trained(model)}
 
 
-def deal_out(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Put whole weights, by their names in the model, in the place of those that train."""
+def load_weights(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Load whole weights, by their names in the model, into the sharded trained ones."""
     import torch
     from torch.distributed.tensor import distribute_tensor
 
@@ -60,7 +60,7 @@ def deal_out(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
 
 
 def save_optimizer(trainer: Any, folder: Path) -> None:
-    """Write the optimizer's state whole; every process must ask, the first writes."""
+    """Write the whole state of the optimizer; every process must call this, rank 0 writes."""
     import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -71,7 +71,7 @@ def save_optimizer(trainer: Any, folder: Path) -> None:
 
 
 def load_optimizer(trainer: Any, folder: Path) -> None:
-    """Deal out an optimizer's state that was written whole; by one process alone, it goes by numbers, not names."""
+    """Load and shard a whole optimizer state; one process alone writes it by parameter numbers, not names."""
     import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
