@@ -171,7 +171,7 @@ def test_an_adapter_that_goes_on_has_no_prefix_cache_and_says_why(chain, tmp_pat
     recipe = chain("continue", **{"phase2.freeze": "first:1", "phase2.train.prefix_cache": True})
     done = api.run(recipe, runs=tmp_path / "runs", listener=told.append)
     assert not done.stages["phase2"].metrics["prefix_cache"]
-    assert any("an adapter that goes on" in e.text for e in told if isinstance(e, Note))
+    assert any("a continued adapter" in e.text for e in told if isinstance(e, Note))
 
 
 def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, shared_runs):

@@ -46,6 +46,7 @@ ROOMS_DONE = (
     "qcft/runner/recipe.py",
     "qcft/runner/stored.py",
     "qcft/safe.py",
+    "qcft/steps",
     "qcft/store",
     "qcft/terminal",
     "qcft/training",

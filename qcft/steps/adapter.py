@@ -1,4 +1,4 @@
-"""Importing an adapter made elsewhere, as a phase."""
+"""Importing an external adapter as a phase."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AdapterMetrics(TypedDict):
 
 @dataclass(frozen=True)
 class Adapter(Work[AdapterMetrics]):
-    """Copies an adapter, known by its digest, from where it lies."""
+    """Copies an adapter, identified by its digest, from its folder."""
 
     kind: ClassVar[str] = "adapter"
     streams: ClassVar[bool] = True
@@ -37,19 +37,19 @@ class Adapter(Work[AdapterMetrics]):
     source: str = field(metadata=CIRCUMSTANCE)
 
     def do(self, step: Step, bench: Bench, folder: Path) -> AdapterMetrics:
-        """Copy it. Raises ChangedInput where it is another by now."""
+        """Copy it. Raises ChangedInput if it has changed meanwhile."""
         (folder / "adapter").mkdir(exist_ok=True)
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(self._place() / name, folder / "adapter" / name)
         if adapter_digest(folder / "adapter") != self.rows:
             raise ChangedInput(
                 f"adapter: {self.source!r} changed while it was in use",
-                "give the same command again to start from the adapter as it is now",
+                "run the same command again to start from the adapter as it is now",
             )
         return {"adapter": self.source}
 
     def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
-        """The adapter's own bytes."""
+        """The size of the adapter."""
         return size_of(self._place())
 
     def _place(self) -> Path:

@@ -1,4 +1,4 @@
-"""Measuring a phase's delta at several scales, and by layers."""
+"""Measuring a phase's delta at several scales, and scaled by layer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ POINT = "point.json"
 
 @dataclass(frozen=True)
 class DialPoints(Measuring[DialMetrics]):
-    """Measures the phase's delta at each scale, and scaled by layer as each of `by` says, in one load.
+    """Measures the phase's delta at each scale, and scaled by layer for each spec in `by`, with one load of the model.
 
-    What a killed process measured is kept, and what another dial of the run measured of the same delta is copied.
+    Points that a killed process measured are kept, and points of another dial of the run on the same delta are copied.
     """
 
     kind: ClassVar[str] = "dial"
@@ -57,7 +57,7 @@ class DialPoints(Measuring[DialMetrics]):
             point = _read(place) or _copied(earlier, place)
             if point is None:
                 place.mkdir(exist_ok=True)
-                self._take(load(), amount, step, bench)
+                self._apply(load(), amount, step, bench)
                 taken: DeltaAmount = {"by": str(amount)} if isinstance(amount, ByLayer) else {"scale": amount}
                 at = amount.label if isinstance(amount, ByLayer) else f"{amount:g}"
                 measured = self.measure(cast("PreTrainedModel", load()), bench, f"{step.title} at {at}", place)
@@ -75,8 +75,8 @@ class DialPoints(Measuring[DialMetrics]):
         """Scores and answers at each point."""
         return SCORES * (len(self.scales) + len(self.by))
 
-    def _take(self, model: PeftModel, amount: float | ByLayer, step: Step, bench: Bench) -> None:
-        """Have the model take that much of the delta."""
+    def _apply(self, model: PeftModel, amount: float | ByLayer, step: Step, bench: Bench) -> None:
+        """Scale the model's delta by this amount."""
         if isinstance(amount, ByLayer):
             set_scale(model, scales_by_layer(bench.model.meta_model, amount))
         elif self.method and self.density is not None:
@@ -86,9 +86,9 @@ class DialPoints(Measuring[DialMetrics]):
 
 
 def _earlier(step: Step, bench: Bench) -> list[DoneStep]:
-    """The run's other dials that measured the same delta in the same way, at whatever points."""
-    alike = (s for s in bench.steps.values() if s.kind == step.kind and s.id != step.id and _way(s) == _way(step))
-    return [done for one in alike if (done := bench.store.open(one.id))]
+    """The run's other dials that measured the same delta in the same way, at any points."""
+    similar = (s for s in bench.steps.values() if s.kind == step.kind and s.id != step.id and _way(s) == _way(step))
+    return [done for one in similar if (done := bench.store.open(one.id))]
 
 
 def _way(step: Step) -> StepInputs:
@@ -98,7 +98,7 @@ def _way(step: Step) -> StepInputs:
 
 
 def _copied(earlier: Sequence[DoneStep], place: Path) -> DialPoint | None:
-    """A point that an earlier dial measured, with its files; None where there is none that is whole."""
+    """Copy a point that an earlier dial measured, with its files; None if there is no complete one."""
     for one in earlier:
         if one.has(f"{place.name}/{POINT}"):
             try:
@@ -106,7 +106,7 @@ def _copied(earlier: Sequence[DoneStep], place: Path) -> DialPoint | None:
             except InputError:  # altered: measured again
                 continue
             shutil.copytree(found, place, ignore=shutil.ignore_patterns(POINT), dirs_exist_ok=True)
-            shutil.copyfile(found / POINT, place / POINT)  # last: it says that the others are there
+            shutil.copyfile(found / POINT, place / POINT)  # last, as it shows that the others are complete
             return _read(place)
     return None
 

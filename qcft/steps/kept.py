@@ -1,4 +1,4 @@
-"""What merging kept of what a phase learned."""
+"""How much of what a phase learned survives merging."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Kept(Work[KeptMetrics]):
     quantize: str
 
     def do(self, step: Step, bench: Bench, folder: Path) -> KeptMetrics:
-        """Compare; the parents are the measurements of the three."""
+        """Compare them; the parents are the measurements of the three."""
         merged = step.parents[2]
         scores = read_scores(bench.store.opened(merged))
         return self.compare(step, bench, lambda: bench.load(bench.steps[merged], self.quantize), scores)
@@ -48,12 +48,12 @@ class Kept(Work[KeptMetrics]):
         load: Callable[[], PreTrainedModel],
         scores: Mapping[str, Sequence[RowScore]] | None = None,
     ) -> KeptMetrics:
-        """Compare the step's base and live adapters with the model that `load` gives; it is scored here where its
-        `scores` of each group are not known."""
+        """Compare the step's base and live adapters with the model that `load` returns; it is scored here unless its
+        `scores` of each group are given."""
         base, live = (read_scores(bench.store.opened(parent)) for parent in step.parents[:2])
         live_step = bench.steps[step.parents[1]]
         groups = bench.rows.groups(live_step.settings["held_out"])
-        # An adapter made elsewhere has no rows of its own here: English stands for them.
+        # An external adapter has no rows of its own here: English rows are used instead.
         own = [g for g in groups if g.phase in self.phases] or [g for g in groups if g.lang == ENGLISH]
         measured = {group.name: bench.rows.measured(group) for group in own}
         rows = [row for group in own for row in measured[group.name].encoded]
@@ -73,7 +73,7 @@ class Kept(Work[KeptMetrics]):
         return cast("KeptMetrics", found)
 
     def summary(self, metrics: KeptMetrics) -> str:
-        """The share that was kept, or that none can be told."""
+        """The share that was kept, or that it cannot be measured."""
         share, gain = metrics["share"], metrics["gain"]
         far = f"KL {metrics['kl']:.3f} nats, greedy agreement {metrics['agreement']:.0%}"
         rows = counted(gain["rows"], "row")
@@ -87,7 +87,7 @@ class Kept(Work[KeptMetrics]):
 
 
 def judge_merge(step: Step, record: Record, limits: Merge, watch: Watch) -> None:
-    """Warn or refuse when merging lost what the phase learned, as the record of its `kept` step has it."""
+    """Warn or refuse if merging lost what the phase learned, according to the record of its `kept` step."""
     metrics, far = cast("KeptMetrics", record["metrics"]), None
     if limits.max_kl is not None and metrics["kl"] > limits.max_kl:
         far = f"KL {metrics['kl']:.3g} nats per answer token from the live adapter, over {limits.max_kl:g}"
@@ -104,7 +104,7 @@ def judge_merge(step: Step, record: Record, limits: Merge, watch: Watch) -> None
         raise QcftError(
             f"merging {step.phase} kept only {share:.0%} of what it learned, under {limits.refuse_below:.0%}",
             "keep the adapter live under the next phase instead (start: stacked), which is exact; or train it longer "
-            "or with a higher lr; --set merge.refuse_below=null goes on all the same. For use in 16 bits only: "
+            "or with a higher lr; --set merge.refuse_below=null continues anyway. For use in 16 bits only: "
             "qcft merge --base dequantised",
         )
     elif share < limits.warn_below:

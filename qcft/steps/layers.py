@@ -1,4 +1,4 @@
-"""What a freeze spec depends on, measured module by module."""
+"""The measurements of each module that a freeze spec depends on."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ NOT_ASKED = "not asked"
 
 @dataclass(frozen=True)
 class Layers(Work[LayersMetrics]):
-    """Measures the signal-to-noise ratio of each module's weights, or how much it was changed: by the adapters of the
+    """Measures the signal-to-noise ratio of each module's weights, or how much they changed: by the adapters of the
     step's parents, or `since` the model that this one was tuned from."""
 
     kind: ClassVar[str] = "layers"
-    format: ClassVar[int] = 2  # of signal to noise: matrices without noise are ranked by their signal
+    format: ClassVar[int] = 2  # for signal to noise: matrices without noise are ranked by their signal
     streams: ClassVar[bool] = True
 
     model: str
     measure: str
-    since: str | None = field(default=NOT_ASKED, metadata=ADDED)  # of signal to noise
+    since: str | None = field(default=NOT_ASKED, metadata=ADDED)  # for signal to noise
 
     def version(self) -> tuple[str, int]:
-        """The kind and its format; how change is measured is as it was."""
+        """The kind and its format; the format of change is still 1."""
         return self.kind, self.format if self.measure == "snr" else 1
 
     def do(self, step: Step, bench: Bench, folder: Path) -> LayersMetrics:

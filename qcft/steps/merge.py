@@ -31,8 +31,8 @@ class MergeMetrics(TypedDict):
 
 @dataclass(frozen=True)
 class Merge(Work[MergeMetrics]):
-    """Merges the step's adapter, and those under it, onto 16-bit weights: whole, at a scale, `by` layer, or combined
-    by one of PEFT's methods, which draw by `seed`."""
+    """Merges the step's adapter, and those under it, onto 16-bit weights: unscaled, at a scale, scaled `by` layer, or
+    combined by one of PEFT's methods, which use `seed`."""
 
     kind: ClassVar[str] = "merge"
     streams: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""What steps that answer prompts hold in memory."""
+"""The memory of steps that answer prompts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qcft.replay.generation import LARGEST, Answering
 from qcft.steps.step import Bench
 
 TOGETHER = 16  # prompts that a measured model answers at once
-LOOKED_AT = 64  # prompts of a pool whose lengths stand for all
+LOOKED_AT = 64  # prompts of a pool that represent the lengths of all
 ROOM = 0.9  # share of the free memory to fill
 
 
 def answers_held(
     bench: Bench, quantize: str, prompts: Sequence[tuple[Group, Row]], max_new_tokens: int
 ) -> dict[str, int]:
-    """Bytes by part while a model is measured: the model, a batch's logits, the answers' keys and values."""
+    """Bytes by part while a model is measured: the model, the logits of a batch, the KV cache of the answers."""
     model = bench.model.meta_model
     config: Any = model.config.get_text_config()
     longest = max((len(bench.rows.group_encoder(group).prompt_ids(row)) for group, row in prompts), default=0)
@@ -46,20 +46,20 @@ def model_held(model: PreparedModel, quantize: str) -> dict[str, int]:
 def answered_at_once(
     model: PreparedModel, quantize: str, encoder: Encoder, rows: Sequence[Row], how: Answering, free: int
 ) -> tuple[int, int]:
-    """How many prompts are answered at once, by what fits into `free` bytes beside the model where `batch` is auto;
-    and the bytes that one of them holds."""
+    """How many prompts are answered at once, if `batch` is auto as many as fit into `free` bytes beside the model; and
+    the bytes that each needs."""
     first = islice(rows, LOOKED_AT)
     lengths = [len(prompt) for prompt in map(encoder.prompt, first) if not isinstance(prompt, str)]  # else refused
     each = _cache(model.meta_model) * (max(lengths, default=0) + how.max_new_tokens)
     together = min(LARGEST if how.batch == "auto" else how.batch, how.chunk)
     weights = sum(model_held(model, quantize).values())
     while how.batch == "auto" and together > 1 and weights + together * each > ROOM * free:
-        together //= 2  # as generation does when memory runs out
+        together //= 2  # like generation when memory runs out
     return together, each
 
 
 def _cache(model: Any) -> int:
-    """Bytes of one token's keys and values in all layers, in 16 bits."""
+    """Bytes of one token in the KV cache of all layers, in 16 bits."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -1,4 +1,4 @@
-"""Whether a training begins from stored states of its frozen layers, and where those lie."""
+"""Whether a training starts from stored states of its frozen layers, and where they are stored."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def open_prefix(
     store: Store,
     watch: Watch,
 ) -> Prefix | None:
-    """Cut a model at its lowest adapted layer, `below`, with the states of `rows` stored; None for the plain path.
+    """Cut a model at its lowest adapted layer, `below`, and store the states of `rows`; None without a prefix cache.
 
-    `passes` counts how often rows are trained in all. `weights` says which weights the frozen layers have. States
-    are stored where they will be read again: in a later epoch, or by another run that trains on the same rows.
+    `passes`: how many rows are trained, over all epochs. `weights` identifies the weights of the frozen layers. States
+    are stored if they will be read again: in a later epoch, or by another run that trains on the same rows.
     """
     from qcft.models.load import compute_dtype
     from qcft.training.prefix import SMALL, Prefix, cannot_split, fill_states, row_key, worth_storing
@@ -48,7 +48,7 @@ def open_prefix(
         return None
     reason = cannot_split(model, train)
     if reason:
-        watch.note(f"no prefix cache: {reason}; training runs the frozen layers as well")
+        watch.note(f"no prefix cache: {reason}; training runs the frozen layers too")
         return None
     config: Any = model.config
     inputs = {

@@ -1,4 +1,4 @@
-"""Measuring a stage: held-out rows scored, English prompts answered."""
+"""Measuring a stage: scores of held-out rows and answers to English prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Measuring(Work[Metrics]):
     """Scores every held-out group and answers the English prompts.
 
-    `samples`: prompts of each other language that are answered too, to be read; no figure depends on them.
+    `samples`: the number of prompts of each other language that are answered too, for reading only; no figure depends on
+    them.
     """
 
     samples: ClassVar[int] = 0
@@ -72,7 +73,7 @@ class Measuring(Work[Metrics]):
         return {"groups": found, "answers": _summary(answers)}
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:
-        """The model, a batch's logits, and the KV cache of the answers."""
+        """The model, the logits of a batch, and the KV cache of the answers."""
         prompts = english_prompts(bench.rows, self.held_out, self.answers.prompts) + self._other_prompts(bench)
         return answers_held(bench, self.quantize, prompts, self.answers.max_new_tokens)
 

@@ -1,8 +1,8 @@
-"""A step: where it stands in a run, what it depends on, and its work, whose settings its id is made of.
+"""A step: its place in a run, its dependencies, and its work, whose settings make its id.
 
-A kind of step is one file beside this one with a frozen dataclass: its fields are its settings, and it does the work,
-sums up what came of it, and says what it needs. Nothing else knows the kinds. Work is done on a bench, which has the
-store, a model and rows by their digests, but no recipe: results depend on settings alone.
+A kind of step is one file in this folder with a frozen dataclass: its fields are the settings, and its methods do the
+work, summarise the result, and estimate memory and disk. Nothing else knows the kinds. Work is done on a bench, which
+has the store, a model and rows by their digests, but no recipe, so results depend only on settings.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from qcft.training.memory import Planned
 
 Metrics = TypeVar("Metrics", bound=Mapping[str, object])
-SCORES = 1 << 20  # bytes of scores and answers: of the suites that ship, seldom more
+SCORES = 1 << 20  # bytes of scores and answers; more is rare with the suites that come with qcft
 
 
 @dataclass(frozen=True)
 class Work(Settings, ABC, Generic[Metrics]):
-    """What a step of one kind does, by its settings, and what it measures. `format` is raised when a change to the code
-    changes results."""
+    """The work of one kind of step: its settings, and its metrics. `format` is raised when a change to the code changes
+    results."""
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
-    streams: ClassVar[bool] = False  # weights go through the CPU, and no model is loaded
+    streams: ClassVar[bool] = False  # weights are read one by one on the CPU, and no model is loaded
     kinds: ClassVar[dict[str, type[Work[Any]]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -51,33 +51,33 @@ class Work(Settings, ABC, Generic[Metrics]):
             Work.kinds[cls.kind] = cls
 
     def version(self) -> tuple[str, int]:
-        """The kind, as ids begin with it, and its format."""
+        """The kind, with which ids begin, and its format."""
         return self.kind, self.format
 
     @abstractmethod
     def do(self, step: Step, bench: Bench, folder: Path) -> Metrics:
-        """Do the work in the step's folder, resuming what a killed process left there; its metrics."""
+        """Do the work in the step's folder, resuming from what a killed process left; returns the metrics."""
 
     def summary(self, metrics: Metrics) -> str:
-        """What came of it, in a few words."""
+        """The result, in a few words."""
         return ""
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int] | None:
-        """Bytes by part that it holds at most, where it loads a model and does not train it.
+        """The highest memory by part, in bytes, of work that loads a model and does not train it.
 
-        `cache`: keys and values of the answers that are generated at once, as many as fit into `free` bytes where that
-        is left open.
+        `cache`: the KV cache of the answers that are generated at once; if their number is auto, as many as fit into
+        `free` bytes.
         """
         return None
 
     def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
-        """Bytes that it writes at most; `planned`: how a training would run."""
+        """The most bytes that it writes; `planned`: how a training would run."""
         return SCORES
 
 
 @dataclass(frozen=True)
 class Stored(Work[Mapping[str, object]]):
-    """The work of a done step as its step.json has it, whichever version did it. It is looked at, not done again."""
+    """The work of a finished step, from its step.json, by any version of qcft. It is only read, never done again."""
 
     stored: tuple[str, int]  # its kind and format
     found: Mapping[str, Any]
@@ -87,22 +87,22 @@ class Stored(Work[Mapping[str, object]]):
         return self.stored
 
     def settings(self) -> dict[str, Any]:
-        """What was stored."""
+        """The stored settings."""
         return dict(self.found)
 
     def do(self, step: Step, bench: Bench, folder: Path) -> NoReturn:
-        """Refuse. Raises QcftError."""
+        """Always refuse. Raises QcftError."""
         raise QcftError(
             f"{step.id} is damaged, and was made by a version of qcft whose {self.stored[0]} steps had other results",
-            "run its recipe again: what depends on it is made anew",
+            "run its recipe again: what depends on it is rebuilt",
         )
 
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work at its `stage` of a run. `weights` is the merge step whose weights are loaded (None: the model
-    as it is), `adapter` the step of the adapter live on them, `under` those that lie live and frozen under it, the
-    lowest first. `phase` is named in messages."""
+    """One unit of work at its `stage` of a run. `weights` is the merge step whose weights are loaded (None: the model's
+    own), `adapter` the step of the active adapter, `under` those of the active, frozen adapters under it, the lowest
+    first. `phase` is used in messages."""
 
     work: Work[Any]
     stage: str
@@ -119,7 +119,7 @@ class Step:
 
     @classmethod
     def stored(cls, id: str, stage: str, inputs: StepInputs) -> Step:
-        """A step as its step.json has it, under its own id, whichever version made it."""
+        """A step from its step.json, under its own id, by any version of qcft."""
         work = Stored((inputs["kind"], inputs["format"]), inputs["settings"])
         places = (inputs["weights"], inputs["adapter"], tuple(inputs["parents"]), tuple(inputs.get("under", ())))
         step = cls(work, stage, stage, None, *places)
@@ -143,7 +143,7 @@ class Step:
 
     @property
     def depends_on(self) -> tuple[str, ...]:
-        """All steps that must be done before it."""
+        """All steps that must be finished first."""
         return tuple(one for one in (self.weights, self.adapter, *self.under, *self.parents) if one)
 
     def inputs(self) -> StepInputs:
@@ -163,8 +163,8 @@ class Step:
 
 
 class Bench:
-    """Where steps are done. `steps` are the plan's and those that it depends on, by id; `shared` is what a kind of step
-    keeps from one to the next."""
+    """Does steps. `steps`: those of the plan and those it depends on, by id; `shared`: what a kind of step keeps from
+    one step to the next."""
 
     def __init__(
         self, model: PreparedModel, rows: Rows, inputs: Inputs, steps: Mapping[str, Step], store: Store, watch: Watch
@@ -178,7 +178,7 @@ class Bench:
         self._inputs = inputs
 
     def do(self, step: Step, folder: Path) -> Mapping[str, object]:
-        """Do one step in its folder, resuming what a killed process left there; its metrics. Raises ChangedInput."""
+        """Do one step in its folder, resuming from what a killed process left; its metrics. Raises ChangedInput."""
         if self.shared is not None and not self.shared.serves(step):
             self.shared = None
             free_memory()
@@ -204,6 +204,6 @@ class Bench:
         return self.model.model.digest if step.weights is None else model_digest(self.store, step.weights)
 
     def load(self, step: Step, quantize: str | None = None) -> PreTrainedModel:
-        """The step's weights, in `quantize` or as the model is asked for, its adapters live on them."""
+        """The step's weights, in `quantize` or as the recipe's model has it, with its adapters active."""
         model = load_model(self.weights(step), self.model.asked, quantize)
         return load_stack(model, [self.adapter(one) for one in step.stack]) if step.stack else model

@@ -1,4 +1,4 @@
-"""Evaluating stages on tasks: one load of weights for all stages that share them, one step for each task."""
+"""Evaluating stages on tasks: one load of weights for all stages that share them, and one step per task."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BATCH = 16  # prompts answered at once
 
 
 class Loaded:
-    """The model of several suite steps, one after the other, and what scores with it."""
+    """The model that several suite steps use one after the other, and its scorer."""
 
     def __init__(self) -> None:
         self.loads = 0
@@ -46,7 +46,7 @@ class Loaded:
         return step.kind == Suite.kind
 
     def use(self, step: Step, quantize: str, bench: Bench) -> Switched:
-        """The stage's model: its weights loaded, unless they are, and its adapters live."""
+        """The stage's model with its adapters active; its weights are loaded unless they already are."""
         stack = [bench.adapter(one) for one in step.stack]
         reading = reads_weights(stack)
         key = (step.weights, quantize, tuple(stack) if reading or not can_switch(stack) else None)
@@ -63,7 +63,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Suite(Work[SuiteMetrics]):
-    """Evaluates one stage on one task; `data` is the digest of the task's, `asked` what its kind needs."""
+    """Evaluates one stage on one task; `data`: the digest of the task's data; `asked`: the settings of its kind."""
 
     kind: ClassVar[str] = "suite"
     format: ClassVar[int] = 4
@@ -75,7 +75,7 @@ class Suite(Work[SuiteMetrics]):
     asked: Mapping[str, Any] = field(metadata=SPREAD)
 
     def do(self, step: Step, bench: Bench, folder: Path) -> SuiteMetrics:
-        """Evaluate. Raises QcftError, whatever a task's own code raises."""
+        """Evaluate. Raises QcftError for any error in a task's own code."""
         try:
             if bench.shared is None:
                 bench.shared = Loaded()
@@ -87,17 +87,17 @@ class Suite(Work[SuiteMetrics]):
             return self._suite(step, bench, model, folder)
         except QcftError:
             raise
-        except Exception as error:  # tasks are code by many hands, and may raise anything
+        except Exception as error:  # tasks are code by many authors, and may raise anything
             text = short(error, 200)
-            raise QcftError(f"{type(error).__name__}: {text}", "look at the task's data, or leave it out") from error
+            raise QcftError(f"{type(error).__name__}: {text}", "check the task's data, or remove the task") from error
 
     def summary(self, metrics: SuiteMetrics) -> str:
-        """The score, or how the answers came out."""
+        """The score, or a summary of the answers."""
         if self.task == FIDELITY:
             languages = cast("FidelityMetrics", metrics)["languages"]
             shares = {lang: entry["right"] for lang, entry in languages.items()}
-            told = ", ".join(f"{lang} {share:.0%}" for lang, share in shares.items() if share is not None)
-            return f"answers in the prompt's language: {told or 'none can be told'}"
+            found = ", ".join(f"{lang} {share:.0%}" for lang, share in shares.items() if share is not None)
+            return f"answers in the prompt's language: {found or 'not identified'}"
         if self.task == ALPACA_EVAL:
             answers = cast("AlpacaMetrics", metrics)
             return f"{counted(answers['rows'], 'answer')} of {answers['mean_tokens']:.0f} tokens"
@@ -174,10 +174,10 @@ class Suite(Work[SuiteMetrics]):
 def _answers(
     bench: Bench, model: Switched, encoder: Encoder, rows: list[Row], most: int, label: str
 ) -> list[tuple[Row, Answer]]:
-    """Greedy answers to the rows' prompts; those that cannot be asked are left out."""
+    """Greedy answers to the rows' prompts; prompts that cannot be used are dropped."""
     asked = [(row, prompt) for row in rows if not isinstance(prompt := encoder.prompt(row), str)]
     if not asked:
-        raise QcftError("none of the prompts can be asked", "look at the rows, or raise train.max_length")
+        raise QcftError("none of the prompts can be used", "check the rows, or raise train.max_length")
     answers = answer_prompts(
         model.model,
         bench.model.tokenizer,

@@ -1,4 +1,4 @@
-"""Training a phase: its rows and its replay in their order, its adapter, what need not be done, what fits."""
+"""Training a phase: the order of its rows and replay, its adapter, skipped work, and passes that fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from qcft.training.passes import Fit
 
 
-# What changes how a training is run or watched, not what comes of it.
+# Settings that change how a training runs or is watched, not its result.
 CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "prefix_cache", "micro_batch"}
 
 
@@ -46,8 +46,8 @@ CIRCUMSTANCES = {"report_to", "checkpoint_steps", "gradient_checkpointing", "pre
 class Training(Work[TrainMetrics]):
     """Trains a phase's adapter on its rows and its replay.
 
-    `carried`: the precision in which the adapter of an earlier phase is continued. `forgetting` is watched on the rows
-    of `english`, which changes nothing unless it may stop the training. `peft`: `lora.peft`, where it is given.
+    `carried`: the precision in which the adapter of an earlier phase is continued. `forgetting`: the live probe on the
+    rows of `english`, which changes nothing unless it may stop the training. `peft`: `lora.peft`, if it is given.
     """
 
     kind: ClassVar[str] = "train"
@@ -72,7 +72,7 @@ class Training(Work[TrainMetrics]):
     english: str | None = field(default=None, metadata=CIRCUMSTANCE)
 
     def settings(self) -> dict[str, Any]:
-        """The settings; those of the live probe where it may stop the training."""
+        """The settings, with those of the live probe if it may stop the training."""
         found = super().settings()
         if self.forgetting is not None and self.forgetting.stop is not None and self.english:
             found["forgetting"] = {**self.forgetting.model_dump(exclude={"warn"}), "english": self.english}
@@ -86,7 +86,7 @@ class Training(Work[TrainMetrics]):
             return self._do(step, bench, folder)
 
     def summary(self, metrics: TrainMetrics) -> str:
-        """Steps, tokens, loss and its terms; replay's share of what was trained; what the live probe found."""
+        """Steps, tokens, loss and its terms; the share of replay; the result of the live probe."""
         trained = (
             f"{counted(metrics['steps'], 'step')}, {counted(metrics['tokens'], 'token')}, loss {metrics['loss']:.3f}"
         )
@@ -127,8 +127,8 @@ class Training(Work[TrainMetrics]):
         terms = Terms(self.anchor, self.replay_loss == "distil")
         if terms.distil and not replay:
             raise QcftError(
-                f"{phase}: replay.loss is distil, and replay came to no rows to distil on",
-                f"give {phase}.replay more rows, or leave {phase}.replay.loss out",
+                f"{phase}: replay.loss is distil, but there are no replay rows",
+                f"give {phase}.replay more rows, or omit {phase}.replay.loss",
             )
         extra = sum(len(encoded.rows) for encoded in replay.values())
         batches = make_batches(rows, order_of(own, new, extra, self.seed, self.balance is not None), train)
@@ -162,7 +162,10 @@ class Training(Work[TrainMetrics]):
         if self.forgetting is not None and (english := self._english_rows(bench)):
             probing = lay_out(self.forgetting, english, batches, below / decoder_layers(model)[1])
             if probing is None:
-                watch.note("no live probe: even a small one would cost over 5% of so short a training")
+                watch.note(
+                    "English is not tracked during this training: it is too short (tracking would take more than 5% of "
+                    "the time)"
+                )
         by_rows = agreed.packed and attend_by_rows(model, max(len(row.input_ids) for row in rows))
         weights: dict[str, Any] = {"weights": bench.weights_digest(step), "quantize": self.quantize}
         if under:
@@ -172,7 +175,7 @@ class Training(Work[TrainMetrics]):
             seen = [*rows, *(probing.rows if probing else ())]
             prefix = open_prefix(model, below, seen, batches.rows, weights, train, bench.store, watch)
         elif train.prefix_cache is True:
-            watch.note("no prefix cache: an adapter that goes on has a part in the frozen layers too")
+            watch.note("no prefix cache: a continued adapter also changes the frozen layers")
         shared = below if step.adapter is None and prefix is None and cannot_split(model, train) is None else 0
         second = SecondPass(shared > 0, step.adapter is not None) if terms else None
         trained = train_adapter(
@@ -203,7 +206,7 @@ class Training(Work[TrainMetrics]):
         return cast("TrainMetrics", found)
 
     def _agreed(self, model: PreTrainedModel, phase: str, bench: Bench) -> tuple[Agreement, Train]:
-        """What of training agrees with the model's own forward pass, and the train settings without what does not."""
+        """How training agrees with the model's own forward pass, and the train settings changed where it does not."""
         from qcft.training.agreement import agreement
 
         agreed, train = agreement(model, bench.model.tokenizer, bench.watch), self.train
@@ -232,7 +235,7 @@ class Training(Work[TrainMetrics]):
         second: SecondPass | None,
         bench: Bench,
     ) -> Fit | None:
-        """How passes are made to fit, where that is left to qcft: tried out on shapes, with the weights loaded."""
+        """How passes are made to fit, if qcft decides it: estimated from shapes, with the weights loaded."""
         from qcft.models.load import device, free_bytes
         from qcft.training.footprint import Shape
         from qcft.training.memory import plan_training
@@ -243,13 +246,13 @@ class Training(Work[TrainMetrics]):
         meta = bench.model.meta_model
         planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
         if planned.unknown:
-            bench.watch.note(f"{phase}: passes are as small as can be, as {planned.unknown}", "warning")
+            bench.watch.note(f"{phase}: passes are as small as possible, as {planned.unknown}", "warning")
         elif planned.fit.limit:
             bench.watch.note(f"{phase}: passes of at most {planned.fit.limit} tokens, to fit into memory")
         return planned.fit
 
     def _replay_sets(self, step: Step, bench: Bench) -> dict[str, EncodedSet]:
-        """The replay rows as tokens, kind by kind."""
+        """The replay rows as tokens, by kind."""
         made = [parent for parent in step.parents if parent.startswith("replay-")]
         if not made:
             return {}
@@ -264,8 +267,8 @@ class Training(Work[TrainMetrics]):
         return sets
 
     def _english_rows(self, bench: Bench) -> list[EncodedRow]:
-        """Held-out English rows in an order that every arm shares; none for a phase that is not probed, nor where
-        several processes train, each of which would probe."""
+        """Held-out English rows in an order that all arms share; none for a phase that is not probed, or with several
+        processes, each of which would probe."""
         if world() > 1 or self.english is None:
             return []
         held = bench.rows.measured(bench.rows.live[self.english])
@@ -274,7 +277,7 @@ class Training(Work[TrainMetrics]):
 
 
 def _measured(step: Step, bench: Bench) -> dict[str, float] | None:
-    """What the freeze spec depends on, module by module; None where it depends on names."""
+    """The measurements that the freeze spec depends on, by module; None if it depends on names only."""
     for parent in step.parents:
         found = bench.store.opened(parent)
         if found.has(FILE):
@@ -285,7 +288,7 @@ def _measured(step: Step, bench: Bench) -> dict[str, float] | None:
 def _shares(
     own: PhaseRows, new: Sequence[EncodedSet], replay: Mapping[str, EncodedSet]
 ) -> list[tuple[SourceShare, EncodedSet]]:
-    """What the phase trains on, source by source."""
+    """The rows that the phase trains on, by source."""
     shares = []
     for source, encoded in zip(own.sources, new, strict=True):
         name = f"{source.name} ({source.lang})" if source.lang != "?" else source.name
@@ -309,7 +312,7 @@ def _seed_everything(seed: int) -> None:
 
 
 def _replayed(metrics: TrainMetrics) -> str:
-    """Replay's share of what a training was fed."""
+    """The share of replay in the trained rows."""
     fed = metrics["exposure"]
     replay = [entry for entry in fed if entry["source"].startswith("replay (")]
     if not replay:
@@ -319,7 +322,7 @@ def _replayed(metrics: TrainMetrics) -> str:
 
 
 def _probed(metrics: TrainMetrics) -> str:
-    """What the live probe found, and what it cost."""
+    """The result of the live probe, and its cost."""
     found = metrics.get("forgetting")
     if not found:
         return ""

@@ -1,4 +1,4 @@
-"""Work that rests on files which others may change meanwhile: what was made of changed ones is not kept."""
+"""Work on files that others may change meanwhile: results from changed files are discarded."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qcft.store import Store
 
 @contextmanager
 def inputs_unchanged(inputs: Inputs, store: Store) -> Iterator[None]:
-    """Check a model's files before and after the work on a step that is claimed. Raises ChangedInput; of the step, and
-    what was claimed since, nothing is left then."""
+    """Check a model's files before and after the work on a claimed step. Raises ChangedInput, after removing the step
+    and those claimed since."""
     inputs.check()
     begun = max(len(store.claimed) - 1, 0)
     try:
         yield
-    except Exception:  # it may come of the change, and a checkpoint be made of it
+    except Exception:  # the change may be its cause, and may be in a checkpoint
         discard_changed(inputs, store, begun)
         raise
     discard_changed(inputs, store, begun)
 
 
 def discard_changed(inputs: Inputs, store: Store, begun: int, thorough: bool = False) -> None:
-    """Raise ChangedInput where a model's files changed, after removing what the store claimed since `begun`."""
+    """Raise ChangedInput if a model's files changed, after removing the steps that were claimed since `begun`."""
     try:
         inputs.check(thorough)
     except ChangedInput:

@@ -64,9 +64,7 @@ def use_triton_where_it_works(watch: Watch) -> None:
         return
     without_triton()
     if again := fused_step():
-        raise QcftError(
-            f"the GPU fails at a first small step: {again}", "run qcft doctor, or train on the CPU: --cpu"
-        )
+        raise QcftError(f"the GPU fails at a first small step: {again}", "run qcft doctor, or train on the CPU: --cpu")
     helps = f"; what helps: {what_is_missing()}" if what_is_missing() else ""
     watch.note(f"training runs without Triton, more slowly, as it fails here: {why}{helps}", "warning")
 

@@ -73,8 +73,8 @@ def train_adapter(
 
     `carried`: the adapters come from an earlier phase, and start with exactly its weights. `terms`: the terms of the
     loss besides cross-entropy. `fit`: how passes run at first (None: as planned); they get smaller when memory runs
-    out. Resumes from the last complete checkpoint in `folder/checkpoints`. When asked to stop, writes a checkpoint and raises
-    Interrupted. Raises QcftError if the loss is no longer finite, the gradients explode, or one row does not fit
+    out. Resumes from the last complete checkpoint in `folder/checkpoints`. When asked to stop, writes a checkpoint and
+    raises Interrupted. Raises QcftError if the loss is no longer finite, the gradients explode, or one row does not fit
     into memory.
     """
     checkpoints = folder / "checkpoints"
