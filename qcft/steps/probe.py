@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Measuring(Work[Metrics]):
     """Scores every held-out group and answers the English prompts.
 
-    `samples`: the number of prompts of each other language that are answered too, for reading only; no figure depends on
+    `samples`: the number of prompts of each other language that are answered too, for reading; no figure depends on
     them.
     """
 
