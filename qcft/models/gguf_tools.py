@@ -52,7 +52,7 @@ def find_tools(folder: Path | None) -> Tools:
     if folder is not None and converter is quantizer is None:
         raise InputError(
             f"--llama-cpp: {str(folder)!r} holds neither {CONVERTER} nor {QUANTIZER}",
-            "name llama.cpp's folder; the quantizer is searched in it, in bin/ and in build/bin/",
+            "name llama.cpp's folder; the quantizer must be in it, in bin/ or in build/bin/",
         )
     return Tools(converter, quantizer or _find(QUANTIZER, None), folder is not None)
 

@@ -114,7 +114,9 @@ class ReplayRows(Work[ReplayMetrics]):
         dropped = ", ".join(f"{n} {reason}" for reason, n in metrics["left_out"].items())
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
         cut = sum(part["cut"]["rows"] for part in metrics["parts"] if "cut" in part)
-        text = f"{counted(metrics['rows'], 'row')}: {share}" + (f"; {cut} answers truncated" if cut else "")
+        text = f"{counted(metrics['rows'], 'row')}: {share}" + (
+            f"; {cut} answers truncated at max_new_tokens" if cut else ""
+        )
         return text + (f"; dropped {dropped}" if dropped else "")
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int] | None:

@@ -103,7 +103,10 @@ def _gathered(head: Any) -> Any:
 def no_head(model: Any) -> QcftError:
     """The error for a family whose own code does not compute logits from the output of its layers."""
     family = model.config.get_text_config().model_type
-    return QcftError(f"model: the logits of {family} cannot be computed apart from its layers", "omit anchor, distil")
+    return QcftError(
+        f"model: the logits of {family} cannot be computed apart from its layers",
+        "remove the phase's anchor and replay.loss: distil",
+    )
 
 
 def first_word(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
