@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
     from qcft.data.render import start_rendering
     from qcft.data.template import set_chat_template
 
-    start_rendering()  # beside the imports
+    start_rendering()  # in parallel with the imports
     from transformers import AutoTokenizer
 
     try:
