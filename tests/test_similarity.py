@@ -193,7 +193,11 @@ def test_instructions_need_no_answers_and_may_be_any_column(tmp_path, qcft, enco
 @pytest.mark.parametrize(
     ("arguments", "says", "hint"),
     [
-        (["qcft:instructions/en", "qcft:instructions/es"], "'sentence-transformers/LaBSE' is not cached", "--encoder"),
+        (
+            ["qcft:instructions/en", "qcft:instructions/es"],
+            "'sentence-transformers/LaBSE' is not (completely) in",
+            "--encoder",
+        ),
         (["nowhere.jsonl", "qcft:instructions/es", "--encoder", "ENCODER"], "no file 'nowhere.jsonl'", ""),
         (
             ["qcft:instructions/en", "qcft:instructions/es", "--encoder", "./none"],
