@@ -179,7 +179,7 @@ def test_what_has_no_scale_or_no_place_in_a_stack_is_refused(options, tmp_path):
     base = llama(tmp_path / "base")
     adapt(base, tmp_path / "adapter", target_modules=LINEAR, **options)
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="no scale"):
+    with pytest.raises(InputError, match="cannot be scaled"):
         merge_adapters(base, [(tmp_path / "adapter", 0.5)], tmp_path / "out", Watch())
     with pytest.raises(InputError, match="part of a stack"):
         merge_adapters(base, [tmp_path / "adapter"] * 2, tmp_path / "out", Watch())
