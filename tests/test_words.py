@@ -30,6 +30,7 @@ ROOMS_DONE = (
     "qcft/inspect",
     "qcft/installing.py",
     "qcft/layers",
+    "qcft/measure",
     "qcft/plan",
     "qcft/prepare",
     "qcft/private.py",

@@ -104,7 +104,7 @@ def main() -> None:
 
     from qcft.events import Watch
     from qcft.measure.catalog import Catalog
-    from qcft.measure.suites import Asked, Scorer
+    from qcft.measure.suites import Scorer, TaskOptions
     from qcft.models.load import load_model, load_tokenizer
     from qcft.models.sources import resolve, weights_folder
     from qcft.models.switch import Switched
@@ -134,7 +134,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for task in tasks:
         begun = time.monotonic()
-        found = scorer.score(task, catalog.load(task), Asked(given.limit), task)
+        found = scorer.score(task, catalog.load(task), TaskOptions(given.limit), task)
         took = time.monotonic() - begun
         # A group's mean over its tasks' items is summed in another order by hand.
         equal = found.scores.keys() == wanted[task].keys() and all(
