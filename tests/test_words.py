@@ -37,6 +37,7 @@ ROOMS_DONE = (
     "qcft/public.py",
     "qcft/recipe",
     "qcft/replay",
+    "qcft/report",
     "qcft/runner/beyond.py",
     "qcft/runner/busy.py",
     "qcft/runner/dialling.py",
