@@ -51,6 +51,9 @@ ROOMS_DONE = (
     "qcft/terminal",
     "qcft/words.py",
     "recipes",
+    "tests/benchmarks",
+    "tests/gpu",
+    "tests/soak",
 )
 
 # Each retired phrase, and what to write instead. A space stands for any white space, a line break included.
