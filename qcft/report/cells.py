@@ -228,7 +228,7 @@ def continual_in_words(continual: Transfer | None, unit: str, scale: float = 1.0
 
 
 def noise_ratio(ratio: float | None) -> str:
-    """A signal-to-noise ratio, or a mean of several, for a table; that of matrices without noise is not finite."""
+    """A signal-to-noise ratio, or a mean of several, for a table; that of matrices without noise is huge."""
     if ratio is None:
         return "-"
     return f"{ratio:.3g}" if ratio < 1e250 else "no noise"
