@@ -145,7 +145,7 @@ CASES = {
     "a file of prompts of zeros": (command("compare", "tiny", "--prompts", "zeros.txt"), "is binary"),
     "a folder of prompts": (command("compare", "tiny", "--prompts", "runs"), "cannot be read as text"),
     "a device of prompts": (command("compare", "tiny", "--prompts", "/dev/zero"), "is a device"),
-    "a page that is no page": (command("compare", "tiny", "--to", "en.jsonl"), "is no .html file"),
+    "a page that is no page": (command("compare", "tiny", "--to", "en.jsonl"), "is not an .html file"),
     "a page in no folder": (command("compare", "tiny", "--to", "none/page.html"), "cannot be written"),
     "a page in a file": (command("compare", "tiny", "--to", "en.jsonl/page.html"), "cannot be written"),
     "a page in a folder that is not written to": (command("compare", "tiny", "--to", "/proc/page.html"), "written"),

@@ -15,7 +15,7 @@ from unicodedata import bidirectional, category
 import pytest
 import yaml
 
-from qcft.report.document import Answer, Document, Listing, Prose, Sample, Section, Table
+from qcft.report.document import Document, Listing, Prose, Sample, Section, StageAnswer, Table
 from qcft.report.markdown import code, to_markdown
 from qcft.report.page import to_page
 from qcft.report.plots import draw
@@ -155,7 +155,7 @@ WILD = [
 
 def wild_document(text):
     table = Table("t", text, ("what", text), ((text, "[-0.12, +0.34]"),), ({"what": text, text: -0.12},), text)
-    sample = Sample(text, "en", (Answer(text, text, True),))
+    sample = Sample(text, "en", (StageAnswer(text, text, True),))
     blocks = (table, sample, Listing(text, f"{text}\n", "yaml"), Prose((text,)))
     return Document(text, text, text, (Section("a", text, blocks),))
 

@@ -59,7 +59,7 @@ def test_nothing_of_it_is_trained_or_replayed(raw_recipe, own_rows):
         assert after == [row for row in before if row.key not in keys and row.prompt_digest not in prompts]
     assert not {row.key for pool in with_test.pools["phase2"] for row in pool.rows} & keys
     notes = [event.text for event in told if isinstance(event, Note)]
-    assert any("rows of es.jsonl are not trained, as they have the prompt or the id of a row of heldout.data" in n
+    assert any("rows of es.jsonl are not trained on, as they have the prompt or the id of a row of heldout.data" in n
                for n in notes)  # fmt: skip
 
 

@@ -561,7 +561,7 @@ def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, 
     ]  # fmt: skip
     assert tables["tasks"].rows[0][2:] == ("50.0", "10.0", "50.0", "10.0", "30.0")
     assert tables["task-changes"].rows[0][1:3] == (
-        "phase2 since base\n[95% intervals, 2 together]", "-20.0\n[-20.0, +10.0]",
+        "phase2 since base\n[95% intervals, 2 simultaneous]", "-20.0\n[-20.0, +10.0]",
     )  # fmt: skip
     assert tables["fidelity"].rows[0][1:] == ("all", "75% of 4 in it\n5 tokens, 0% unfinished")
     assert len(tables["fidelity"].rows) == 5  # the base once, and what the last phase of each run left

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from qcft.measure.stats import Difference
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import ArmRuns, Evidence
 from qcft.report.cells import conclusion
-from qcft.report.document import Answer, Document, Sample, Section, Table
+from qcft.report.document import Document, Sample, Section, StageAnswer, Table
 from qcft.report.languages import language_name
 from qcft.report.layers import _bars
 from qcft.report.page import HEAD, shortened, to_page
@@ -33,7 +33,7 @@ def standing(name, english, gained, tokens=1000, seeds=3):
     trained = Stage("phase2", "train-1", {"exposure": [{"answer_tokens": tokens}]}, 1.0, Path(), {})
     run = Evidence(SimpleNamespace(seed=0), Run(name, Path(), {"phase2": trained}, {}), {})
     lost = nats(english - 3.4, english - 3.5, english - 3.3, seeds)
-    return Standing(Arm(name, (run,), {}), (english,) * seeds, (4.0,) * seeds, lost, gained, (measured,))
+    return Standing(ArmRuns(name, (run,), {}), (english,) * seeds, (4.0,) * seeds, lost, gained, (measured,))
 
 
 def test_the_answer_says_what_was_compared_and_what_was_told_apart():
@@ -43,7 +43,7 @@ def test_the_answer_says_what_was_compared_and_what_was_told_apart():
     more, less = nats(0.1, 0.05, 0.15), nats(0.05, -0.02, 0.12)
     over = "95% intervals of all 3 pairs of arms together, 48 rows, 3 seeds"
     of = "3 of 3 arms with at least 90% of the largest gain"
-    unseen = "A difference below 0.070 nats could not have been seen (half the width of the interval)."
+    unseen = "A difference below 0.070 nats could not have been detected (half the width of the interval)."
     trained = "mixed was trained on 42% more answer tokens than plain and gr."
     assert verdict_in_words(Verdict(best, near, {"plain": more, "gr": more}, None), 3) == (
         f"mixed kept the most English of the {of}: English loss rose by 0.500 nats per token (95% interval 0.400 to "
@@ -52,12 +52,12 @@ def test_the_answer_says_what_was_compared_and_what_was_told_apart():
         f"0.150) and gr (0.100 nats, 0.050 to 0.150); {over}. {trained}"
     )
     assert verdict_in_words(Verdict(best, near, {"plain": more, "gr": less}, None), 3) == (
-        f"No single winner among the {of}: mixed cannot be told apart from gr in English. It has less English loss "
+        f"No single winner among the {of}: mixed cannot be distinguished from gr in English. It has less English loss "
         f"than plain (0.100 nats, 0.050 to 0.150); {over}. {unseen} {trained}"
     )
     assert verdict_in_words(Verdict(best, near, {"plain": less, "gr": less}, None), 3) == (
-        f"No winner: of the {of}, mixed has the least English loss, but cannot be told apart from plain and gr; {over}."
-        f" {unseen} {trained}"
+        f"No winner: of the {of}, mixed has the least English loss, but cannot be distinguished from plain and gr; "
+        f"{over}. {unseen} {trained}"
     )
 
 
@@ -90,10 +90,10 @@ def test_an_arm_that_gained_less_for_more_english_is_named_too():
          "0.107 to 0.208, 16 rows)."),
         (-0.129, -0.145, -0.113, "English did not get worse: its loss fell by 0.129 nats per token after phase1 (95% "
          "interval 0.113 to 0.145, 16 rows)."),
-        (0.01, -0.02, 0.04, "It cannot be told whether English got worse: its loss rose by 0.010 nats per token after "
+        (0.01, -0.02, 0.04, "It is not clear whether English got worse: its loss rose by 0.010 nats per token after "
          "phase1 (95% interval of the change -0.020 to +0.040, 16 rows; a change below 0.030, half the "
-         "interval's width, could not have been seen)."),
-        (0.2, None, None, "It cannot be told whether English got worse: its loss rose by 0.200 nats per token after "
+         "interval's width, could not have been detected)."),
+        (0.2, None, None, "It is not clear whether English got worse: its loss rose by 0.200 nats per token after "
          "phase1 (no interval: all observations are equal, 16 rows)."),
     ],
 )  # fmt: skip
@@ -121,7 +121,7 @@ def test_the_headline_of_english(value, low, high, words):
     assert conclusion(table) == [
         words,
         "Compared with the 4-bit base model, held-out loss (NLL) fell by 68% in Spanish and 64% in Portuguese and rose "
-        "by 2% in French; in French the change cannot be told from none.",
+        "by 2% in French; it is not clear whether it changed in French.",
         "English answers became shorter: 17 tokens on average instead of 40; 92% of them end by themselves (before: "
         "50%). 12 prompts.",
     ]
@@ -145,7 +145,7 @@ def test_series_of_a_plot_are_told_apart_beyond_the_colours():
 
 
 def test_control_characters_of_an_answer_are_shown_and_not_written(tmp_path):
-    sample = Sample("why", "en", (Answer("base", "a\0b\x1b[2Jc\u202e", True),))
+    sample = Sample("why", "en", (StageAnswer("base", "a\0b\x1b[2Jc\u202e", True),))
     write_report(tmp_path, Document("t", "q", "a", (Section("answers", "Answers", (sample,)),)))
     for name in ("report.html", "report.md"):
         text = (tmp_path / name).read_text()
@@ -165,7 +165,9 @@ def test_long_texts_are_shortened_and_not_lost():
     many = "\n".join("abcdefghijklmnopqrst")
     assert shortened(many) == many[:13] + " …"
     assert shortened("ab" * 400, 3) == "ab" * (HEAD // 2) + " … bab"
-    page = to_page(Document("t", "q", "a", (Section("s", "S", (Sample(LONG, "en", (Answer("x", many, False),)),)),)))
+    page = to_page(
+        Document("t", "q", "a", (Section("s", "S", (Sample(LONG, "en", (StageAnswer("x", many, False),)),)),))
+    )
     assert page.count(f">{LONG}</p>") == 1
     assert page.count(f">{many}<span") == 1
     assert page.count("<summary>show all</summary>") == 2

@@ -171,7 +171,7 @@ def test_an_instruct_model_as_it_came_has_data_taken_for_it(
     assert (found["a"]["name"], found["b"]["name"]) == (taken, "tiny:phase2")
     rows = 60 if own else 164
     assert found["des"]["rows"] == [rows, 24]
-    assert f"is not known to qcft: {rows} instructions of {taken} are taken for it" in found["says"][-1]
+    assert f"is not known: {rows} instructions of {taken} are used instead" in found["says"][-1]
     assert json.loads((run / "report" / "similarity.json").read_text())["says"] == found["says"]
 
 

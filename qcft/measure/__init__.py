@@ -1,1 +1,1 @@
-"""Measuring: what a model knows on held-out rows, and how sure a difference is."""
+"""Measuring: how well a model does on held-out rows and tasks, and how certain a difference is."""

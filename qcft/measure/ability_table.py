@@ -32,8 +32,8 @@ from qcft.store.table import (
 )
 
 SIDES: tuple[Literal["EA"], Literal["MA"]] = ("EA", "MA")
-SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # of all tasks of a table
-ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # of the language of answers
+SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # settings of all tasks of a table
+ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # for the language of answers
 
 
 class Own(TypedDict):
@@ -47,7 +47,7 @@ class Own(TypedDict):
 
 @dataclass(frozen=True)
 class Measured:
-    """A `suite` step of a stage, and with which of the settings SHARED, own and ASKED it was measured."""
+    """A `suite` step of a stage, with the settings it was measured with: SHARED, the task's own, and ASKED."""
 
     stage: str
     name: str
@@ -64,20 +64,20 @@ class Measured:
 
 @dataclass(frozen=True)
 class Cell(Measured):
-    """What one stage came to on one task of lm-eval."""
+    """The result of one stage on one task of lm-eval."""
 
     found: TaskMetrics
 
     @property
     def side(self) -> str | None:
-        """The average that the score enters, EA or MA."""
+        """The average that includes the score, EA or MA."""
         if not (self.found["paired"] and self.found["higher_is_better"]):
             return None
         return "EA" if self.found["lang"] == ENGLISH else "MA"
 
     @property
     def average_of(self) -> str:
-        """What the task is averaged with before that: its other languages."""
+        """The task family whose languages are averaged first."""
         return self.found["task"] if self.found["lang"] == ENGLISH else family_of(self.found["task"])
 
 
@@ -86,13 +86,13 @@ Stages = Mapping[str, Mapping[str, Cell]]  # by stage and task
 
 def abilities_table(recipe: Recipe, steps: Mapping[str, DoneStep], names: Mapping[str, tuple[str, str]]) -> Abilities:
     """Stages x tasks, as plain data. `steps` maps stages (`abilities/phase2/hellaswag`) to their done steps;
-    `names` gives each measured stage's (`phase2`) name and precision.
+    `names` gives the name and precision of each measured stage (`phase2`).
 
-    What was measured with other settings, another version of lm-eval, other data or other prompts is in another of
-    `tables`; the language of answers compares where it was `asked` alike.
-    EA and MA are the unweighted means of a stage's scores on English tasks and on tasks in other languages, a
-    task's languages averaged first; overall is the mean of the two. Only scores that are means over items and
-    better when higher enter; a stage that lacks one of the table's tasks has no average.
+    Results with other settings, another version of lm-eval, other data or other prompts are in separate `tables`;
+    the language of answers can be compared where `asked` is equal.
+    EA and MA are the unweighted means of a stage's scores on English tasks and on tasks in other languages, the
+    languages of one task averaged first; overall is the mean of the two. They include only scores that are means over
+    items and better when higher; a stage that lacks one of the table's tasks has no average.
     """
     every = [_measured(stage, step, names) for stage, step in steps.items() if stage.startswith(ABILITIES)]
     return {
@@ -103,9 +103,9 @@ def abilities_table(recipe: Recipe, steps: Mapping[str, DoneStep], names: Mappin
 
 
 def continual_nll(recipe: Recipe, table: StagesTable) -> Transfer | None:
-    """Backward transfer and forgetting over the phases' own held-out rows, in nats per answer token: performance is
-    the mean NLL with its sign turned. Where there is one phase, the model as it came is the first, and held-out
-    English is its own. None where fewer than two phases with rows of their own are measured."""
+    """Backward transfer and forgetting over the phases' own held-out rows, in nats per answer token; performance is
+    the negative mean NLL. With a single phase, the unmodified model counts as the first phase, and held-out English
+    as its rows. None where fewer than two phases with rows of their own are measured."""
     stages = {stage["stage"].removeprefix(PROBES): stage["groups"] for stage in table["stages"]}
     owns = {phase.name: [g["name"] for g in table["groups"] if g["phase"] == phase.name] for phase in recipe.phases}
     if len(owns) == 1 and not any(g["english"] for g in table["groups"] if g["phase"] in owns):
@@ -122,7 +122,7 @@ def _mean_nll(groups: Sequence[GroupScore]) -> float:
 
 
 def _apart(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells by table: in each one lm-eval, and of each task one way of asking it; what most stages share is first."""
+    """Cells by table: each has one version of lm-eval, and one set of prompts for each task; the largest is first."""
     ways: dict[str, dict[str, dict[str, list[Cell]]]] = {}
     for cell in cells:
         way = f"{cell.own} {cell.found['prompts']}"
@@ -229,7 +229,7 @@ def _families(tasks: Mapping[str, Cell], side: str) -> list[list[str]]:
 
 
 def _of_phases(recipe: Recipe, stages: Stages) -> list[str]:
-    """The stage that stands for each phase: as it was trained, else as it was merged; phases without one left out."""
+    """The stage that represents each phase: as trained, else as merged; phases without such a stage are skipped."""
     found = []
     for phase in recipe.phases:
         merged = merged_stage(phase.name, recipe.phases[0].name)
@@ -238,8 +238,8 @@ def _of_phases(recipe: Recipe, stages: Stages) -> list[str]:
 
 
 def _pairs(recipe: Recipe, stages: Stages) -> list[tuple[str, str]]:
-    """Which stages are compared: the last phase with the first and with the base, each with the one before it; of
-    one precision."""
+    """The pairs of stages to compare: the last phase with the first and with the base, each phase with the one before
+    it; both of a pair in the same precision."""
     phases = _of_phases(recipe, stages)
     if not phases:
         return []
@@ -300,8 +300,8 @@ def _scores(cell: Cell, items: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _continual(recipe: Recipe, stages: Stages, tasks: Mapping[str, Cell]) -> Transfer | None:
-    """Backward transfer and forgetting: a phase taught the languages that it is the first to have data in; where
-    there is one phase, the model as it came is the first."""
+    """Backward transfer and forgetting: a language belongs to the first phase that has data in it. With a single
+    phase, the unmodified model counts as the first phase."""
     names, chosen = [phase.name for phase in recipe.phases], _of_phases(recipe, stages)
     if len(names) == 1:
         names, chosen = [BASE, *names], [*([BASE] if BASE in stages else []), *chosen]

@@ -1,4 +1,4 @@
-"""AlpacaEval's prompts, which models answer for its judge."""
+"""AlpacaEval's prompts; its judge compares the models' answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ALPACA_HUB, ALPACA_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval.json"
 
 
 def alpaca_prompts(local: str | None) -> list[dict[str, Any]]:
-    """AlpacaEval's prompts: a local file's, or the hub's. Raises InputError."""
+    """AlpacaEval's prompts, from a local file or from the hub. Raises InputError."""
     if local is None:
         from huggingface_hub import hf_hub_download
 
         try:
             path = Path(hf_hub_download(ALPACA_HUB, ALPACA_FILE, repo_type="dataset"))
         except (OSError, ValueError) as error:
-            hint = f"give a local copy, evaluate.local: {{{ALPACA_EVAL}: PATH}}, or leave the task out"
+            hint = f"give a local copy, evaluate.local: {{{ALPACA_EVAL}: PATH}}, or remove the task"
             raise unreachable(f"evaluate: the data of {ALPACA_EVAL}", ALPACA_HUB, error, hint) from None
     else:
         path = check_local(ALPACA_EVAL, local)

@@ -1,4 +1,4 @@
-"""Which of lm-eval's tasks (and qcft's own) are meant, in which languages, and whether they can be had."""
+"""Which tasks of lm-eval (and qcft's own) a recipe asks for, in which languages, and whether they are available."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from qcft.recipe import ALPACA_EVAL, FIDELITY, SUITES, Evaluate
 OWN_TASKS = Path(__file__).parent / "tasks"
 OWN_WORK = (FIDELITY, ALPACA_EVAL)
 ENGLISH = "en"
-SCRIPTS = {"facebook/mlqa"}  # datasets that are scripts, which `datasets` no longer runs, but for their conversion
+SCRIPTS = {"facebook/mlqa"}  # datasets that are scripts, which `datasets` no longer runs: their conversion is read
 NEEDS = {"ifeval": ("langdetect", "immutabledict", "nltk"), "xlsum_ja": ("fugashi",), "xlsum_th": ("pythainlp",)}
 INSTALL = "pip install 'qcft[eval]'"
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The tasks that a recipe asks for, each with a digest of what it is on this machine; per language, the tasks
-    of a suite that lack it."""
+    """The tasks that a recipe asks for, each with a digest of its local definition and data; and for each language,
+    the tasks of the suites that do not have it."""
 
     tasks: Mapping[str, str]
     lacking: Mapping[str, tuple[str, ...]]
@@ -53,17 +53,17 @@ class Catalog:
 
     @property
     def lm_eval(self) -> str:
-        """lm-eval's version, which pins what its tasks ask and how they score."""
+        """lm-eval's version, which fixes the prompts and scores of its tasks."""
         return version("lm_eval")
 
     def choose(self, trained: Iterable[str]) -> Chosen:
-        """The tasks of the suites in the languages asked for (or else in those trained), then those named.
+        """The tasks of the suites in the requested languages (default: those trained), then the tasks given by name.
 
-        Raises InputError for a task or a language that there is not, and for a local copy of no such task.
+        Raises InputError for an unknown task or language, and for a local copy of a task that is not evaluated.
         """
         evaluate, names = self.evaluate, list[str]()
         wanted = evaluate.languages if evaluate.languages is not None else trained
-        languages = list(dict.fromkeys(lang.split("-")[0] for lang in wanted))  # pt-BR is asked in pt
+        languages = list(dict.fromkeys(lang.split("-")[0] for lang in wanted))  # tasks in pt serve pt-BR
         patterns = [task for suite in evaluate.suites for task in SUITES[suite]]
         self._check_languages(patterns, languages if evaluate.languages else [])
         lacking: dict[str, tuple[str, ...]] = {}
@@ -80,13 +80,13 @@ class Catalog:
         for name in evaluate.local:
             if name not in names:
                 raise InputError(
-                    f"evaluate.local: {name!r} is none of the tasks asked for",
+                    f"evaluate.local: {name!r} is not one of the tasks to evaluate",
                     nearest(name, names) + f"they are {', '.join(names)}",
                 )
         return Chosen({name: self._digest(name) for name in names}, lacking)
 
     def check(self, name: str) -> None:
-        """Load a task's data, and what its scores need. Raises InputError when it cannot be had."""
+        """Load a task's data, and check that the packages it needs are installed. Raises InputError."""
         for package in NEEDS.get(name.split("_")[0] if name.startswith("ifeval") else name, ()):
             if find_spec(package) is None:
                 raise InputError(f"evaluate: {name} needs {package}, which is not installed", INSTALL)
@@ -96,7 +96,7 @@ class Catalog:
             self.load(name)
 
     def load(self, name: str) -> Any:
-        """A task (or a group) as lm-eval loads it, with its data: `tasks`, `groups` and `group_map`."""
+        """A task (or group) loaded by lm-eval, with its data: `tasks`, `groups` and `group_map`."""
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
@@ -112,7 +112,7 @@ class Catalog:
         self.watch.note(f"reading the data of {name}")
         stand_in()
         try:
-            # `TaskManager.load` changes no group, so what it calls is called.
+            # `TaskManager.load` applies no overrides to groups, so the function that it calls is called directly.
             built = private("lm_eval.tasks._factory:TaskFactory")().build(
                 manager.task_index[name], overrides=changes, registry=manager.task_index
             )
@@ -121,7 +121,7 @@ class Catalog:
                 _try_scoring(loaded["tasks"].values())
         except QcftError:
             raise
-        except Exception as error:  # tasks are code and data by many hands, and may raise anything
+        except Exception as error:  # tasks are code and data by many authors, and may raise anything
             if local is not None:
                 raise _unfit(name, local, error) from None
             hint = f"give a local copy with the hub's columns, evaluate.local: {{{name}: PATH}}"
@@ -133,8 +133,8 @@ class Catalog:
 
     @cached_property
     def _near(self) -> Any:
-        """The tasks in those of lm-eval's folders that are called like what is asked for: a tenth of a second, where
-        reading all of its YAML files takes ten."""
+        """The tasks in those folders of lm-eval that have the name of a requested task: this takes 0.1 s, reading all
+        YAML files of lm-eval takes 10 s."""
         import lm_eval.tasks
         from lm_eval.tasks import TaskManager
 
@@ -148,7 +148,7 @@ class Catalog:
         from lm_eval.tasks import TaskManager
 
         if self._all is None:
-            self.watch.note("looking through all of lm-eval's tasks")
+            self.watch.note("searching all of lm-eval's tasks")
             self._all = TaskManager(include_path=OWN_TASKS)
         return self._all
 
@@ -156,7 +156,7 @@ class Catalog:
         return name in self._near.all_tasks
 
     def _named(self, name: str) -> list[str]:
-        """The tasks that a name means: itself, or those of a tag."""
+        """The tasks that a name stands for: the task itself, or the tasks of a tag."""
         if name in OWN_WORK:
             return [name]
         manager = self._manager_of(name)
@@ -176,11 +176,11 @@ class Catalog:
                 known = sorted(e for e in ends if any(self._knows(p.replace("{lang}", e)) for p in families))
                 raise InputError(
                     f"evaluate.languages: no task of the suites is in {lang!r}",
-                    nearest(lang, known) + f"there is {', '.join(known)}",
+                    nearest(lang, known) + f"they are in {', '.join(known)}",
                 )
 
     def _digest(self, name: str) -> str:
-        """What a name stands for, beyond what lm-eval's version pins: qcft's own tasks, a local copy."""
+        """A digest of what lm-eval's version does not fix: qcft's own tasks, a local copy."""
         parts = []
         if name in self.evaluate.local:
             parts.append(local_digest(check_local(name, self.evaluate.local[name])))
@@ -191,20 +191,20 @@ class Catalog:
 
 
 def language_of(task: str, texts: Iterable[str]) -> str:
-    """The language a task is in: that of its name where it is of a suite (`xquad_es`, `mlqa_de_de`).
+    """The language of a task: for tasks of a suite the one in the name (`xquad_es`, `mlqa_de_de`).
 
-    Names of other tasks say little (`belebele_spa_Latn`, `kobest_copa`, the English `commonsense_qa`), so it is the
-    one that most of `texts`, what the task's items hold, are in; the name's, where an identifier takes its language
-    for another that is not English, or can't tell any.
+    The names of other tasks are not reliable (`belebele_spa_Latn`, `kobest_copa`, the English `commonsense_qa`), so it
+    is the language that is identified in most of `texts`, the texts of the task's items. The name's language is used
+    where no language is identified, or another one that is not English (a confusion of similar languages).
     """
     end = task.rsplit("_", 1)[-1]
     named = end if "_" in task and re.fullmatch(r"[a-z]{2}", end) else None
     if any(task == pattern.replace("{lang}", end) for suite in SUITES.values() for pattern in suite):
         return named or ENGLISH
-    heard = Counter(lang for text in texts if (lang := identified(text))).most_common(1)
-    if not heard:
+    counts = Counter(lang for text in texts if (lang := identified(text))).most_common(1)
+    if not counts:
         return named or ENGLISH
-    most = heard[0][0]
+    most = counts[0][0]
     return most if most == ENGLISH or most in task.split("_") else named or most
 
 
@@ -222,18 +222,18 @@ def _check_punkt(name: str) -> None:
 
     try:
         nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:  # fetching it would be for neither the hub nor the package index, so that is the user's to do
+    except LookupError:  # it comes from neither the hub nor the package index, so qcft does not download it
         raise InputError(
-            f"evaluate: {name} needs NLTK's punkt_tab, which is not here",
-            "where there is a network, run `python -m nltk.downloader punkt_tab`; copy ~/nltk_data here, or name it in "
-            "NLTK_DATA",
+            f"evaluate: {name} needs NLTK's punkt_tab, which is not installed",
+            "on a machine with a network, run `python -m nltk.downloader punkt_tab`; copy its ~/nltk_data to this "
+            "machine, or set NLTK_DATA to the folder",
         ) from None
 
 
 def _try_scoring(tasks: Iterable[Any]) -> None:
-    """Score an empty answer to the first item, which looks at every column that the score needs.
+    """Score an empty answer to the first item, which reads every column that the score needs.
 
-    A target that is named and not there would be taken for the answer itself, and every item be wrong.
+    Without this check, the name of a missing target column would be used as the answer, and every item be wrong.
     """
     for task in tasks:
         target = task.config.doc_to_target
@@ -243,7 +243,7 @@ def _try_scoring(tasks: Iterable[Any]) -> None:
             try:
                 task.process_results(task.eval_docs[0], [""])
             except (ValueError, TypeError, ZeroDivisionError, IndexError):
-                continue  # of the answer's being empty
+                continue  # because the answer is empty
 
 
 def _unfit(name: str, path: str, error: Exception) -> InputError:
@@ -254,7 +254,7 @@ def _unfit(name: str, path: str, error: Exception) -> InputError:
 
 
 def _dataset(manager: Any, name: str) -> str:
-    """The dataset of a task on the hub; of a group, whose tasks have them, its name."""
+    """The dataset of a task on the hub; for a group, whose tasks have datasets of their own, its name."""
     load_yaml = private("lm_eval.tasks._yaml_loader:load_yaml")
     file = manager.task_index[name].yaml_path
     return str(load_yaml(file, resolve_func=False).get("dataset_path") or name) if file else name

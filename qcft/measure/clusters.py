@@ -1,19 +1,22 @@
-"""Which items of evaluations are one observation: questions on one text, and one question in many languages. Pure."""
+"""Which evaluation items are one observation: questions on one text, and one question in many languages. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-CONTEXT, PARALLEL = "context", "parallel"  # what an item says of the text it is on, and of its translations
+CONTEXT, PARALLEL = (
+    "context",
+    "parallel",
+)  # an item's text, and the id that its translations share
 
 
 def item_clusters(tasks: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]) -> dict[str, list[Hashable]]:
     """The cluster of every item, task by task; `tasks` gives each task's family (`xquad` of `xquad_es`) and its items.
 
-    Items of one text are one cluster, and so are the items of a family's languages that translate one another: those
-    that name the same question, else those at the same place. Where places do not correspond, independent items are
-    paired by chance, which leaves an interval right. Items of earlier versions name neither text nor question.
+    Items on one text are one cluster, and so are translations of one item in the languages of a family: items with
+    the same question id, else items at the same position. Where positions do not correspond, independent items are
+    paired at random, and the interval remains valid. Items of earlier versions have neither text nor question id.
     """
     names = [task for task, (_, items) in tasks.items() for _ in items]
     labels: list[list[Hashable]] = []
@@ -28,7 +31,7 @@ def item_clusters(tasks: Mapping[str, tuple[str, Sequence[Mapping[str, Any]]]]) 
 
 
 def linked(labels: Iterable[Iterable[Hashable]]) -> list[int]:
-    """A number for each thing; things that share a label, directly or through others, have the same number."""
+    """A cluster number for each thing; things that share a label, directly or through others, have the same one."""
     parents: list[int] = []
     owners: dict[Hashable, int] = {}
 

@@ -1,7 +1,7 @@
 """Backward transfer and forgetting over a sequence of phases, and paired changes of scores. Pure.
 
-`results[i][j]` is the performance after phase i on what phase j taught, higher is better; losses enter with their
-sign turned. Only j <= i is looked at.
+`results[i][j]` is the performance after phase i on the tasks of phase j, higher is better (negative losses). Only
+j <= i is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Matrix = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change(Interval):
+class MeanChange(Interval):
     """A difference of mean scores, its interval over items."""
 
     items: int
@@ -23,7 +23,7 @@ class Change(Interval):
 
 @dataclass(frozen=True)
 class Items:
-    """A task's scores item by item, before and after; items with one cluster are no independent observations."""
+    """A task's scores item by item, before and after; items of one cluster are one observation."""
 
     before: Sequence[float]
     after: Sequence[float]
@@ -31,7 +31,7 @@ class Items:
 
 
 def backward_transfer(results: Matrix) -> float:
-    """BWT = 1/(T-1) sum_{i<T} (R[T][i] - R[i][i]): below zero where later phases cost what earlier ones taught.
+    """BWT = 1/(T-1) sum_{i<T} (R[T][i] - R[i][i]): below zero where later phases hurt earlier ones.
 
     Lopez-Paz & Ranzato 2017, "Gradient Episodic Memory for Continual Learning" (arXiv 1706.08840), equation 3.
     Raises ValueError for fewer than two phases.
@@ -41,19 +41,19 @@ def backward_transfer(results: Matrix) -> float:
 
 
 def forgetting(results: Matrix) -> float:
-    """F = 1/(T-1) sum_{j<T} f_j, f_j = max_{j<=l<T} a[l][j] - a[T][j]: above zero where the best there was is lost.
+    """F = 1/(T-1) sum_{j<T} f_j, f_j = max_{j<=l<T} a[l][j] - a[T][j]: above zero where the best result is lost.
 
     Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning" (arXiv 1801.10112), section 3; the maximum is
-    over the phases from j on, as before it nothing was taught. Raises ValueError for fewer than two phases.
+    over the phases from j on, as the tasks of j are not trained before. Raises ValueError for fewer than two phases.
     """
     last = _last(results)
     return sum(max(results[i][j] for i in range(j, last)) - results[last][j] for j in range(last)) / last
 
 
-def paired_changes(tasks: Sequence[Items], averages: Sequence[Sequence[float]]) -> list[Change]:
+def paired_changes(tasks: Sequence[Items], averages: Sequence[Sequence[float]]) -> list[MeanChange]:
     """The changes of the tasks' means, then those of their weighted averages (a weight for each task).
 
-    The 95% intervals hold together (`intervals.together`): they are wider the more of them there are. They are over
+    The 95% intervals are simultaneous (`intervals.together`): the more there are, the wider they are. They are over
     clusters of items; the same cluster in several tasks, such as a question in several languages, is one observation.
     Raises ValueError where a task's lists differ in length.
     """
@@ -84,12 +84,12 @@ def paired_changes(tasks: Sequence[Items], averages: Sequence[Sequence[float]]) 
             low, high, method = None, None, NO_INTERVAL
         items = sum(len(tasks[i].before) for i in own)
         found.append(
-            Change(float(value), low, high, clusters=clusters, method=method, compared=len(weights), items=items)
+            MeanChange(float(value), low, high, clusters=clusters, method=method, compared=len(weights), items=items)
         )
     return found
 
 
 def _last(results: Matrix) -> int:
     if len(results) < 2:
-        raise ValueError(f"{len(results)} phases: there is nothing to forget before a second")
+        raise ValueError(f"{len(results)} phases: forgetting needs at least two")
     return len(results) - 1

@@ -1,7 +1,7 @@
-"""Dataset embedding similarity (DES): how alike the instructions of two data sets are, with a bootstrap interval.
+"""Dataset embedding similarity (DES): how similar the instructions of two data sets are, with a bootstrap interval.
 
 DES(A, B) is the cosine of the mean embeddings of A's and of B's instructions, "the normalized dot product" of arXiv
-2410.16006, which takes LaBSE's embeddings.
+2410.16006, which uses LaBSE's embeddings.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES = 1000
-# The data of the paper's "Instruct" models is not public, and what it takes for it was not found. What qcft takes for a
-# model that is phase 1 as it came: `instruct_side` in similarity.py.
-PAPER = {"Alpaca - MultiAlpaca": 0.924, "Instruct - MultiAlpaca": 0.746}  # similar: no forgetting; not: forgetting
+# The data of the paper's "Instruct" models is not public, and the paper does not say what it uses instead. What qcft
+# uses for an instruct model that serves as phase 1 unmodified: `instruct_side` in similarity.py.
+PAPER = {"Alpaca - MultiAlpaca": 0.924, "Instruct - MultiAlpaca": 0.746}  # without forgetting, with forgetting
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Similarity:
 
 
 class EmbeddingSums:
-    """Running sums of embeddings: the plain sum and those of 1,000 Poisson resamples, so that no embedding is kept.
+    """Running sums of embeddings: the plain sum and those of 1,000 Poisson resamples, so that no embedding is stored.
 
-    In a Poisson bootstrap each row counts Poisson(1) times in a resample, independently of the others, which is what
-    drawing rows with replacement comes to when their number is not fixed; the cosine does not see how long a sum is.
+    In a Poisson bootstrap each row counts Poisson(1) times in a resample, independently of the others: the same as
+    drawing rows with replacement, but for a number of rows that is not fixed. The cosine does not depend on a sum's
+    length.
     """
 
     def __init__(self, sums: np.ndarray, rows: int) -> None:
@@ -41,7 +42,7 @@ class EmbeddingSums:
 
     @classmethod
     def empty(cls, width: int) -> EmbeddingSums:
-        """Sums of no rows yet, in fp64, of shape (1 + resamples, width)."""
+        """Sums over zero rows, in fp64, of shape (1 + resamples, width)."""
         import numpy as np
 
         return cls(np.zeros((1 + RESAMPLES, width)), 0)
@@ -63,12 +64,12 @@ def similarity(a: EmbeddingSums, b: EmbeddingSums) -> Similarity:
     """DES of two data sets.
 
     The interval is the basic bootstrap's (Davison & Hinkley 1997, eq. 5.6), 2 DES minus the resamples' percentiles:
-    the mean of few rows points away from that of all by its noise, which lowers the cosine in the resamples as much as
-    it did in the sample.
+    the mean of few rows deviates from that of all rows by its noise, which lowers the cosine in the resamples as much
+    as it did in the sample.
     """
     import numpy as np
 
-    with np.errstate(invalid="ignore"):  # a resample of nothing, where rows are very few
+    with np.errstate(invalid="ignore"):  # a resample may be empty where there are very few rows
         cosines = (a.sums * b.sums).sum(axis=1) / (np.linalg.norm(a.sums, axis=1) * np.linalg.norm(b.sums, axis=1))
     value = float(cosines[0])
     low, high = np.nanpercentile(cosines[1:], [2.5, 97.5])

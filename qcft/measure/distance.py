@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-MOST_BYTES = 256 * 10**6  # of log-probabilities that are kept of the first model: its whole vocabulary, in fp32
+MOST_BYTES = 256 * 10**6  # of stored log-probabilities of the first model: its whole vocabulary, in fp32
 
 
 @dataclass(frozen=True)
 class Distance:
-    """KL(first || second) in nats per answer token, and the share of answer tokens on which both say the same
-    when greedy; teacher-forced, on `compared_tokens`."""
+    """KL(first || second) in nats per answer token, and the share of answer tokens for which both models have the same
+    most likely token; teacher-forced, on `compared_tokens`."""
 
     kl: float
     agreement: float
@@ -43,7 +43,7 @@ def predictions(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch
 def compare(
     model: PreTrainedModel, rows: Sequence[EncodedRow], first: Sequence[torch.Tensor], watch: Watch, label: str
 ) -> Distance:
-    """How far `model` is from the one whose `predictions` on the same rows are given."""
+    """How far `model` is from the model whose `predictions` on the same rows are `first`."""
     kl, same, tokens = 0.0, 0, 0
     for before, after in zip(first, _each(model, rows[: len(first)], watch, label), strict=True):
         kl += float((before.exp() * (before - after)).sum())

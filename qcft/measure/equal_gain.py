@@ -1,7 +1,7 @@
-"""English at an equal gain in the other languages: read between the points of a dial. Pure.
+"""English at an equal gain in the other languages: interpolated between the points of a dial. Pure.
 
-Arms differ in how much they learn, and who learns less forgets less. Along its dial each arm passes through the same
-gain, where their English can be compared.
+Arms differ in how much they learn, and an arm that learns less forgets less. Along its dial each arm reaches the same
+gain at some point, where the arms' English can be compared.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from qcft.measure.score import RowScore
 
 
 def place_of(gains: Sequence[float], wanted: float) -> tuple[int, float] | None:
-    """Where a dial first has the gain that is wanted: the point i before it, and the share w of the way to the next, so
-    that (1 - w) gains[i] + w gains[i + 1] = wanted. `gains`: at each point, by rising scale. None where it is nowhere
-    between two points."""
+    """Where a dial first has the wanted gain: the point i before it, and the share w of the way to the next point, so
+    that (1 - w) gains[i] + w gains[i + 1] = wanted. `gains`: at each point, by increasing scale. None where no two
+    neighbouring points enclose it."""
     for i, gain in enumerate(gains):
         if gain == wanted:
             return i, 0.0
@@ -24,19 +24,19 @@ def place_of(gains: Sequence[float], wanted: float) -> tuple[int, float] | None:
 
 
 def between(values: Sequence[float], place: tuple[int, float]) -> float:
-    """The value at a place between two points, on the straight line from one to the other."""
+    """The value at a place between two points, by linear interpolation."""
     i, way = place
     return values[i] if way == 0 else (1 - way) * values[i] + way * values[i + 1]
 
 
 def english_at_gain(gains: Sequence[float], english: Sequence[float], wanted: float) -> float | None:
-    """The change of English NLL where a dial has the gain that is wanted; None where its points do not reach it."""
+    """The change of English NLL where a dial has the wanted gain; None where its points do not reach it."""
     place = place_of(gains, wanted)
     return None if place is None else between(english, place)
 
 
 def scores_between(points: Sequence[Sequence[RowScore]], place: tuple[int, float]) -> list[RowScore]:
-    """Each row's score at a place between two points: its NLL on the straight line from one to the other."""
+    """Each row's score at a place between two points, its NLL by linear interpolation."""
     return [
         RowScore(between([row.nll for row in rows], place), rows[0].tokens, 0, rows[0].key)
         for rows in zip(*points, strict=True)

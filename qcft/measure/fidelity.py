@@ -1,4 +1,4 @@
-"""In which language a model answers, how long, and whether it comes to an end."""
+"""In which language a model answers, how long its answers are, and whether they are finished."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qcft.store.metrics import AnsweredIn, JudgedAnswer
 
 
 def judge_answer(row: Row, answer: Answer, lang: str) -> JudgedAnswer:
-    """An answer to a row's prompt in a language: `right` is whether it is in that language, None where it is too short
-    to tell, or the language is none that can be told."""
+    """An answer to a row's prompt in a language: `right` is whether it is in that language, None where the answer is
+    too short to identify its language, or the identifier does not know the prompt's."""
     found, wanted = identified(answer.text), lang.split("-")[0]
     right = None if found is None or wanted not in known_languages() else found == wanted
     return {
@@ -27,13 +27,13 @@ def judge_answer(row: Row, answer: Answer, lang: str) -> JudgedAnswer:
 
 
 def summarise_answers(answers: Sequence[JudgedAnswer]) -> AnsweredIn:
-    """The share of answers in the prompt's language among those whose language can be told (None where none can),
-    the mean length in tokens and the share that did not come to an end."""
-    told = [answer["right"] for answer in answers if answer["right"] is not None]
+    """The share of answers in the prompt's language among those whose language is identified (None where there are
+    none), the mean length in tokens, and the share that is not finished."""
+    known = [answer["right"] for answer in answers if answer["right"] is not None]
     return {
         "rows": len(answers),
-        "told": len(told),
-        "right": sum(told) / len(told) if told else None,
+        "told": len(known),
+        "right": sum(known) / len(known) if known else None,
         "mean_tokens": sum(answer["tokens"] for answer in answers) / len(answers),
         "unfinished": sum(not answer["finished"] for answer in answers) / len(answers),
     }

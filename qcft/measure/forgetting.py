@@ -20,11 +20,10 @@ ENGLISH = "en"
 def forgetting_table(recipe: Recipe, steps: Mapping[str, DoneStep]) -> StagesTable:
     """Stages x held-out groups, as plain data; `steps` maps stages to their done steps.
 
-    `changes` compares the last stage with phase 1 (the model as it came, where there is one phase only)
-    and with the base as it is loaded, then each phase with the one before it, on the same rows and in the
-    same precision: NLL differences in nats per answer token, with a paired 95% interval, and relative to
-    where they start. A group is `trained` where rows like its own are trained on, by this run or by another arm; test
-    sets of one's own and the rows of `probe` are not.
+    `changes` compares the last stage with phase 1 (with a single phase: the unmodified model) and with the base as it
+    is loaded, then each phase with the one before it, on the same rows and in the same precision: NLL differences in
+    nats per answer token, with a paired 95% interval, and relative to the first of the two. A group is `trained` where
+    this run or another arm trains on rows like it; the user's own test sets and the rows of `probe` are not.
     """
     stages = [_stage(stage, step, recipe) for stage, step in steps.items() if stage.startswith(PROBES)]
     apart = {"probe", *([TESTS] if recipe.heldout.data else [])}

@@ -1,9 +1,9 @@
 """Intervals around means of few observations, from arrays. Pure.
 
-An estimate is described by its influence values, one row for each cluster (rows that are no independent observations,
+An estimate is described by its influence values, one row for each cluster (rows that are not independent observations,
 such as the translations of one row, are one cluster): their sum is zero, and the estimate's squared standard error is
-n/(n-1) times the sum of their squares. Estimates that are linear in others have influence values that are linear in
-theirs, so that averages of tasks, means over runs and differences between arms all go the same way.
+n/(n-1) times the sum of their squares. An estimate that is a linear function of others has the same linear function of
+their influence values, so averages of tasks, means over runs and differences between arms are all computed this way.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 RESAMPLES = 2000
-DRAWS = 10_000  # of a largest t whose variances are estimated one by one: its 95% quantile is right to about 1%
-ALONE = 100_000  # of a t, or a largest t with one variance, whose quantile depends on no data and is kept
-FEWEST, MOST = 8, 1000  # clusters that are resampled: with fewer resamples repeat, with more nothing is gained
+DRAWS = 10_000  # of a largest t whose variances are estimated one by one: its 95% quantile is accurate to about 1%
+ALONE = 100_000  # of a t, or a largest t with one variance, whose quantile does not depend on data and is cached
+FEWEST, MOST = 8, 1000  # clusters that are resampled: with fewer, resamples repeat; with more, the gain is negligible
 
 BOOTSTRAP_T, STUDENT_T, MAX_T = "bootstrap-t", "Student's t", "max-t"
 MANY = 100  # degrees of freedom from which the noise of each variance by itself no longer matters
@@ -33,11 +33,11 @@ NO_SPREAD = "no interval: all observations are equal"
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval; without bounds where `method` says why there are none.
+    """A value with its interval; without bounds, `method` gives the reason.
 
-    `level` is how often such intervals hold the truth. `clusters` counts the independent observations that the value
-    is from, `seeds` the runs with different seeds whose noise the interval holds (1: that noise was not measured).
-    `compared` counts the intervals that hold together at this level; 1: this one alone.
+    `level` is how often such intervals contain the true value. `clusters` counts the independent observations behind
+    the value, `seeds` the runs with different seeds whose noise the interval includes (1: that noise was not measured).
+    `compared` counts the intervals that are simultaneous at this level; 1: this one alone.
     """
 
     value: float
@@ -62,16 +62,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far intervals of several estimates reach below and above them; not finite where there is no interval."""
+    """How far the intervals of several estimates extend below and above them; not finite where there is none."""
 
     below: Array
     above: Array
     method: str
 
     def around(self, value: float, at: int = 0) -> tuple[float | None, float | None, str]:
-        """The bounds around one of the values, and the method, or why there are no bounds."""
+        """The bounds around one of the values, and the method or the reason why there are no bounds."""
         below, above = float(self.below[at]), float(self.above[at])
-        if below != below or above != above:  # no number
+        if below != below or above != above:  # NaN
             return None, None, NO_INTERVAL
         if below == above == 0 and value != 0:
             return None, None, NO_SPREAD
@@ -92,7 +92,7 @@ def by_cluster(keys: Sequence[Hashable], values: Array) -> Array:
 def ratio(above: Array, below: Array) -> tuple[Array, Array]:
     """Ratios sum(above) / sum(below) of columns (clusters x columns), and their influence values.
 
-    Linearised as of a ratio estimator (Cochran 1977, "Sampling Techniques", section 6.4).
+    By linearisation of the ratio estimator (Cochran 1977, "Sampling Techniques", section 6.4).
     """
     values = above.sum(axis=0) / below.sum(axis=0)
     return values, (above - values * below) / below.sum(axis=0)
@@ -102,8 +102,8 @@ def one_interval(influence: Array, shares: Array) -> Bounds:
     """The interval of one ratio from its influence values and its clusters' shares of the divisor (a value each).
 
     Bootstrap-t, equal-tailed (Efron & Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5): clusters are
-    resampled, and each resample's ratio is divided by its own linearised standard error. The same 2,000 resamples every
-    time. With fewer than 8 clusters, more than 1,000, or resamples that have no spread: Student's t.
+    resampled, and each resample's ratio is divided by its own linearised standard error. The 2,000 resamples are always
+    the same. With fewer than 8 clusters, more than 1,000, or resamples without spread: Student's t.
     """
     import numpy as np
 
@@ -116,7 +116,7 @@ def one_interval(influence: Array, shares: Array) -> Bounds:
     sums = weights @ scaled
     moved = sums / (weights @ shares)
     squares = weights @ scaled**2 - 2 * moved * (weights @ (scaled * shares)) + moved**2 * (weights @ shares**2)
-    squares[squares < 1e-12 * (scaled**2).sum()] = 0  # but for rounding
+    squares[squares < 1e-12 * (scaled**2).sum()] = 0  # rounding errors
     with np.errstate(divide="ignore", invalid="ignore"):
         studentised = sums / np.sqrt(squares)
     low, high = np.quantile(studentised, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -127,13 +127,13 @@ def one_interval(influence: Array, shares: Array) -> Bounds:
 
 
 def together(scaled: Array, freedom: int) -> Bounds:
-    """Intervals of several estimates that hold together: the chance that any of them misses is 5%.
+    """Simultaneous intervals of several estimates: the chance that any of them misses its true value is 5%.
 
     `scaled`: influence values (clusters x estimates), those of each estimate times sqrt(n/(n-1)), n its clusters;
-    `freedom`: n - 1, of the estimate that has the fewest. The factor is the quantile of the largest absolute t that
-    normal observations with the estimates' correlations have (the "max-t" of Hothorn, Bretz & Westfall 2008,
+    `freedom`: n - 1 of the estimate with the fewest clusters. The factor is the quantile of the largest absolute t of
+    normal observations with the estimates' correlations (the "max-t" of Hothorn, Bretz & Westfall 2008,
     "Simultaneous inference in general parametric models", Biometrical Journal 50, section 4), by simulation with a
-    fixed seed; of one estimate it is Student's t.
+    fixed seed; for one estimate it is Student's t.
     """
     import numpy as np
 
@@ -144,10 +144,10 @@ def together(scaled: Array, freedom: int) -> Bounds:
 
 
 def max_t(roots: Array, freedom: int, *, pooled: bool) -> float:
-    """The 95% quantile of max_k |t_k|, estimates having correlations `roots.T @ roots` once columns have length 1.
+    """The 95% quantile of max_k |t_k| of estimates with correlations `roots.T @ roots`, columns scaled to length 1.
 
-    `pooled`: one variance, with these degrees of freedom, serves all of them, as in Tukey's range; else each has its
-    own, from as many normal observations. Columns of zeros are passed over. Raises ValueError for no degree of freedom.
+    `pooled`: all share one variance with these degrees of freedom, as in Tukey's range; else each has its own, from as
+    many normal observations. Columns of zeros are ignored. Raises ValueError for fewer than 1 degree of freedom.
     """
     import numpy as np
 
@@ -161,7 +161,7 @@ def max_t(roots: Array, freedom: int, *, pooled: bool) -> float:
         return _one_t(freedom)
     sizes, turned = np.linalg.eigh(columns.T @ columns)
     kept = sizes > 1e-10 * sizes[-1]
-    columns = np.sqrt(sizes[kept])[:, None] * turned.T[kept]  # the same correlations from as few draws as they need
+    columns = np.sqrt(sizes[kept])[:, None] * turned.T[kept]  # the same correlations from as few draws as possible
     if pooled or freedom > MANY:
         return _pooled_t(columns.tobytes(), columns.shape[1], freedom)
     normal, covariances = _draws(len(columns), freedom)
@@ -171,15 +171,15 @@ def max_t(roots: Array, freedom: int, *, pooled: bool) -> float:
 
 
 def with_seeds(rows: Bounds, means: Sequence[Array], contrasts: Array, *, paired: bool) -> Bounds:
-    """Intervals over rows widened by the noise of seeds, which rows alone cannot show.
+    """Intervals over rows, widened by the noise of seeds, which rows alone do not show.
 
-    `means` holds each arm's means, run by run; `contrasts` (estimates x arms) what is estimated of the arms' means.
-    The variance between the runs of an arm is pooled over all arms; with `paired`, runs with one seed stand at one
-    place in all arms, and what a seed does to all arms alike is no noise (contrasts sum to zero then). Its factor is
-    the quantile of the studentised maximum over the contrasts with the pooled degrees of freedom: for all pairs of
-    arms, Tukey's studentised range. Both parts are combined as the root of the sum of squares (MOVER: Zou & Donner
-    2008, "Construction of confidence limits about effect measures", Statistics in Medicine 27). What seeds do to
-    single rows is in both parts, so intervals are rather too wide than too narrow.
+    `means` holds each arm's means, run by run; `contrasts` (estimates x arms) the estimated functions of these means.
+    The variance between the runs of an arm is pooled over all arms; with `paired`, runs with the same seed have the
+    same position in all arms, and an effect that a seed has on all arms is not noise (contrasts must sum to zero). Its
+    factor is the quantile of the studentised maximum over the contrasts with the pooled degrees of freedom: for all
+    pairs of arms, Tukey's studentised range. Both parts are combined as the root of the sum of squares (MOVER: Zou &
+    Donner 2008, "Construction of confidence limits about effect measures", Statistics in Medicine 27). The effect of
+    seeds on single rows is in both parts, so intervals are too wide rather than too narrow.
 
     Raises ValueError where no arm has a second run.
     """
@@ -201,7 +201,7 @@ def with_seeds(rows: Bounds, means: Sequence[Array], contrasts: Array, *, paired
 
 @lru_cache(maxsize=8)
 def _resamples(clusters: int) -> Array:
-    """How often each cluster is in each resample: RESAMPLES x clusters."""
+    """How often each resample draws each cluster: RESAMPLES x clusters."""
     import numpy as np
 
     drawn = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES)
@@ -220,7 +220,7 @@ def _one_t(freedom: int) -> float:
 
 @lru_cache
 def _pooled_t(columns: bytes, width: int, freedom: int) -> float:
-    """The 95% quantile of the largest |t| of the columns, given as bytes, that share one standard deviation."""
+    """The 95% quantile of the largest |t| of `columns` (bytes, for the cache), which share one standard deviation."""
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -234,8 +234,8 @@ def _pooled_t(columns: bytes, width: int, freedom: int) -> float:
 
 @lru_cache(maxsize=4)
 def _draws(width: int, freedom: int) -> tuple[Array, Array]:
-    """Draws of standard normal vectors (DRAWS x width), and of covariances of such vectors that are estimated with so
-    many degrees of freedom (Wishart; DRAWS x width * width)."""
+    """Draws of standard normal vectors (DRAWS x width), and of covariances of such vectors, estimated with `freedom`
+    degrees of freedom (Wishart; DRAWS x width * width)."""
     import numpy as np
 
     generator = np.random.default_rng(0)

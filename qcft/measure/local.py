@@ -1,4 +1,4 @@
-"""Local copies of a task's data: files with the hub's columns, in the place of the data on the hub."""
+"""Local copies of a task's data: files with the columns of the dataset on the hub, used instead of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def check_local(task: str, path: str) -> Path:
-    """The file or folder that stands for a task's data. Raises InputError."""
+    """The file or folder to use for a task's data. Raises InputError."""
     place = Path(os.path.expanduser(path))
     if (odd := oddity(place)) is not None:
         raise InputError(f"evaluate.local: {task}: {path!r} is {odd}", "give a file, or a folder of splits")
@@ -29,7 +29,7 @@ def check_local(task: str, path: str) -> Path:
     if place.is_dir() and not _files(place):
         raise InputError(
             f"evaluate.local: {task}: the folder {path!r} holds no data",
-            f"name a file for each split, such as test.jsonl ({', '.join(SUFFIXES)}, also .gz)",
+            f"give it one file for each split, such as test.jsonl ({', '.join(SUFFIXES)}, also .gz)",
         )
     return place
 
@@ -45,16 +45,16 @@ def read_local(path: Path) -> list[dict[str, Any]]:
     records = list(read_records(Source(path=str(path))))
     bad = sum(isinstance(record, BadLine) for record in records)
     if bad or not records:
-        what = f"{bad} of its {len(records)} lines are no JSON" if bad else "it is empty"
-        raise InputError(f"evaluate.local: {str(path)!r} cannot be used: {what}", "give one record a line")
+        what = f"{bad} of its {len(records)} lines are not JSON" if bad else "it is empty"
+        raise InputError(f"evaluate.local: {str(path)!r} cannot be used: {what}", "give one record per line")
     return [record for record in records if not isinstance(record, BadLine)]
 
 
 def local_dataset(task: str, path: Path, shots: int | None) -> Callable[..., Mapping[str, Any]]:
-    """What lm-eval calls in the place of loading from the hub: splits by name.
+    """The function that lm-eval calls instead of loading from the hub; it returns splits by name.
 
     A folder has a file for each split (`test.jsonl`, `dev.jsonl.gz`); a single file is the split that is evaluated.
-    Where rows have a `subject`, a task of a group that has one for each subject (mmlu's) gets those of its own.
+    Where rows have a `subject` and a group has a task for each subject (mmlu), each task gets the rows of its subject.
     """
     read = cache(read_local)
 
@@ -67,7 +67,7 @@ def local_dataset(task: str, path: Path, shots: int | None) -> Callable[..., Map
 
 
 class _Splits(dict[str, Any]):
-    """Splits that are read when they are asked for."""
+    """Splits, each read when it is first used."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class _Splits(dict[str, Any]):
     ) -> None:
         super().__init__()
         self.task, self.path, self.read = task, path, read
-        part = str(config.get("dataset_name") or "")  # on the hub: mmlu's are subjects, global_mmlu's are languages
+        part = str(config.get("dataset_name") or "")  # on the hub: subjects in mmlu, languages in global_mmlu
         self.subject = part if len(part) > len("en") else None
         self.evaluated = config.get("test_split") or config.get("validation_split")
         self.shots = shots if shots is not None else config.get("num_fewshot", 0)
@@ -99,7 +99,7 @@ class _Splits(dict[str, Any]):
         files = _files(self.path) if self.path.is_dir() else {str(self.evaluated): self.path}
         if split in files:
             return files[split]
-        if split != self.evaluated and not self.shots:  # asked for, but no example of it is used
+        if split != self.evaluated and not self.shots:  # requested, but no example of it is used
             return next(iter(files.values()))
         hint = f"give a folder that holds {split}.jsonl; it has {', '.join(files)}"
         raise self._error(f"has no split {split!r}", hint)

@@ -1,7 +1,7 @@
-"""Which point of a dial to take: chosen on one half of the held-out rows, reported on the other. Pure.
+"""Which point of a dial to use: chosen on one half of the held-out rows, reported on the other. Pure.
 
-The rows that choose are not those that report, so the choice does not flatter what is reported. Rows of one key, which
-are the translations of one row, are in one half and count as one observation.
+The choice is made on other rows than the report, so it does not bias the reported values. Rows with one key, the
+translations of one row, are in the same half and count as one observation.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Groups = Mapping[str, Sequence[RowScore]]  # one model's scores of the held-out 
 
 @dataclass(frozen=True)
 class Half:
-    """What a point comes to on half the rows: changes of mean NLL in nats per answer token, below zero is better.
+    """The results of a point on half the rows: changes of mean NLL in nats per answer token, below zero is better.
 
-    `english` since the model that English counts from, `others` since the base; `full_...` the same of the full delta.
-    `against_full`: English NLL of the point less that of the full delta. `kept`: the point's share of the full delta's
-    gain in the other languages; None where that gain is not clear on these rows.
+    `english` is relative to the model that English is compared with, `others` to the base; `full_...` are the same for
+    the full delta. `against_full`: English NLL of the point minus that of the full delta. `kept`: the point's share of
+    the full delta's gain in the other languages; None where that gain is not clear on these rows.
     """
 
     english: Difference
@@ -37,8 +37,8 @@ class Half:
 
 @dataclass(frozen=True)
 class Pick:
-    """The point with the most English among the `enough` of all `points` that have the share of the gain; what it comes
-    to on the rows that chose it, and on the others."""
+    """The point with the best English among those that keep the share of the gain (`enough` of all `points`); its
+    results on the rows it was chosen on, and on the others."""
 
     point: str
     points: int
@@ -49,7 +49,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class NoPick:
-    """Why nothing can be picked."""
+    """Why no point can be picked."""
 
     why: str
 
@@ -65,8 +65,8 @@ def pick_point(
 ) -> Pick | NoPick:
     """The point with the lowest English NLL among those that keep `share` (0 to 1] of the other languages' gain.
 
-    The gain is that of the point `full`, the full delta, since the base. `english` names the groups of English rows;
-    all models are scored on the same rows.
+    The gain is that of the point `full`, the full delta, over the base. `english`: the names of the groups of English
+    rows. All models are scored on the same rows.
     """
     keys = halves(base)
 
@@ -77,7 +77,7 @@ def pick_point(
     counts = [len(rows) for half in (0, 1) for rows in (on(half, base).english, on(half, base).others)]
     if min(counts) < MINIMUM:
         return NoPick(
-            f"half the held-out rows are too few: {counts[0]} and {counts[2]} English, {counts[1]} and {counts[3]} "
+            f"half of the held-out rows are too few: {counts[0]} and {counts[2]} English, {counts[1]} and {counts[3]} "
             f"others, translations of one row counted once; each must be at least {MINIMUM}"
         )
     before, first = on(0, base), {name: on(0, groups) for name, groups in points.items()}
@@ -85,7 +85,7 @@ def pick_point(
     if gained.value >= 0 or not gained.is_clear:
         over = gained.method if gained.low is None else f"95% interval {gained.low:+.3f} to {gained.high:+.3f}"
         return NoPick(
-            f"the other languages gained nothing that is clear on half the held-out rows: their NLL changed by "
+            f"the other languages have no clear gain on half of the held-out rows: their NLL changed by "
             f"{gained.value:+.3f} nats ({over})"
         )
     gains = {name: mean_nll(before.others) - mean_nll(scores.others) for name, scores in first.items()}
@@ -96,9 +96,9 @@ def pick_point(
 
 
 def halves(groups: Groups) -> tuple[frozenset[str], frozenset[str]]:
-    """The rows' keys in two halves, by a digest of the key: the same on every machine, whatever the scores.
+    """The rows' keys in two halves, by a digest of the key: the same on every machine, independent of the scores.
 
-    Of the keys that are in the same groups, each half gets every other one.
+    Keys that are in the same groups go to the two halves in turn.
     """
     inside: dict[str, set[str]] = {}
     for name, rows in groups.items():
@@ -109,7 +109,7 @@ def halves(groups: Groups) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def observations(groups: Groups, names: Iterable[str], keys: Collection[str]) -> list[RowScore]:
-    """The rows of some groups and keys, those of one key summed; in the order of the keys."""
+    """The rows with these groups and keys, those of one key summed; in the order of the keys."""
     found: dict[str, RowScore] = {}
     for name in names:
         for row in groups[name]:
@@ -135,8 +135,8 @@ def _half(point: _Scores, full: _Scores, base: _Scores, since: _Scores) -> Half:
 def _kept(base: Sequence[RowScore], point: Sequence[RowScore], full: Sequence[RowScore]) -> Interval | None:
     """The share R of the full delta's gain, with a 95% interval by linearisation.
 
-    A ratio of two means has the error of the mean of point's gain - R full's gain, over full's mean gain (Cochran 1977,
-    "Sampling Techniques", section 6.4).
+    The error of a ratio of two means is that of the mean of (point's gain - R full's gain), divided by full's mean gain
+    (Cochran 1977, "Sampling Techniques", section 6.4).
     """
     whole = difference(full, base)
     if whole.value <= 0 or not whole.is_clear:

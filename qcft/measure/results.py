@@ -1,4 +1,4 @@
-"""A run as far as it is done: its stages and their table."""
+"""The done part of a run: its stages and their table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qcft.store.table import RunTable
 
 
 def finished_run(run: NamedRun, recipe: Recipe, stages: Mapping[str, str], store: Store) -> Run:
-    """A run's stages and table, from its done steps. Raises InputError for a step's file that was altered."""
+    """A run's stages and table, from its done steps. Raises InputError for a step's file that was changed."""
     steps = {stage: found for stage, step in stages.items() if (found := store.open(step))}
     done = {
         name: Stage(name, one.step, one.metrics, one.record["seconds"], one.folder, one.record)

@@ -1,4 +1,4 @@
-"""ROUGE-L of texts in any language: words where blanks part them, a segmenter's words in Japanese and Thai."""
+"""ROUGE-L of texts in any language: words are separated by spaces, in Japanese and Thai by a segmenter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 def rouge_l(answer: str, reference: str, lang: str) -> float:
     """ROUGE-L, F-measure (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"), from 0 to 1.
 
-    The longest common subsequence is of words, in lower case and without stemming. rouge-score's own tokens are runs
-    of a-z and 0-9, which leaves nothing of most scripts.
+    The longest common subsequence is of words, in lower case and without stemming. rouge-score's own tokenizer keeps
+    only a-z and 0-9, so it drops the text of most scripts.
     """
     return float(_scorer(lang).score(reference, answer)["rougeL"].fmeasure)
 
@@ -22,7 +22,7 @@ def words(text: str, lang: str) -> list[str]:
     import regex
 
     pieces = _segmenter(lang)(text) if lang in {"ja", "th"} else [text]
-    # Marks belong to words: \w would part a word at them.
+    # Combining marks belong to words: \w would split a word at them.
     return [word.lower() for piece in pieces for word in regex.findall(r"[\p{L}\p{M}\p{N}]+", piece)]
 
 
@@ -34,7 +34,7 @@ def _scorer(lang: str) -> Any:
 
 
 class _Words:
-    """What rouge-score asks for words."""
+    """A tokenizer for rouge-score."""
 
     def __init__(self, lang: str) -> None:
         self.lang = lang

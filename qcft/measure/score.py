@@ -32,7 +32,7 @@ FILE = "scores.json"
 
 @dataclass(frozen=True)
 class RowScore:
-    """One row: the summed NLL of its answer tokens in nats, how many there are, how many were top-1; and its key."""
+    """One row: the summed NLL of its answer tokens in nats, their number, the number that were top-1, and its key."""
 
     nll: float
     tokens: int
@@ -46,14 +46,14 @@ def write_scores(folder: Path, groups: Mapping[str, Sequence[RowScore]]) -> None
 
 
 def read_scores(step: DoneStep) -> dict[str, list[RowScore]]:
-    """The scores that a step measured, group by group."""
+    """The scores measured by a step, group by group."""
     return {name: [RowScore(**score) for score in rows] for name, rows in step.json(FILE).items()}
 
 
 def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch, label: str) -> list[RowScore]:
-    """Score each row's answer tokens, the end-of-turn tokens among them; in the order of `rows`.
+    """Score each row's answer tokens, including the end-of-turn tokens; in the order of `rows`.
 
-    Raises QcftError where an NLL is no number.
+    Raises QcftError where an NLL is not finite.
     """
     scores: dict[int, RowScore] = {}
     limited = keeps_logits(model)
@@ -79,7 +79,7 @@ def _score(model: PreTrainedModel, rows: Sequence[EncodedRow], limited: bool) ->
 def answer_logits(
     model: PreTrainedModel, rows: Sequence[EncodedRow], limited: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and targets (rows x positions) of one batch, padded on the right, where answers lie and nowhere else."""
+    """Logits and targets (rows x positions) of one batch, padded on the right, only at the positions of answers."""
     import torch
 
     width = max(len(row.input_ids) for row in rows)
@@ -115,7 +115,7 @@ def _row_score(logits: torch.Tensor, targets: torch.Tensor) -> RowScore:
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether a model computes logits only where it is asked to."""
+    """Whether a model can compute logits for chosen positions only."""
     return "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-FEWEST_TOKENS = 4  # that the unbiased HSIC is defined for
-SUM_BYTES = 10**9  # that the sums of the layers measured in one pass over the text may take
+FEWEST_TOKENS = 4  # for which the unbiased HSIC is defined
+SUM_BYTES = 10**9  # limit for the sums of the layers measured in one pass over the text
 
 States = Callable[[Sequence[int], Sequence[int]], "list[torch.Tensor]"]  # token ids, layers -> (tokens, width) each
 
@@ -26,12 +26,12 @@ States = Callable[[Sequence[int], Sequence[int]], "list[torch.Tensor]"]  # token
 class Shift:
     """How far one layer's hidden states moved, from a model X to a model Y.
 
-    mean_shift        ||mean Y - mean X|| / sqrt(tr cov X): in units of the states' own spread in X
+    mean_shift        ||mean Y - mean X|| / sqrt(tr cov X): in units of the spread of the states of X
     covariance_shift  ||cov Y - cov X||_F / ||cov X||_F
     cka               debiased linear CKA (Kornblith et al. 2019, arXiv 1905.00414; Nguyen et al. 2021, arXiv
                       2010.15327, eq. 2): HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) with the unbiased HSIC of Song et
-                      al. 2012 (JMLR 13, eq. 5). 1 where Y is X turned or scaled, 0 on average where the two are
-                      independent, however few the tokens; the plain estimate is far above 0 there
+                      al. 2012 (JMLR 13, eq. 5). 1 where Y is X rotated or scaled, 0 on average where the two are
+                      independent, for any number of tokens; the biased estimate is far above 0 there
     """
 
     mean_shift: float
@@ -42,8 +42,8 @@ class Shift:
 class Moments:
     """Running sums over tokens, in fp64, of the states of two models and of their products.
 
-    A state u is kept as (u - o, |u - o|^2, 1), o being the mean of the first ones: so the products hold the sums, the
-    squared norms and their products too, which the unbiased HSIC needs.
+    A state u is stored as (u - o, |u - o|^2, 1), o being the mean of the first states, so that the products contain the
+    sums, the squared norms and their products too, which the unbiased HSIC needs.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -54,7 +54,7 @@ class Moments:
         self.products = torch.zeros(3, width + 2, width + 2, dtype=torch.float64, device=device)  # X'X, Y'Y, Y'X
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the states (tokens, width) that both models have for the same tokens."""
+        """Add the states (tokens, width) of both models for the same tokens."""
         import torch
 
         states = [one.to(self.products) for one in (x, y)]
@@ -67,19 +67,19 @@ class Moments:
             product.addmm_(left.T, right)
 
     def shift(self) -> Shift:
-        """What the sums come to. Raises QcftError for fewer than 4 tokens, and for states not finite or all alike."""
+        """The shift from the sums. Raises QcftError for fewer than 4 tokens, and for states not finite or all equal."""
         import torch
 
         if self.tokens < FEWEST_TOKENS:
             raise QcftError(
-                f"CKA needs {FEWEST_TOKENS} tokens, and the probe text has {self.tokens} beside the first of each row",
+                f"CKA needs {FEWEST_TOKENS} tokens, and the probe text has {self.tokens} after the first of each row",
                 "give more text",
             )
         (cov_x, hsic_x), (cov_y, hsic_y), (_, hsic) = (_covariance_and_hsic(one) for one in self.products)
         norm_x, norm_y = float(torch.linalg.norm(cov_x)), float(torch.linalg.norm(cov_y))
-        if not (norm_x * norm_y > 0 and hsic_x * hsic_y > 0):  # nan, too
+        if not (norm_x * norm_y > 0 and hsic_x * hsic_y > 0):  # true for NaN too
             raise QcftError(
-                "a model's hidden states on the probe text are not finite, or all alike", "look at its losses"
+                "a model's hidden states on the probe text are not finite, or all equal", "check its training losses"
             )
         mean_x, mean_y = (
             origin + product[-1, :-2] / self.tokens
@@ -96,7 +96,7 @@ def _covariance_and_hsic(product: torch.Tensor) -> tuple[torch.Tensor, float]:
     """The covariance (width, width) of two models' states, and the unbiased HSIC of their linear kernels.
 
     From the product of the states as `Moments` keeps them. With centred states u, v of n tokens, Song et al.'s eq. 5
-    comes to (||sum u v'||_F^2 - n/(n-2) sum |u|^2 |v|^2 + sum |u|^2 sum |v|^2 / ((n-1)(n-2))) / (n (n-3)), as the
+    is (||sum u v'||_F^2 - n/(n-2) sum |u|^2 |v|^2 + sum |u|^2 sum |v|^2 / ((n-1)(n-2))) / (n (n-3)), as the
     centred kernels' rows sum to 0.
     """
     import torch
@@ -116,9 +116,9 @@ def layer_shifts(
 ) -> list[Shift]:
     """The shift of each layer's output over the tokens of `rows` (token ids), row by row.
 
-    The first token of a row is left out: decoders park attention there, in states of hundreds of times the norm of
-    any others, which would be all that one saw. Layers are taken together as far as their sums fit into a gigabyte;
-    the text is run once more for each such group.
+    The first token of each row is skipped: decoders use it as an attention sink, and its states have hundreds of times
+    the norm of the others, so they would dominate the result. Layers are measured in groups whose sums fit into a
+    gigabyte; the text is run once for each group.
     """
     together = max(1, SUM_BYTES // (3 * 8 * (width + 2) ** 2))
     groups = [range(i, min(i + together, layers)) for i in range(0, layers, together)]
@@ -139,8 +139,8 @@ def layer_shifts(
 
 
 def layer_outputs(model: PreTrainedModel, path: str, row: Sequence[int], layers: Sequence[int]) -> list[torch.Tensor]:
-    """What each of `layers` hands to the next, for one row of token ids: (tokens, width). `path`: where the list of
-    decoder layers lies in the model."""
+    """The output of each of `layers` for one row of token ids: (tokens, width). `path`: the path of the list of decoder
+    layers in the model."""
     import torch
 
     caught: dict[int, torch.Tensor] = {}
@@ -169,5 +169,5 @@ def _no_logits(model: PreTrainedModel) -> dict[str, int]:
 
 
 def read_drift(step: DoneStep) -> DriftFile:
-    """What a `drift` step found."""
+    """The results of a `drift` step."""
     return cast("DriftFile", step.json("drift.json"))

@@ -1,4 +1,4 @@
-"""How alike the instructions of two data sets are (DES), each embedded once and kept in the cache as sums."""
+"""How similar the instructions of two data sets are (DES); each is embedded once, and the sums are cached."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from qcft.measure.des import PAPER, RESAMPLES, EmbeddingSums, Similarity, simila
 from qcft.models.encoders import LABSE, Encode, EncoderSource, find_encoder, is_here, load_encoder
 from qcft.recipe import Phase, Recipe, Source
 
-FORMAT = 1  # raised when what is kept changes
+FORMAT = 1  # raised when the cached data changes
 BATCH = 256
 FIRST_ROWS = 500  # of each source: enough for a hint before anything runs
-# Pairs that ship with qcft, in the words of the paper's: an encoder's own values for like and unlike instructions.
+# Pairs that ship with qcft, named as the paper's: an encoder's own values for similar and dissimilar instructions.
 OWN = {
     "similar": ("qcft:instructions/en", "qcft:instructions/es"),
     "unlike": ("qcft:instructions/en", "qcft:passages/es"),
@@ -30,8 +30,8 @@ OWN = {
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two data sets: what it is called, and its sources, one per language. `stands_for`: whose data it is
-    taken for, where that is not known."""
+    """One of the two data sets: its name, and its sources, one per language. `stands_for`: the model whose unknown
+    training data it is used for."""
 
     name: str
     sources: tuple[Source, ...]
@@ -40,10 +40,9 @@ class Side:
 
 
 def instruct_side(recipe: Recipe) -> Side:
-    """What is taken for the data of an instruct model that is phase 1 as it came, which qcft cannot know.
+    """The data used for an instruct model that serves as phase 1 unmodified, as qcft cannot know its training data.
 
-    It is what replay keeps that model's English alive with: the phase's replay.data, else the English instructions that
-    ship with qcft.
+    It is the data of that model's replay: the phase's replay.data, else the English instructions that ship with qcft.
     """
     replay = recipe.phases[0].replay
     data = [source for part in (replay.parts() if replay else ()) for source in part.data]
@@ -61,14 +60,14 @@ class SimilarityRecord(TypedDict):
 
 
 class LanguageSimilarity(SimilarityRecord):
-    """One language of a side that has several, against the whole other side."""
+    """One language of a side that has several, compared with the whole other side."""
 
     of: str
     lang: str
 
 
 class SideOf(TypedDict):
-    """A side as it was compared."""
+    """A side of a comparison."""
 
     name: str
     rows: int
@@ -76,7 +75,7 @@ class SideOf(TypedDict):
 
 
 class EncoderOf(TypedDict):
-    """What embedded the instructions."""
+    """The encoder of the instructions."""
 
     name: str
     digest: str
@@ -84,21 +83,21 @@ class EncoderOf(TypedDict):
 
 
 class Scale(TypedDict):
-    """What a value is held against: the paper's pairs where LaBSE embedded, and those that ship with qcft."""
+    """The values to compare with: of the paper's pairs if the encoder is LaBSE, and of those that ship with qcft."""
 
     paper: dict[str, float] | None
     qcft: dict[str, SimilarityRecord]
 
 
 class Judged(TypedDict):
-    """What a value implies for phase 2."""
+    """What a value implies for phase 2: a verdict and sentences."""
 
     verdict: str
     says: list[str]
 
 
 class SimilarityFound(Judged):
-    """DES of two data sets; similarity.json holds it beside a run's report."""
+    """DES of two data sets; stored in similarity.json in a run's report folder."""
 
     a: SideOf
     b: SideOf
@@ -109,13 +108,13 @@ class SimilarityFound(Judged):
 
 
 class PhasesCompared(SimilarityFound):
-    """DES of a phase and the one before it, and what that suggests."""
+    """DES of a phase and the one before it, and the suggested remedy."""
 
     remedy: str
 
 
 class _Embedder:
-    """Sums of sources' embeddings; the encoder is loaded when the first is not in the cache."""
+    """Sums of sources' embeddings; the encoder is loaded when a source is not in the cache."""
 
     def __init__(self, source: EncoderSource, watch: Watch) -> None:
         self.source = source
@@ -123,7 +122,7 @@ class _Embedder:
         self._encode: Encode | None = None
 
     def sums(self, source: Source, column: str | None) -> EmbeddingSums:
-        """The sums of one source, from the cache where they are there."""
+        """The sums of one source, from the cache if they are there."""
         import numpy as np
 
         digest, rows = self._digest(source, column)
@@ -149,7 +148,7 @@ class _Embedder:
 
         if self._encode is None:
             self._encode = load_encoder(self.source)
-        # Seeded by the data, so that two data sets are resampled independently, and each always alike.
+        # Seeded by the data: two data sets are resampled independently, and each one always in the same way.
         draws = np.random.default_rng(int(digest[:16], 16))
         sums: EmbeddingSums | None = None
         all_texts = instructions(source, column)
@@ -165,7 +164,8 @@ class _Embedder:
 def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> SimilarityFound:
     """DES of two data sets, of each language where a side has several, and of the pairs that ship with qcft.
 
-    Raises InputError before anything is embedded for an encoder that can't be had, and for data that can't be read.
+    Raises InputError before anything is embedded for an encoder that is not available, and for data that cannot be
+    read.
     """
     source = find_encoder(encoder)
     embedder = _Embedder(source, watch)
@@ -196,16 +196,16 @@ def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> Similari
 
 
 def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[PhasesCompared]:
-    """DES of each phase's first rows and those of the phase before it, and the remedy that it suggests.
+    """DES of each phase's first rows and those of the phase before it, and the suggested remedy.
 
-    By `encoder`, else by LaBSE where it is installed and fetched already; nothing where it is not. Raises InputError.
+    With `encoder`, by default LaBSE if it is installed and downloaded already; nothing otherwise. Raises InputError.
     """
     trained = [phase for phase in recipe.phases if not phase.adapter]
     if encoder is None:
         if not is_here(LABSE):
             return []
         encoder = LABSE
-    find_encoder(encoder)  # a mistake is told though there be one phase, and nothing to compare
+    find_encoder(encoder)  # raises even if there is only one phase, and so nothing to compare
 
     def side(phase: Phase) -> Side:
         first = (one.model_copy(update={"take": min(one.take or FIRST_ROWS, FIRST_ROWS)}) for one in phase.sources())
@@ -228,15 +228,15 @@ def _remedy(verdict: str, phase: Phase) -> str:
     if has:
         return f"{phase.name} has a remedy: {' and '.join(has)}."
     if verdict == "alike":
-        return f"{phase.name} may do without a remedy."
+        return f"{phase.name} may not need a remedy."
     word = "Try" if verdict == "unlike" else "To be safe:"
     return f"{word} --set {phase.name}.replay=0.2, or --set {phase.name}.freeze=first:0.5."
 
 
 def _stands_for(side: Side, sums: EmbeddingSums) -> str:
     return (
-        f"What {side.stands_for} was tuned on is not known to qcft: {sums.rows:,} instructions of {side.name} are "
-        "taken for it, the English that replay uses without a phase 1. The paper's Instruct data is not public either."
+        f"The training data of {side.stands_for} is not known: {sums.rows:,} instructions of {side.name} are used "
+        "instead, the English of replay without a phase 1. The paper's Instruct data is not public either."
     )
 
 
@@ -253,38 +253,45 @@ def _described(side: Side, sums: EmbeddingSums) -> SideOf:
 def _judged(
     found: Similarity, languages: Sequence[float], source: EncoderSource, own: Mapping[str, SimilarityRecord]
 ) -> tuple[str, list[str]]:
-    """What the value implies for phase 2, and how sure that is: a verdict and sentences."""
+    """What the value implies for phase 2, and how certain that is: a verdict and sentences."""
     if source.name == LABSE:
         like, unlike = PAPER.values()
         scale = (
-            f"the paper's pairs are {like} (Alpaca and MultiAlpaca: phase 2 cost no English) and {unlike} (Instruct "
-            "and MultiAlpaca: it did)"
+            f"the paper's pairs have {like} (Alpaca and MultiAlpaca: phase 2 did not hurt English) and {unlike} "
+            "(Instruct and MultiAlpaca: it did)"
         )
     else:
         like, unlike = own["similar"]["value"], own["unlike"]["value"]
         scale = (
-            f"{source.name} has a scale of its own, not that of LaBSE and the paper: it gives the like pair that ships "
-            f"with qcft {like:.3f}, the unlike one {unlike:.3f}"
+            f"{source.name} has a scale of its own, not that of LaBSE and the paper: of the pairs that ship with qcft, "
+            f"the similar one has {like:.3f}, the dissimilar one {unlike:.3f}"
         )
     middle = (like + unlike) / 2
     apart = max(languages, default=0.0) - min(languages, default=0.0)
     if apart > like - unlike:
-        word = (
-            f"undecided: the values of its languages lie {apart:.3f} apart, further than the scale is wide, so the "
-            "encoder may tell languages apart rather than instructions"
+        verdict = "undecided"
+        text = (
+            f"It is not clear whether the instructions are similar: the values of the languages differ by {apart:.3f}, "
+            "more than the scale is wide, so the encoder may distinguish languages rather than instructions."
         )
     elif found.low > middle:
-        word = "alike: expect phase 2 to cost little English"
+        verdict = "alike"
+        text = "The instructions are similar: expect phase 2 to cost little English."
     elif found.high < middle:
-        word = "unlike: expect phase 2 to cost English; replay or freezing are the remedies"
+        verdict = "unlike"
+        text = "The instructions are dissimilar: expect phase 2 to cost English; replay or freezing are the remedies."
     else:
-        word = f"undecided: the interval holds {middle:.3f}, the middle of the scale"
+        verdict = "undecided"
+        text = (
+            f"It is not clear whether the instructions are similar: the interval includes {middle:.3f}, the middle "
+            "of the scale."
+        )
     rows = min(found.rows)
-    few = f" Its {rows} rows are few." if rows < 100 else ""
+    few = f" {rows} rows are few." if rows < 100 else ""
     says = [
-        f"The instructions are {word}.",
-        f"On what scale: {scale}.",
-        f"How sure: two points make that scale, so it is a hint and no threshold; the live probe and the table measure "
+        text,
+        f"The scale: {scale}.",
+        f"This is a hint, not a threshold, as the scale has only two points; the live probe and the table measure "
         f"English itself.{few}",
     ]
-    return word.split(":")[0], says
+    return verdict, says

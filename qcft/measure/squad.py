@@ -1,4 +1,4 @@
-"""SQuAD's scores, which lm-eval's xquad takes from a module that transformers no longer has.
+"""SQuAD's scores, which lm-eval's xquad imports from a module that transformers no longer has.
 
 Exact match and token F1 of SQuAD's official evaluation (Rajpurkar et al. 2016, arXiv 1606.05250, evaluate-v2.0.py).
 """
@@ -16,7 +16,7 @@ METRICS = "transformers.data.metrics"
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation and English articles, one blank between words."""
+    """Lower case, without punctuation and English articles, one space between words."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
@@ -36,7 +36,7 @@ def compute_f1(gold: str, answer: str) -> float:
 
 
 def stand_in() -> None:
-    """Put this module where lm-eval 0.4.13 looks for the scores, unless transformers has them."""
+    """Register this module where lm-eval 0.4.13 imports the scores from, unless transformers has them."""
     if METRICS in sys.modules or find_spec(METRICS) is not None:
         return
     package, module = types.ModuleType(METRICS), types.ModuleType(f"{METRICS}.squad_metrics")

@@ -1,4 +1,4 @@
-"""Means over answer tokens, paired differences with their intervals, and what a merge kept."""
+"""Means over answer tokens, paired differences with their intervals, and the share of a gain left after a merge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Runs = Mapping[int, Sequence[RowScore]]  # an arm's scores of the same rows, by 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Interval):
-    """A difference of mean NLLs in nats per answer token, its interval over rows, and over seeds where there are."""
+    """A difference of mean NLLs in nats per answer token; its interval is over rows, and over seeds if several ran."""
 
     rows: int
 
@@ -35,9 +35,9 @@ class Difference(Interval):
 
 @dataclass(frozen=True)
 class Kept:
-    """What merging and reloading kept of an adapter's gain.
+    """How much of an adapter's gain is left after merging and reloading.
 
-    `share` is None where no gain was measurable; then `worse` tells whether merging cost more than is allowed.
+    `share` is None where no gain was measurable; then `worse` is whether the loss from merging is above the limit.
     """
 
     share: float | None
@@ -47,18 +47,18 @@ class Kept:
 
 
 def mean_nll(scores: Sequence[RowScore]) -> float:
-    """Mean NLL per answer token in nats, whatever row it is of: the logarithm of perplexity (Jelinek et al. 1977)."""
+    """Mean NLL per answer token in nats, over all rows' tokens: the logarithm of perplexity (Jelinek et al. 1977)."""
     return sum(s.nll for s in scores) / sum(s.tokens for s in scores)
 
 
 def bits_per_byte(scores: Sequence[RowScore], size: int) -> float:
-    """Bits that the model takes for each of the `size` UTF-8 bytes that the scored tokens stand for: sum of NLL / ln 2
-    / bytes, whatever the tokenizer (Gao et al. 2020, "The Pile", arXiv 2101.00027, section 3.1)."""
+    """Bits per UTF-8 byte of the scored text (`size` bytes): sum of NLL / ln 2 / bytes, comparable between tokenizers
+    (Gao et al. 2020, "The Pile", arXiv 2101.00027, section 3.1)."""
     return sum(s.nll for s in scores) / math.log(2) / size
 
 
 def accuracy(scores: Sequence[RowScore]) -> float:
-    """Share of answer tokens whose most likely token was right."""
+    """Share of answer tokens that the model found most likely."""
     return sum(s.correct for s in scores) / sum(s.tokens for s in scores)
 
 
@@ -66,17 +66,18 @@ def difference(a: Sequence[RowScore], b: Sequence[RowScore]) -> Difference:
     """mean_nll(b) - mean_nll(a) on the same rows, with a paired 95% interval over rows (`intervals.one_interval`).
 
     Both models are compared row by row (Koehn 2004, "Statistical Significance Tests for Machine Translation
-    Evaluation"). Rows with one key, the translations of one row, are one observation. The same scores give the same
-    interval. Raises ValueError where the rows differ in number.
+    Evaluation"). Rows with one key, the translations of one row, are one observation. The interval is deterministic.
+    Raises ValueError where the numbers of rows differ.
     """
     return changes([({0: a}, {0: b})])[0]
 
 
 def changes(arms: Sequence[tuple[Runs, Runs]]) -> list[Difference]:
-    """Each arm's change of its mean NLL, the mean over its runs: arms are scores before and after, by seed.
+    """Each arm's change of mean NLL, the mean over its runs; `arms` are scores before and after, by seed.
 
-    Each interval holds by itself. It is over rows, and where any arm has several runs over seeds too, whose variance is
-    pooled over the arms: one run each leaves it unmeasured (`seeds` is 1). All scores are of the same rows.
+    The intervals are not simultaneous. Each is over rows, and over seeds too where any arm has several runs; the
+    variance of seeds is pooled over the arms. With one run per arm it is not measured (`seeds` is 1). All scores are of
+    the same rows.
     """
     import numpy as np
 
@@ -100,11 +101,11 @@ def changes(arms: Sequence[tuple[Runs, Runs]]) -> list[Difference]:
 
 
 def pairwise(arms: Mapping[str, Runs]) -> dict[tuple[str, str], Difference]:
-    """mean NLL of the second less that of the first for every ordered pair of arms, means over their runs.
+    """Mean NLL of the second minus that of the first for every ordered pair of arms, means over their runs.
 
-    The 95% intervals of all pairs hold together, so that the best of many arms is no better than it seems: where all
-    arms are equal, the chance that any interval excludes zero is 5%. They are over rows, and over seeds where an arm
-    has several runs, paired by seed where all arms have the same seeds. All scores are of the same rows.
+    The 95% intervals of all pairs are simultaneous, so that the best of many arms does not look better than it is:
+    where all arms are equal, the chance that any interval excludes zero is 5%. They are over rows, and over seeds where
+    an arm has several runs, paired by seed where all arms have the same seeds. All scores are of the same rows.
     """
     rows = next(iter(next(iter(arms.values())).values()))
     seeds = [sorted(runs) for runs in arms.values()]
@@ -127,7 +128,7 @@ def pairwise(arms: Mapping[str, Runs]) -> dict[tuple[str, str], Difference]:
 
 
 def compare_arms(sums: Sequence[Array], tokens: Array, *, paired: bool) -> tuple[Array, Bounds]:
-    """The differences of all pairs of arms (first with second, first with third ...) and bounds that hold together.
+    """The differences of all pairs of arms (first with second, first with third ...) and their simultaneous bounds.
 
     `sums` holds each arm's summed NLLs (runs x clusters), `tokens` the clusters' answer tokens; with `paired`, run i of
     every arm has the same seed.
@@ -152,7 +153,7 @@ def compare_arms(sums: Sequence[Array], tokens: Array, *, paired: bool) -> tuple
 
 
 def _sums(runs: Sequence[Sequence[RowScore]]) -> Array:
-    """Summed NLLs of clusters: runs x clusters. Raises ValueError where runs differ in their number of rows."""
+    """Summed NLLs of clusters: runs x clusters. Raises ValueError where the runs' numbers of rows differ."""
     import numpy as np
 
     columns = np.array([[score.nll for score in rows] for rows in runs]).T
@@ -166,16 +167,16 @@ def _tokens(rows: Sequence[RowScore]) -> Array:
 
 
 def _keys(rows: Sequence[RowScore]) -> list[str | int]:
-    """What tells observations apart: a row's key, where scores have none its place."""
+    """What identifies an observation: the row's key; its position where the scores have no keys."""
     return [score.key or place for place, score in enumerate(rows)]
 
 
 def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[RowScore]) -> Kept:
     """The share of an adapter's gain that survives: (base - merged) / (base - live), mean NLLs.
 
-    Measurable where the gain is at least 0.05 nats and its interval excludes zero; otherwise the test
-    is whether the merged model is at most 0.02 nats worse than the live adapter. All three models are
-    loaded alike, so reloading the base costs nothing by itself.
+    Measurable where the gain is at least 0.05 nats and its interval excludes zero; otherwise the test is whether the
+    merged model is at most 0.02 nats worse than the live adapter. All three models are loaded in the same way, so
+    reloading alone does not change the base.
     """
     gain, loss = difference(live, base), difference(live, merged)
     measurable = gain.value >= MEASURABLE_GAIN and gain.is_clear

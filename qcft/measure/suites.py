@@ -1,4 +1,4 @@
-"""Scoring a model on lm-eval's tasks, with lm-eval's own code from prompt to number, item by item."""
+"""Scoring a model on lm-eval's tasks, with lm-eval's own code from prompt to score, item by item."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Its bars over the building of requests, which cannot be turned off, would cross qcft's own.
+# lm-eval's progress bars for building requests cannot be turned off, and would mix with qcft's.
 lm_eval.api.task.tqdm = partial(tqdm, disable=True)
 
 LARGEST = {"cuda": 64, "cpu": 16}  # items scored at once, unless memory sets a lower limit
-TEXTS = 64  # items whose text is looked at to tell a task's language
-# The score that stands for a task where it has several; else the one it names first.
+TEXTS = 64  # items whose text is used to identify a task's language
+# The main score of tasks that have several; by default the first one that the task lists.
 MAIN = {"hellaswag": "acc_norm", "mlqa": "f1", "xquad": "f1", "ifeval": "prompt_level_strict_acc"}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a task is asked: items at most, shots and new tokens where not lm-eval's own."""
+class TaskOptions:
+    """The limits on items, shots and new tokens of a task; None: lm-eval's own."""
 
     limit: int | None = None
     shots: int | None = None
@@ -49,8 +49,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Scored:
-    """A task's scores by name, those of its parts, the score that stands for it, its value item by item (None where
-    its value is no mean over items), what was asked and answered, and what some of the items hold, as text."""
+    """A task's scores by name, those of its parts, and which one is the main score; whether that is a mean over
+    `items`, which have its value, the prompt and the answer; and the text of some items."""
 
     metric: str
     scores: Mapping[str, float]
@@ -64,13 +64,13 @@ class Scored:
 
     @property
     def prompts(self) -> str:
-        """A digest of all prompts and what they are scored by, in order: equal where models were asked the same."""
+        """A digest of all prompts and documents, in order: equal where two models had the same prompts."""
         asked = (f"{item['prompt']} {item['doc']}" for item in self.items)
         return hashlib.sha256(" ".join(asked).encode()).hexdigest()
 
 
 class Scorer:
-    """A model as lm-eval's `hf` sees it, with the chat template applied."""
+    """A model wrapped as lm-eval's `hf`, with the chat template applied."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int | None, watch: Watch
@@ -78,15 +78,15 @@ class Scorer:
         self.batch = batch or LARGEST[device()]
         self.lm = _Watched(model, tokenizer, self.batch, watch)
 
-    def score(self, name: str, loaded: Mapping[str, Any], asked: Asked, label: str) -> Scored:
-        """Score a task or group. A batch that does not fit into memory is halved, and stays so.
+    def score(self, name: str, loaded: Mapping[str, Any], options: TaskOptions, label: str) -> Scored:
+        """Score a task or group. A batch size that does not fit into memory is halved for good.
 
-        Raises QcftError when not even one item fits, or the model's likelihoods are no numbers.
+        Raises QcftError when not even one item fits, or the model's likelihoods are not finite.
         """
         self.lm.label = label
         while True:
             self.lm.batch_size_per_gpu = self.batch
-            scored = attempt(lambda: _scored(name, _evaluate(self.lm, loaded, asked), loaded))
+            scored = attempt(lambda: _scored(name, _evaluate(self.lm, loaded, options), loaded))
             if scored is not None:
                 return scored
             if self.batch == 1:
@@ -95,26 +95,26 @@ class Scorer:
 
 
 class _Watched(HFLM):
-    """lm-eval's own model, whose every answer is told to the watch."""
+    """lm-eval's own model; the watch is notified of every answer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, watch: Watch) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, enable_thinking=False)
         self.watch = watch
         self.label = ""
         self._done = self._total = 0
-        self.set_cache_hook(self)  # which hears of every answer
+        self.set_cache_hook(self)  # it is called with every answer
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        """What lm-eval calls with every answer."""
+        """Called by lm-eval with every answer."""
         self._done += 1
         self.watch.progress(self.label, self._done, self._total, "requests")
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Raises QcftError where a likelihood is no number."""
+        """Raises QcftError where a likelihood is not finite."""
         self._begin(requests)
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         if not all(math.isfinite(value) for value, _ in found):
-            raise QcftError("the model's likelihoods are not finite", "its training diverged: look at its losses")
+            raise QcftError("the model's likelihoods are not finite", "its training diverged: check its losses")
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -123,7 +123,7 @@ class _Watched(HFLM):
         return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As lm-eval does it, within the limits on rendering."""
+        """The same as lm-eval's, within qcft's limits on rendering."""
         options = {"continue_final_message": not add_generation_prompt, **self.chat_template_args}
         try:
             return render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt, **options)
@@ -136,25 +136,25 @@ class _Watched(HFLM):
         self.watch.progress(self.label, 0, self._total, "requests")
 
 
-def _evaluate(lm: HFLM, loaded: Mapping[str, Any], asked: Asked) -> Mapping[str, Any]:
-    """What lm-eval's `simple_evaluate` does with a model and tasks that are loaded already."""
+def _evaluate(lm: HFLM, loaded: Mapping[str, Any], options: TaskOptions) -> Mapping[str, Any]:
+    """The same as lm-eval's `simple_evaluate`, for a model and tasks that are loaded already."""
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     set_torch_seed(DEFAULT_OTHER_SEED)
     tasks = loaded["tasks"]
     for task in tasks.values():
         own = task.get_config("num_fewshot")
-        if own != 0:  # a task that says 0 means it
-            task.set_config("num_fewshot", own or 0 if asked.shots is None else asked.shots)
+        if own != 0:  # a task with 0 always has 0
+            task.set_config("num_fewshot", own or 0 if options.shots is None else options.shots)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        if asked.max_new_tokens and task.OUTPUT_TYPE == "generate_until":
+        if options.max_new_tokens and task.OUTPUT_TYPE == "generate_until":
             most = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", lm.max_gen_toks)
-            task.set_config("generation_kwargs", {"max_gen_toks": min(most, asked.max_new_tokens)}, update=True)
+            task.set_config("generation_kwargs", {"max_gen_toks": min(most, options.max_new_tokens)}, update=True)
     found: Mapping[str, Any] = evaluator.evaluate(
         lm=lm,
         task_dict=loaded,
-        limit=math.ceil(asked.limit / len(tasks)) if asked.limit else None,
-        bootstrap_iters=0,  # intervals are made over items, between stages
+        limit=math.ceil(options.limit / len(tasks)) if options.limit else None,
+        bootstrap_iters=0,  # qcft computes intervals over items, between stages
         apply_chat_template=True,
         fewshot_as_multiturn=True,
     )
@@ -166,7 +166,7 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
     results = found["results"]
     scores = _numbers(results.get(name) or next(iter(results.values())))
     if not scores:
-        raise QcftError(f"lm-eval has no score for {name}", "name its tasks one by one")
+        raise QcftError(f"lm-eval has no score for {name}", "list its tasks one by one")
     plain = [key for key in scores if key == MAIN.get(name.split("_")[0])]
     metric = (plain or list(scores))[0]
     score, _, filtered = metric.partition(",")
@@ -201,7 +201,7 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
 
 
 def _kin(doc: Mapping[str, Any]) -> dict[str, str]:
-    """What an item shares with others, where it is a question on a text: the text's digest, and the question's id."""
+    """What an item shares with others if it is a question on a text: the text's digest, and the question's id."""
     if not isinstance(doc.get("context"), str):
         return {}
     text = hashlib.sha256(doc["context"].encode()).hexdigest()[:16]
@@ -209,13 +209,13 @@ def _kin(doc: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _texts(docs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is written in items, evenly chosen."""
+    """The text of items, evenly spaced."""
     chosen = docs[:: math.ceil(len(docs) / TEXTS) or 1]
     return [" ".join(value for value in doc.values() if isinstance(value, str)) for doc in chosen]
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    """Scores by name; the filter's name behind it where it is not `none`."""
+    """Scores by name, followed by the filter's name if it is not `none`."""
     return {
         key.removesuffix(",none"): float(value)
         for key, value in results.items()

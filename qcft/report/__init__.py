@@ -1,1 +1,1 @@
-"""Reports: read from artefacts only."""
+"""Reports, built from artefacts only."""

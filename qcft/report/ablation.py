@@ -1,4 +1,4 @@
-"""What the arms of an ablation came to, side by side: from their runs' tables and the steps' metrics."""
+"""The results of an ablation's arms, side by side: from their runs' tables and the steps' metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Spread(TypedDict):
 
 
 class ArmFigures(TypedDict):
-    """An arm: its seeds, how many are done, and figures over these (None where none has one); epochs are means."""
+    """An arm: the number of its seeds, how many are done, and figures over the done ones (None where none has one);
+    epochs are means."""
 
     arm: str
     seeds: int
@@ -40,7 +41,7 @@ class ArmFigures(TypedDict):
 
 
 class RunState(TypedDict):
-    """One arm with one seed as it stands (store.ablations.ArmState)."""
+    """The state of one arm with one seed (store.ablations.ArmState)."""
 
     arm: str
     seed: int
@@ -54,7 +55,7 @@ class RunState(TypedDict):
 
 
 class Outcome(TypedDict):
-    """What an ablation came to."""
+    """The results of an ablation."""
 
     ablation: str
     folder: str
@@ -66,11 +67,11 @@ class Outcome(TypedDict):
 def outcome(ablation: AblationIndex, found: Mapping[str, Run]) -> Outcome:
     """The ablation as plain data: `arms`, each with the mean, least and most over its seeds, and every run's state.
 
-    Changes are of the last stage's NLL since the base as it is loaded, which all arms share, in nats per answer token:
-    `english` over all rows of the English groups, `others` over those of the rest, every token weighing the same. Where
-    English is measured both on rows like those trained on and on others, `english` is over the first,
-    `english_untrained` over the others. `steps`, `tokens` and `answer_tokens` are the training of all phases, `epochs`
-    of each. `found` holds the runs by name, as far as they are done.
+    Changes are those of the last stage's NLL relative to the base as it is loaded, which all arms share, in nats per
+    answer token: `english` over all rows of the English groups, `others` over all other rows, with equal weight for
+    every token. Where English is measured both on rows like those trained on and on others, `english` is over the
+    former, `english_untrained` over the latter. `steps`, `tokens` and `answer_tokens` are sums over all phases,
+    `epochs` has each phase. `found` has the runs by name, as far as they are done.
     """
     states = ablation.states()
     arms: list[ArmFigures] = []
@@ -103,13 +104,13 @@ def outcome(ablation: AblationIndex, found: Mapping[str, Run]) -> Outcome:
 
 
 def in_words(error: Fault) -> str:
-    """What ended an arm, on one line."""
+    """The error that ended an arm, on one line."""
     where = f"{error['title']}: " if error.get("title") else ""
     return f"{where}{error['message']}" + (f" ({error['hint']})" if error["hint"] else "")
 
 
 class TrainedLength(TypedDict):
-    """How long trainings were: optimizer steps, tokens, and those that bear loss, in all; epochs of each."""
+    """How long trainings were: the sums of optimizer steps, tokens and tokens with loss; the epochs of each."""
 
     steps: int
     tokens: int
@@ -118,7 +119,7 @@ class TrainedLength(TypedDict):
 
 
 def trained_length(trainings: Sequence[TrainMetrics]) -> TrainedLength:
-    """How long trainings were, as they were fed."""
+    """How long trainings were, by the rows that they really trained on."""
     return {
         "steps": sum(m["steps"] for m in trainings),
         "tokens": sum(m["tokens"] for m in trainings),
@@ -133,7 +134,7 @@ def epochs_in_words(epochs: Sequence[float]) -> str:
 
 
 def count_against(count: float, first: float, is_first: bool) -> str:
-    """A count, in brackets against that of the first arm where it is another's."""
+    """A count; for other arms than the first with the difference from the first arm's in brackets."""
     return f"{count:,.0f}" + ("" if is_first or not first else f" ({count / first - 1:+.0%})")
 
 
@@ -162,7 +163,7 @@ def _figures(run: Run) -> _Figures:
 
 
 def _since_base(table: RunTable, groups: Sequence[str]) -> float | None:
-    """How far the mean NLL per answer token moved from the base to the last stage, over all rows of these groups."""
+    """The change of mean NLL per answer token from the base to the last stage, over all rows of these groups."""
     change = next((c for c in table["changes"] if c["from"] == "eval/base"), None)
     if change is None:
         return None

@@ -1,4 +1,4 @@
-"""Runs as arms of one comparison: which differ in their seed only, and what sets the others apart."""
+"""Runs as arms of one comparison: runs that differ only in their seed are one arm; how the arms differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True)
 class Evidence:
-    """One run as far as it is done. `changes`: of each phase's adapter, ||s B A||_F^2 by module."""
+    """The done part of one run. `changes`: for each phase's adapter, ||s B A||_F^2 by module."""
 
     recipe: Recipe
     run: Run
@@ -28,27 +28,27 @@ class Evidence:
 
     @property
     def last(self) -> Stage | None:
-        """The measurement of the last phase, once it is done."""
+        """The measurement of the last phase; None until it is done."""
         return self.run.stages.get(f"eval/{self.recipe.phases[-1].name}")
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One variant: runs that differ in their seed only. `sets` is what makes the first arm's recipe this one's."""
+class ArmRuns:
+    """One variant with its runs, which differ only in their seed. `sets`: the changes to the first arm's recipe."""
 
     name: str
     runs: tuple[Evidence, ...]
     sets: Mapping[str, Any]
 
     def label(self, evidence: Evidence) -> str:
-        """The arm, and where it has several runs the seed."""
+        """The arm's name; with the seed if it has several runs."""
         return self.name if len(self.runs) == 1 else f"{self.name}, seed {evidence.recipe.seed}"
 
 
-Member = tuple[Arm, Evidence]
+Member = tuple[ArmRuns, Evidence]
 
 
-def members(arms: Sequence[Arm]) -> list[Member]:
+def members(arms: Sequence[ArmRuns]) -> list[Member]:
     """Every run with its arm."""
     return [(arm, run) for arm in arms for run in arm.runs]
 
@@ -61,19 +61,21 @@ def grouped(things: Iterable[Thing], key: Callable[[Thing], str]) -> list[list[T
     return list(found.values())
 
 
-def whose(arm: Arm, run: Evidence) -> dict[str, object]:
-    """The keys by which a record tells its run."""
+def whose(arm: ArmRuns, run: Evidence) -> dict[str, object]:
+    """The keys that identify a record's run."""
     return {"arm": arm.name, "run": run.run.name, "seed": run.recipe.seed}
 
 
-def with_of(row: Mapping[str, str], runs: Sequence[Member], arms: Sequence[Arm]) -> dict[str, str]:
-    """A row with the runs that it stands for after its first cell, where the report is of several."""
+def with_of(row: Mapping[str, str], runs: Sequence[Member], arms: Sequence[ArmRuns]) -> dict[str, str]:
+    """A row with the runs that it belongs to in its second cell, if the report is of several."""
     (title, first), *more = row.items()
     return {title: first, **({"of": shared_by(runs, arms)} if len(members(arms)) > 1 else {}), **dict(more)}
 
 
-def shared_once(rows: Iterable[tuple[str, str, dict[str, str], Member]], arms: Sequence[Arm]) -> list[dict[str, str]]:
-    """Rows (stage, key, cells, run) once for each key, with the runs that share it; those of a stage together."""
+def shared_once(
+    rows: Iterable[tuple[str, str, dict[str, str], Member]], arms: Sequence[ArmRuns]
+) -> list[dict[str, str]]:
+    """Rows (stage, key, cells, run), each key once with the runs that share it; rows of one stage are adjacent."""
     found: dict[str, dict[str, dict[str, str]]] = {}
     sharing: dict[str, list[Member]] = {}
     for stage, key, cells, member in rows:
@@ -82,27 +84,27 @@ def shared_once(rows: Iterable[tuple[str, str, dict[str, str], Member]], arms: S
     return [with_of(cells, sharing[key], arms) for keys in found.values() for key, cells in keys.items()]
 
 
-def arms_of(found: Sequence[Evidence], named: Mapping[str, str] | None = None) -> tuple[Arm, ...]:
-    """Runs as arms, in their order; `named` gives the arm of each run, where an ablation made them."""
+def arms_of(found: Sequence[Evidence], named: Mapping[str, str] | None = None) -> tuple[ArmRuns, ...]:
+    """Runs as arms, in their order; `named` gives the arm of each run of an ablation."""
 
-    def alike(one: Evidence) -> str:
+    def variant(one: Evidence) -> str:
         document = one.recipe.model_dump(mode="json", exclude={"name", "seed"})
         return named[one.run.name] if named else json.dumps(document, sort_keys=True)
 
     return tuple(
-        Arm(alike(runs[0]) if named else _name(runs), tuple(runs), differences(found[0].recipe, runs[0].recipe))
-        for runs in grouped(found, alike)
+        ArmRuns(variant(runs[0]) if named else _name(runs), tuple(runs), differences(found[0].recipe, runs[0].recipe))
+        for runs in grouped(found, variant)
     )
 
 
-def shared_by(runs: Sequence[Member], arms: Sequence[Arm]) -> str:
+def shared_by(runs: Sequence[Member], arms: Sequence[ArmRuns]) -> str:
     """Which of all runs these are, in a few words: `all`, `all but mixed, seed 0`, or the arms with their seeds."""
     every = members(arms)
     seeds = {run.recipe.seed for _, run in runs}
-    alike = [(arm, run) for arm, run in every if run.recipe.seed in seeds]  # all there are with these seeds
-    seed = f", seed {min(seeds)}" if len(seeds) == 1 and len(alike) < len(every) else ""
+    same_seeds = [(arm, run) for arm, run in every if run.recipe.seed in seeds]
+    seed = f", seed {min(seeds)}" if len(seeds) == 1 and len(same_seeds) < len(every) else ""
     here = {run.run.name for _, run in runs}
-    others = list(dict.fromkeys(arm.name for arm, run in alike if run.run.name not in here))
+    others = list(dict.fromkeys(arm.name for arm, run in same_seeds if run.run.name not in here))
     if not others and len(runs) > 1:
         return f"all{seed}"
     if 0 < 3 * len(others) <= len(here) and not any(arm.name in others for arm, _ in runs):
@@ -122,12 +124,12 @@ def _name(runs: Sequence[Evidence]) -> str:
 
 
 def differences(first: Recipe, other: Recipe) -> dict[str, Any]:
-    """The recipe keys, as `--set` takes them, that make `first` into `other`; its name and seed apart."""
+    """The recipe keys, in the form of `--set`, that turn `first` into `other`; without name and seed."""
     top = {"name", "seed", "phases"}
     found = _differing(first, other, "", top)
     before, after = ({phase.name: phase for phase in recipe.phases} for recipe in (first, other))
     kept = [name for name in before if name in after]
-    if kept != list(after):  # a phase that is new, or in another place
+    if kept != list(after):  # a new phase, or another order
         return found | {"phases": [phase.model_dump(mode="json", exclude_defaults=True) for phase in other.phases]}
     found |= {name: None for name in before if name not in after}
     for name in kept:
@@ -136,7 +138,7 @@ def differences(first: Recipe, other: Recipe) -> dict[str, Any]:
 
 
 def flow(value: Any) -> str:
-    """A value on one line, as `--set` reads it."""
+    """A value on one line, in the form of `--set`."""
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
     return text.removesuffix("...\n").strip()
 

@@ -1,10 +1,10 @@
-"""A report from runs: the sections, each left out where there is nothing for it."""
+"""A report from runs: its sections; those without content are omitted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qcft.report.arms import Arm
+from qcft.report.arms import ArmRuns
 from qcft.report.cost import cost_section
 from qcft.report.curve import dial_section
 from qcft.report.document import Document, Section
@@ -19,7 +19,7 @@ from qcft.report.stages import stages_section
 from qcft.report.suites import suites_section
 from qcft.report.training import training_section
 
-SECTIONS: tuple[Callable[[Sequence[Arm]], Section | None], ...] = (
+SECTIONS: tuple[Callable[[Sequence[ArmRuns]], Section | None], ...] = (
     before_section,
     ability_section,
     arms_section,
@@ -37,8 +37,8 @@ SECTIONS: tuple[Callable[[Sequence[Arm]], Section | None], ...] = (
 )
 
 
-def build_report(arms: Sequence[Arm], title: str | None = None) -> Document:
-    """The report of one run, or of several as arms; its title is their names, where none is given."""
+def build_report(arms: Sequence[ArmRuns], title: str | None = None) -> Document:
+    """The report of one run, or of several as arms; the default title is their names."""
     question, answer = question_and_answer(arms)
     sections = [section(arms) for section in SECTIONS]
     names = [arm.name for arm in arms]

@@ -1,4 +1,4 @@
-"""The model card of a model that leaves the runs folder: what it is, its data, its recipe, EA and MA."""
+"""The model card of an exported model: what it is, its data, its recipe, EA and MA."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OLLAMA = "ollama create {name} -f Modelfile && ollama run {name}\n"
 
 @dataclass(frozen=True)
 class Use:
-    """What a folder holds, and how one uses it: the library's name on the hub, the snippet, its language."""
+    """How to use what a folder contains: the library's name on the hub, a code snippet, its language."""
 
     library: str
     snippet: str
@@ -51,14 +51,13 @@ A_MODEL, AN_ADAPTER = Use("transformers", MODEL), Use("peft", ADAPTER)
 
 
 def gguf_use(file: str, ollama: str | None) -> Use:
-    """The use of a GGUF file; `ollama`: a name for it there."""
+    """How to use a GGUF file; `ollama`: its name in Ollama."""
     snippet = GGUF.format(file=file) + (OLLAMA.format(name=ollama) if ollama else "")
     return Use("gguf", snippet, "sh", ("gguf",))
 
 
 def write_card(folder: Path, recipe: Recipe, table: RunTable, stage: str, what: str, use: Use) -> None:
-    """Write `folder/README.md`. `stage` is the measured stage of the table that the model is; `what` says how it
-    was made."""
+    """Write `folder/README.md`. `stage`: the model's stage in the table; `what`: how the model was made."""
     base = public_name(recipe.model.name)
     languages = sorted({g["lang"] for g in table["groups"] if g["lang"] != "?"})
     front: dict[str, object] = {

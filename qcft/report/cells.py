@@ -1,4 +1,4 @@
-"""The words and numbers of the table, shared by the terminal and the page."""
+"""The texts and numbers of the table, shared by the terminal and the page."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from qcft.store.table import Between, GroupOf, Named, StageChange, StagesTable, 
 
 
 def stage_rows(table: StagesTable) -> list[dict[str, str]]:
-    """A row per stage: NLL and token accuracy of each group (English marked), bits per byte of raw text; length and
-    finished share of answers."""
+    """A row per stage: NLL and token accuracy of each group (English is marked), bits per byte of raw text; mean length
+    of the answers and the share that is finished."""
     lines, answers = [], _answers(table)
     for stage in table["stages"]:
         line = {"stage": stage_name(stage)}
@@ -50,12 +50,12 @@ def stage_name(stage: Named) -> str:
 
 
 def change_name(change: Between) -> str:
-    """Which stages a change is between."""
+    """The two stages of a change."""
     return f"{change['to_name']} since {change['from_name']}"
 
 
 def in_short(answers: AnswerLengths) -> str:
-    """How long greedy answers are, and how many of them came to an end."""
+    """How long greedy answers are, and how many of them are finished."""
     return f"{answers['mean_tokens']:.0f} tokens, {answers['finished']:.0%} done"
 
 
@@ -65,14 +65,14 @@ def _title(table: StagesTable, group: GroupOf) -> str:
 
 
 def text_note(table: StagesTable) -> str:
-    """What is to be said of groups of raw text; nothing where there are none."""
+    """A note on groups of raw text; empty where there are none."""
     if not any("bits_per_byte" in score for stage in table["stages"][:1] for score in stage["groups"].values()):
         return ""
     return "Raw text: every token that stands for text, and b/B, the bits for each of its UTF-8 bytes."
 
 
 def _answers(table: StagesTable) -> dict[str, AnswerLengths]:
-    """Each stage's English answers; none where no prompts were asked."""
+    """Each stage's English answers; empty where none were generated."""
     return {stage["stage"]: stage["answers"] for stage in table["stages"] if stage["answers"]}
 
 
@@ -81,12 +81,12 @@ def _answers_title(answers: Mapping[str, AnswerLengths]) -> str:
 
 
 def left_out(reasons: Mapping[str, int], nothing: str) -> str:
-    """How many rows were left out, reason by reason."""
+    """How many rows were dropped, reason by reason."""
     return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or nothing
 
 
 def bracket(low: float | None, high: float | None, digits: int = 2) -> str:
-    """An interval as a table's cell has it."""
+    """An interval for a table's cell."""
     return "[no interval]" if low is None or high is None else f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
@@ -107,7 +107,8 @@ def basis(change: Paired | Difference) -> str:
 def moved(change: Paired | Difference) -> str:
     """A change of a loss in words: `rose by 0.158 nats per token (95% interval 0.107 to 0.208, 16 rows)`.
 
-    The interval has the direction of the words; where it includes zero, its bounds have signs, and more is said.
+    The interval's bounds have no sign, as the verb gives the direction; only where it includes zero they have one, and
+    the text says how small a change could have been detected.
     """
     change = change.as_dict() if isinstance(change, Difference) else change
     value, low, high = change["value"], change["low"], change["high"]
@@ -119,25 +120,25 @@ def moved(change: Paired | Difference) -> str:
         return f"{text} (95% interval {low:.3f} to {high:.3f}, {basis(change)})"
     return (
         f"{text} (95% interval of the change {low:+.3f} to {high:+.3f}, {basis(change)}; a change below "
-        f"{(high - low) / 2:.3f}, half the interval's width, could not have been seen)"
+        f"{(high - low) / 2:.3f}, half the interval's width, could not have been detected)"
     )
 
 
 def cut_in_words(part: ReplayedPart) -> str:
-    """Of one kind of a phase's replay: how many answers were cut before their end, and what that did to lengths."""
+    """For one kind of a phase's replay: how many answers were cut off, and how that changed the mean length."""
     cut = part.get("cut") or {"rows": 0, "answer_tokens": 0}  # none in steps of earlier versions
     if not cut["rows"]:
         return ""
     finished, tokens = part["rows"] - cut["rows"], part["answer_tokens"] - cut["answer_tokens"]
     without = f"; {tokens / finished:.0f} without those" if finished > 0 else ""
     return (
-        f"{part['kind']} replay: {finished} answers finished, {cut['rows']} cut at their longest (no loss on an end of "
-        f"turn); mean {part['answer_tokens'] / part['rows']:.0f} answer tokens{without}"
+        f"{part['kind']} replay: {finished} answers finished, {cut['rows']} cut off at the maximum length (no loss on "
+        f"an end of turn); mean {part['answer_tokens'] / part['rows']:.0f} answer tokens{without}"
     )
 
 
 def conclusion(table: StagesTable) -> list[str]:
-    """What the table says, in sentences: what was gained, what English lost."""
+    """The table's results in sentences: gains, and losses of English."""
     if not table["changes"]:
         return []
     english = [g["name"] for g in table["groups"] if g["english"]]
@@ -158,12 +159,15 @@ def conclusion(table: StagesTable) -> list[str]:
     for stage, kept in table["kept"].items():
         share = kept["share"]
         if share is None:
-            sentences.append(f"What {stage} kept is not measurable: the gain was {kept['gain']['value']:+.3f} nats.")
+            sentences.append(
+                f"How much of the improvement is left in {stage} cannot be measured: the improvement was only "
+                f"{kept['gain']['value']:+.3f} nats per token."
+            )
         else:
             sentences.append(
-                f"Merging kept {share:.0%} of the {kept['gain']['value']:.3f} nats gained "
-                f"({stage}, {kept['gain']['rows']} rows); KL to the live adapter {kept['kl']:.3f} nats per answer "
-                f"token, greedy agreement {kept['agreement']:.0%} of {kept['compared_tokens']} tokens."
+                f"In {stage}, {share:.0%} of the improvement ({kept['gain']['value']:.3f} nats per token, "
+                f"{kept['gain']['rows']} rows) is left after merging; it picks the same token as the adapter in "
+                f"{kept['agreement']:.0%} of {kept['compared_tokens']} cases (KL {kept['kl']:.3f} nats per token)."
             )
     return sentences
 
@@ -173,7 +177,7 @@ def _english(since: StageChange, name: str, which: str) -> str:
     low, high = entry["low"], entry["high"]
     clear = low is not None and high is not None and (low > 0 or high < 0)
     if not clear:
-        word = "It cannot be told whether English got worse"
+        word = "It is not clear whether English got worse"
     else:
         word = "English got worse" if entry["value"] > 0 else "English did not get worse"
     where = "since the base model" if since["from"] == "eval/base" else f"after {since['from_name']}"
@@ -182,7 +186,7 @@ def _english(since: StageChange, name: str, which: str) -> str:
 
 
 def _others(table: StagesTable, base: StageChange, groups: Sequence[GroupOf]) -> str:
-    """How far the loss of the other languages fell or rose, in percent of where it began."""
+    """How much the loss of the other languages fell or rose, relative to the loss before."""
     langs = [group["lang"] for group in groups]
     ways: dict[str, list[str]] = {}
     unclear = []
@@ -198,7 +202,7 @@ def _others(table: StagesTable, base: StageChange, groups: Sequence[GroupOf]) ->
     bits = {"NF4": "4-bit", "16 bit": "16-bit"}.get(stage["precision"], stage["precision"])
     whom = f"the {bits} base model" if base["from"] == "eval/base" else f"{stage['name']} in {stage['precision']}"
     text = f"Compared with {whom}, held-out loss (NLL) {' and '.join(f'{w} by {listed(s)}' for w, s in ways.items())}"
-    return f"{text}{f'; in {listed(unclear)} the change cannot be told from none' if unclear else ''}."
+    return f"{text}{f'; it is not clear whether it changed in {listed(unclear)}' if unclear else ''}."
 
 
 def _length(start: AnswerLengths, end: AnswerLengths) -> str:
@@ -213,15 +217,18 @@ def _length(start: AnswerLengths, end: AnswerLengths) -> str:
 
 
 def continual_in_words(continual: Transfer | None, unit: str, scale: float = 1.0) -> list[str]:
-    """Backward transfer and forgetting as a sentence."""
+    """Backward transfer and forgetting in a sentence."""
     if continual is None:
         return []
     transfer, lost = continual["backward_transfer"] * scale, continual["forgetting"] * scale
-    return [f"Backward transfer {transfer:+.3f}, forgetting {lost:+.3f} {unit}."]
+    return [
+        f"Backward transfer {transfer:+.3f} (below 0: later phases hurt earlier ones), forgetting {lost:+.3f} "
+        f"(above 0: something was lost), in {unit}."
+    ]
 
 
 def noise_ratio(ratio: float | None) -> str:
-    """A signal-to-noise ratio, or a mean of some, in a table; that of matrices without noise is beyond any other's."""
+    """A signal-to-noise ratio, or a mean of several, for a table; that of matrices without noise is huge."""
     if ratio is None:
         return "-"
     return f"{ratio:.3g}" if ratio < 1e250 else "no noise"

@@ -1,4 +1,4 @@
-"""The answers of several stages to the same prompts, in words and as a page."""
+"""The answers of several stages to the same prompts, as text and as a page."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TypedDict
 
 from qcft.errors import InputError
 from qcft.files import reporting_unwritable, write_text
-from qcft.report.document import Answer, Document, Sample, Section, Table
+from qcft.report.document import Document, Sample, Section, StageAnswer, Table
 from qcft.report.page import to_page
 from qcft.safe import plain
 
-LANGUAGE = "in the row's language, of those clear"
+LANGUAGE = "in the row's language, of those identified"
 HINT = "name an .html file in a folder that can be written"
 
 
 class ComparedAnswer(TypedDict):
-    """A stage's answer: `lang` as py3langid tells it, None where it is not sure or there are too few letters."""
+    """A stage's answer: `lang` by py3langid, None where it is not certain or there are too few letters."""
 
     text: str
     tokens: int
@@ -26,7 +26,7 @@ class ComparedAnswer(TypedDict):
 
 
 class ComparedPrompt(TypedDict):
-    """A prompt with each stage's answer; of a held-out row its group, language and own answer, else None."""
+    """A prompt with each stage's answer; for a held-out row its group, language and reference answer, else None."""
 
     prompt: str
     held_out: str | None
@@ -35,7 +35,7 @@ class ComparedPrompt(TypedDict):
     answers: dict[str, ComparedAnswer]
 
 
-# The answers of stages of a run, and of a second one `with` it.
+# The answers of a run's stages, and of those of a second run, `with`.
 Compared = TypedDict(
     "Compared",
     {
@@ -50,7 +50,7 @@ Compared = TypedDict(
 
 
 def rows_of(prompt: ComparedPrompt) -> list[tuple[str, str, str]]:
-    """A prompt's answers: the stage, length, end and language in words, the text; a held-out row's own answer last."""
+    """A prompt's answers: the stage, a note on length, end and language, the text; a held-out row's reference last."""
     rows = [(stage, note(answer), answer["text"] or "(no text)") for stage, answer in prompt["answers"].items()]
     return rows if prompt["reference"] is None else [*rows, ("reference", "from the data", prompt["reference"])]
 
@@ -63,7 +63,7 @@ def note(answer: ComparedAnswer) -> str:
 
 
 def summary_rows(found: Compared) -> list[dict[str, str]]:
-    """A row for each stage: how long its answers are, how many ended, how many are in their row's language."""
+    """A row for each stage: the mean length of its answers, how many ended, how many are in their row's language."""
     rows = []
     for stage in found["stages"]:
         answers = [(prompt["lang"], prompt["answers"][stage]) for prompt in found["prompts"]]
@@ -72,25 +72,25 @@ def summary_rows(found: Compared) -> list[dict[str, str]]:
             "mean tokens": f"{fmean(answer['tokens'] for _, answer in answers):.0f}",
             "ended by themselves": f"{sum(answer['finished'] for _, answer in answers)} of {len(answers)}",
         }
-        told = [answer["lang"] == lang.split("-")[0] for lang, answer in answers if lang and answer["lang"]]
+        right = [answer["lang"] == lang.split("-")[0] for lang, answer in answers if lang and answer["lang"]]
         if any(lang for lang, _ in answers):
-            row[LANGUAGE] = f"{sum(told)} of {len(told)}" if told else "-"
+            row[LANGUAGE] = f"{sum(right)} of {len(right)}" if right else "-"
         rows.append(row)
     return rows
 
 
 def about(found: Compared) -> str:
-    """How the answers were made, and what their notes mean."""
+    """How the answers were generated, and what their notes mean."""
     return (
-        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut off: not ended by then. "
-        "Languages by py3langid; unclear: not sure, or fewer than 20 letters."
+        f"Greedy answers of at most {found['max_new_tokens']} tokens; cut off: not finished within these. "
+        "Languages by py3langid; unclear: not certain, or fewer than 20 letters."
     )
 
 
 def check_page(to: Path) -> None:
-    """Check that a page can be written, by writing beside it. Raises InputError."""
+    """Check that a page can be written, by creating a file in its folder. Raises InputError."""
     if to.suffix.lower() not in {".html", ".htm"} or to.is_dir():
-        raise InputError(f"--to {str(to)!r} is no .html file", HINT)
+        raise InputError(f"--to {str(to)!r} is not an .html file", HINT)
     with reporting_unwritable(to, "the page", HINT):
         trial = to.with_name(f".{to.name}.trial")
         trial.touch()
@@ -104,13 +104,15 @@ def write_comparison(to: Path, found: Compared) -> None:
 
 
 def samples_of(found: Compared) -> tuple[Sample, ...]:
-    """The prompts with their answers, as a page shows them."""
+    """The prompts with their answers, for a page."""
     return tuple(
         Sample(
             prompt["prompt"],
             prompt["lang"] or "",
             tuple(
-                Answer(f"{title}: {more}", text, title not in prompt["answers"] or prompt["answers"][title]["finished"])
+                StageAnswer(
+                    f"{title}: {more}", text, title not in prompt["answers"] or prompt["answers"][title]["finished"]
+                )
                 for title, more, text in rows_of(prompt)
             ),
         )
@@ -123,5 +125,5 @@ def _document(found: Compared) -> Document:
     count = len(found["prompts"])
     table = Table.of("comparison", "The answers of each stage", summary_rows(found), (), about(found))
     question = f"What do {', '.join(found['stages'])} of {found['model']} answer to the same {count} prompts?"
-    sections = (Section("answers", "Answers", samples_of(found)), Section("figures", "In figures", (table,)))
+    sections = (Section("answers", "Answers", samples_of(found)), Section("figures", "In numbers", (table,)))
     return Document(" and ".join(names), question, "", sections)

@@ -1,4 +1,4 @@
-"""What it cost: minutes, tokens, memory, disk, step by step; steps that runs share are counted once."""
+"""The cost in minutes, tokens, memory and disk, step by step; steps that runs share are counted once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict, cast
 
-from qcft.report.arms import Arm, Member, members, with_of
+from qcft.report.arms import ArmRuns, Member, members, with_of
 from qcft.report.document import Section, Table
 from qcft.store.metrics import ReplayMetrics
 from qcft.store.results import Run, Stage
@@ -15,8 +15,8 @@ from qcft.store.upkeep import size_of
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step cost: seconds of work, tokens trained or generated (None where neither), peak of the `memory` of
-    that kind, disk. `runs`: those that share it, where there are several."""
+    """The cost of a step: seconds of work, tokens trained or generated (None if neither), peak of this kind of
+    `memory`, disk. `runs`: the runs that share it, if there are several."""
 
     stage: str
     step: str
@@ -29,7 +29,7 @@ class Cost:
 
 
 class RunCost(TypedDict):
-    """What a run's done steps took: their number, seconds, tokens, the highest peak and the disk in bytes."""
+    """The cost of a run's done steps: their number, seconds, tokens, the highest peak and the disk in bytes."""
 
     steps: int
     seconds: float
@@ -39,7 +39,7 @@ class RunCost(TypedDict):
 
 
 def costs_of(run: Run) -> list[Cost]:
-    """What every done step of a run cost."""
+    """The cost of every done step of a run."""
     found = {}
     for stage in run.stages.values():
         memory, peak = _peak(stage.metrics)
@@ -48,8 +48,8 @@ def costs_of(run: Run) -> list[Cost]:
     return list(found.values())
 
 
-def cost_section(arms: Sequence[Arm]) -> Section | None:
-    """The table of steps, those that runs share once, with their sum."""
+def cost_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """The table of steps, shared ones once, with their sum."""
     found: dict[str, Cost] = {}
     sharing: dict[str, list[Member]] = {}
     for member in members(arms):
@@ -65,16 +65,16 @@ def cost_section(arms: Sequence[Arm]) -> Section | None:
         for cost in costs
     ]
     rows.append(dict.fromkeys(rows[0], "") | {"stage": "in all"} | _figures(in_all(costs), peak))
-    note = "Tokens trained or generated. Without a GPU the peak is that of the whole process so far."
+    note = "Tokens: trained on or generated. Without a GPU the peak is that of the whole process so far."
     if len(members(arms)) > 1:
         apart = sum(cost.seconds * len(sharing[cost.step]) for cost in costs) / 60
-        note += f" Steps that runs share are done once: each run by itself would have taken {apart:.1f} minutes in all."
+        note += f" Shared steps ran once: without sharing, all runs together would have taken {apart:.1f} minutes."
     title = "Minutes, tokens, memory and disk"
     return Section("cost", "Cost", (Table.of("cost", title, rows, map(asdict, costs), note, {"step"}, {len(costs)}),))
 
 
 def in_all(costs: Sequence[Cost]) -> Cost:
-    """What steps cost together: sums; the highest peak."""
+    """The cost of all steps: sums, and the highest peak."""
     seconds, tokens = sum(cost.seconds for cost in costs), sum(cost.tokens or 0 for cost in costs)
     peak = max((cost.peak_bytes for cost in costs), default=0)
     return Cost("in all", "", "", seconds, tokens, "", peak, sum(cost.disk_bytes for cost in costs))

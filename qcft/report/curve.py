@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from qcft.recipe import parse_by_layer
 from qcft.recipe.stages import DIAL, is_dial
-from qcft.report.arms import Arm, members
+from qcft.report.arms import ArmRuns, members
 from qcft.report.cells import in_short
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.equal_gain import equal_gain_tables
@@ -34,7 +34,7 @@ AVERAGES: dict[Literal["EA", "MA"], str] = {"EA": "EA: English", "MA": "MA: othe
 
 def curve_points(metrics: Mapping[str, object]) -> list[CurvePoint]:
     """A `dial` step's points with EA and MA: mean NLL per answer token of the English groups and of the others (None
-    where there are none), beside each group's own and the English answers."""
+    where there are none), together with that of each group and the English answers."""
     found: list[CurvePoint] = []
     for point in cast("DialMetrics", metrics)["points"]:
         taken: DeltaAmount = {"by": point["by"]} if "by" in point else {"scale": point["scale"]}
@@ -66,12 +66,12 @@ def curve_rows(points: Sequence[CurvePoint]) -> list[dict[str, str]]:
 
 
 def point_label(point: DeltaAmount) -> str:
-    """How much of the delta a point takes: `0.5`, `layers 0-9 at 0.5`."""
+    """How much of the delta a point uses: `0.5`, `layers 0-9 at 0.5`."""
     return parse_by_layer(point["by"]).label if "by" in point else f"{point['scale']:g}"
 
 
-def dial_section(arms: Sequence[Arm]) -> Section | None:
-    """The curve of every dial that a run was asked for, and English at an equal gain."""
+def dial_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """The curve of every dial of the runs, and English at an equal gain."""
     blocks: list[Block] = []
     for arm, run in members(arms):
         for name, stage in run.run.stages.items():
@@ -127,7 +127,7 @@ def _curve(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
 
 
 def _plane(points: Sequence[CurvePoint], name: str, what: str) -> Figure:
-    """EA against MA, where points by layers can stand beside the curve of the scales."""
+    """EA against MA, which shows points by layers together with the curve of the scales."""
 
     def body(axes: Axes) -> None:
         both = [(p, ma, ea) for p in points if (ma := p["MA"]) is not None and (ea := p["EA"]) is not None]

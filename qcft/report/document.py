@@ -1,4 +1,4 @@
-"""What a report is made of before it is written: sections of tables, plots, answers and text."""
+"""The parts of a report before it is written: sections of tables, plots, answers and text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are read; `records` are the same numbers unrounded, a line each, for `--json` and the CSV file.
+    """Formatted cells; `records` are the same numbers unrounded, one record per row, for `--json` and the CSV file.
 
-    `name` names that file, `measure` says what the `value` of a record is; `values` are the file's rows where they do
-    not follow from the records (report.tidy). `words` are the columns that hold text, not numbers; `strong` the rows
-    that stand out.
+    `name`: of that file; `measure`: what the `value` of a record is; `values`: the file's rows if they cannot be
+    derived from the records (report.tidy). `words`: the columns with text instead of numbers; `strong`: the emphasised
+    rows.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Table:
         note: str = "", words: Iterable[str] = (), strong: Iterable[int] = (), measure: str = "value",
         values: Iterable[Mapping[str, object]] = (),
     ) -> Table:  # fmt: skip
-        """A table of rows that say each cell's title; the first column, `of`, `change` and `words` hold text."""
+        """A table of rows with the title of each cell; the first column, `of`, `change` and `words` have text."""
         head = tuple(rows[0]) if rows else ()
         text = {*head[:1], "of", "change", *words}
         places = tuple(i for i, title in enumerate(head) if title in text)
@@ -44,8 +44,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: `svg` and `png` are its files, `wide` the SVG for wide screens, `alt` says what it shows to those who
-    can't see it."""
+    """A plot: `svg` and `png` are its files, `wide` the SVG for wide screens, `alt` the text for those who cannot see
+    it."""
 
     name: str
     caption: str
@@ -56,8 +56,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one stage answered; `finished` unless it was cut at the most tokens it may have."""
+class StageAnswer:
+    """The answer of one stage; not `finished` if it was cut off at the maximum number of tokens."""
 
     stage: str
     text: str
@@ -66,16 +66,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its answers side by side; `lang` is a BCP 47 tag, or empty where it isn't known."""
+    """A prompt with its answers side by side; `lang` is a BCP 47 tag, or empty if it is not known."""
 
     prompt: str
     lang: str
-    answers: tuple[Answer, ...]
+    answers: tuple[StageAnswer, ...]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Samples under a title, which a reader can open and close; `is_open` at first."""
+    """Samples under a title that a reader can open and close; `is_open`: whether it is open at first."""
 
     title: str
     samples: tuple[Sample, ...]
@@ -84,7 +84,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Listing:
-    """A file's text, word for word, in `language` (yaml, sh)."""
+    """A file's unmodified text, in `language` (yaml, sh)."""
 
     caption: str
     text: str
@@ -93,7 +93,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Prose:
-    """Sentences, each a line of its own."""
+    """Sentences, each on its own line."""
 
     sentences: tuple[str, ...]
 
@@ -103,7 +103,7 @@ Block = Table | Figure | Sample | Fold | Listing | Prose
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a report. `anchor` is its place in the page."""
+    """A part of a report with a title. `anchor`: its id in the page."""
 
     anchor: str
     title: str
@@ -112,7 +112,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report: what was asked, the answer, and what it rests on."""
+    """A report: the question, the answer, and the evidence for it."""
 
     title: str
     question: str

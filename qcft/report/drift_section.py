@@ -1,4 +1,4 @@
-"""Drift as a table, in sentences, and as the report's section: layer by layer, the frozen ones marked."""
+"""Drift as a table, in sentences, and as a section of the report: layer by layer, with frozen layers marked."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal, cast
 
 from qcft.files import read_sealed
 from qcft.measure.shifts import read_drift
-from qcft.report.arms import Arm, members
+from qcft.report.arms import ArmRuns, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
 from qcft.report.plots import FAINT, draw, legend_below, look
 from qcft.store.metrics import DriftFile, DriftFound, Pair, SeedFloor, StateShift
 from qcft.store.opened import DoneStep
 
-MOST_ROWS = 12  # of a table; --json and drift.json have every layer
+MOST_ROWS = 12  # of a table in the terminal; --json and drift.json have every layer
 BAR = 10
 SHIFTS: dict[Literal["mean_shift", "covariance_shift", "cka"], str] = {
     "mean_shift": "mean shift",
@@ -24,17 +24,17 @@ SHIFTS: dict[Literal["mean_shift", "covariance_shift", "cka"], str] = {
 
 
 def floor_file(run: Path, stage: str) -> Path:
-    """Where a run's folder keeps the floor of a drift's MPD: it depends on which other runs there are."""
+    """The file for the floor of a drift's MPD: in the run's folder, not the step's, as it depends on other runs."""
     return run / "report" / f"{drift_name(stage)}-floor.json"
 
 
 def found_drift(done: DoneStep, run: Path, stage: str) -> DriftFound:
-    """What a done drift found, and the floor of its MPD, which is beside the run's report."""
+    """The results of a done drift, and the floor of its MPD, which is stored in the run's report folder."""
     return {**read_drift(done), "floor": cast("SeedFloor | None", read_sealed(floor_file(run, stage)))}
 
 
 def drift_rows(found: DriftFile) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows: MPD and its bar, and for each language mean shift, covariance shift and CKA."""
+    """Titles and rows: MPD with a bar, and for each language mean shift, covariance shift and CKA."""
     layers = found["layers"]
     step = -(-len(layers) // MOST_ROWS)
     shown = [layer for layer in layers if layer["layer"] % step == 0 or layer["layer"] == len(layers) - 1]
@@ -50,7 +50,7 @@ def drift_rows(found: DriftFile) -> tuple[list[str], list[list[str]]]:
 
 
 def drift_says(found: DriftFound) -> list[str]:
-    """What the table says, in sentences."""
+    """The results in sentences."""
     moved = found["parameters"]
     sentences = []
     if moved["mpd"] is None:
@@ -67,7 +67,7 @@ def drift_says(found: DriftFound) -> list[str]:
         each = ", ".join(f"{name} {value:.3f} ({scaled:.2f})" for name, (value, scaled) in pairs.items())
         sentences.append(
             f"MPD, the mean over {moved['matrices']} weight matrices of the L2 norm of their difference "
-            f"(in parentheses: relative to the largest): {each}; L2 norm of all {moved['norm']:.3f}."
+            f"(in parentheses: relative to the largest): {each}; L2 norm over all of them {moved['norm']:.3f}."
         )
         sentences.append(_floor(found["floor"]))
     for lang, text in found["text"].items():
@@ -75,41 +75,41 @@ def drift_says(found: DriftFound) -> list[str]:
         covariances, ckas = [shift["covariance_shift"] for shift in shifts], [shift["cka"] for shift in shifts]
         worst, least = covariances.index(max(covariances)), ckas.index(min(ckas))
         sentences.append(
-            f"{lang}: largest covariance shift {shifts[worst]['covariance_shift']:.3f} in layer {worst}, least CKA "
+            f"{lang}: largest covariance shift {shifts[worst]['covariance_shift']:.3f} in layer {worst}, smallest CKA "
             f"{shifts[least]['cka']:.4f} in layer {least}; {text['rows']} rows, {text['tokens']:,} tokens."
         )
     return sentences
 
 
 def _floor(floor: SeedFloor | None) -> str:
-    """What MPD two seeds of one training have, in a sentence."""
+    """The MPD of two seeds of one training, in a sentence."""
     if floor is None:
         return "Its floor, the MPD of two seeds of one training, was not measured; `qcft drift` looks for it."
     what = f"the MPD of two seeds of {floor['phase']}'s training" if floor["phase"] else "the MPD of two seeds"
     if floor["mpd"] is not None:
         runs = floor["runs"]
         of = f"; against {runs[0]}" if len(runs) == 1 else f"; mean against {len(runs)} runs: {', '.join(runs)}"
-        return f"Its floor, {what}, is {floor['mpd']:.3f}: so much comes of the seed alone{of}."
+        return f"Its floor, {what}, is {floor['mpd']:.3f}: the seed alone causes this much{of}."
     if floor["measure"]:
         return f"Its floor, {what}, was not measured: run `{floor['measure']}`, then `qcft drift` again."
-    return f"Its floor, {what}, is not known: there is no training of plain LoRA here to repeat."
+    return f"Its floor, {what}, is not known: there is no training of plain LoRA to repeat."
 
 
 def note(found: DriftFile) -> str:
-    """What the columns mean."""
+    """The meaning of the columns."""
     cka = (
-        "debiased and linear, 1 where states are alike up to turning and scaling, 0 where they are unrelated"
+        "debiased and linear, 1 where states are equal up to rotation and scale, 0 where they are unrelated"
         if found.get("cka") == "debiased"
-        else "linear, not debiased: far above 0 for unrelated states if tokens are few; `qcft drift` measures it anew"
+        else "linear, not debiased: far above 0 for unrelated states if tokens are few; `qcft drift` measures it again"
     )
     return (
-        "mean: shift of the mean state in units of the states' spread; cov: relative change of their covariance "
+        "mean: shift of the mean state, in units of the states' spread; cov: relative change of their covariance "
         f"(Frobenius norm); CKA: {cka}"
     )
 
 
-def drift_section(arms: Sequence[Arm]) -> Section | None:
-    """A plot and a table of every drift that was measured."""
+def drift_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """A plot and a table of every measured drift."""
     blocks: list[Block] = []
     several = len(members(arms)) > 1
     for arm, run in members(arms):

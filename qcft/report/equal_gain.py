@@ -1,4 +1,4 @@
-"""English at an equal gain in the other languages, for the arms whose last phase was dialled."""
+"""English at an equal gain in the other languages, for the arms with a dial of their last phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qcft.measure.score import FILE, RowScore, read_scores
 from qcft.measure.stats import Difference, Runs, changes, mean_nll, pairwise
 from qcft.recipe import Dial
 from qcft.recipe.stages import dial_stage, point_folder
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import ArmRuns, Evidence
 from qcft.report.cells import basis, bracket
 from qcft.report.document import Table
 from qcft.report.standing import Standing, common_groups, standings
@@ -23,8 +23,8 @@ Groups = dict[str, list[RowScore]]
 
 @dataclass(frozen=True)
 class _Run:
-    """The dial of one run, by rising scale: its gain in the other languages at each point and the scores of its English
-    rows; those rows before, and the gain of its whole delta."""
+    """The dial of one run, by increasing scale: the gain in the other languages and the scores of the English rows at
+    each point; the scores of these rows before the phase, and the gain of the full delta."""
 
     seed: int
     gains: tuple[float, ...]
@@ -33,9 +33,9 @@ class _Run:
     full: float
 
 
-def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
-    """English at 95% of each dialled arm's own gain, and of the gain of the one that gained least; with several arms,
-    how far every two are apart there."""
+def equal_gain_tables(arms: Sequence[ArmRuns]) -> list[Table]:
+    """English at 95% of each dialled arm's own gain, and of the smallest gain of all dialled arms; with several arms,
+    the differences of all pairs there."""
     found = standings(arms)
     names = common_groups([standing.arm for standing in found])
     dialled = [(standing, runs) for standing in found if (runs := _runs(standing, names.english, names.others))]
@@ -61,8 +61,8 @@ def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
         records.append({**record, **_record("own", at_own), **equally})
     note = (
         "Changes of mean NLL in nats per answer token: the other languages' since the base (a gain), English with its "
-        f"95% interval over {basis(dialled[0][0].lost)} (above zero is lost). Read on a straight line between the "
-        "dial's nearest scales, whose gain is taken as exact; dashes: its points do not reach that gain."
+        f"95% interval over {basis(dialled[0][0].lost)} (above zero: a loss). Interpolated linearly between the dial's "
+        "nearest scales, whose gains are treated as exact; dashes: the dial's points do not reach that gain."
     )
     tables = [Table.of("equal-gain", "English at an equal gain", rows, records, note)]
     reached = {one.arm.name: there for (one, _), there in zip(dialled, equal, strict=True) if there}
@@ -70,7 +70,7 @@ def equal_gain_tables(arms: Sequence[Arm]) -> list[Table]:
 
 
 def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
-    """How much more English NLL each arm has than each other, where all have the same gain."""
+    """The differences of English NLL of all pairs of arms, at the same gain."""
     pairs = pairwise(reached)
     several = next(iter(pairs.values()))
     rows = [
@@ -79,9 +79,9 @@ def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
     ]
     records = [{"arm": other, "than": one, **found.as_dict()} for (one, other), found in pairs.items()]
     note = (
-        f"English NLL of the arm less that of the other, in nats per answer token, each at {SHARE:.0%} of {of}'s gain "
-        f"(below zero: the arm has more English). The 95% intervals of all {several.compared} pairs hold together, "
-        f"over {basis(several)}."
+        f"English NLL of the arm minus that of the other, in nats per answer token, each at {SHARE:.0%} of {of}'s gain "
+        f"(below zero: the arm's English is better). The 95% intervals of all {several.compared} pairs are "
+        f"simultaneous, over {basis(several)}."
     )
     return Table.of(
         "equal-gain-pairs", "English at an equal gain, arm against arm", rows, records, note, measure="english"
@@ -89,7 +89,7 @@ def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
 
 
 def _runs(standing: Standing, english: Sequence[str], others: Sequence[str]) -> list[_Run]:
-    """The dials of an arm's runs; none where one of them has no dial on the rows that the arms are compared on."""
+    """The dials of an arm's runs; empty if one of them has no dial on the rows that the arms are compared on."""
     found = [
         _dial(run, read_scores(before.opened), english, others)
         for run, before in zip(standing.arm.runs, standing.before, strict=True)
@@ -123,9 +123,9 @@ def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequenc
 
 
 def _there(runs: Sequence[_Run], wanted: Sequence[float]) -> Runs | None:
-    """The English scores of an arm's runs, by seed, where each has the gain that is wanted.
+    """The English scores of an arm's runs, by seed, where each has the wanted gain.
 
-    None where one has not, or where nothing was gained.
+    None where a run does not reach it, or where nothing was gained.
     """
     places = [place_of(run.gains, gain) for run, gain in zip(runs, wanted, strict=True)]
     if min(wanted) <= 0 or any(place is None for place in places):
@@ -134,9 +134,9 @@ def _there(runs: Sequence[_Run], wanted: Sequence[float]) -> Runs | None:
 
 
 def _changes(arms: Sequence[Sequence[_Run]], there: Sequence[Runs | None]) -> list[Difference | None]:
-    """The change of English of each arm that has the gain, None of the others."""
-    asked = [({run.seed: run.before for run in runs}, at) for runs, at in zip(arms, there, strict=True) if at]
-    found = iter(changes(asked) if asked else [])
+    """The change of English of each arm that reaches the gain, None for the others."""
+    pairs = [({run.seed: run.before for run in runs}, at) for runs, at in zip(arms, there, strict=True) if at]
+    found = iter(changes(pairs) if pairs else [])
     return [next(found) if at else None for at in there]
 
 

@@ -1,4 +1,4 @@
-"""English names of languages by their code, for sentences; a code that is not here stands for itself."""
+"""English names of languages by their code, for sentences; an unknown code is used as it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = {
 
 
 def language_name(code: str) -> str:
-    """`Spanish` for `es`, `Portuguese (pt-BR)` for `pt-BR`, the code itself where its name is not known."""
+    """`Spanish` for `es`, `Portuguese (pt-BR)` for `pt-BR`, the code itself if its name is not known."""
     name = NAMES.get(code.split("-")[0])
     if name is None:
         return code

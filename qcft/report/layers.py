@@ -1,4 +1,4 @@
-"""Layer by layer: which carry adapters, how much each phase changed them, what freezing went by."""
+"""Layer by layer: which layers have adapters, how much each phase changed them, the measure that froze them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import ArmRuns, Evidence
 from qcft.report.cells import noise_ratio
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import FAINT, INK, PAPER, draw, label, look
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LAYER = re.compile(r"\.(\d+)\.")
-SHADES = 7  # of the map: few enough to be told apart
+SHADES = 7  # of the map: few enough to distinguish
 
 
-def layers_section(arms: Sequence[Arm]) -> Section | None:
+def layers_section(arms: Sequence[ArmRuns]) -> Section | None:
     """The phases of one run side by side, or the last phase of each arm."""
     first = arms[0].runs[0]
     if len(arms) == 1:
@@ -42,7 +42,7 @@ def layers_section(arms: Sequence[Arm]) -> Section | None:
 
 
 def by_layer(modules: Mapping[str, float]) -> dict[int, float]:
-    """||s B A||_F of each decoder layer, from the squared norms of its modules; embeddings and heads left out."""
+    """||s B A||_F of each decoder layer, from the squared norms of its modules; without embeddings and heads."""
     return {layer: math.sqrt(sum(squares)) for layer, squares in _of_layers(modules).items()}
 
 
@@ -61,7 +61,7 @@ def frozen_layers(run: Evidence, phase: str) -> list[int]:
 
 
 def _measured(run: Evidence) -> dict[int, float]:
-    """The signal-to-noise ratio a freeze spec went by, where one did: the mean of a layer's modules."""
+    """The signal-to-noise ratios that a freeze spec used, if one did: the mean of each layer's modules."""
     for stage in run.run.stages.values():
         if stage.step.startswith("layers-") and cast("LayersMetrics", stage.metrics).get("measure") == "snr":
             found = _of_layers(cast("LayersFile", stage.opened.json("layers.json"))["modules"])
@@ -79,7 +79,7 @@ def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int
                 color=look(i).colour, hatch=look(i).hatch, edgecolor=PAPER, linewidth=0.4,
             )  # fmt: skip
         for i, (name, layers) in enumerate(frozen.items()):
-            if layers:  # marks that there are none of would make the layout leave room under the axes
+            if layers:  # an empty plot would make the layout reserve space under the axes
                 axes.plot(
                     layers, [0] * len(layers), linestyle="", marker="+x*1"[i % 4], markersize=5, color=INK,
                     clip_on=False, label=f"frozen in {name}", zorder=4,

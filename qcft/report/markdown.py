@@ -18,7 +18,7 @@ def to_markdown(document: Document) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows that say each cell's title as a Markdown table."""
+    """A Markdown table of rows with the title of each cell."""
     return _table(rows[0], [row.values() for row in rows])
 
 
@@ -46,7 +46,7 @@ def _block(block: Block) -> str:
 
 
 def line(text: str) -> str:
-    """Text, a model's perhaps, as one line of Markdown that can't break the page."""
+    """Text (it may be a model's) as one line of Markdown that cannot break the page."""
     return _escaped(" ".join(text.split()))
 
 
@@ -58,7 +58,7 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """Text that ends in a newline, as a block of code."""
+    """Text that ends with a newline, as a code block."""
     marks = "`" * max(3, _longest_marks(text) + 1)
     return f"{marks}{language}\n{text}{marks}"
 
@@ -68,12 +68,12 @@ def _longest_marks(text: str) -> int:
 
 
 def _cell(text: str) -> str:
-    """Text in a table, where brackets alone are no link: those of intervals stay readable in the file."""
+    """Text in a table, where brackets alone do not make a link: those of intervals stay readable in the file."""
     return "<br>".join(_escaped(part, "[]" if "](" in part else "") for part in text.split("\n"))
 
 
 def _escaped(text: str, brackets: str = "[]") -> str:
-    """Text that no link, image, HTML or emphasis comes of."""
+    """Text, escaped so that it has no links, images, HTML or emphasis."""
     special = "\\`*_<>#|~$" + brackets
     text = "".join("\\" + c if c in special else c for c in text.replace("&", "&amp;"))
     return re.sub(r"(?<=:)(?=//)|(?<=\bwww)(?=\.)", r"\\", text, flags=re.IGNORECASE)  # bare addresses become links

@@ -1,4 +1,4 @@
-"""What the phases trained on: sources and replay, by rows and by answer tokens."""
+"""The training data of the phases: sources and replay, by rows and by answer tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
-from qcft.report.arms import Arm, Member, grouped, members, with_of
+from qcft.report.arms import ArmRuns, Member, grouped, members, with_of
 from qcft.report.cells import left_out
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
-from qcft.report.training import Trained, trainings
+from qcft.report.training import Training, trainings
 from qcft.store.metrics import ReplayMetrics
 from qcft.store.results import Stage
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def mix_section(arms: Sequence[Arm]) -> Section | None:
+def mix_section(arms: Sequence[ArmRuns]) -> Section | None:
     """The mixes of the last phase as bars, and a table of every training's sources."""
     found = trainings(arms)
     if not found:
         return None
-    # A training stands for all that were fed the same rows of the same sources.
-    mixes = [replace(alike[0], runs=tuple(run for one in alike for run in one.runs)) for alike in grouped(found, _fed)]
+    # One training represents all those with the same rows of the same sources.
+    mixes = [replace(same[0], runs=tuple(run for one in same for run in one.runs)) for same in grouped(found, _fed)]
     last = [mix for mix in mixes if mix.phase == found[-1].phase]
     blocks: list[Block] = []
     if any(len(mix.metrics["mix"]) > 1 for mix in last):
@@ -36,17 +36,17 @@ def mix_section(arms: Sequence[Arm]) -> Section | None:
     return Section("mix", "What was trained on", tuple(blocks))
 
 
-def _fed(one: Trained) -> str:
+def _fed(one: Training) -> str:
     fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
     return json.dumps([one.phase, one.metrics["mix"], fed])
 
 
-def _bars(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
-    """A bar of rows and one of answer tokens for each mix that an arm's first run had."""
+def _bars(mixes: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
+    """A bar of rows and one of answer tokens for each mix of an arm's first run."""
     mixes = [mix for mix in mixes if _names(mix)]
     phase = mixes[0].phase
     sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.metrics["mix"]))
-    lines: list[tuple[str, Trained, Literal["rows", "answer_tokens"]]] = []
+    lines: list[tuple[str, Training, Literal["rows", "answer_tokens"]]] = []
     for mix in mixes:
         lines.append((f"{_names(mix) if len(arms) > 1 else phase}\nrows", mix, "rows"))
         lines.append(("answer tokens", mix, "answer_tokens"))
@@ -74,7 +74,7 @@ def _bars(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
 
     return draw(
         "mix",
-        f"The mix of {phase}: each source's share of the rows, and of the answer tokens, which carry the loss."
+        f"The mix of {phase}: each source's share of the rows, and of the answer tokens, which have the loss."
         + (" Of each arm's first seed." if any(len(arm.runs) > 1 for arm in arms) else ""),
         "Stacked bars of each source's share; the numbers are in the table that follows.",
         body,
@@ -82,11 +82,11 @@ def _bars(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
     )
 
 
-def _names(mix: Trained) -> str:
+def _names(mix: Training) -> str:
     return ", ".join(arm.name for arm, run in mix.runs if run is arm.runs[0])
 
 
-def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
+def _table(mixes: Sequence[Training], arms: Sequence[ArmRuns]) -> Table:
     rows, records = [], []
     for one in mixes:
         mix = one.metrics["mix"]
@@ -101,7 +101,7 @@ def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
                 "answer tokens": f"{share['answer_tokens']:,} ({share['answer_tokens'] / total[1]:.1%})",
                 "tokens": f"{share['tokens']:,}",
                 "trained, all epochs": f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
-                "left out": left_out(share["left_out"], "none"),
+                "dropped": left_out(share["left_out"], "none"),
             }
             rows.append(with_of(row, one.runs, arms))
             records.append(
@@ -110,20 +110,20 @@ def _table(mixes: Sequence[Trained], arms: Sequence[Arm]) -> Table:
                 | {key: share[key] for key in ("rows", "tokens", "answer_tokens")}
                 | {f"trained_{key}": seen[key] for key in ("rows", "tokens", "answer_tokens")}
             )
-    words = ("source", "left out")
-    note = "Answer tokens are those that bear loss."
-    return Table.of("mix", "Sources, and what was fed of them", rows, records, note, words=words)
+    words = ("source", "dropped")
+    note = "Answer tokens are those with loss."
+    return Table.of("mix", "Sources, and how much of them was used", rows, records, note, words=words)
 
 
-def _replay_table(arms: Sequence[Arm]) -> Table | None:
-    """What each replay was asked to be and what it came to, in both units, and how many answers were cut."""
+def _replay_table(arms: Sequence[ArmRuns]) -> Table | None:
+    """The requested and the actual share of each replay, in both units, and how many answers were cut off."""
     found: dict[str, tuple[str, Stage]] = {}
     sharing: dict[str, list[Member]] = {}
     for member in members(arms):
         run = member[1]
         phases = [phase.name for phase in run.recipe.phases if phase.replay and phase.replay.ratio > 0]
         stages = [stage for stage in run.run.stages.values() if stage.step.startswith("replay-")]
-        for phase, stage in zip(phases, stages, strict=False):  # as far as they are done
+        for phase, stage in zip(phases, stages, strict=False):  # some may not be done
             found.setdefault(stage.step, (phase, stage))
             sharing.setdefault(stage.step, []).append(member)
     rows, records = [], []
@@ -147,20 +147,20 @@ def _replay_table(arms: Sequence[Arm]) -> Table | None:
         }
         row = {
             "phase": phase,
-            "asked": f"{asked['ratio']:g} of {asked['unit']}",
+            "requested": f"{asked['ratio']:g} of {asked['unit']}",
             "rows": f"{made['rows']:,} ({made['share_of_rows']:.1%})",
             "answer tokens": f"{made['answer_tokens']:,} ({made['share_of_answer_tokens']:.1%})",
-            "answers cut": f"{cut_rows:,} of {made['rows']:,}",
+            "answers cut off": f"{cut_rows:,} of {made['rows']:,}",
             "mean answer tokens": _whole(mean),
-            "without those cut": _whole(without),
+            "without those cut off": _whole(without),
         }
         rows.append(with_of(row, sharing[step], arms))
         records.append(record | {"runs": "; ".join(run.run.name for _, run in sharing[step])})
     note = (
-        "In brackets: the share of the phase's mix. Answers are cut where they had not ended at max_new_tokens: they "
-        "are trained as far as they go, without loss on an end of turn."
+        "In brackets: the share of the phase's mix. Answers are cut off if they are not finished at max_new_tokens: "
+        "they are trained on without loss on an end of turn."
     )
-    return Table.of("replay", "Replay", rows, records, note, words=("asked",)) if rows else None
+    return Table.of("replay", "Replay", rows, records, note, words=("requested",)) if rows else None
 
 
 def _per(tokens: int, rows: int) -> float | None:

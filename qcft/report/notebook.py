@@ -1,4 +1,4 @@
-"""A report's first table and plot as a piece of HTML for a notebook's cell; every text escaped, no script."""
+"""A report's first table and plot as HTML for a notebook cell; every text is escaped, there is no script."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    """As an image: the styles and ids in it concern no other cell."""
+    """An image, so that its styles and ids do not affect other cells."""
     data = base64.b64encode(figure.svg.encode()).decode()
     return f'<img alt="{escape(figure.alt)}" style="max-width:36rem" src="data:image/svg+xml;base64,{data}">'

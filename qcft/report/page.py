@@ -1,6 +1,6 @@
-"""A report as one HTML page that needs nothing beside it: no script, no network, every text escaped.
+"""A report as one self-contained HTML page: no script, no network, every text is escaped.
 
-Its links to the tables and plots as files work where these are beside it.
+Its links to the files of tables and plots work if these are in the same folder.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from qcft.report.document import Document
 from qcft.report.plots import inline_svg
 
 HERE = Path(__file__).parent
-LONG, LINES = 360, 9  # characters and lines of a text that is shown whole
+LONG, LINES = 360, 9  # the most characters and lines of a text that is shown in full
 HEAD = 220  # characters of a longer one that are shown at first
 
 
 def to_page(document: Document, files: bool = False) -> str:
-    """The report as HTML. `files`: whether it links to the tables and plots that `write_report` writes beside it."""
+    """The report as HTML. `files`: whether it links to the files of tables and plots that `write_report` writes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    # Of all that goes into the page only qcft's own drawings and styles are taken as they are; matplotlib escapes
-    # the texts in its drawings.
+    # Only qcft's own drawings and styles are put into the page without escaping; matplotlib escapes the texts in its
+    # drawings.
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -36,8 +36,8 @@ def to_page(document: Document, files: bool = False) -> str:
 
 
 def shortened(text: str, tail: int = 0) -> str:
-    """How a long text begins, and its last `tail` characters, where a prompt may have its question; empty for a text
-    that is shown whole."""
+    """The beginning of a long text, and its last `tail` characters, as the question may be at the end of a prompt;
+    empty for a text that is shown in full."""
     lines = text.strip().split("\n")
     if len(text) <= LONG and len(lines) <= LINES:
         return ""

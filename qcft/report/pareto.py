@@ -1,4 +1,4 @@
-"""The report's first section: EA against MA, with the arms' seeds, and the answer that stands at the top."""
+"""The report's first section: EA against MA, with the arms' seeds; and the answer at the top of the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qcft.measure.stats import Difference
-from qcft.report.arms import Arm, Evidence, members, whose
+from qcft.report.arms import ArmRuns, Evidence, members, whose
 from qcft.report.cells import basis, bracket, conclusion, listed, stage_name
 from qcft.report.document import Figure, Section, Table
 from qcft.report.plots import BETTER, FAINT, INK, PAPER, UNIT, better_up_and_right, draw, label, legend_below, look
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def question_and_answer(arms: Sequence[Arm]) -> tuple[str, str]:
-    """What was asked of these runs, and the answer, a line each."""
+def question_and_answer(arms: Sequence[ArmRuns]) -> tuple[str, str]:
+    """The question that these runs answer, and the answer, on one line each."""
     languages = _languages(arms)
     gain = f"gain in {languages}" if languages else "gain"
     if len(arms) == 1:
-        asked = f"What did {arms[0].name} {gain}, and what English did it forget?"
+        question = f"What did {arms[0].name} {gain}, and what English did it forget?"
         if len(arms[0].runs) == 1:
-            told = " ".join(conclusion(arms[0].runs[0].run.table)[:2])
+            answer = " ".join(conclusion(arms[0].runs[0].run.table)[:2])
         else:
-            told = " ".join(f"{became(one)}; means over {len(one.english)} seeds." for one in standings(arms))
-        return asked, told or "Not known yet: its last phase is not measured."
-    asked = f"Which of {len(arms)} arms kept the most English for the most {gain}?"
+            answer = " ".join(f"{became(one)}; means over {len(one.english)} seeds." for one in standings(arms))
+        return question, answer or "Not known yet: its last phase is not measured."
+    question = f"Which of {len(arms)} arms kept the most English for the most {gain}?"
     found = standings(arms)
     said = verdict(found)
     if said is None:
         why = "no arm gained in the other languages" if found else "too few arms are measured on the same rows"
-        return asked, f"None can be named: {why}."
-    return asked, verdict_in_words(said, len(found))
+        return question, f"None can be named: {why}."
+    return question, verdict_in_words(said, len(found))
 
 
-def ability_section(arms: Sequence[Arm]) -> Section | None:
+def ability_section(arms: Sequence[ArmRuns]) -> Section | None:
     """EA against MA: the arms, or one run's stages."""
     found = standings(arms)
     if not found:
@@ -53,7 +53,7 @@ def ability_section(arms: Sequence[Arm]) -> Section | None:
     )
 
 
-def _languages(arms: Sequence[Arm]) -> str:
+def _languages(arms: Sequence[ArmRuns]) -> str:
     groups = [g["lang"] for _, run in members(arms) for g in run.run.table["groups"] if not g["english"]]
     names = [name for name in dict.fromkeys(groups) if name != "?"]
     return listed(names)
@@ -125,10 +125,10 @@ def _scatter(axes: Axes, places: Mapping[str, Sequence[tuple[float, float]]], be
 
 
 def _seeds(arms: Sequence[Sequence[Any]]) -> str:
-    rims = " Rims, dotted line: no other arm is better at both."
+    outlined = " Outlined points joined by the dotted line: no other arm is better on both axes."
     if all(len(runs) == 1 for runs in arms):
-        return rims
-    return f" Large: the mean over seeds; small: each seed; bars: from the least to the most.{rims}"
+        return outlined
+    return f" Large points: the mean over seeds; small points: each seed; bars: the range.{outlined}"
 
 
 def _path(evidence: Evidence) -> Figure:
@@ -151,9 +151,9 @@ def _path(evidence: Evidence) -> Figure:
 
     return draw(
         "stages",
-        f"EA against MA, stage by stage: mean {UNIT}, on held-out rows; up and to the right is better. 4 bits cost a "
-        "small model much by themselves: compare within one precision.",
-        "The way of the model from stage to stage, English against the other languages; the numbers are in the table "
+        f"EA against MA, stage by stage: mean {UNIT}, on held-out rows; up and to the right is better. 4-bit "
+        "weights alone make a small model much worse: compare stages of one precision only.",
+        "The path of the model from stage to stage, English against the other languages; the numbers are in the table "
         "of stages and languages.",
         body,
         height=2.8,
@@ -190,15 +190,15 @@ def _table(found: Sequence[Standing]) -> Table:
             for run, ea, ma in zip(one.arm.runs, one.english, one.others, strict=True)
         ]
     note = (
-        f"Mean {UNIT}, over all tokens of all rows, lower is better (\u2193). Changes are means over an arm's runs, "
-        f"each interval by itself: English {basis(found[0].lost)}, other languages {basis(found[0].gained)}. "
-        f"{'' if several else f'{ONE_RUN}. '}* No other arm is better at both. The answer is about the "
-        f"arm with the most English among those with at least {NEAR:.0%} of the largest gain."
+        f"Mean {UNIT}, over all tokens of all rows, lower is better (\u2193). Changes are means over an arm's runs; "
+        f"their intervals are not simultaneous: English {basis(found[0].lost)}, other languages "
+        f"{basis(found[0].gained)}. {'' if several else f'{ONE_RUN}. '}* No other arm is better at both. The answer is "
+        f"about the arm with the most English among those with at least {NEAR:.0%} of the largest gain."
     )
     if found[0].lost_trained:
         note += (
-            " English is of a kind that no arm trains on; beside it, the change on rows like those of the first phase, "
-            f"which replay and mixed arms may train on ({basis(found[0].lost_trained)})."
+            " The English rows are of a kind that no arm trains on; next to them is the change on rows like those of "
+            f"the first phase, which replay and mixed arms may train on ({basis(found[0].lost_trained)})."
         )
     return Table.of("abilities", "EA and MA, arm by arm", rows, records, note)
 
@@ -210,20 +210,20 @@ def _pairs(found: Sequence[Standing]) -> Iterator[Table]:
     if not once:
         return
     several = any(len(s.english) > 1 for s in found)
-    title = f"English NLL of the second less the first\n[95% interval over rows{' and seeds' if several else ''}]"
+    title = f"English NLL of the second minus the first\n[95% interval over rows{' and seeds' if several else ''}]"
     rows = [
         {"arms": f"{a}, {b}", title: _change(d),
-         "told apart": ("yes" if d.is_clear else "no") if several else "not tested"}
+         "clear": ("yes" if d.is_clear else "no") if several else "not tested"}
         for (a, b), d in once.items()
     ]  # fmt: skip
     records = ({"arm": b, "against": a, **d.as_dict()} for (a, b), d in once.items())
     some = next(iter(once.values()))
     note = (
-        f"{UNIT}; {basis(some)}. Where all arms are equal, the chance that any of the intervals "
-        f"({some.compared}, which hold together) excludes zero is 5%. {'' if several else f'{ONE_RUN}.'}"
+        f"{UNIT}; {basis(some)}. Clear: the interval excludes zero. The {some.compared} intervals are simultaneous: if "
+        f"all arms are equal, the chance that any of them excludes zero is 5%. {'' if several else f'{ONE_RUN}.'}"
     )
     yield Table.of(
-        "comparisons", "English, arm against arm", rows, records, note.strip(), words=("told apart",), measure="english"
+        "comparisons", "English, arm against arm", rows, records, note.strip(), words=("clear",), measure="english"
     )
 
 

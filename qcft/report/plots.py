@@ -1,7 +1,7 @@
-"""How plots look: readable in black and white, to colour-blind readers, on white paper and on a dark page.
+"""The style of plots: readable in black and white, for colour-blind readers, on white paper and on a dark page.
 
-A series has a colour, a marker, a line style and a hatch of its own, so that no colour carries meaning alone. The
-colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), less those too pale for white paper.
+Each series has its own colour, marker, line style and hatch, so that no information depends on colour alone. The
+colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), without those that are too pale for white paper.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ INK, FAINT, PAPER = "#1b1b1e", "#8a8a90", "#fefefe"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a8528c", "#b07c00", "#4a4a52")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)))
-HATCHES = ("", "///", "..", "xx", "\\\\\\", "++", "o", "--")  # a dot is as many bytes of SVG as fifty lines
+HATCHES = ("", "///", "..", "xx", "\\\\\\", "++", "o", "--")  # a dot needs as many bytes of SVG as fifty lines
 LEGEND_ROW, NAME_ROW = 0.21, 0.15  # inches
 WIDTH = 4.8  # inches: as wide as a phone, so that text stays readable there
-WIDE = 9.6  # inches: as wide as the page on a desk, with text of the same size
+WIDE = 9.6  # inches: as wide as the page on a desktop, with text of the same size
 PNG_DPI = 400
-LONGEST = 40  # letters of a line in a legend
-NAMES = 0.35  # of the width: what names beside the y-axis may take before they are wrapped
+LONGEST = 40  # characters of a line in a legend
+NAMES = 0.35  # of the width: names beside the y-axis that need more are wrapped
 UNIT = "NLL, nats per answer token"
 BETTER, LOWER = "better \u2192", "\u2190 better"  # at the end of an axis' title: along the axis, a y-axis' upwards
 
-# The page gives these colours its own, by the reader's choice of dark or light.
+# The page replaces these colours by its own, for dark or light mode.
 ON_PAGE = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(COLOURS)
 }
@@ -57,9 +57,9 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 10,
     "legend.frameon": False,
     "savefig.facecolor": PAPER,
-    "svg.fonttype": "none",  # letters stay letters: small files, read aloud by screen readers
+    "svg.fonttype": "none",  # text stays text: small files, readable by screen readers
     "text.color": INK,
-    "text.parse_math": False,  # names may hold a dollar sign
+    "text.parse_math": False,  # names may contain a dollar sign
     "xtick.color": FAINT,
     "xtick.labelcolor": INK,
     "ytick.color": FAINT,
@@ -68,7 +68,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Look(NamedTuple):
-    """What a series is known by."""
+    """The look of a series."""
 
     colour: str
     marker: str
@@ -77,7 +77,8 @@ class Look(NamedTuple):
 
 
 def look(i: int) -> Look:
-    """The looks of the series `i`; colour and line differ of any 36 in a row, colour and marker or hatch of any 24."""
+    """The look of series `i`. Colour and line style are unique among any 36 in a row, colour and marker (or hatch)
+    among any 24."""
     turn = i // len(COLOURS)
     return Look(
         COLOURS[i % len(COLOURS)],
@@ -90,15 +91,15 @@ def look(i: int) -> Look:
 def draw(
     name: str, caption: str, alt: str, body: Callable[[Any], None], height: float = 2.8, panels: int = 1
 ) -> Figure:
-    """A plot that `body` draws on the axes it is given, or on several that share what is across; `height` in inches, a
-    legend apart.
+    """A plot that `body` draws on its axes, or on several `panels` that share the x-axis; `height` in inches, without
+    the legend.
 
     It is drawn twice, for a phone (also the files) and for a wide page. Equal drawings give equal bytes.
     """
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in the PNG; the SVG's reader has other fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in the PNG; the SVG uses the reader's fonts
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # a label longer than the plot is wide
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
@@ -114,7 +115,7 @@ def _canvas(body: Callable[[Any], None], width: float, height: float, panels: in
 
     canvas = NewCanvas(figsize=(width, height), layout="constrained")
     body(canvas.subplots(panels, sharex=True))
-    for wrap in (_wrap_names, _wrap_across, _wrap_up):  # in this order: each leaves the axes another size
+    for wrap in (_wrap_names, _wrap_across, _wrap_up):  # in this order, as each changes the size of the axes
         canvas.draw_without_rendering()
         for axes in canvas.axes:
             wrap(axes)
@@ -129,7 +130,7 @@ def _svg(canvas: Canvas) -> str:
 
 
 def _wrap_names(axes: Axes) -> None:
-    """Wrap names beside the y-axis that take too much of the width; the figure grows by their lines."""
+    """Wrap names beside the y-axis that need too much of the width; the figure grows by the added lines."""
     figure: Any = axes.figure
     names, room = axes.get_yticklabels(), NAMES * figure.bbox.width
     wrapped = [_wrapped(one.get_text(), one.get_window_extent().width, room) for one in names]
@@ -140,7 +141,7 @@ def _wrap_names(axes: Axes) -> None:
 
 
 def _wrap_across(axes: Axes) -> None:
-    """Wrap the x-axis' title where it is longer than the axis, which wrapping the other title may make shorter."""
+    """Wrap the x-axis' title where it is longer than the axis."""
     title = axes.xaxis.label
     title.set_text(_wrapped(title.get_text(), title.get_window_extent().width, 0.9 * axes.bbox.width))
 
@@ -152,7 +153,7 @@ def _wrap_up(axes: Axes) -> None:
 
 
 def _wrapped(text: str, size: float, room: float) -> str:
-    """A text of this size on as many lines as it needs for the room."""
+    """A text of this size, wrapped to lines that fit the room."""
     if size <= room:
         return text
     lines = text.split("\n")
@@ -170,16 +171,16 @@ def inline_svg(figure: Figure, wide: bool = False) -> str:
 
 
 def label(axes: Axes, across: str, up: str) -> None:
-    """What the axes show, and the legend."""
+    """Set the axes' titles, and add the legend."""
     axes.set_xlabel(across)
     axes.set_ylabel(up)
     legend_below(axes)
 
 
 def legend_below(axes: Axes, columns: int = 2) -> None:
-    """A legend where it hides nothing: under the axes, by which the figure grows; beside them in a wide figure."""
+    """Add a legend outside the axes: below, in a figure that grows by it; beside them in a wide figure."""
     handles, labels = axes.get_legend_handles_labels()
-    if not labels:  # matplotlib leaves out what begins with an underscore
+    if not labels:  # matplotlib skips labels that begin with an underscore
         return
     figure: Any = axes.figure
     labels = [textwrap.fill(label, LONGEST) for label in labels]
@@ -193,7 +194,7 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
 
 
 def better_up_and_right(axes: Axes) -> None:
-    """EA against MA: both rise as NLL falls."""
+    """Set the axes of EA against MA: inverted, as a lower NLL is better."""
     axes.margins(0.12)
     axes.set_xlabel(f"MA: other languages ({UNIT}), {BETTER}")
     axes.set_ylabel(f"EA: English\nNLL, {BETTER}")

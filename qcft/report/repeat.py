@@ -1,4 +1,4 @@
-"""Everything needed to repeat it: commands, recipe, versions, digests."""
+"""Everything needed to repeat the runs: commands, recipe, versions, digests."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcft.recipe.shared import shared_yaml
-from qcft.report.arms import Arm, Evidence, Member, flow, members, shared_by, whose, with_of
+from qcft.report.arms import ArmRuns, Evidence, Member, flow, members, shared_by, whose, with_of
 from qcft.report.document import Block, Listing, Section, Table
 
 
-def arms_section(arms: Sequence[Arm]) -> Section | None:
-    """What sets the arms apart; None where there is but one."""
+def arms_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """How the arms differ; None where there is only one."""
     if len(arms) == 1:
         return None
     rows = [
         {
             "arm": arm.name,
             "seeds": ", ".join(str(run.recipe.seed) for run in arm.runs),
-            "runs measured to their end": f"{sum(run.last is not None for run in arm.runs)} of {len(arm.runs)}",
+            "runs measured after the last phase": f"{sum(run.last is not None for run in arm.runs)} of {len(arm.runs)}",
             "other recipe keys": "\n".join(_assignments(arm.sets)) or "nothing: the first recipe",
         }
         for arm in arms
     ]
     records = ({**whose(arm, run), "set": flow(dict(arm.sets))} for arm, run in members(arms))
     words = ("seeds", "other recipe keys")
-    table = Table.of("arms", f"What sets the arms apart from {arms[0].name}", rows, records, words=words)
+    table = Table.of("arms", f"How the arms differ from {arms[0].name}", rows, records, words=words)
     return Section("arms", "The arms", (table,))
 
 
-def repeat_section(arms: Sequence[Arm]) -> Section:
-    """The commands, the recipe they read, versions and digests."""
+def repeat_section(arms: Sequence[ArmRuns]) -> Section:
+    """The commands, their recipe, versions and digests."""
     first = arms[0].runs[0]
     recipe = shared_yaml(first.recipe)
     blocks: list[Block] = [
@@ -43,8 +43,8 @@ def repeat_section(arms: Sequence[Arm]) -> Section:
     return Section("repeat", "To repeat it", tuple(blocks))
 
 
-def commands(arms: Sequence[Arm]) -> str:
-    """A line for each run, given the first run's recipe as recipe.yaml."""
+def commands(arms: Sequence[ArmRuns]) -> str:
+    """A command for each run, with the first run's recipe as recipe.yaml."""
     first, lines = arms[0].runs[0].recipe, []
     for arm, run in members(arms):
         seed = {} if run.recipe.seed == first.seed else {"seed": run.recipe.seed}
@@ -58,8 +58,8 @@ def _assignments(sets: Mapping[str, Any]) -> list[str]:
     return [f"{key}={flow(value)}" for key, value in sets.items()]
 
 
-def _versions(arms: Sequence[Arm]) -> Table:
-    """The versions and the hardware that the steps ran on."""
+def _versions(arms: Sequence[ArmRuns]) -> Table:
+    """The library versions and the hardware of the steps."""
     used: dict[str, dict[str, None]] = {}
     for _, run in members(arms):
         for stage in run.run.stages.values():
@@ -67,12 +67,16 @@ def _versions(arms: Sequence[Arm]) -> Table:
             for name, version in {**step.get("versions", {}), **step.get("hardware", {})}.items():
                 used.setdefault(name, {})[str(version)] = None
     rows = [{"what": name, "value": ", ".join(versions)} for name, versions in used.items()]
-    note = "Several values: steps of different runs of the tool." if any(len(v) > 1 for v in used.values()) else ""
+    note = (
+        "Several values: the steps ran at different times or on different machines."
+        if any(len(v) > 1 for v in used.values())
+        else ""
+    )
     return Table.of("versions", "Versions and hardware", rows, rows, note, {"value"})
 
 
-def _digests(arms: Sequence[Arm]) -> Table:
-    """Digests of model, rows and adapters; equal ones once."""
+def _digests(arms: Sequence[ArmRuns]) -> Table:
+    """Digests of model, rows and adapters; equal ones are listed once."""
     used: dict[tuple[str, str], list[Member]] = {}
     for arm, run in members(arms):
         for what, digest in digests(run).items():
@@ -80,7 +84,7 @@ def _digests(arms: Sequence[Arm]) -> Table:
     rows = [with_of({"what": what, "digest": digest}, runs, arms) for (what, digest), runs in used.items()]
     records = ({"what": what, "of": shared_by(runs, arms), "digest": digest} for (what, digest), runs in used.items())
     return Table.of(
-        "digests", "Digests", rows, records, "SHA-256. Equal digests and settings make equal steps.", {"digest"}
+        "digests", "Digests", rows, records, "SHA-256. Equal digests and settings give equal steps.", {"digest"}
     )
 
 

@@ -7,31 +7,31 @@ from typing import cast
 
 from qcft.recipe import FIDELITY
 from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
-from qcft.report.arms import Arm, Evidence, members
+from qcft.report.arms import ArmRuns, Evidence, members
 from qcft.report.cells import listed, stage_name
-from qcft.report.document import Answer, Block, Fold, Prose, Sample, Section
+from qcft.report.document import Block, Fold, Prose, Sample, Section, StageAnswer
 from qcft.report.languages import language_name
 from qcft.report.standing import ENGLISH
 from qcft.store.metrics import JudgedAnswer, PromptAnswer
 
-EACH = 2  # prompts of each language before and after
+EACH = 2  # prompts of each language, before and after
 OPEN = 4  # languages whose answers are open at first
-SAMPLES = 4  # English prompts stage by stage
+SAMPLES = 4  # English prompts, stage by stage
 Stored = PromptAnswer | JudgedAnswer
 
 
-def before_section(arms: Sequence[Arm]) -> Section | None:
-    """The first prompts in English and in each taught language: the answers that are stored of the stage that the last
-    phase starts from and of its end (of several arms, each one's first run), and the rows' own answers."""
+def before_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """The first prompts in English and in each trained language: the stored answers of the stage that the last phase
+    starts from and of its end (for several arms, each one's first run), and the rows' reference answers."""
     stages = _ends(arms)
     if not stages:
         return None
     given = {title: _stored(run, stage) for title, (run, stage) in stages.items()}
     groups = [g for _, run in members(arms) for g in run.run.table["groups"]]
-    taught = dict.fromkeys(g["lang"] for g in groups if not g["english"] and g["lang"] != "?")
+    trained = dict.fromkeys(g["lang"] for g in groups if not g["english"] and g["lang"] != "?")
     blocks: list[Block] = []
     missing: list[str] = []
-    for lang in (ENGLISH, *taught):
+    for lang in (ENGLISH, *trained):
         samples = _side_by_side({title: found.get(lang, ()) for title, found in given.items()}, lang)[:EACH]
         if samples:
             blocks.append(Fold(language_name(lang), samples, len(blocks) < OPEN))
@@ -43,7 +43,7 @@ def before_section(arms: Sequence[Arm]) -> Section | None:
             Prose(
                 (
                     f"No answers in {listed(missing)} are stored. `qcft eval {name} --task {FIDELITY}` stores some for "
-                    f"this page; `qcft compare {name}` prints some, with the rows' own answers.",
+                    f"this page; `qcft compare {name}` prints some, with the rows' reference answers.",
                 )
             )
         )
@@ -51,9 +51,9 @@ def before_section(arms: Sequence[Arm]) -> Section | None:
     return Section("before", title, tuple(blocks)) if blocks else None
 
 
-def samples_section(arms: Sequence[Arm]) -> Section | None:
-    """The first English prompts with every stage's answers; of several arms, those prompts that are not shown before
-    and after."""
+def samples_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """The first English prompts with every stage's answers; for several arms, the prompts that `before_section` does
+    not show."""
     if len(arms) == 1:
         run = arms[0].runs[0]
         stages = {stage_name(row): (run, row["stage"].removeprefix(PROBES)) for row in run.run.table["stages"]}
@@ -75,9 +75,9 @@ def start_of(run: Evidence) -> str:
     return merged if last.start == "merged" and PROBES + merged in run.run.stages else before
 
 
-def _ends(arms: Sequence[Arm]) -> dict[str, tuple[Evidence, str]]:
-    """Title -> run and stage: the start of the first arm's last phase, and the end of each arm's. None are given where
-    no end is measured."""
+def _ends(arms: Sequence[ArmRuns]) -> dict[str, tuple[Evidence, str]]:
+    """Title -> run and stage: the start of the first arm's last phase, and the end of each arm's. Empty if no end is
+    measured."""
     first = arms[0].runs[0]
     after = {
         f"after: {arm.label(run)}" if len(arms) > 1 else f"after: {run.last.name.removeprefix(PROBES)}": (
@@ -94,7 +94,7 @@ def _ends(arms: Sequence[Arm]) -> dict[str, tuple[Evidence, str]]:
 
 
 def _stored(run: Evidence, stage: str) -> dict[str, Sequence[Stored]]:
-    """Language -> the answers of a stage that the run holds, in the order of their prompts."""
+    """Language -> the stored answers of a stage, in the order of their prompts."""
     stages = run.run.stages
     found: dict[str, Sequence[Stored]] = {}
     answered = stages.get(PROBES + stage)
@@ -109,14 +109,16 @@ def _stored(run: Evidence, stage: str) -> dict[str, Sequence[Stored]]:
 
 
 def _side_by_side(given: Mapping[str, Iterable[Stored]], lang: str) -> tuple[Sample, ...]:
-    """The prompts of the first stage that has some, with every stage's answer and the row's own."""
+    """The prompts of the first stage that has some, with every stage's answer and the row's reference."""
     by_prompt = {title: {answer["prompt"]: answer for answer in answers} for title, answers in given.items()}
     prompts = next((found for found in by_prompt.values() if found), {})
     samples = []
     for prompt in prompts:
         own = {title: found[prompt] for title, found in by_prompt.items() if prompt in found}
-        answers = [Answer(title, answer["text"] or "(no text)", answer["finished"]) for title, answer in own.items()]
+        answers = [
+            StageAnswer(title, answer["text"] or "(no text)", answer["finished"]) for title, answer in own.items()
+        ]
         references = [text for answer in own.values() if (text := answer.get("reference"))]
-        answers += [Answer("reference", text, finished=True) for text in references[:1]]
+        answers += [StageAnswer("reference", text, finished=True) for text in references[:1]]
         samples.append(Sample(prompt, lang, tuple(answers)))
     return tuple(samples)

@@ -1,4 +1,4 @@
-"""What the commands that write a report, a model or a drawing print with --json."""
+"""The JSON output of the commands that write a report, a model or a plot."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class ReportWritten(TypedDict):
 
 
 class Delivered(TypedDict):
-    """What was written to a folder; `pushed`: its address on the hub, where it was uploaded."""
+    """The folder that was written; `pushed`: its address on the hub, if it was uploaded."""
 
     folder: str
     pushed: NotRequired[str]
 
 
 class Merged(Delivered):
-    """A merged model: its folder, its stage, and what merging kept (None where that was not measured)."""
+    """A merged model: its folder, its stage, and how much of the gain merging kept (None if not measured)."""
 
     stage: str
     kept: KeptMetrics | None
@@ -39,8 +39,8 @@ class Exported(Delivered):
 
 
 class GgufWritten(Merged):
-    """A GGUF file in its folder: its path, its type, what it `kept` (None where that was not measured), and the name
-    under which Ollama has it, where it was asked for and is there."""
+    """A GGUF file in its folder: its path, its type, how much of the gain it `kept` (None if not measured), and its
+    name in Ollama, if it was requested and created."""
 
     file: str
     type: str
@@ -48,7 +48,7 @@ class GgufWritten(Merged):
 
 
 class HalfShown(TypedDict):
-    """What a point comes to on half the rows (measure.pick.Half)."""
+    """The results of a point on half the rows (measure.pick.Half)."""
 
     english: Paired
     others: Paired
@@ -59,7 +59,7 @@ class HalfShown(TypedDict):
 
 
 class NotPicked(TypedDict):
-    """That no point has the share, and `why`; `said` in sentences."""
+    """No point has the share: the reason `why`; `said` in sentences."""
 
     share: float
     point: None
@@ -68,8 +68,8 @@ class NotPicked(TypedDict):
 
 
 class Picked(TypedDict):
-    """The point of a dial to take (measure.pick.Pick), `since` which stage English counts, in sentences what is `said`
-    of it, and the command that uses it `next`."""
+    """The point of a dial to use (measure.pick.Pick): `since`, the stage that English is compared with; `said`, the
+    result in sentences; `next`, the command that uses it."""
 
     share: float
     point: DeltaAmount
@@ -83,7 +83,7 @@ class Picked(TypedDict):
 
 
 class Dialled(TypedDict):
-    """The curve of a phase, its drawing's path, the point that was picked, and the one that was merged."""
+    """The curve of a phase, the path of its plot, the point that was picked, and the one that was merged."""
 
     run: str
     phase: str
@@ -94,7 +94,7 @@ class Dialled(TypedDict):
 
 
 class DriftShown(DriftFound):
-    """What a drift found, of which run, and the drawing's path."""
+    """The results of a drift, its run, and the path of the plot."""
 
     run: str
     drawing: str

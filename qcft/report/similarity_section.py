@@ -8,7 +8,7 @@ from typing import cast
 
 from qcft.files import read_sealed
 from qcft.measure.similarity import SimilarityFound, SimilarityRecord
-from qcft.report.arms import Arm, members, whose
+from qcft.report.arms import ArmRuns, members, whose
 from qcft.report.document import Block, Prose, Section, Table
 
 
@@ -18,7 +18,7 @@ def similarity_rows(found: SimilarityFound) -> list[dict[str, str]]:
 
 
 def _entries(found: SimilarityFound) -> list[tuple[str, SimilarityRecord | float]]:
-    """What is compared, and how alike it is; of the paper's pairs the value alone."""
+    """The compared pairs and their similarity; for the paper's pairs only the value."""
     names = [_short(side["name"]) for side in (found["a"], found["b"])]
     entries: list[tuple[str, SimilarityRecord | float]] = [(f"{names[0]} - {names[1]}", found["des"])]
     for entry in found["languages"]:
@@ -29,8 +29,8 @@ def _entries(found: SimilarityFound) -> list[tuple[str, SimilarityRecord | float
     return entries + [(f"qcft's {word} pair", entry) for word, entry in found["scale"]["qcft"].items()]
 
 
-def similarity_section(arms: Sequence[Arm]) -> Section | None:
-    """What `qcft similarity` left beside a run's report."""
+def similarity_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """The results that `qcft similarity` stored in a run's report folder."""
     blocks: list[Block] = []
     several = len(members(arms)) > 1
     for arm, run in members(arms):
@@ -46,11 +46,11 @@ def similarity_section(arms: Sequence[Arm]) -> Section | None:
             title = f"Similarity of the data{of}"
             blocks.append(Table.of(name, title, rows, rows, words={"rows"}, values=values))
             blocks.append(Prose(tuple(found["says"])))
-    return Section("similarity", "How alike the phases' instructions are", tuple(blocks)) if blocks else None
+    return Section("similarity", "How similar the phases' instructions are", tuple(blocks)) if blocks else None
 
 
 def _short(name: str) -> str:
-    """What was named; of a path the last folder and the name."""
+    """A short name; of a path the last folder and the file's name."""
     return ", ".join(str(Path(*Path(part).parts[-2:])) if ":" not in part else part for part in name.split(","))
 
 

@@ -1,10 +1,10 @@
-"""The forgetting matrix: stages by languages, and what changed since phase 1 and since the base."""
+"""The forgetting matrix: stages by languages, and the changes since phase 1 and since the base."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qcft.report.arms import Arm, Evidence, Member, grouped, members, shared_once, whose
+from qcft.report.arms import ArmRuns, Evidence, Member, grouped, members, shared_once, whose
 from qcft.report.cells import change_rows, conclusion, continual_in_words, stage_rows, text_note
 from qcft.report.document import Block, Prose, Section, Table
 
@@ -12,17 +12,18 @@ LOWER_NLL = "NLL (\u2193 lower is better)"
 CAPTION, CHANGE = f"{LOWER_NLL} and token accuracy (\u2191 higher is better)", "nll change"
 NOTE = (
     "Held-out rows: mean NLL in nats per answer token (lower is better) and the share of answer tokens predicted "
-    "right. In brackets 95% intervals of changes, each by itself, paired, over rows: bootstrap-t, or Student's t for "
-    "fewer than 8. * English; ! an English loss whose interval excludes zero. Compare stages of one precision only."
+    "right. In brackets 95% intervals of changes, not simultaneous, paired, over rows: bootstrap-t, or Student's t for "
+    "fewer than 8. * English; ! English got worse, and the interval excludes zero. Compare stages of one precision "
+    "only."
 )
 
 
-def stages_section(arms: Sequence[Arm]) -> Section | None:
-    """A table for each set of runs that were measured on the same rows in the same way."""
+def stages_section(arms: Sequence[ArmRuns]) -> Section | None:
+    """A table for each set of runs measured on the same rows in the same way."""
     runs = [(arm, run) for arm, run in members(arms) if run.run.table["stages"]]
-    alike = grouped(runs, lambda member: _way_of_measuring(member[1]))
+    comparable = grouped(runs, lambda member: _way_of_measuring(member[1]))
     blocks: list[Block] = []
-    for number, measured in enumerate(alike, start=1):
+    for number, measured in enumerate(comparable, start=1):
         more = "" if number == 1 else f"-{number}"
         if len(runs) == 1:
             table = runs[0][1].run.table
@@ -30,14 +31,16 @@ def stages_section(arms: Sequence[Arm]) -> Section | None:
             blocks += [_single(*runs[0]), Prose((*conclusion(table), *transfer))]
         else:
             blocks += [_levels(measured, arms, more), *_changes(measured, more)]
-    if len(alike) > 1:
-        blocks.insert(0, Prose(("These runs were measured on different rows or in different ways: a table for each.",)))
+    if len(comparable) > 1:
+        blocks.insert(
+            0, Prose(("These runs were measured on different rows or in different ways, so there are several tables.",))
+        )
     return Section("stages", "Stages and languages", tuple(blocks)) if blocks else None
 
 
 def _way_of_measuring(run: Evidence) -> str:
-    """What must be equal for two runs to stand in one table: rows, the tokens they come to (an NLL per token means
-    another thing with another tokenizer), and the settings."""
+    """What must be equal for two runs to be in one table: rows, the number of their tokens (an NLL per token cannot be
+    compared between tokenizers), and the settings."""
     stage = next(name for name in run.run.stages if name.startswith("eval/"))
     settings = run.run.stages[stage].opened.inputs["settings"]
     tokens = [group["answer_tokens"] for group in run.run.table["stages"][0]["groups"].values()]
@@ -45,7 +48,7 @@ def _way_of_measuring(run: Evidence) -> str:
     return f"{[*stage_rows(run.run.table)[0]]} {tokens} {ways}"
 
 
-def _single(arm: Arm, run: Evidence) -> Table:
+def _single(arm: ArmRuns, run: Evidence) -> Table:
     levels, changes = stage_rows(run.run.table), change_rows(run.run.table)
     records = ({**record, "arm": run.run.name} for of in (_level_records, _change_records) for record in of(arm, run))
     strong = range(len(levels), len(levels) + len(changes))
@@ -56,8 +59,8 @@ def _note(run: Evidence) -> str:
     return " ".join(filter(None, (NOTE, text_note(run.run.table))))
 
 
-def _levels(measured: Sequence[Member], arms: Sequence[Arm], more: str) -> Table:
-    """Every stage once, with the runs that share it; the same stage of different arms one under the other."""
+def _levels(measured: Sequence[Member], arms: Sequence[ArmRuns], more: str) -> Table:
+    """Every stage once, with the runs that share it; the same stage of different arms in adjacent rows."""
     rows = [
         (stage["stage"], run.run.stages[stage["stage"]].step, cells, (arm, run))
         for arm, run in measured
@@ -78,7 +81,7 @@ def _changes(measured: Sequence[Member], more: str) -> Iterator[Table]:
         )
 
 
-def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:
+def _level_records(arm: ArmRuns, run: Evidence) -> Iterator[dict[str, object]]:
     for stage in run.run.table["stages"]:
         for group in run.run.table["groups"]:
             score = stage["groups"][group["name"]]
@@ -97,7 +100,7 @@ def _level_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:
             }
 
 
-def _change_records(arm: Arm, run: Evidence) -> Iterator[dict[str, object]]:
+def _change_records(arm: ArmRuns, run: Evidence) -> Iterator[dict[str, object]]:
     for change in run.run.table["changes"]:
         for group in run.run.table["groups"]:
             yield {

@@ -1,4 +1,4 @@
-"""English and multilingual ability (EA, MA), arm by arm: which kept the most English for the most gain."""
+"""English and multilingual ability (EA, MA), arm by arm: which arm kept the most English for the most gain."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from qcft.measure.score import read_scores
 from qcft.measure.stats import Difference, Runs, changes, pairwise
-from qcft.report.arms import Arm, Evidence
+from qcft.report.arms import ArmRuns, Evidence
 from qcft.store.results import Stage
 
 ENGLISH = "en"
 NEAR = 0.9  # arms with at least this share of the largest gain compete for the most English
-UNEQUAL = 0.05  # arms whose trained answer tokens differ by a larger share are not trained alike
+UNEQUAL = 0.05  # arms whose trained answer tokens differ by a larger share are not equally trained
 
 
 def mean_of(groups: Iterable[Mapping[str, Any]]) -> float | None:
@@ -27,13 +27,13 @@ def mean_of(groups: Iterable[Mapping[str, Any]]) -> float | None:
 class Standing:
     """An arm at its last stage: mean NLL per answer token of English and of the others, run by run; lower is better.
 
-    The changes are means over the arm's runs, with 95% intervals over rows, and over seeds where any arm has several
+    The changes are means over the arm's runs, with 95% intervals over rows, and over seeds if any arm has several
     runs: `lost` (English) since each run's stage of `before`, `gained` (the others; below zero is a gain) since the
-    base as it is loaded. `front`: no other arm is better at both. English is of a kind that no arm trains on where such
-    rows are measured; then `lost_trained` is the change on the other English rows, which are like those trained on.
+    base as it is loaded. `front`: no other arm is better at both. If English rows of a kind that no arm trains on are
+    measured, English means those; then `lost_trained` is the change on the other English rows.
     """
 
-    arm: Arm
+    arm: ArmRuns
     english: tuple[float, ...]
     others: tuple[float, ...]
     lost: Difference
@@ -44,7 +44,7 @@ class Standing:
 
     @property
     def since(self) -> str:
-        """The name of the stage that `lost` counts from."""
+        """The name of the stage that `lost` is relative to."""
         return self.before[0].name.removeprefix("eval/")
 
     @property
@@ -55,12 +55,12 @@ class Standing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The arm with the most English among those `near` the largest gain; `behind` holds, of the others near it, how
-    much more English NLL they have. `beyond`: of the arms that gained less, the one with the most English, where that
-    is more than `best` has; with it the share of the largest gain that it had, and its English NLL less that of `best`.
+    """The arm with the best English among those `near` the largest gain; `behind`: how much higher the English NLL of
+    the others near it is. `beyond`: of the arms that gained less, the one with the best English, if it is better than
+    that of `best`; with its share of the largest gain, and its English NLL minus that of `best`.
 
-    The intervals are those of `english_pairs`. `tested` is false where every arm has one run: then nothing is known of
-    the differences between runs of one arm, and no arm can be called the better one.
+    The intervals are those of `english_pairs`. `tested` is false if every arm has one run: then the differences between
+    runs of one arm are not known, and no arm can be called the best.
     """
 
     best: Standing
@@ -70,13 +70,13 @@ class Verdict:
     tested: bool = True
 
 
-def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
-    """The arms that are measured to their end, on the rows that all of them were measured on."""
+def standings(arms: Sequence[ArmRuns]) -> tuple[Standing, ...]:
+    """The arms that are measured after their last phase, on the rows that all of them were measured on."""
     done = [arm for arm in arms if all(run.last for run in arm.runs)]
     english, others, trained = common_groups(done)
     if not english or not others:
         return ()
-    measured: list[tuple[Arm, tuple[Stage, ...], list[Stage]]] = []
+    measured: list[tuple[ArmRuns, tuple[Stage, ...], list[Stage]]] = []
     for arm in done:
         before = tuple(stage for run in arm.runs if (stage := _before(run, done)))
         base = [stage for run in arm.runs if (stage := run.run.stages.get("eval/base"))]
@@ -109,7 +109,7 @@ def standings(arms: Sequence[Arm]) -> tuple[Standing, ...]:
 
 
 def front(places: Mapping[str, tuple[float, ...]]) -> set[str]:
-    """Those whose place no other beats: as low everywhere, and lower somewhere."""
+    """The Pareto front: those for which no other is at most equal in every value, and lower in one."""
     return {
         name
         for name, place in places.items()
@@ -137,39 +137,39 @@ def verdict(found: Sequence[Standing]) -> Verdict | None:
 
 
 def english_pairs(found: Sequence[Standing]) -> dict[tuple[str, str], Difference]:
-    """The English NLL of the second arm less that of the first, for all pairs of arms; the intervals hold together."""
+    """The English NLL of the second arm minus that of the first, for all pairs of arms; simultaneous intervals."""
     english = common_groups([s.arm for s in found]).english
     return pairwise({s.arm.name: _last(s.arm, english) for s in found}) if len(found) > 1 else {}
 
 
-def answer_tokens(arm: Arm) -> float:
-    """The answer tokens that an arm's phases were trained on, epochs counted; the mean over its runs."""
+def answer_tokens(arm: ArmRuns) -> float:
+    """The answer tokens that an arm's phases were trained on, over all epochs; the mean over its runs."""
     fed = [source for run in arm.runs for training in run.run.trainings() for source in training["exposure"]]
     return sum(source["answer_tokens"] for source in fed) / len(arm.runs)
 
 
-def unequal_training(best: Arm, others: Sequence[Arm]) -> dict[str, float]:
-    """By how much more answer tokens `best` was trained on than each of the others (0.42: 42% more), where the two
-    differ by more than 5%."""
+def unequal_training(best: ArmRuns, others: Sequence[ArmRuns]) -> dict[str, float]:
+    """How many more answer tokens `best` was trained on than each of the others (0.42: 42% more), if the two differ by
+    more than 5%."""
     own = answer_tokens(best)
     shares = {arm.name: own / tokens - 1 for arm in others if (tokens := answer_tokens(arm))}
     return {name: share for name, share in shares.items() if abs(share) > UNEQUAL}
 
 
 class Groups(NamedTuple):
-    """Names of held-out groups: the English ones that arms are compared on, those of other languages, and the English
-    ones with rows like those trained on, where the first are not."""
+    """Names of held-out groups: the English ones that arms are compared on, those of other languages, and, if the first
+    have rows unlike those trained on, the other English ones."""
 
     english: list[str]
     others: list[str]
     trained: list[str]
 
 
-def common_groups(arms: Sequence[Arm]) -> Groups:
+def common_groups(arms: Sequence[ArmRuns]) -> Groups:
     """The groups whose rows, and their tokens, are the same at every arm's last stage.
 
-    An arm that trains on more rows of the first phase, by replay or mixed, is better on rows like them, so arms are
-    compared on English that none trains on, where it is measured.
+    An arm that trains on more rows of the first phase, by replay or mixed, is better on rows like them. So arms are
+    compared on English rows of a kind that none trains on, if such rows are measured.
     """
     seen = [
         {name: [(row.key, row.tokens) for row in rows] for name, rows in read_scores(run.last.opened).items()}
@@ -195,11 +195,11 @@ def _level(run: Evidence, groups: Sequence[str]) -> float:
     return mean
 
 
-def _before(run: Evidence, arms: Sequence[Arm]) -> Stage | None:
-    """What a run's English is held against: its first phase's measurement, or with one phase only, the base.
+def _before(run: Evidence, arms: Sequence[ArmRuns]) -> Stage | None:
+    """The measurement that a run's English is compared with: after its first phase, or with one phase only, the base.
 
-    A mixed run, which trains on the first phase of other runs with the rest, is held against theirs, where those with
-    its base and its seed have one in common.
+    A mixed run, which trains on the data of the first phase of other runs together with the rest, is compared with the
+    first phase of those with its base and its seed, if they share it.
     """
     stages, phases = run.run.stages, run.recipe.phases
     base = stages.get("eval/base")
@@ -216,12 +216,12 @@ def _before(run: Evidence, arms: Sequence[Arm]) -> Stage | None:
     return next(iter(shared.values())) if len(shared) == 1 else base
 
 
-def _last(arm: Arm, groups: Sequence[str]) -> Runs:
+def _last(arm: ArmRuns, groups: Sequence[str]) -> Runs:
     return _scores(arm, [run.last for run in arm.runs if run.last], groups)
 
 
-def _scores(arm: Arm, stages: Sequence[Stage], groups: Sequence[str]) -> Runs:
-    """The scores of the groups' rows by seed, at the stages that are those of the arm's runs."""
+def _scores(arm: ArmRuns, stages: Sequence[Stage], groups: Sequence[str]) -> Runs:
+    """The scores of the groups' rows by seed, at one stage of each of the arm's runs."""
     found = {}
     for run, stage in zip(arm.runs, stages, strict=True):
         scores = read_scores(stage.opened)

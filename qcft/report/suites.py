@@ -1,11 +1,11 @@
-"""The matrix of stages and tasks: what the stages were evaluated on, in `table["abilities"]` of their runs."""
+"""The matrix of stages and tasks: the evaluations, in `table["abilities"]` of the runs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from qcft.report.arms import Arm, Evidence, grouped, members, shared_once, whose
+from qcft.report.arms import ArmRuns, Evidence, grouped, members, shared_once, whose
 from qcft.report.cells import continual_in_words
 from qcft.report.document import Block, Prose, Section, Table
 from qcft.report.task_cells import (
@@ -22,41 +22,41 @@ from qcft.report.task_cells import (
 from qcft.store.table import FidelityOf, TasksTable
 
 NOTE = f"{SCORES} {INTERVALS}"
-Scored = tuple[Arm, Evidence, TasksTable]  # a run with one of its tables
-Answered = tuple[Arm, Evidence, FidelityOf]  # a run with the answers of one of its stages
+Scored = tuple[ArmRuns, Evidence, TasksTable]  # a run with one of its tables
+Answered = tuple[ArmRuns, Evidence, FidelityOf]  # a run with the answers of one of its stages
 
 
-def suites_section(arms: Sequence[Arm]) -> Section | None:
+def suites_section(arms: Sequence[ArmRuns]) -> Section | None:
     """A table for each way of evaluating, and the language of answers."""
     blocks: list[Block] = []
     several = len(members(arms)) > 1
     ways, fidelity = evaluated(arms), grouped(_answered(arms), lambda one: way_of_asking(one[2]))
     if max(len(ways), len(fidelity)) > 1:
-        blocks.append(Prose(("Measured with other settings, and not to be compared: a table for each.",)))
+        blocks.append(Prose(("Results with different settings cannot be compared, so they are in several tables.",)))
     for number, scored in enumerate(ways, start=1):
         more = "" if number == 1 else f"-{number}"
         blocks.append(_matrix(scored, arms, more))
         if any(table["changes"] for _, _, table in scored):
             blocks.append(_changes(scored, more, several))
-        told = tuple(
+        sentences = tuple(
             (f"{arm.label(run)}: " if several else "") + text
             for arm, run, table in scored
             for text in continual_in_words(table["continual"], "points", 100)
         )
-        blocks += [Prose(told)] if told else []
+        blocks += [Prose(sentences)] if sentences else []
     for number, cells in enumerate(fidelity, start=1):
         blocks.append(_fidelity(cells, "" if number == 1 else f"-{number}", arms))
     return Section("suites", "What the stages can do", tuple(blocks)) if blocks else None
 
 
-def evaluated(arms: Sequence[Arm]) -> list[list[Scored]]:
-    """The runs' tables of scores, those together that were made with the same settings on the same items."""
+def evaluated(arms: Sequence[ArmRuns]) -> list[list[Scored]]:
+    """The runs' tables of scores, grouped by settings and items."""
     found = [(arm, run, table) for arm, run in members(arms) for table in run.run.table["abilities"]["tables"]]
     return grouped(found, lambda one: json.dumps([one[2]["settings"], one[2]["tasks"]], sort_keys=True))
 
 
-def last_averages(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float]]] | None:
-    """EA and MA (shares) of each arm's runs after their last phase; None unless all were evaluated alike."""
+def last_averages(arms: Sequence[ArmRuns]) -> dict[str, list[tuple[float, float]]] | None:
+    """EA and MA (shares) of each arm's runs after their last phase; None unless all were evaluated in the same way."""
     for scored in evaluated(arms):
         found: dict[str, list[tuple[float, float]]] = {}
         for arm, run, table in scored:
@@ -68,11 +68,11 @@ def last_averages(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float]]] |
     return None
 
 
-def _answered(arms: Sequence[Arm]) -> list[Answered]:
+def _answered(arms: Sequence[ArmRuns]) -> list[Answered]:
     return [(arm, run, one) for arm, run in members(arms) for one in run.run.table["abilities"]["fidelity"]]
 
 
-def _matrix(scored: Sequence[Scored], arms: Sequence[Arm], more: str) -> Table:
+def _matrix(scored: Sequence[Scored], arms: Sequence[ArmRuns], more: str) -> Table:
     tasks, sides = scored[0][2]["tasks"], sides_of([table for _, _, table in scored])
     arrows = {t["task"]: "\u2191" if t["higher_is_better"] else "\u2193" for t in tasks}
     titles = {t["task"]: f"{t['task']} {arrows[t['task']]}\n{t['metric']}, {t['items']:,} items" for t in tasks}
@@ -110,7 +110,7 @@ def _changes(scored: Sequence[Scored], more: str, several: bool) -> Table:
     return Table.of(f"task-changes{more}", "What changed, in points", rows, records, measure="score change")
 
 
-def _fidelity(cells: Sequence[Answered], more: str, arms: Sequence[Arm]) -> Table:
+def _fidelity(cells: Sequence[Answered], more: str, arms: Sequence[ArmRuns]) -> Table:
     rows = [
         (cell["stage"], run.run.stages[f"abilities/{cell['stage']}/{cell['task']}"].step, row, (arm, run))
         for row, (arm, run, cell) in zip(fidelity_rows([cell for _, _, cell in cells]), cells, strict=True)

@@ -1,4 +1,4 @@
-"""The words and numbers of the evaluations' tables, shared by the terminal and the page."""
+"""The texts and numbers of the evaluations' tables, shared by the terminal and the page."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qcft.store.table import FidelityOf, ScoreChange, Side, TaskChange, TaskScor
 
 SIDES: tuple[Side, ...] = ("EA", "MA", "overall")
 SCORES = (
-    "Scores in percent. EA: mean over English tasks; MA: over tasks in other languages, a task's languages averaged "
-    "first; overall: the mean of the two."
+    "Scores in percent. EA: mean over English tasks; MA: mean over tasks in other languages, the languages of one task "
+    "averaged first; overall: the mean of the two."
 )
 INTERVALS = (
     "In brackets 95% intervals of changes, over items (questions on one text, and translations of one question, count "
-    "once). Those of a row hold together: where nothing changed, the chance of any * is 5%. * It excludes zero."
+    "once). Those of a row are simultaneous: if nothing changed, the chance of any * is 5%. * It excludes zero."
 )
-FIDELITY = "Greedy answers to held-out prompts: the share in the prompt's language, of those long enough to tell."
+FIDELITY = "Greedy answers to held-out prompts: the share in the prompt's language, of those long enough to identify."
 
 
 def sides_of(tables: Sequence[TasksTable]) -> list[Side]:
-    """The averages that there are."""
+    """The averages that any stage has."""
     return [side for side in SIDES if any(s[side] is not None for table in tables for s in table["stages"])]
 
 
@@ -45,7 +45,7 @@ def change_row(change: TaskChange, titles: Mapping[str, str], sides: Iterable[Si
 
 
 def way_of_asking(cell: FidelityOf) -> str:
-    """What must be equal for the language of answers to stand in one table."""
+    """What must be equal for the languages of answers to be in one table."""
     return json.dumps(cell["asked"], sort_keys=True)
 
 
@@ -64,7 +64,7 @@ def fidelity_rows(cells: Sequence[FidelityOf]) -> list[dict[str, str]]:
 def _answered(entry: AnsweredIn | None) -> str:
     if entry is None:
         return "-"
-    share = "none can be told" if entry["right"] is None else f"{entry['right']:.0%} of {entry['told']} in it"
+    share = "none identified" if entry["right"] is None else f"{entry['right']:.0%} of {entry['told']} in it"
     return f"{share}\n{entry['mean_tokens']:.0f} tokens, {entry['unfinished']:.0%} unfinished"
 
 
@@ -81,6 +81,6 @@ def _changed(change: ScoreChange | None) -> str:
 
 
 def _together(change: TaskChange) -> str:
-    """How many intervals of a row hold together."""
+    """How many intervals of a row are simultaneous."""
     counts = [entry["compared"] for entry in change["tasks"].values() if entry["compared"] > 1]
-    return f", {counts[0]} together" if counts else ""
+    return f", {counts[0]} simultaneous" if counts else ""

@@ -1,4 +1,4 @@
-"""Measurements in long form, one number a row, for pandas and the like: a run's, and those of a report's table."""
+"""Measurements in long form, one number per row, for pandas and the like: of a run, and of a report's table."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ COLUMNS = ("arm", "seed", "stage", "language", "rows_of", "measure", "value", "l
 
 # Keys of records, with the columns that they fill.
 NAMED = {"lang": "language", "group": "rows_of", "to": "stage", "phase": "stage"}
-NUMBERED = {"seed", "layer", "scale"}  # numbers that say which one, and measure nothing
+NUMBERED = {"seed", "layer", "scale"}  # numbers that identify a row, not measurements
 BASIS = ("low", "high", "level", "clusters", "seeds", "method", "compared", "rows")  # of an interval
 
 
 def tidy_rows(table: RunTable, arm: str, seed: int) -> Iterator[dict[str, Any]]:
     """The numbers of a run's table under the names of COLUMNS.
 
-    `rows_of` is the held-out group or the task. `low` and `high` are the 95% interval of a change, as the run's tables
-    have it, None for what is no change. NLL is in nats per answer token; accuracy is the share of answer tokens right.
+    `rows_of` is the held-out group or the task. `low` and `high` are the 95% interval of a change, the same as in the
+    run's tables; None for other numbers. NLL is in nats per answer token; accuracy is the share of correct answer
+    tokens.
     """
     for stage, language, rows_of, measure, value, low, high in (*_held_out(table), *_tasks(table["abilities"])):
         yield dict(zip(COLUMNS, (arm, seed, stage, language, rows_of, measure, value, low, high), strict=True))
@@ -74,10 +75,8 @@ def _tasks(abilities: Abilities) -> Iterator[Row]:
 
 
 def tidy_table(table: Table) -> list[dict[str, object]]:
-    """A table's numbers, one a row: COLUMNS first, then what else says which number it is, and the basis of intervals.
-
-    The records as they are where they hold no numbers.
-    """
+    """A table's numbers, one per row: COLUMNS first, then other columns that identify the number, and the basis of
+    intervals. Records without numbers are unmodified."""
     rows = table.values or [row for record in table.records for row in _melted(record, table.measure)]
     if not rows:
         return [_named(record) for record in table.records]
@@ -86,7 +85,7 @@ def tidy_table(table: Table) -> list[dict[str, object]]:
 
 
 def _melted(record: Mapping[str, object], measure: str) -> Iterator[dict[str, object]]:
-    """A row for each number of a record; `english_low`, `english_rows` and their like stand beside `english_value`."""
+    """A row for each number of a record; `english_low`, `english_rows` and so on are in the row of `english_value`."""
     numbers = {key: value for key, value in record.items() if key not in NUMBERED and _is_number(value)}
     parts = {prefix + part for prefix in map(_prefix, numbers) for part in BASIS}
     which = _named({key: value for key, value in record.items() if key not in parts and key not in numbers})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from qcft.report.ablation import count_against, epochs_in_words, trained_length
-from qcft.report.arms import Arm, Member, members, shared_by, with_of
+from qcft.report.arms import ArmRuns, Member, members, shared_by, with_of
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import LONGEST, LOWER, draw, label, look
 from qcft.store.metrics import TrainMetrics
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Logged(TypedDict):
-    """A step in a training's log: tokens until then, its loss, and what the live probe found where it measured."""
+    """A step in a training's log: tokens so far, its loss, and the live probe's result if it measured."""
 
     tokens: int
     loss: float
@@ -27,7 +27,7 @@ class Logged(TypedDict):
 
 
 @dataclass(frozen=True)
-class Trained:
+class Training:
     """One training: its phase and step, the runs that share it, and its log, step by step."""
 
     phase: str
@@ -38,9 +38,9 @@ class Trained:
     log: tuple[Logged, ...]
 
 
-def trainings(arms: Sequence[Arm]) -> list[Trained]:
+def trainings(arms: Sequence[ArmRuns]) -> list[Training]:
     """Every done training once, phase by phase."""
-    found: dict[str, Trained] = {}
+    found: dict[str, Training] = {}
     phases = dict.fromkeys(phase.name for _, run in members(arms) for phase in run.recipe.phases)
     for phase in phases:
         for member in members(arms):
@@ -48,13 +48,13 @@ def trainings(arms: Sequence[Arm]) -> list[Trained]:
             if stage is None or stage.training is None:
                 continue
             runs = (*(found[stage.step].runs if stage.step in found else ()), member)
-            found[stage.step] = Trained(
+            found[stage.step] = Training(
                 phase, stage.step, runs, stage.training, stage.seconds, _log(stage.opened.log())
             )
     return list(found.values())
 
 
-def training_section(arms: Sequence[Arm]) -> Section | None:
+def training_section(arms: Sequence[ArmRuns]) -> Section | None:
     """A plot for each phase, and a table of all trainings."""
     found = trainings(arms)
     blocks: list[Block] = []
@@ -72,7 +72,7 @@ def training_section(arms: Sequence[Arm]) -> Section | None:
     return Section("training", "Training", tuple(blocks)) if blocks else None
 
 
-def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
+def _curves(phase: str, logged: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
     places = {arm.name: i for i, arm in enumerate(arms)}
 
     def body(axes: Axes) -> None:
@@ -93,21 +93,21 @@ def _curves(phase: str, logged: Sequence[Trained], arms: Sequence[Arm]) -> Figur
     several = " A line for each run of an arm." if len(logged) > len({one.runs[0][0].name for one in logged}) else ""
     return draw(
         f"training-{phase}",
-        f"Training loss of {phase}, per answer token; the thick line is the mean of a tenth of the training.{several}",
+        f"Training loss of {phase}, per answer token; thick line: running mean over a tenth of the training.{several}",
         f"Training loss of {phase} over the tokens trained on.",
         body,
         height=2.6,
     )
 
 
-def _whose(one: Trained, arms: Sequence[Arm]) -> str:
-    """The arms that share a training, whichever of their seeds, in as many words as a legend has room for."""
+def _whose(one: Training, arms: Sequence[ArmRuns]) -> str:
+    """The arms that share a training with any of their seeds, in a form short enough for a legend."""
     own = {arm.name: arm for arm, _ in one.runs}
     name = shared_by([(arm, run) for arm in own.values() for run in arm.runs], arms)
     return name if len(name) <= LONGEST else f"{next(iter(own))} and {len(own) - 1} more"
 
 
-def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figure:
+def _english(phase: str, probed: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
     places = {arm.name: i for i, arm in enumerate(arms)}
 
     def body(axes: Axes) -> None:
@@ -132,7 +132,7 @@ def _english(phase: str, probed: Sequence[Trained], arms: Sequence[Arm]) -> Figu
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean of the last tenth of the values (at least 3, as far as there are) at each place."""
+    """At each place, the mean of the last values: a tenth of all, at least 3."""
     width = max(3, len(values) // 10)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
 
@@ -140,7 +140,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
 TERMS = {"new_loss": "loss of new rows", "anchor_kl": "anchor KL", "distil_kl": "distilled KL"}
 
 
-def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
+def _table(found: Sequence[Training], arms: Sequence[ArmRuns]) -> Table:
     rows: list[dict[str, str]] = []
     records: list[dict[str, object]] = []
     terms = [_terms(one) for one in found]
@@ -168,22 +168,22 @@ def _table(found: Sequence[Trained], arms: Sequence[Arm]) -> Table:
             | {key: cast("object", own.get(key)) for key in shown}
             | {"seconds": one.seconds}
         )
-    note = "Rows and tokens as fed, epochs counted."
+    note = "Rows and tokens are counted over all epochs."
     if shown:
-        note += " Loss is cross-entropy; each term is a mean over the answer tokens that bear it, in nats."
+        note += " Loss is cross-entropy; each term is a mean over the answer tokens that have it, in nats."
     return Table.of("training", "Length of training", rows, records, note)
 
 
-def _terms(one: Trained) -> dict[str, float | None]:
-    """What the terms of its loss came to; nothing where it has none."""
+def _terms(one: Training) -> dict[str, float | None]:
+    """The values of the terms of its loss; empty if it has none."""
     terms = one.metrics.get("terms")
     if not terms:
         return {}
     return {"new_loss": terms["new_loss"], "anchor_kl": terms["anchor_kl"], "distil_kl": terms["distil_kl"]}
 
 
-def _lengths(arms: Sequence[Arm]) -> Table:
-    """All phases of each arm's first run together, against the first arm."""
+def _lengths(arms: Sequence[ArmRuns]) -> Table:
+    """All phases of each arm's first run together, compared with the first arm."""
     rows: list[dict[str, str]] = []
     records: list[dict[str, object]] = []
     lengths = {arm.name: trained_length(arm.runs[0].run.trainings()) for arm in arms}
@@ -199,14 +199,14 @@ def _lengths(arms: Sequence[Arm]) -> Table:
         rows.append(row)
         records.append({"arm": name, **length, "epochs": row["epochs"]})
     note = (
-        "All phases together, with replay, of each arm's first seed; in brackets against the first arm. Answer tokens "
-        "are those that bear loss. Epochs of each phase."
+        "All phases together, with replay, of each arm's first seed; in brackets the difference from the first arm. "
+        "Answer tokens are those with loss. Epochs of each phase."
     )
     return Table.of("lengths", "How long each arm trained", rows, records, note)
 
 
 def _log(path: Path | None) -> tuple[Logged, ...]:
-    """The steps of a training's log; lines that a kill cut short, or that hold no loss, are passed over."""
+    """The steps of a training's log; lines that a kill cut short, or that have no loss, are skipped."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
         try:

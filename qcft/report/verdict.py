@@ -1,4 +1,4 @@
-"""The answer at the top of a report of several arms, in sentences: what was compared, and what could be told apart."""
+"""The answer at the top of a report of several arms, in sentences: what was compared, and which arms differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def verdict_in_words(said: Verdict, arms: int) -> str:
         if less.is_clear:
             text.append(f"{other.arm.name} gained less ({share:.0%} of the most) and has more English: {_by(less)}.")
     if best.lost_trained:
-        text.append("English is of a kind that no arm trains on; the table has that like the first phase's too.")
+        text.append(
+            "The English rows are of a kind that no arm trains on; the table also has English like that of the first "
+            "phase."
+        )
     return " ".join([*text, *trained_unlike(best, said.near)])
 
 
@@ -44,7 +47,7 @@ def became(one: Standing) -> str:
 
 
 def trained_unlike(best: Standing, near: Sequence[Standing]) -> list[str]:
-    """A sentence where an arm was trained on more or fewer answer tokens than those that it is compared with."""
+    """A sentence if an arm was trained on more or fewer answer tokens than those that it is compared with."""
     shares = unequal_training(best.arm, [one.arm for one in near if one is not best])
     found = []
     for word, own in (
@@ -59,7 +62,7 @@ def trained_unlike(best: Standing, near: Sequence[Standing]) -> list[str]:
 
 
 def more_seeds(seeds: Sequence[int]) -> str:
-    """The command that gives arms that ran with one seed three of them."""
+    """The command that runs arms with three seeds instead of one."""
     first = min(seeds)
     return f"qcft ablate RECIPE --seeds {','.join(str(seed) for seed in (first, first + 1, first + 2))}"
 
@@ -75,18 +78,18 @@ def _compared(best: Standing, behind: Mapping[str, Difference], near: str) -> li
         text = [f"{name} kept the most English of the {near}: {became(best)}.", f"It has {more}; {over}."]
     elif beaten:
         text = [
-            f"No single winner among the {near}: {name} cannot be told apart from {apart} in English.",
+            f"No single winner among the {near}: {name} cannot be distinguished from {apart} in English.",
             f"It has {more}; {over}.",
         ]
     else:
         text = [
-            f"No winner: of the {near}, {name} has the least English loss, but cannot be told apart from {apart}",
+            f"No winner: of the {near}, {name} has the least English loss, but cannot be distinguished from {apart}",
         ]
         text[0] += f"; {over}."
     widths = [width for d in equal.values() if (width := d.half_width) is not None]
     if widths:
         text.append(
-            f"A difference below {max(widths):.3f} nats could not have been seen (half the width of the interval)."
+            f"A difference below {max(widths):.3f} nats could not have been detected (half the width of the interval)."
         )
     return text
 

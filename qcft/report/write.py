@@ -1,4 +1,4 @@
-"""A report's files: report.html, report.md, a CSV of each table, an SVG and a PNG of each plot."""
+"""A report's files: report.html, report.md, a CSV file for each table, an SVG and a PNG file for each plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?%?", re.IGNORECASE)
 
 
 def write_report(folder: Path, document: Document) -> Path:
-    """Write a report into a folder; the page's path. The same runs give the same bytes."""
+    """Write a report into a folder; returns the page's path. The same runs give the same bytes."""
     for part in ("tables", "plots"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for table in document.tables():
@@ -34,7 +34,7 @@ def write_report(folder: Path, document: Document) -> Path:
 
 
 def to_csv(table: Table) -> str:
-    """A table's numbers, unrounded, one a row (report.tidy)."""
+    """A table's numbers, unrounded, one per row (report.tidy)."""
     rows = tidy_table(table)
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -45,7 +45,7 @@ def to_csv(table: Table) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """A cell that a spreadsheet takes for text or a number, never for a formula."""
+    """A cell that a spreadsheet reads as text or a number, never as a formula."""
     if not isinstance(value, str) or NUMBER.fullmatch(value):
         return value
     return ("'" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else "") + plain(value)

@@ -105,15 +105,15 @@ class Suite(Work[SuiteMetrics]):
         return f"{scored['metric']} {scored['score']:.4f}, {counted(scored['items'], 'item')}"
 
     def _suite(self, step: Step, bench: Bench, model: Switched, folder: Path) -> TaskMetrics:
-        from qcft.measure.suites import Asked, Scorer
+        from qcft.measure.suites import Scorer, TaskOptions
 
         settings, catalog, loaded = self.asked, bench.rows.catalog, bench.shared
         assert catalog is not None
         if loaded.scorer is None:
             batch = None if settings["batch"] == "auto" else settings["batch"]
             loaded.scorer = Scorer(model.model, bench.model.tokenizer, batch, bench.watch)
-        asked = Asked(settings["limit"], settings["shots"], settings["max_new_tokens"])
-        scored = loaded.scorer.score(self.task, catalog.load(self.task), asked, step.title)
+        options = TaskOptions(settings["limit"], settings["shots"], settings["max_new_tokens"])
+        scored = loaded.scorer.score(self.task, catalog.load(self.task), options, step.title)
         lines = [json.dumps(item, ensure_ascii=False, default=_plain) + "\n" for item in scored.items]
         write_text(folder / ITEMS, "".join(lines))
         return {

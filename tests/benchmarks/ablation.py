@@ -2,8 +2,8 @@
 
     python tests/benchmarks/ablation.py [--repeats 1] [--set KEY=VALUE]...
 
-The recipe's six arms, one with half the replay and one with Spectrum; few rows, unless --set says otherwise. Both ways
-are processes as a user begins them; the adapters must be equal to the bit.
+The recipe's six arms, one with half the replay and one with Spectrum; few rows by default, see --set. Both ways run as
+processes, as a user starts them; the adapters must be bitwise equal.
 """
 
 import argparse
@@ -39,7 +39,7 @@ MORE = [
 
 
 def timed(*arguments: str) -> float:
-    """Seconds that `qcft ARGUMENTS` takes."""
+    """Seconds of `qcft ARGUMENTS`."""
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "qcft", *arguments], capture_output=True, text=True)
     if done.returncode:

@@ -1,7 +1,7 @@
-"""Whether qcft's scores are lm-eval's own, to the digit, on real weights and local copies of the data.
+"""Whether qcft's scores equal lm-eval's own in every digit, on real weights and local copies of the data.
 
-By hand is lm-eval's `simple_evaluate` with a YAML file that includes the original task and reads the local file, and
-a model that transformers loads; then qcft scores the same model on the same files. Both with the chat template.
+"By hand" means lm-eval's `simple_evaluate` with a YAML file that includes the original task and reads the local file,
+and a model loaded by transformers; then qcft scores the same model on the same files. Both use the chat template.
 
     python tests/benchmarks/by_hand.py --data ../shared/data [--limit 100] [--quantize nf4]
 
@@ -28,7 +28,7 @@ BATCH = 16
 
 
 def by_hand(task: str, data: Path, limit: int, model: Any, weights: Path) -> dict[str, float]:
-    """lm-eval's scores. mmlu's 57 tasks each read a file of their subject."""
+    """lm-eval's scores. Each of mmlu's 57 tasks reads the file of its subject."""
     import lm_eval.tasks
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -66,7 +66,7 @@ def by_hand(task: str, data: Path, limit: int, model: Any, weights: Path) -> dic
 
 
 def write_mmlu(originals: Path, data: Path, folder: Path) -> list[str]:
-    """A YAML file and data for each of mmlu's tasks; their names."""
+    """Write a YAML file and data for each of mmlu's tasks; returns their names."""
     rows: dict[str, dict[str, list[str]]] = {}
     for split in ("test", "dev"):
         with gzip.open(data / f"{split}.jsonl.gz", "rt", encoding="utf-8") as stream:
@@ -84,7 +84,7 @@ def write_mmlu(originals: Path, data: Path, folder: Path) -> list[str]:
 
 
 def write_task(folder: Path, name: str, original: Path, files: dict[str, str]) -> None:
-    """A task like the original that reads local files."""
+    """Write a task like the original that reads local files."""
     config = {"include": str(original), "task": f"local_{name}", "dataset_path": "json", "dataset_name": None}
     text = yaml.safe_dump({**config, "tag": [], "dataset_kwargs": {"data_files": files}})
     (folder / f"{name}.yaml").write_text(text)
@@ -104,7 +104,7 @@ def main() -> None:
 
     from qcft.events import Watch
     from qcft.measure.catalog import Catalog
-    from qcft.measure.suites import Asked, Scorer
+    from qcft.measure.suites import Scorer, TaskOptions
     from qcft.models.load import load_model, load_tokenizer
     from qcft.models.sources import resolve, weights_folder
     from qcft.models.switch import Switched
@@ -134,9 +134,9 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for task in tasks:
         begun = time.monotonic()
-        found = scorer.score(task, catalog.load(task), Asked(given.limit), task)
+        found = scorer.score(task, catalog.load(task), TaskOptions(given.limit), task)
         took = time.monotonic() - begun
-        # A group's mean over its tasks' items is summed in another order by hand.
+        # By hand, a group's mean over its tasks' items is summed in another order.
         equal = found.scores.keys() == wanted[task].keys() and all(
             math.isclose(value, wanted[task][key], rel_tol=0, abs_tol=1e-12) for key, value in found.scores.items()
         )

@@ -3,9 +3,9 @@
     python tests/benchmarks/freezing.py [--rounds 3] [--steps 5] [--model FOLDER_OR_NAME] [--frozen 20] [--shape 1B|8B]
 
 --shape: a model of that shape with random weights, made on the card, its lower half frozen.
-Same rows (256 tokens, 4 a step), same adapters on the same modules from the same start, NF4. Variants run in turn,
-each in a process of its own; a round's figure is the median step after the first. Peak memory is the process's
-resident set in training (CUDA: memory allocated). With them the time and peak memory of `snr` over the model.
+Same rows (256 tokens, 4 per step), same adapters on the same modules with the same initial values, NF4. Variants run
+in turn, each in its own process; a round's result is the median step after the first. Peak memory is the process's
+resident set in training (CUDA: memory allocated). Also measured: time and peak memory of `snr` over the model.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def in_process(one: str, steps: int | None = None) -> dict:
-    """What one variant measures, in a process of its own."""
+    """The results of one variant, in its own process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", one]
     done = subprocess.run([*command, *(["--steps", str(steps)] if steps else [])], capture_output=True, text=True)
     if done.returncode:
@@ -74,7 +74,7 @@ def in_process(one: str, steps: int | None = None) -> dict:
 
 
 def train(one: str, options: argparse.Namespace) -> dict:
-    """Train one variant; seconds a step, losses, peak memory, and what is saved under the boundary if asked."""
+    """Train one variant; seconds per step, losses, peak memory, and optionally the bytes saved below the boundary."""
     variant, _, count = one.partition("+")
     quiet()
     from qcft.events import Watch
@@ -91,7 +91,7 @@ def train(one: str, options: argparse.Namespace) -> dict:
 
 
 def plain(variant, folder, tokenizer, rows, options, place, saved) -> dict:
-    """As TRL's documentation has it, with its defaults; only the order of the rows is kept."""
+    """The code of TRL's documentation, with its defaults; only the rows are not shuffled."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -203,7 +203,7 @@ def ours(variant, folder, tokenizer, rows, options, place, saved) -> dict:
 
 
 def measured(run, model, frozen, saved, times, losses) -> dict:
-    """Run a training and collect its figures; `times` and `losses` are filled by it."""
+    """Run a training and collect its results; it fills `times` and `losses`."""
     import torch
 
     clear_peak()
@@ -218,7 +218,7 @@ def measured(run, model, frozen, saved, times, losses) -> dict:
 
 
 class Saved:
-    """Bytes of activations that autograd keeps while the layers under a boundary run."""
+    """Bytes of activations that autograd saves while the layers below a boundary run."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -258,7 +258,7 @@ def snr(options: argparse.Namespace) -> dict:
 
 
 def text_rows(tokenizer, count):
-    """Rows of exactly LENGTH tokens from data that ships with qcft; the second half of each is trained."""
+    """Rows of exactly LENGTH tokens from data that ships with qcft; the second half of each has loss."""
     from qcft.data.encode import IGNORED, EncodedRow
     from qcft.data.load import load_source
     from qcft.events import Watch
@@ -285,7 +285,7 @@ def modules_of(model, frozen):
 
 
 def report(rounds, saved, ratios) -> None:
-    """The table, and the figures as one line of JSON."""
+    """Print the table, and the results as one line of JSON."""
     step = {variant: statistics.median(r["step"] for r in found) for variant, found in rounds.items()}
     peak = {variant: max(r["peak"] for r in found) / 2**30 for variant, found in rounds.items()}
     losses = {variant: found[0]["losses"] for variant, found in rounds.items()}
@@ -322,7 +322,7 @@ def report(rounds, saved, ratios) -> None:
 
 
 def now() -> float:
-    """Seconds, with the GPU's work done."""
+    """The time in seconds, after the GPU's work is done."""
     import torch
 
     if torch.cuda.is_available():
@@ -331,7 +331,7 @@ def now() -> float:
 
 
 def clear_peak() -> None:
-    """Begin the high-water mark of the resident set anew."""
+    """Reset the peak of the resident set."""
     import torch
 
     if torch.cuda.is_available():
@@ -341,13 +341,13 @@ def clear_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """The high-water mark of the resident set."""
+    """The peak of the resident set."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def quiet() -> None:
-    """Keep the libraries' chatter out."""
+    """Silence the libraries' messages."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     from qcft.models.load import quiet_libraries
 

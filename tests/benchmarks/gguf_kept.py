@@ -1,10 +1,10 @@
-"""A finished run's phase as GGUF: the answers of llama.cpp, and what each type of file kept.
+"""A finished run's phase as GGUF: the answers of llama.cpp, and how much of the gain each type of file keeps.
 
     PYTHONPATH=LLAMA python tests/benchmarks/gguf_kept.py quickstart [--runs runs] [--stage PHASE] [--llama-cpp DIR]
 
 LLAMA: the folder of llama-cpp-python, for the answers and for Q4_K_M (or llama.cpp's quantizer by --llama-cpp). Five
-prompts are answered greedily by llama.cpp from the F16 file and by transformers in 32 bits from the merged folder: the
-tokens that agree from the first on. *Kept* is what `qcft export --gguf` prints.
+prompts are answered greedily by llama.cpp from the F16 file and by transformers in 32 bits from the merged folder; the
+tokens that agree, from the first on, are counted. *Kept* is the value that `qcft export --gguf` prints.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def tell(event: object) -> None:
 
 
 def answers_alike(file: Path, folder: Path, tokens: int, threads: int) -> list[tuple[int, int]]:
-    """Of each prompt: how many tokens agree from the first on, and how many transformers' answer has."""
+    """For each prompt: how many tokens agree from the first on, and how many transformers' answer has."""
     import llama_cpp
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +93,7 @@ def main() -> None:
             if kind == "f16":
                 alike = answers_alike(file, Path(merged["folder"]), given.tokens, given.threads)
                 whole = sum(same == tokens for same, tokens in alike)
-                figures["answers alike"] = {"value": whole, "unit": "of 5", "goal": 5, "met": whole == 5}
+                figures["equal answers"] = {"value": whole, "unit": "of 5", "goal": 5, "met": whole == 5}
         print(f"the merge, in NF4: kept {merged['kept'] and merged['kept']['share']}")
     print(json.dumps({"benchmark": "gguf_kept", "figures": figures, "machine": platform.platform()}))
 

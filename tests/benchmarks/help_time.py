@@ -1,4 +1,4 @@
-"""CPU time of `qcft --help`, beside that of a Python that does nothing and of one that imports torch."""
+"""CPU time of `qcft --help`, compared with a Python that does nothing and one that imports torch."""
 
 import json
 import platform

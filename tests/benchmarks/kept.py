@@ -1,10 +1,10 @@
-"""What merging keeps of a real phase 1 on SmolLM2-135M: qcft's merge, a stack, and PEFT's merge into 4 bits.
+"""How much of a real phase 1 on SmolLM2-135M is left after qcft's merge, in a stack, and after PEFT's 4-bit merge.
 
     python tests/benchmarks/kept.py --data en=alpaca_en.jsonl.gz --data es=multialpaca/es.jsonl.gz [--take 300]
 
-One phase 1 of each data set. Of the gain in mean NLL on its held-out rows, as NF4 loads each model: the share that is
-left in the merged model; in a stack's model, phase 1 live under a fresh adapter; and in the model that PEFT's
-merge_and_unload makes of the 4-bit one.
+One phase 1 for each data set. Measured is the share of the gain in mean NLL on its held-out rows, with every model
+loaded in NF4: in the merged model; in a stack, with phase 1's adapter live under a new one; and in the model that
+PEFT's merge_and_unload makes from the 4-bit one.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def tell(event: object) -> None:
 
 
 def one(lang: str, path: str, take: int, runs: Path, model: str, changes: dict) -> dict[str, float]:
-    """The shares kept of a phase 1 on one data set."""
+    """The shares left of the gain of a phase 1 on one data set."""
     raw = {
         "name": f"kept-{lang}",
         "model": model,

@@ -1,11 +1,11 @@
-"""Rows a second and memory of reading 200,000 rows of JSONL, Parquet and CSV, beside another checkout of qcft.
+"""Rows per second and memory of reading 200,000 rows of JSONL, Parquet and CSV, compared with another checkout.
 
     python tests/benchmarks/loading.py [--against CHECKOUT] [--rows 200000] [--rounds 3]
 
-Each load is a process of its own, in turn with those of CHECKOUT (its folder is put first on PYTHONPATH). Seconds are
-of CPU time, which other work on the machine changes little. `peak` is what the process holds at most while it loads,
-`kept` what the rows take afterwards: peak / kept would be 2 if all rows were in memory twice. With `--against`, times
-and peaks are ratios to CHECKOUT's: over 1 is faster, or less memory.
+Each load runs in its own process, in turn with those of CHECKOUT (its folder is put first on PYTHONPATH). Seconds are
+CPU time, which depends little on other work on the machine. `peak` is the process's peak memory while it loads, `kept`
+the memory of the rows afterwards: peak / kept would be 2 if all rows were in memory twice. With `--against`, times and
+peaks are also printed as ratios to CHECKOUT's: above 1 is faster, or less memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ print(json.dumps({"seconds": seconds, "peak": peak, "kept": held("VmRSS") - befo
 
 
 def write_files(folder: Path, rows: int) -> dict[str, Path]:
-    """Rows of the shape and the size of Alpaca's, the same in each file."""
+    """Write rows with the columns and the size of Alpaca's, the same in each file."""
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -1,8 +1,8 @@
-"""What it costs to score three stages on four tasks in one go, against twelve evaluations one by one.
+"""The cost of scoring three stages on four tasks in one command, compared with twelve single evaluations.
 
 Each single evaluation is a new process, as lm-eval is run by hand: it reads its data, loads the model and scores one
-task. Its seconds are those of its scoring; loading is told apart, as what one go saves. The goal: the whole matrix
-costs at most 1.1 times the sum of the single scorings and its own loads.
+task. Its seconds are those of the scoring; loading, which one command saves, is counted separately. The goal: the
+whole matrix costs at most 1.1 times the sum of the single scorings and its own loads.
 
     python tests/benchmarks/measure.py [--items 8] [--rounds 3]
 """
@@ -26,7 +26,7 @@ WORDS = TEXT.split(" ")
 
 
 def write_copies(folder: Path, items: int) -> dict[str, str]:
-    """Local copies with the hub's columns: texts of some length, made up."""
+    """Local copies with the hub's columns and invented texts of realistic length."""
     rows: dict[str, list[dict[str, Any]]] = {"hellaswag": [], "xquad": []}
     for i in range(items):
         text = " ".join(WORDS[(i + j) % len(WORDS)] for j in range(60 + i))
@@ -42,7 +42,7 @@ def write_copies(folder: Path, items: int) -> dict[str, str]:
 
 
 def recipe(copies: dict[str, str], stages: list[str], tasks: list[str]) -> dict[str, Any]:
-    """The quickstart's phases, cut short: what is measured is the evaluation."""
+    """The quickstart's phases, shortened, as only the evaluation is measured."""
     return {
         "evaluate.tasks": tasks,
         "evaluate.stages": stages,
@@ -58,9 +58,9 @@ def recipe(copies: dict[str, str], stages: list[str], tasks: list[str]) -> dict[
 
 
 def evaluate(runs: str, copies: dict[str, str], stages: list[str], tasks: list[str]) -> dict[str, float]:
-    """Seconds from the first evaluation to the last, and those of loads; in this process."""
+    """Seconds from the first evaluation to the last, and seconds of the loads, in this process."""
     import qcft
-    import qcft.measure.suites  # takes seconds, which are no scoring
+    import qcft.measure.suites  # takes seconds, which must not count as scoring
     from qcft.events import StepBegun, StepEnded
     from qcft.steps import suite
 
@@ -104,7 +104,7 @@ def child(runs: str, copies: dict[str, str], stages: list[str], tasks: list[str]
 
 
 def main() -> None:
-    """Measure, print a table and, last, one JSON object."""
+    """Measure, print a table and then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def forget(runs: Path) -> None:
-    """Take away the evaluations, so that they are made anew."""
+    """Remove the evaluations, so that they run again."""
     import shutil
 
     for step in (runs / ".steps").glob("suite-*"):

@@ -1,12 +1,12 @@
-"""Memory that training takes, estimated beside measured.
+"""The memory of training, estimated and measured.
 
     python tests/benchmarks/memory.py [NAME...]       on a CPU: SmolLM2-135M in eight configurations
     python tests/benchmarks/memory.py --shapes [NAME...]   1B to 8B: on a GPU measured too, with random weights
 
-On a CPU: the resident set of a fresh process over what it holds once everything is imported. The estimate is `qcft
-check`'s, from shapes, and on a CPU half a GiB for what glibc keeps of freed blocks (MALLOC_MMAP_THRESHOLD_=131072 gives
-them back, in twice the time): that figure was set by the first six configurations, the last two came after. On a GPU:
-PyTorch's `max_memory_allocated` in the training step.
+On a CPU: the resident set of a new process, minus its size after all imports. The estimate is `qcft check`'s, from
+shapes, and on a CPU half a GiB for freed blocks that glibc does not return (MALLOC_MMAP_THRESHOLD_=131072 returns them,
+but takes twice the time): that value was fitted to the first six configurations, the last two were added later. On a
+GPU: PyTorch's `max_memory_allocated` in the training step.
 """
 
 import json
@@ -115,7 +115,7 @@ def make_model(shape, folder, weights):
         from safetensors.torch import save_file
 
         config.save_pretrained(folder)
-        save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # shapes alone are looked at
+        save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # only shapes are read
 
 
 def on_the_cpu(names):
@@ -126,7 +126,7 @@ def on_the_cpu(names):
 
 
 def on_a_gpu(names):
-    """The table of shapes; without a GPU estimated only."""
+    """Print the table of shapes; without a GPU only estimates."""
     import torch
 
     there = torch.cuda.is_available()

@@ -1,11 +1,11 @@
-"""Merging an adapter, streamed, beside PEFT's load-and-merge and beside copying the files.
+"""Merging an adapter by streaming, compared with PEFT's load-and-merge and with copying the files.
 
     python tests/benchmarks/merge.py [--repeats 3] [--gigabytes 3] [--place DIR]
 
-Two models: the embedded SmolLM2-135M, and a random Llama of about 3 GB in 6 shards. Each way runs in a process of
-its own, after a warm-up, in turn. Peak memory is the process's, over what it held when its libraries were loaded;
-time begins there too. Figures: peak memory against 1.2 times (a shard of 1 GB and the largest tensor in fp32), and
-time against copying the files.
+Two models: the embedded SmolLM2-135M, and a random Llama of about 3 GB in 6 shards. Each way runs in its own process,
+in turn, after a warm-up. Peak memory is the process's, minus its memory after the libraries were loaded; time starts
+there too. Results: peak memory compared with 1.2 times (a shard of 1 GB and the largest tensor in fp32), and time
+compared with copying the files.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHARD = 10**9
 
 
 def peak_and_now() -> tuple[int, int]:
-    """The process's peak and present resident memory in bytes."""
+    """The process's peak and current resident memory in bytes."""
     status = Path("/proc/self/status")
     if not status.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -37,7 +37,7 @@ def peak_and_now() -> tuple[int, int]:
 
 
 def forget_peak() -> None:
-    """Begin the peak anew, where the system can."""
+    """Reset the peak, if the system can."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")
@@ -130,14 +130,14 @@ def make(folder: Path, gigabytes: float) -> None:
 
 
 def largest(folder: Path) -> int:
-    """The most numbers that one tensor of a model holds."""
+    """The number of values of a model's largest tensor."""
     from qcft.models.tensors import stored_weights
 
     return max(math.prod(stored.shape) for stored in stored_weights(folder).values())
 
 
 def same(a: Path, b: Path) -> float:
-    """The largest relative error of a merge against another, over all tensors."""
+    """The largest relative difference of two merges, over all tensors."""
     from qcft.models.tensors import stored_weights
 
     one, two = stored_weights(a), stored_weights(b)

@@ -1,15 +1,15 @@
-"""A language that the model hardly knows: instructions in it alone, and after raw text, each with and without replay.
+"""A language that the model hardly knows: instructions only, and after raw text, each with and without replay.
 
     python tests/benchmarks/new_language.py --text FILE --instructions FILE [--english FILE] [--lang ja]
         [--model smollm2-135m-instruct] [--take 400] [--rows 100] [--held 100] [--seeds 0] [--runs DIR]
         [--set KEY=VALUE]...
 
-`--text`: one document a line (.txt, also .gz), of which `take` are trained and `held` are held out; `--instructions`:
-of which `rows` are trained and `held` held out; `--english`: English prompts that replay answers (default: those that
-ship with qcft, again where they are too few). Replay is generative, 0.2 of the tokens that bear loss, in each phase.
-Prints what each arm comes to on rows that none trains on: bits per byte of the text, and NLL in nats per token of the
-text, of instructions in the language and of English dialogues; means over seeds, with the lowest and the highest.
-With --runs an interrupted measurement resumes.
+`--text`: one document per line (.txt, also .gz); the model trains on `take` of them, and `held` are held out.
+`--instructions`: it trains on `rows` of them, and `held` are held out. `--english`: English prompts for replay
+(default: those that ship with qcft, repeated if they are too few). Replay is generative, 0.2 of the tokens with loss,
+in each phase. Prints the results of each arm on rows that none trains on: bits per byte of the text, and NLL in nats
+per token of the text, of instructions in the language and of English dialogues; means over seeds, with the lowest and
+the highest. With --runs, an interrupted measurement resumes.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def recipe(options: argparse.Namespace) -> dict:
 
 
 def measured(stage: dict, lang: str) -> dict[str, float]:
-    """What a stage came to."""
+    """The results of a stage."""
     text, english = stage["groups"][f"text {lang} text"], stage["groups"]["test en"]
     return {
         "bits_per_byte": text["bits_per_byte"],
@@ -75,7 +75,7 @@ def measured(stage: dict, lang: str) -> dict[str, float]:
 
 
 def report(found: dict[str, list[dict[str, float]]]) -> None:
-    """The table, and the figures as one line of JSON."""
+    """Print the table, and the results as one line of JSON."""
     keys = list(next(iter(found.values()))[0])
     print(f"{'':30}" + "".join(f"{key:>28}" for key in keys))
     figures = {}
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, runs: Path) -> None:
-    """Run what is not done yet, and report."""
+    """Run what is not done yet, and print the results."""
     raw = recipe(options)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(raw, file)
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, runs: Path) -> None:
         for seed in raw["ablation"]["seeds"]:
             stages = qcft.open(f"new-language-{key}-s{seed}", runs=runs).table["stages"]
             base = next(stage for stage in stages if stage["stage"] == "eval/base")
-            found.setdefault("as it came, NF4", [measured(base, options.lang)])
+            found.setdefault("base, NF4", [measured(base, options.lang)])
             found.setdefault(name, []).append(measured(stages[-1], options.lang))
     report(found)
 

@@ -1,9 +1,10 @@
-"""What the live probe costs: the same training with and without it, on SmolLM2-135M and data that ships with qcft.
+"""The cost of the live probe: the same training with and without it, on SmolLM2-135M and data that ships with qcft.
 
     python tests/benchmarks/probe.py [--rounds 3] [--rows 60] [--frozen 20]
 
-Spanish passages trained, English instructions probed as qcft lays it out by itself; with no layer frozen, and with the
-lowest ones. The cost is what the training takes longer, next to what the probe says of itself.
+The model trains on Spanish passages and is probed on English instructions with qcft's default schedule; once with no
+layer frozen, once with the lowest ones. The cost is the additional training time, printed next to the probe's own
+measurement of its time.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def figure(share: float) -> dict:
 
 
 def train(options: argparse.Namespace, freeze: str, probed: bool) -> tuple[float, dict | None]:
-    """Seconds of one training, and what its probe found."""
+    """Seconds of one training, and the results of its probe."""
     from qcft.data.encode import Encoder
     from qcft.data.load import load_source
     from qcft.data.mix import mixed_order

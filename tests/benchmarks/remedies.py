@@ -1,9 +1,9 @@
-"""The quickstart without remedies, with each, and with both: what English lost and the languages gained.
+"""The quickstart without remedies, with each one, and with both: the loss in English and the gain in the languages.
 
     python tests/benchmarks/remedies.py [--set KEY=VALUE]... [--seeds 0]
 
-Base, phase 1 and merge are shared by all arms. Figures: seconds and peak memory of the quickstart itself (the
-last arm), the least fall of a language's NLL, and each arm's English loss.
+All arms share base, phase 1 and merge. Results: seconds and peak memory of the quickstart itself (the last arm), the
+smallest decrease of a language's NLL, and each arm's English loss.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KEYS = dict(zip(ARMS, ("no_remedy", "freeze", "replay", "both"), strict=True))
 
 
 def run(runs: str, sets: list[str]) -> tuple[dict, float, float]:
-    """A recipe's table, the seconds and the peak memory in GB of a process that ran it."""
+    """Run a recipe in a process: its table, seconds, and peak memory in GB."""
     command = [sys.executable, "-m", "qcft", "run", "quickstart", "--runs", runs, "--json", "--quiet"]
     begun = time.monotonic()
     done = subprocess.run([*command, *(x for s in sets for x in ("--set", s))], capture_output=True, text=True)
@@ -45,7 +45,7 @@ def main() -> None:
     figures = {}
     for seed in options.seeds.split(","):
         with tempfile.TemporaryDirectory() as runs:
-            # The quickstart first and alone, as its user runs it; the arms then share its phase 1.
+            # The quickstart runs first and by itself, as a user runs it; the other arms then share its phase 1.
             whole = run(os.path.join(runs, "runs"), [*options.set, f"seed={seed}"])
             rows = {}
             for name, sets in ARMS.items():

@@ -1,13 +1,13 @@
-"""What remedies cost while a phase trains: time of an optimizer step and peak memory, side by side.
+"""The cost of remedies during training: time of an optimizer step and peak memory, side by side.
 
     python tests/benchmarks/remedy_cost.py [--rounds 3] [--steps 4] [--model FOLDER_OR_NAME] [--frozen 20]
                                            [--shape 1B|3B|8B]
 
 --shape: a model of that shape with random weights, made on the card, its lower half frozen.
-The same new rows (256 tokens, 4 a step, half of them answer) in every variant; with replay, one row of as many tokens
-is added to each step: 0.2 of the mix. Replay rows are data that ships with qcft, as who wrote them changes nothing in
-the cost of training on them; generating them is not part of it (tests/benchmarks/replay.py). NF4, adapters above the
-frozen layers, no stored states. Variants run in turn, each in a process of its own; a round's figure is the median
+Every variant trains on the same new rows (256 tokens, 4 per step, half of the tokens are answer); with replay, one row
+of the same length is added to each step: 0.2 of the mix. Replay rows are data that ships with qcft, as their origin
+does not change the cost of training on them; generation is not included (tests/benchmarks/replay.py). NF4, adapters
+above the frozen layers, no stored states. Variants run in turn, each in its own process; a round's result is the median
 step after the first. Peak memory is the process's resident set in training (CUDA: memory allocated).
 """
 
@@ -69,7 +69,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def train(variant: str, options: argparse.Namespace) -> dict:
-    """Train one variant; seconds a step and peak memory."""
+    """Train one variant; seconds per step and peak memory."""
     quiet()
     from transformers import set_seed
 
@@ -118,7 +118,7 @@ def train(variant: str, options: argparse.Namespace) -> dict:
 
 
 def report(rounds: dict[str, list[dict]]) -> None:
-    """The table, and the figures as one line of JSON."""
+    """Print the table, and the results as one line of JSON."""
     print(f"{'':32}{'s a step':>10}{'of no remedy':>14}{'peak GiB':>10}{'more, MiB':>11}")
     step = {variant: statistics.median(one["step"] for one in found) for variant, found in rounds.items()}
     peak = {variant: statistics.median(one["peak"] for one in found) for variant, found in rounds.items()}
@@ -135,7 +135,7 @@ def report(rounds: dict[str, list[dict]]) -> None:
 
 
 def figure(value: float, unit: str) -> dict:
-    """A figure without a goal."""
+    """A result without a goal."""
     return {"value": value, "unit": unit, "goal": None, "met": None}
 
 

@@ -1,13 +1,13 @@
-"""Generating replay: qcft's batches beside one prompt at a time and a fixed batch of 16 in file order.
+"""Generating replay: qcft's batches compared with one prompt at a time and with a fixed batch of 16 in file order.
 
     python tests/benchmarks/replay.py [--model smollm2-135m-instruct] [--data FILE] [--prompts 64]
                                       [--max-new-tokens 256] [--runs 3] [--continuous] [--shape 1B|8B]
 
---shape: a model of that shape with random weights, made on the card; that of 8B ends its answers, the others do not.
-The 4-bit model answers the first prompts of a file like Alpaca's (else of the instructions that ship with qcft),
-sampling at temperature 0.7 and top-p 0.9. Each way runs in a process of its own, in turn, so that its peak memory
-is its own; the model's load and a warm-up are not timed. The plain ways call transformers' `generate`, --continuous
-adds its `generate_batch`. Answer tokens are counted up to the end of turn. One at a time takes every eighth prompt.
+--shape: a model of that shape with random weights, made on the card; the one of 8B ends its answers, the others do not.
+The 4-bit model answers the first prompts of a file like Alpaca's (default: the instructions that ship with qcft),
+sampling at temperature 0.7 and top-p 0.9. Each way runs in its own process, in turn, so that its peak memory is
+measured separately; loading and a warm-up are not timed. The plain ways call transformers' `generate`; --continuous
+adds its `generate_batch`. Answer tokens are counted up to the end of turn. One at a time answers every eighth prompt.
 """
 
 import argparse

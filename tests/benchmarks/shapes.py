@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, for benchmarks of what depends on shapes alone."""
+"""Models of real shapes with random weights, for benchmarks whose results depend only on shapes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 @contextmanager
 def model_of(shape: str | None, half_frozen: bool = False) -> Iterator[None]:
-    """Have this process's children, which take its arguments, use a model of a shape, made for as long as they run.
+    """Make this process's children, which inherit its arguments, use a temporary model of a shape.
 
-    `half_frozen`: with the lower half of its layers frozen. A model is made on the card where there is one.
+    `half_frozen`: with the lower half of its layers frozen. The model is made on the card if there is one.
     """
     if shape is None:
         yield

@@ -1,11 +1,11 @@
-"""What qcft does on a CUDA card: speed, memory, resuming, running out of memory. Failures are recorded, not raised.
+"""Check qcft on a CUDA card: speed, memory, resuming, running out of memory. Failures are recorded, not raised.
 
     python tests/gpu/check.py [--out DIR] [--work DIR] [--parts first|second|all|PART,PART:SIZE] [--seconds N] [--dry]
 
-Run it in the repository's root. Each part runs in a process of its own, with a time limit; DIR/results.jsonl gets a
-line for each thing found, when it is found, DIR/log.txt all that was printed. A part that fails, hangs or dies leaves
-a line that says so, and the next one runs. `--dry` runs the same on a CPU with a tiny model, to try the check itself.
-tests/gpu/RESULTS.md says what the figures are.
+Run it in the repository's root. Each part runs in its own process, with a time limit. Each result is written to
+DIR/results.jsonl at once, as one line; DIR/log.txt has all output. If a part fails, hangs or crashes, that is a line
+too, and the next part runs. `--dry` runs the same on a CPU with a tiny model, to test the check itself.
+tests/gpu/RESULTS.md explains the results.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import IO, Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # in the place of this folder, whose files have names that others have too
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files have the names of other modules
 
 from tests.gpu.common import Part, write_result  # noqa: E402
 
 
 class Limits(NamedTuple):
-    """Seconds a part may take, and seconds that must be left for it to start."""
+    """The seconds that a part may take, and the seconds that must be left for it to start."""
 
     most: float
     least: float
@@ -52,7 +52,7 @@ LIMITS = {
     "oom:1B": Limits(110, 35),
     "card8:8B": Limits(150, 60),
     "suite": Limits(200, 40),
-    # Of tests/test_gpu_check.py, in no list that a person sees.
+    # For tests/test_gpu_check.py, hidden from the user.
     "selftest:fail": Limits(10, 0),
     "selftest:die": Limits(10, 0),
     "selftest:hang": Limits(2, 0),
@@ -61,7 +61,7 @@ FIRST = "env,doctor,gpu_tests,optimizer,resume,memory:8B,memory:1B,memory:3B"
 SECOND = "quickstart,step:8B,oom:1B,generate:8B,card8:8B,suite"
 GROUPS = {"first": FIRST, "second": SECOND, "all": f"{FIRST},{SECOND}"}
 SIZES = ("1B", "3B", "8B")
-SLOWER = 5  # a CPU, with --dry, than a card
+SLOWER = 5  # a CPU, with --dry, compared with a card
 
 
 def main() -> None:
@@ -70,13 +70,13 @@ def main() -> None:
     if options.child:
         be_part(options)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes are ended too
     with (options.out / "log.txt").open("a", encoding="utf-8") as log:
         walk(options, log)
 
 
 def read_arguments() -> argparse.Namespace:
-    """The arguments, or an end with exit code 2, one line that says what is wrong and one that says what to do."""
+    """The arguments. Exits with code 2, an error and a hint, if they are wrong."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0], epilog=f"Parts: {', '.join(visible())}.", allow_abbrev=False
     )
@@ -108,7 +108,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def limits_of(name: str) -> Limits | None:
-    """A part's limits; one that takes a size may be asked for any size. None where there is no such part."""
+    """A part's limits; a part with a size may have any size. None for an unknown part."""
     base, _, size = name.partition(":")
     return LIMITS.get(name) or next(
         (limits for known, limits in LIMITS.items() if size in SIZES and known.partition(":")[0] == base != known), None
@@ -116,12 +116,12 @@ def limits_of(name: str) -> Limits | None:
 
 
 def visible() -> list[str]:
-    """The parts that a person may ask for."""
+    """The parts that a user may request."""
     return [name for name in LIMITS if not name.startswith("selftest")]
 
 
 def require_card() -> None:
-    """End with exit code 2 where there is no CUDA card, or this process may not use it."""
+    """Exit with code 2 if there is no CUDA card, or this process may not use it."""
     with suppress(OSError):
         count = ctypes.c_int()
         driver = ctypes.CDLL("libcuda.so.1")
@@ -131,7 +131,7 @@ def require_card() -> None:
 
 
 def refuse(message: str, hint: str) -> NoReturn:
-    """Say what is wrong with the arguments, and end."""
+    """Print what is wrong with the arguments, and exit."""
     sys.stderr.write(f"error: {message}\nhint: {hint}\n")
     sys.exit(2)
 
@@ -140,7 +140,7 @@ def refuse(message: str, hint: str) -> NoReturn:
 
 
 def walk(options: argparse.Namespace, log: IO[str]) -> None:
-    """Run the parts one after the other, each until it ends or its time is up; models are made meanwhile."""
+    """Run the parts one after the other, each until it ends or times out; models are made in the background."""
     start = time.monotonic()
     shown = Shown(options.out / "results.jsonl")
     models = start_models(options, log)
@@ -170,14 +170,14 @@ def walk(options: argparse.Namespace, log: IO[str]) -> None:
 
 
 class Shown:
-    """Prints the lines that are new in results.jsonl, whoever wrote them."""
+    """Prints new lines of results.jsonl, from any process."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.read = file.stat().st_size if file.is_file() else 0
 
     def show(self) -> None:
-        """Print what is new."""
+        """Print the new lines."""
         if not self.file.is_file():
             return
         with self.file.open("rb") as stream:
@@ -191,10 +191,10 @@ class Shown:
 def wait(
     part: subprocess.Popen[bytes], most: float, models: subprocess.Popen[bytes] | None, work: Path, shown: Shown
 ) -> dict[str, Any]:
-    """How a part ended: its exit code, with `failed` where it is not 0 or the time was up."""
+    """How a part ended: its exit code, with `failed` if it is not 0 or the part timed out."""
     until = time.monotonic() + most
     while part.poll() is None:
-        if models is not None and models.poll():  # it died: whoever waits for a model should know
+        if models is not None and models.poll():  # it crashed: parts that wait for a model should know
             for folder in (work / "models").iterdir():
                 if folder.is_dir() and not (folder / "ready").is_file():
                     (folder / "failed").write_text(f"the process that makes models ended with {models.returncode}")
@@ -204,14 +204,14 @@ def wait(
             end_group(part)
             return {"failed": f"not done after {most:.0f} s"}
         time.sleep(0.05)
-    end_group(part)  # what it may have left running
+    end_group(part)  # it may have left processes running
     if part.returncode < 0:
         return {"exit": part.returncode, "failed": f"killed by {signal.Signals(-part.returncode).name}"}
     return {"exit": part.returncode} | ({"failed": "see above"} if part.returncode else {})
 
 
 def start_models(options: argparse.Namespace, log: IO[str]) -> subprocess.Popen[bytes] | None:
-    """Make the models that the parts will ask for, in their order, in the background."""
+    """Make the models that the parts need, in their order, in the background."""
     wanted = ["small" if name == "resume" else name.partition(":")[2] for name in options.names]
     sizes = [size for size in dict.fromkeys(wanted) if size == "small" or size in SIZES]
     if options.dry:
@@ -221,7 +221,7 @@ def start_models(options: argparse.Namespace, log: IO[str]) -> subprocess.Popen[
     models = options.work / "models"
     models.mkdir(exist_ok=True)
     for folder in models.iterdir():
-        if not (folder / "ready").is_file():  # what an earlier check left half made; parts wait for what is there
+        if not (folder / "ready").is_file():  # an incomplete folder from an earlier check; parts would wait for it
             shutil.rmtree(folder)
     for size in sizes:
         (models / size).mkdir(exist_ok=True)
@@ -230,7 +230,7 @@ def start_models(options: argparse.Namespace, log: IO[str]) -> subprocess.Popen[
 
 
 def start_child(options: argparse.Namespace, log: IO[str], arguments: list[str]) -> subprocess.Popen[bytes]:
-    """A part in a process, and a process group, of its own."""
+    """Start a part in its own process and process group."""
     log.write(f"\n===== {arguments[1]}\n")
     log.flush()
     same = ["--out", str(options.out), "--work", str(options.work), *(["--dry"] if options.dry else [])]
@@ -246,7 +246,7 @@ def start_process(options: argparse.Namespace, log: IO[str], command: list[str])
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process's group."""
+    """Kill the remaining processes of a process's group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -256,17 +256,17 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def be_part(options: argparse.Namespace) -> None:
-    """Do one part in this process."""
+    """Run one part in this process."""
     part = Part(options.child, options.work, options.out, options.dry, options.limit or 3600)
     try:
         work_of(part.name)(part)
-    except Exception as error:  # whatever it is belongs in the results
+    except Exception as error:  # any error belongs in the results
         part.failed("part", error)
         sys.exit(1)
 
 
 def work_of(name: str) -> Callable[[Part], None]:
-    """The function that does a part, its file loaded for it alone."""
+    """The function of a part; only its file is imported."""
     if name in {"env", "doctor", "gpu_tests", "optimizer", "suite"}:
         from tests.gpu import machine
 
@@ -287,7 +287,7 @@ def work_of(name: str) -> Callable[[Part], None]:
 
 
 def selftest(part: Part) -> None:
-    """What the check must withstand: a part that fails, one that is killed, one that hangs with a child of its own."""
+    """What the check must handle: a part that fails, one that is killed, one that hangs with a child process."""
     part.report("started")
     if part.size == "die":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the parts share: results as they are found, `qcft` run as a user runs it, the files that a run leaves."""
+"""Shared by the parts: writing results at once, running `qcft` as a user does, reading the files of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
-OVERHEAD = 20  # tokens that the models' chat template adds to a row of one question and one answer
+OVERHEAD = 20  # tokens that the models' chat template adds to a row with one question and one answer
 
 
 class Part:
@@ -34,20 +34,20 @@ class Part:
 
     @property
     def left(self) -> float:
-        """Seconds until the part is ended from outside."""
+        """Seconds until the part times out."""
         return max(0.0, self.end - time.monotonic())
 
     def report(self, what: str, **found: Any) -> None:
-        """Write one thing that was found, at once: it stays when the part is killed later."""
+        """Write one result at once, so that it is kept if the part is killed later."""
         write_result(self.out, {"part": self.full, "what": what, **found})
-        print("RESULT", what, found, flush=True)  # into the log, among the messages it belongs to
+        print("RESULT", what, found, flush=True)  # into the log, next to the messages it belongs to
 
     def attempt(self, what: str, work: Callable[[], dict[str, Any]], **more: Any) -> dict[str, Any] | None:
-        """Do one thing of a part and report what it found, or how it failed; the part continues either way."""
+        """Run one piece of a part and report its result, or how it failed; the part continues in both cases."""
         start = time.monotonic()
         try:
             found = work()
-        except Exception as error:  # whatever it is belongs in the results
+        except Exception as error:  # any error belongs in the results
             self.failed(what, error, **more)
             return None
         self.report(what, seconds=round(time.monotonic() - start, 1), **more, **found)
@@ -92,7 +92,7 @@ def write_result(out: Path, found: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended. `stopped`: by this check, as it was asked to."""
+    """A command that has ended. `stopped`: ended by this check on purpose."""
 
     exit: int
     seconds: float
@@ -101,29 +101,29 @@ class Ended:
     stopped: bool
 
     def json(self) -> Any:
-        """What `--json` printed. Raises RuntimeError where the command failed."""
+        """The output of `--json`. Raises RuntimeError if the command failed."""
         self.check()
         return json.loads(self.stdout)
 
     def check(self) -> None:
-        """Raise RuntimeError, with the end of its messages, where the command failed."""
+        """Raise RuntimeError, with the last of its messages, if the command failed."""
         if self.exit and not self.stopped:
             raise RuntimeError(f"exit code {self.exit} after {self.seconds:.0f} s: {self.stderr[-1000:].strip()}")
 
     def warnings(self) -> list[str]:
-        """The lines that warn, and errors with their hints."""
+        """The lines with warnings, and errors with their hints."""
         wanted = ("warning:", "error:", "hint:")
         return [line[:400] for line in self.stderr.splitlines() if line.startswith(wanted)][:12]
 
 
 def qcft(*arguments: object, before: str = "", **options: Any) -> Ended:
-    """Run the command line in a process of its own; `before` is Python code to run first there."""
+    """Run the command line in its own process; `before` is Python code to run first in it."""
     start = ["-c", f"{before}\nfrom qcft.cli import main\nmain()"] if before else ["-m", "qcft"]
     return command([sys.executable, *start, *map(str, arguments)], **options)
 
 
 def share_of_cores(processes: int) -> dict[str, str]:
-    """The environment of each of several processes: more threads than cores wait for each other most of the time."""
+    """The environment of each of several processes, with its share of the threads: more threads than cores are slow."""
     return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
 
 
@@ -134,10 +134,10 @@ def command(
     limit: float | None = None,
     keep: list[str] | None = None,
 ) -> Ended:
-    """Run a command to its end, all it writes printed as it comes, or kill it once `stop` says so.
+    """Run a command to its end, with its output printed at once, or kill it when `stop` returns true.
 
-    Stays in the part's process group, so nothing outlives the part. Raises TimeoutError after `limit` seconds; `keep`
-    then holds the lines of its output until there.
+    The command stays in the part's process group, so that it ends with the part. Raises TimeoutError after `limit`
+    seconds; `keep` then has the lines of its output so far.
     """
     start = time.monotonic()
     print("$", *(word if len(word) < 200 else word[:200] + " ..." for word in line), flush=True)
@@ -179,10 +179,10 @@ def _read(stream: Any, lines: list[str]) -> None:
 def write_recipe(
     place: Path, name: str, model: Path, phases: list[dict[str, Any]], quantize: str = "nf4", **more: Any
 ) -> Path:
-    """A recipe that measures as little as a recipe can between its phases: one row, no answers, no live probe.
+    """A recipe with as little measuring between its phases as possible: one row, no answers, no live probe.
 
-    `epochs` has no effect beside `steps`, but is part of a step's id: without it phases that differ only in what does
-    not change the result (recomputing, stored states, passes) would be one step, and trained once.
+    `epochs` has no effect if `steps` is given, but it is part of a step's id: without it, phases that differ only in
+    settings without an effect on the result (checkpointing, stored states, passes) would be one step, trained once.
     """
     numbered = [
         {**phase, "train": {**phase["train"], "epochs": number}} for number, phase in enumerate(phases, start=1)
@@ -202,7 +202,7 @@ def write_recipe(
 
 
 def write_rows(path: Path, count: int, least: int, most: int, answer: int | None = None) -> Path:
-    """Rows of random words that the random models' tokenizer turns into `least` to `most` tokens, template included.
+    """Write rows of random words with `least` to `most` tokens of the random models' tokenizer, template included.
 
     The second half of each is the answer, or its last `answer` tokens.
     """
@@ -211,7 +211,7 @@ def write_rows(path: Path, count: int, least: int, most: int, answer: int | None
     for _ in range(count):
         length = draw.randint(least, most) - OVERHEAD
         words = "".join(draw.choice("abcdefghijklmnopqrstuvwxyz     ") for _ in range(length))
-        text = "q" + words[1:-1] + "z"  # no blanks at the ends, which templates strip
+        text = "q" + words[1:-1] + "z"  # no spaces at the ends, which templates strip
         cut = length - (answer or length // 2)
         prompt, completion = text[:cut].rstrip() or "q", text[cut:].lstrip() or "z"
         prompt += "." * (cut - len(prompt))
@@ -222,24 +222,24 @@ def write_rows(path: Path, count: int, least: int, most: int, answer: int | None
 
 
 class Runs:
-    """A runs folder with one run, read by its files: run.json, done.json, log.jsonl."""
+    """A runs folder with one run, read from its files: run.json, done.json, log.jsonl."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
 
     def stages(self) -> dict[str, str]:
-        """Stage -> step; empty while the run has not started."""
+        """Stage -> step; empty until the run has started."""
         try:
             return dict(json.loads((self.folder / self.name / "run.json").read_text(encoding="utf-8"))["stages"])
         except (OSError, ValueError):
             return {}
 
     def place(self, stage: str, *names: str) -> Path:
-        """A file of a stage's step."""
+        """The path of a file of a stage's step."""
         return self.folder.joinpath(".steps", self.stages()[stage], *names)
 
     def done(self, stage: str) -> dict[str, Any] | None:
-        """What done.json holds; None while the step is not done."""
+        """The content of done.json; None until the step is done."""
         try:
             return dict(json.loads(self.place(stage, "done.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError):
@@ -254,7 +254,7 @@ class Runs:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def copy_without(self, folder: Path, *stages: str) -> Runs:
-        """A copy of the runs folder in which these stages are still to do."""
+        """A copy of the runs folder without the results of these stages."""
         shutil.copytree(self.folder, folder, symlinks=True)
         there = Runs(folder, self.name)
         for stage in stages:
@@ -270,9 +270,9 @@ def run_recipe(
     changes: Sequence[str] = (),
     **options: Any,
 ) -> Ended:
-    """`qcft run`, each stage handed to `report` as soon as it is done; killed once the stage `until` is done.
+    """`qcft run`; calls `report` with each stage when it is done, and kills the run when the stage `until` is done.
 
-    `changes`: further words of the command line.
+    `changes`: further arguments of the command line.
     """
     reported: set[str] = set()
 
@@ -290,7 +290,7 @@ def run_recipe(
 
 
 def _every(seconds: float, look: Callable[[], bool]) -> Callable[[], bool]:
-    """`look`, called no more often than that; false between."""
+    """`look`, called at most once in this interval; false in between."""
     last = 0.0
 
     def rarely() -> bool:
@@ -304,13 +304,13 @@ def _every(seconds: float, look: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def peak(record: Mapping[str, Any]) -> int:
-    """A step's peak in bytes: on the card, else the process's resident set."""
+    """A step's peak memory in bytes: on the card, or the process's resident set."""
     metrics = record["metrics"]
     return int(metrics.get("peak_GPU_bytes") or metrics.get("peak_RAM_bytes") or 0)
 
 
 def gib(count: float) -> float:
-    """Bytes in GiB, for reading."""
+    """Bytes in GiB, rounded."""
     return round(count / GIB, 3)
 
 

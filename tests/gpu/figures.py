@@ -1,4 +1,4 @@
-"""Parts about memory and speed: estimated beside measured, qcft beside plain TRL and plain transformers."""
+"""Parts about memory and speed: estimates and measurements, qcft compared with plain TRL and plain transformers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from tests.gpu.common import (
 
 
 def memory(part: Part) -> None:
-    """What `qcft check` estimates beside the peak in `qcft run`: of each training, and of measuring the base model.
+    """The estimate of `qcft check` and the peak in `qcft run`: for each training, and for measuring the base model.
 
-    The phases of one recipe all start from the base, so that one command loads the weights' digest once and measures
-    all of them. A training's peak counts from before its model is loaded: `load_gib`, the peak of measuring one row,
-    is about what loading takes. Where `loading_decides`, the training itself took less.
+    The phases of one recipe all start from the base, so that one command computes the weights' digest once and
+    measures all of them. A training's peak includes loading its model: `load_gib`, the peak of measuring one row, is
+    about the memory of loading. If `loading_decides`, the training itself needed less.
     """
     place, model = part.folder(), part.model()
     train = {"steps": 2, "batch": 16, "max_length": 1024, "prefix_cache": False, "checkpoint_steps": 100}
@@ -57,7 +57,7 @@ def memory(part: Part) -> None:
             "sixteen": write_recipe(place, "sixteen", model, [recomputed], quantize="none"),
             "padded": write_recipe(place, "padded", model, [padded], lora={"r": 64}),
         }
-    # nvidia-smi counts the whole card: only where one recipe is measured and no model is being made.
+    # nvidia-smi counts the whole card: only valid while one recipe is measured and no model is being made.
     alone = len(recipes) == 1 and all((one / "ready").is_file() for one in (part.work / "models").iterdir())
     cores = share_of_cores(2 * len(recipes))
     with CardUse(part.cuda and alone) as card, ThreadPoolExecutor(2 if part.dry else len(recipes)) as pool:
@@ -73,7 +73,7 @@ def memory(part: Part) -> None:
 
 
 def _estimated_and_measured(part: Part, recipe: Path, card: CardUse, cores: dict[str, str]) -> dict[str, Any]:
-    """Both for one recipe, the estimate made while the run starts; what is measured is also reported as it comes."""
+    """Both for one recipe; the estimate is made while the run starts, and measurements are also reported at once."""
     name = recipe.stem
     runs = Runs(recipe.parent / f"runs-{name}", name)
     last = json.loads(recipe.read_text(encoding="utf-8"))["phases"][-1]["name"]
@@ -120,7 +120,7 @@ def _estimated_and_measured(part: Part, recipe: Path, card: CardUse, cores: dict
 
 
 class CardUse:
-    """The most memory in use on the card, in bytes beyond what was in use before, once it is asked to `count`."""
+    """The peak memory in use on the card since `count`, in bytes, minus what was in use before."""
 
     def __init__(self, wanted: bool) -> None:
         self.most = 0
@@ -139,7 +139,7 @@ class CardUse:
             self._thread.join()
 
     def count(self) -> None:
-        """From now on only what is to be measured runs on the card."""
+        """Start: from now on only the measured process runs on the card."""
         self._counts.set()
 
     def _look(self) -> None:
@@ -161,9 +161,9 @@ class CardUse:
 
 
 def step(part: Part) -> None:
-    """Seconds of an optimizer step: plain TRL + PEFT beside qcft on the same rows and modules, none and half frozen.
+    """Seconds of an optimizer step: plain TRL + PEFT and qcft on the same rows and modules, none and half frozen.
 
-    The plain script is run before and after qcft. qcft's peak counts from before the model is loaded.
+    The plain script runs before and after qcft. qcft's peak includes loading the model.
     """
     place, model = part.folder(), part.model(alone=True)
     layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
@@ -199,7 +199,7 @@ def step(part: Part) -> None:
             figures = _figures(
                 step_seconds(log), [entry["loss"] for entry in log], log[-1]["tokens"] / len(log), peak(record)
             )
-            # Loading, and filling the store, are in the stage's seconds.
+            # The stage's seconds include loading and storing the states.
             part.report(f"qcft, {name}", frozen=frozen[name], **figures, stage_seconds=round(record["seconds"], 1))
 
     part.attempt("plain TRL + PEFT", lambda: plain(0), frozen=0)
@@ -214,7 +214,7 @@ def _whole(recipe: Path, runs: Runs, stage: Any, until: str) -> float:
 
 
 def _figures(seconds: list[float], losses: list[float], tokens: float, most: float) -> dict[str, Any]:
-    """The median step after the first, which warms up."""
+    """The median step after the first, which is the warm-up."""
     middle = statistics.median(seconds[1:] or seconds)
     return {
         "step_seconds": round(middle, 4),
@@ -226,7 +226,7 @@ def _figures(seconds: list[float], losses: list[float], tokens: float, most: flo
 
 
 def _plain(arguments: list[Any]) -> dict[str, Any]:
-    """What tests/gpu/plain.py measured, which holds nothing of qcft."""
+    """The results of tests/gpu/plain.py, which does not use qcft."""
     ended = command([sys.executable, "-m", "tests.gpu.plain", *map(str, arguments)])
     ended.check()
     return dict(json.loads(ended.stdout.splitlines()[-1]))
@@ -236,9 +236,9 @@ def _plain(arguments: list[Any]) -> dict[str, Any]:
 
 
 def generate(part: Part) -> None:
-    """Answer tokens per second: qcft's replay beside transformers' `generate`, the same prompts, sampled alike.
+    """Answer tokens per second: qcft's replay and transformers' `generate`, with the same prompts and sampling.
 
-    The random model ends an answer after 40 tokens on average, so that answers end at different times as real ones do.
+    The random model ends an answer after 40 tokens on average, so that answers differ in length as real ones do.
     """
     place, model = part.folder(), part.model(alone=True)
     count, new, chunk = (8, 16, 4) if part.dry else (128, 128, 64)

@@ -1,4 +1,4 @@
-"""Parts about a card with little memory left: another process holds the rest of it."""
+"""Parts about a card with little free memory: another process occupies the rest of it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ sys.stdin.read()
 
 
 class Ballast:
-    """While it is open another process holds all of the card's memory but `room` GiB; gives what is free, in GiB.
+    """A context in which another process occupies the card's memory except `room` GiB; yields the free GiB.
 
-    Plain allocations, given back when it is closed. With --dry the process holds nothing.
+    Plain allocations, released at the end. With --dry the process allocates nothing.
     """
 
     def __init__(self, part: Part, room: float) -> None:
@@ -50,12 +50,12 @@ class Ballast:
 
 
 def oom(part: Part) -> None:
-    """Memory runs out in a training: its step is repeated in smaller passes, and the losses stay the same."""
+    """A training runs out of memory: its step is repeated in smaller passes, and the losses stay the same."""
     place, model = part.folder(), part.model(alone=True)
     rows = write_rows(place / "rows.jsonl", 160, 64, 128)
     train = {
         "steps": 3, "batch": 64, "micro_batch": 64, "packing": False, "max_length": 256, "prefix_cache": False,
-        "gradient_checkpointing": False,  # left to qcft, it would recompute from the start, and nothing would run out
+        "gradient_checkpointing": False,  # qcft would turn it on by itself, and not run out of memory
     }  # fmt: skip
     data = [{"path": str(rows), "lang": "en"}]
     recipe = write_recipe(place, "oom", model, [{"name": "phase1", "data": data, "train": train}])
@@ -69,7 +69,7 @@ def oom(part: Part) -> None:
         return
     need = peak(free.done("phase1") or {}) / GIB
     for label, share in (("half", 0.45), ("a quarter", 0.25)):
-        # What the training takes beside its activations, and CUDA's own, comes on top.
+        # The training's memory apart from activations, and that of CUDA itself, are added.
         room = max(0.1, share * need) + (0.9 if part.cuda else 0)
         part.attempt(
             f"with {label} of the memory", lambda label=label, room=room: _limited(part, recipe, free, label, room)
@@ -77,7 +77,7 @@ def oom(part: Part) -> None:
 
 
 def _limited(part: Part, recipe: Path, free: Runs, label: str, room: float) -> dict[str, Any]:
-    """The same training with so many GiB of the card, beside the one that had all of it."""
+    """The same training with so many GiB of the card, compared with the one that had all of it."""
     runs = free.copy_without(free.folder.parent / label.replace(" ", "-"), "phase1", "eval/phase1")
     with Ballast(part, room) as there:
         ended = run_recipe(recipe, runs, until="phase1")
@@ -103,9 +103,9 @@ def _passes(runs: Runs) -> dict[str, Any]:
 
 
 def card8(part: Part) -> None:
-    """A card with 8 GB: loading, answers, training as the README has it and with `batch: auto`, 16 bits offloaded.
+    """A card with 8 GB: loading, answers, training as in the README and with `batch: auto`, 16 bits offloaded.
 
-    A stage that fails there is done with the whole card, so that those after it are seen too.
+    A stage that fails there is run again with the whole card, so that the later stages are tested too.
     """
     place, model = part.folder(), part.model(alone=True)
     train = {
@@ -122,12 +122,12 @@ def card8(part: Part) -> None:
     ]
     measured = {"heldout": {"rows": 4}, "answers": {"prompts": 4, "max_new_tokens": 8}}
     recipe, runs = write_recipe(place, "card8", model, phases, **measured), Runs(place / "runs", "card8")
-    room = 7.4  # GiB, CUDA's own among them: what a card sold with 8 GB has free beside a desktop
+    room = 7.4  # GiB, including CUDA's own: free memory of an 8 GB card that also runs a desktop
 
     seen: set[str] = set()
 
     def stage(name: str, record: Mapping[str, Any], **more: Any) -> None:
-        if name in seen:  # done by an earlier command, perhaps with the whole card
+        if name in seen:  # done by an earlier command, maybe with the whole card
             return
         seen.add(name)
         metrics = record["metrics"]

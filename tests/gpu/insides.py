@@ -1,7 +1,7 @@
-"""The one place that imports from within qcft what the command line and `qcft.run` do not offer.
+"""The only file of the check that imports internals of qcft, for what the command line and `qcft.run` do not offer.
 
-python -m tests.gpu.insides replay RECIPE RUNS    what `qcft replay` does, without a run that is there already
-python -m tests.gpu.insides varlen                attention by one kernel (QCFT_VARLEN) beside attention row by row
+python -m tests.gpu.insides replay RECIPE RUNS    the same as `qcft replay`, without an existing run
+python -m tests.gpu.insides varlen                attention by one kernel (QCFT_VARLEN) and attention row by row
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def replay(recipe: str, runs: str) -> None:
-    """Generate a recipe's replay and do nothing else.
+    """Generate a recipe's replay and nothing else.
 
-    `qcft replay` asks for a named run, which only `qcft run` makes, by measuring the base twice first: for the 8B model
-    that is half a minute of a card.
+    `qcft replay` needs a named run. Only `qcft run` creates one, and it measures the base twice first: for the 8B model
+    that is half a minute on a card.
     """
     from qcft.api import replay_watched
     from qcft.events import Watch
@@ -26,9 +26,9 @@ def replay(recipe: str, runs: str) -> None:
 
 def varlen() -> None:
     """How far one kernel for all rows is from a kernel for each, values and gradients relative to the largest; whether
-    another first row moves the second, which it must not by a bit; and milliseconds of both, backward passes with them.
+    another first row changes the second, of which no bit may change; and milliseconds of both, backward included.
 
-    Prints a JSON object. Where the card or torch has no such kernel, and on a CPU, `kernel` is false and rows are
+    Prints a JSON object. If the card or torch has no such kernel, and on a CPU, `kernel` is false and rows are
     compared with rows.
     """
     import torch
@@ -43,7 +43,10 @@ def varlen() -> None:
     torch.manual_seed(0)
     given = [torch.randn(1, count, sum(lengths), width, device=where).bfloat16() for count in (heads, shared, shared)]
     module = torch.nn.Module()
-    module.is_causal, module.num_key_value_groups = True, heads // shared  # what transformers' own function asks
+    module.is_causal, module.num_key_value_groups = (
+        True,
+        heads // shared,
+    )  # attributes that transformers' own function reads
 
     def run(by_kernel: bool, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         os.environ["QCFT_VARLEN"] = "1" if by_kernel else "0"

@@ -1,4 +1,4 @@
-"""Parts about the machine: its versions, the kernels that a training uses, the optimizer, qcft's own tests."""
+"""Parts about the machine: versions, the kernels that a training uses, the optimizer, qcft's own tests."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SUITE = [
     "test_prefix", "test_passes", "test_probe", "test_generation", "test_training", "test_merge", "test_models",
     "test_footprint",
 ]  # fmt: skip
-WORST = 40  # failures that are named, at most
+WORST = 40  # at most so many failures are named
 
 
 def env(part: Part) -> None:
-    """Versions and the card; then the three kernels that everything rests on, beside plain arithmetic."""
+    """Versions and the card; then the three kernels that everything depends on, compared with plain arithmetic."""
     import torch
 
     found: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that is checked, with `+` where files differ from it; None outside of a git repository."""
+    """The tested commit, with `+` if files differ from it; None outside of a git repository."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     say = [
@@ -87,7 +87,7 @@ def _driver() -> str | None:
 
 
 def fused_head(where: str) -> dict[str, Any]:
-    """TRL's head (Triton on a GPU) beside double precision: values, gradient, and whether twice is equal."""
+    """TRL's head (Triton on a GPU) compared with double precision: values, gradient, and if two results are equal."""
     import torch
     from trl.kernels import ChunkedLogProbFunction
 
@@ -115,7 +115,7 @@ def fused_head(where: str) -> dict[str, Any]:
 
 
 def attention(where: str) -> dict[str, Any]:
-    """Attention of one row with grouped keys: how far off, which kernels ran, whether its gradient is equal twice."""
+    """Attention of one row with grouped keys: its error, the kernels that ran, and if two gradients are equal."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -149,7 +149,7 @@ def attention(where: str) -> dict[str, Any]:
         "query_gradient_off": _off(query_gradient, plain[0].grad),
         "equal_twice": same(),
     }
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without which cuBLAS counts as not deterministic
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it, torch treats cuBLAS as not deterministic
     try:
         torch.use_deterministic_algorithms(True)
         found["equal_twice_deterministic"] = same()
@@ -164,19 +164,19 @@ def attention(where: str) -> dict[str, Any]:
 
 
 def _kernels(work: Any) -> list[str] | str:
-    """The CUDA kernels that some work runs, by name."""
+    """The names of the CUDA kernels that some work runs."""
     from torch.profiler import ProfilerActivity, profile
 
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             work()
         return sorted({event.key[:100] for event in seen.key_averages()})[:24]
-    except Exception as error:  # what the profiler needs may be missing; the rest was found all the same
+    except Exception as error:  # the profiler may not be available; the other results are still valid
         return f"{type(error).__name__}: {error}"[:200]
 
 
 def one_kernel() -> dict[str, Any]:
-    """PyTorch's attention of variable lengths beside attention row by row; in a process of its own."""
+    """PyTorch's attention of variable lengths compared with attention row by row; in its own process."""
     line = [sys.executable, "-m", "tests.gpu.insides", "varlen"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -186,7 +186,7 @@ def one_kernel() -> dict[str, Any]:
 
 
 def four_bits(where: str) -> dict[str, Any]:
-    """Products with NF4 weights for 1 to 1,024 tokens, beside dequantised weights; whether training has the same."""
+    """Products with NF4 weights for 1 to 1,024 tokens, compared with dequantised weights; if training has the same."""
     import bitsandbytes as bnb
     import torch
 
@@ -216,7 +216,7 @@ def four_bits(where: str) -> dict[str, Any]:
 
 
 def _off(found: Any, reference: Any) -> float:
-    """The norm of the difference by that of the reference; NaN stays NaN."""
+    """The norm of the difference divided by that of the reference; NaN stays NaN."""
     found, reference = found.detach().double(), reference.detach().double()
     return float(f"{float((found - reference).norm() / reference.norm()):.3g}")
 
@@ -234,13 +234,13 @@ def _milliseconds(work: Any, times: int = 20) -> float:
 
 
 def doctor(part: Part) -> None:
-    """What `qcft doctor` says of the machine."""
+    """The output of `qcft doctor` on the machine."""
     ended = qcft("doctor", "--json", "--runs", part.folder())
     part.report(
         "doctor", exit=ended.exit, seconds=ended.seconds, findings=ended.json() if ended.stdout.strip() else None
     )
     broken = [one["name"] for one in ended.json() if one["needed"] and not one["ok"]] if ended.stdout.strip() else []
-    if ended.exit and broken != ["packages"]:  # versions outside qcft's bounds are what may be asked here
+    if ended.exit and broken != ["packages"]:  # versions outside qcft's bounds may be tested on purpose
         part.report("broken", failed=f"exit code {ended.exit}: {', '.join(broken) or ended.stderr[-300:]}")
 
 
@@ -248,7 +248,7 @@ def doctor(part: Part) -> None:
 
 
 def optimizer(part: Part) -> None:
-    """bitsandbytes' 8-bit AdamW: is it paged, and does a state that was saved and loaded continue to the same end."""
+    """bitsandbytes' 8-bit AdamW: is it paged, and does training with a saved and loaded state give the same result."""
     for name in ("PagedAdamW8bit", "AdamW8bit"):
         part.attempt(name, lambda name=name: _saved_and_loaded(name, "cuda" if part.cuda else "cpu"))
     if part.cuda:
@@ -256,7 +256,7 @@ def optimizer(part: Part) -> None:
 
 
 def _saved_and_loaded(name: str, where: str) -> dict[str, Any]:
-    """Six steps at once, beside three, a state saved and loaded as the Trainer does, and three more."""
+    """Six steps, compared with three steps, saving and loading the state as the Trainer does, and three more steps."""
     import bitsandbytes as bnb
     import torch
 
@@ -310,15 +310,15 @@ def gpu_tests(part: Part) -> None:
 
 
 def suite(part: Part) -> None:
-    """The tests of what a GPU changes, run there. Some compare to the last bit, as on a CPU: read which fail."""
+    """The tests of everything that a GPU changes. Some require bitwise equality, as on a CPU: check which fail."""
     _pytest(part, ["test_passes"] if part.dry else SUITE, 8)
 
 
 def _pytest(part: Part, names: list[str], processes: int) -> None:
-    """Run test files in `processes`; what was found until the time is up, if it runs out."""
-    # The project's own options ask for plugins that may be missing here.
+    """Run test files in `processes`; the results so far if the time limit is reached."""
+    # The project's own pytest options need plugins that may be missing.
     line = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "-rs", "--tb=short"]
-    line += ["--continue-on-collection-errors"]  # a package that only tests need may be missing, for some files
+    line += ["--continue-on-collection-errors"]  # a package that only some test files need may be missing
     side_by_side = part.cuda and processes > 1 and importlib.util.find_spec("xdist") is not None
     line += ["-m", "not real", *(["-n", str(processes), "--dist", "loadfile"] if side_by_side else [])]
     line += [f"tests/{name}.py" for name in names]
@@ -349,7 +349,7 @@ def _pytest(part: Part, names: list[str], processes: int) -> None:
 
 
 def _outcome(line: str) -> tuple[str, str] | None:
-    """What a line of pytest says of a test: `-v` with and without xdist, and the summary's lines of what failed."""
+    """The outcome of a test in a line of pytest's output: `-v` with and without xdist, and the summary of failures."""
     if match := re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED) (tests/.+?)(?: - .*)?\s*$", line):
         return match[1], match[2]
     match = re.match(r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)

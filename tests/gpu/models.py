@@ -1,9 +1,9 @@
 """Models with random weights of real shapes, written to disk tensor by tensor; no network, little memory.
 
 The 8B shape (and the tiny one of `--dry`) answers prompts with random bytes that end after about ANSWER tokens: its
-embeddings share a direction that every hidden state keeps, the end-of-turn row of its head points along it, and the
-rows of tokens that are no bytes point away from it. So replay can be generated with it and finished answers leave a
-batch. The others tie their head to their embeddings and are only trained.
+embeddings share a direction that every hidden state keeps, the end-of-turn row of its head has this direction, and the
+rows of tokens that are not bytes have the opposite one. So replay can be generated with it, and finished answers leave
+a batch. The other shapes tie their head to their embeddings and are only trained.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES = {
     "tiny": Shape(64, 128, 4, 4, 2, 512, False),
 }
 SPREAD = 0.02  # standard deviation of random weights, as the library has it
-SHARED = 0.04  # what each number of an embedding has in common with all others, where the head is not tied
+SHARED = 0.04  # the value that all numbers of an embedding have in common, if the head is not tied
 ANSWER = 40  # tokens of an answer, on average, sampled at the temperature below
 TEMPERATURE = 0.7
 SHARD = 4 << 30  # bytes
@@ -48,7 +48,7 @@ CHATML = (
 
 
 def make_models(folder: Path, sizes: list[str]) -> None:
-    """Make the models that are missing, one after the other. Each folder gets a file `ready` or `failed` at the end."""
+    """Make the missing models, one after the other. Each folder gets a file `ready` or `failed` at the end."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,11 +110,11 @@ def _tensor(name: str, size: tuple[int, ...], shape: Shape, end: int, generator:
     import torch
 
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": generator.device}
-    if len(size) == 1:  # of a norm
+    if len(size) == 1:  # the weight of a norm
         return torch.ones(size, **options)
     spread = SPREAD
     if not shape.tied and name.endswith(("o_proj.weight", "down_proj.weight")):
-        # All layers together add to a hidden state about what an embedding's random part has.
+        # All layers together add about as much to a hidden state as the random part of an embedding.
         spread = SPREAD / math.sqrt(2 * shape.layers * size[1])
     tensor = torch.empty(size, **options).normal_(0, spread, generator=generator)
     if shape.tied:
@@ -125,18 +125,18 @@ def _tensor(name: str, size: tuple[int, ...], shape: Shape, end: int, generator:
         kept = SHARED / math.sqrt(SHARED**2 + 2 * SPREAD**2)  # of a normed hidden state, in the shared direction
         tensor[end] = _end_logit(shape.hidden) / (kept * shape.hidden)
         tensor[end + 1 :] = -30 / (kept * shape.hidden)
-        tensor[end - 1] = tensor[end + 1]  # no answer holds the start of another turn
+        tensor[end - 1] = tensor[end + 1]  # answers must not contain the start of another turn
     return tensor
 
 
 def _end_logit(hidden: int) -> float:
-    """The logit that ends an answer once in ANSWER tokens, the 256 bytes' logits being normally distributed."""
+    """The logit that ends an answer once in ANSWER tokens, if the logits of the 256 bytes are normally distributed."""
     spread = SPREAD * math.sqrt(hidden) / TEMPERATURE
     return TEMPERATURE * (math.log(256) + spread**2 / 2 - math.log(ANSWER - 1))
 
 
 def _shards(names: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """Names in their order, in parts of about SHARD bytes."""
+    """The names in their order, in groups of about SHARD bytes."""
     part: list[str] = []
     size = 0
     for name, dimensions in names.items():

@@ -1,4 +1,4 @@
-"""What qcft is compared with, as the libraries' documentation has it; nothing of qcft is used here.
+"""The code that qcft is compared with, from the libraries' documentation; it does not use qcft.
 
 python -m tests.gpu.plain train MODEL ROWS --batch B --steps N --frozen K     TRL + PEFT in NF4, its defaults
 python -m tests.gpu.plain generate MODEL ROWS --count C --new N --batches B,B   transformers' generate in NF4
@@ -93,7 +93,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def encoded(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """A row's tokens up to its end of turn; those of the prompt bear no loss."""
+    """A row's tokens up to its end of turn; those of the prompt have no loss."""
     user = {"role": "user", "content": row["prompt"]}
     turns = [user, {"role": "assistant", "content": row["completion"]}]
     text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
@@ -103,7 +103,7 @@ def encoded(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 
 
 def generate(options: argparse.Namespace) -> dict[str, Any]:
-    """Answer tokens per second for each size of batch: sampled, in the file's order, counted up to the end of turn."""
+    """Answer tokens per second for each batch size: sampled, in the file's order, counted up to the end of turn."""
     import torch
 
     tokenizer, model = load(options.model)
@@ -153,7 +153,7 @@ def read(path: str) -> list[dict[str, str]]:
 
 
 def now() -> float:
-    """Seconds, with the card's work done."""
+    """The time in seconds, after the card's work is done."""
     import torch
 
     if torch.cuda.is_available():
@@ -162,7 +162,7 @@ def now() -> float:
 
 
 def peak() -> int:
-    """Bytes at the peak: on the card, else of this process."""
+    """The peak memory in bytes: on the card, or of this process."""
     import resource
 
     import torch

@@ -1,4 +1,4 @@
-"""Parts about trainings that are killed: do they resume, and is the result equal to the last bit."""
+"""Parts about killed trainings: do they resume, and is the result bitwise equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from tests.gpu.common import Ended, Part, Runs, gib, peak, qcft, run_recipe, share_of_cores, write_recipe, write_rows
 
 WEIGHTS = "adapter/adapter_model.safetensors"
-# Code that runs before qcft, and words of its command line: kernels that are deterministic, one step further each time.
+# Code that runs before qcft, and arguments of its command line: sets of kernels, each more deterministic than the last.
 WAYS: dict[str, tuple[str, list[str]]] = {
     "as qcft trains": ("", []),
     "attention by plain arithmetic": (
@@ -28,7 +28,7 @@ STEPS = 24
 
 
 def resume(part: Part) -> None:
-    """One training three times: twice left alone, once killed and resumed; equal or not, with three sets of kernels."""
+    """One training, twice undisturbed and once killed and resumed: whether all are equal, for three sets of kernels."""
     place, model = part.folder(), part.model("small")
     phase = {
         "name": "phase1",
@@ -36,7 +36,7 @@ def resume(part: Part) -> None:
         "train": {"steps": STEPS, "batch": 8, "lr": 1e-3, "max_length": 256, "checkpoint_steps": 4},
     }
     recipe = write_recipe(place, "resume", model, [phase], lora={"r": 16, "dropout": 0.05})
-    # On a CPU nothing varies: a resumed training that is equal says that another one left alone would be.
+    # A CPU is deterministic: if the resumed training is equal, a second undisturbed one would be equal too.
     ways = dict([list(WAYS.items())[-1]]) if part.dry else WAYS
     names = ("killed", "first") if part.dry else ("killed", "first", "second")
     processes = min(len(ways) * len(names), os.cpu_count() or 1)
@@ -73,7 +73,7 @@ def _compared(first: Runs, other: Runs) -> dict[str, Any]:
 
 
 def run_killed(recipe: Path | str, runs: Runs, stage: str, steps: int, *more: object, **options: Any) -> dict[str, Any]:
-    """`qcft run`, killed by SIGKILL when a training has logged so many steps; RuntimeError where it ended before."""
+    """`qcft run`, killed by SIGKILL when a training has logged so many steps; RuntimeError if it ended before."""
     ended = qcft("run", recipe, "--runs", runs.folder, *more, stop=lambda: len(runs.log(stage)) >= steps, **options)
     ended.check()
     if ended.exit != -signal.SIGKILL or runs.done(stage) is not None:
@@ -82,7 +82,7 @@ def run_killed(recipe: Path | str, runs: Runs, stage: str, steps: int, *more: ob
 
 
 def differences(one: Runs, other: Runs, stage: str) -> dict[str, Any]:
-    """How far two trainings of one stage are apart: to the bit, else by loss and by the adapter's norm."""
+    """The difference of two trainings of one stage: bitwise equal, or the differences of losses and adapters."""
     losses = [[entry["loss"] for entry in runs.log(stage)] for runs in (one, other)]
     files = [runs.place(stage, WEIGHTS) for runs in (one, other)]
     equal = len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
@@ -97,7 +97,7 @@ def differences(one: Runs, other: Runs, stage: str) -> dict[str, Any]:
 
 
 def _relative(one: Path, other: Path) -> float:
-    """The norm of the difference of two adapters by the norm of the first."""
+    """The norm of the difference of two adapters divided by the norm of the first."""
     from safetensors.torch import load_file
 
     a, b = load_file(one), load_file(other)
@@ -109,7 +109,7 @@ def _relative(one: Path, other: Path) -> float:
 
 
 def quickstart(part: Part) -> None:
-    """`qcft run quickstart` on its real weights (`--dry`: a tiny model); then phase 2 again, left alone and killed."""
+    """`qcft run quickstart` on its real weights (`--dry`: a tiny model); then phase 2 again, undisturbed and killed."""
     place = part.folder()
     changes = _tiny_quickstart(part) if part.dry else []
     first = Runs(place / "first", "quickstart")
@@ -159,7 +159,7 @@ def quickstart(part: Part) -> None:
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What is worth reading of a stage's metrics, beside its seconds and its peak."""
+    """The interesting values of a stage's metrics, with its seconds and its peak."""
     metrics = record["metrics"]
     wanted = ("steps", "tokens", "loss", "prefix_cache", "recomputed", "pass_limit", "rows", "share", "kl")
     found = {key: metrics[key] for key in wanted if key in metrics}
@@ -172,7 +172,7 @@ def _figures(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tiny_quickstart(part: Part) -> list[str]:
-    """The quickstart's flags for the tiny model, whose tokens are bytes and whose answers are no English."""
+    """The quickstart's flags for the tiny model, whose tokens are bytes and whose answers are not English."""
     filters = "{duplicates: false, loops: null, language: null}"
     replay = (
         f"{{ratio: 0.2, kind: generative, max_new_tokens: 64, chunk: 16, on_shortfall: shrink, filters: {filters}}}"

@@ -1,4 +1,4 @@
-"""Kills an ablation of a tiny model at random moments; it must end as one left alone, no step done twice.
+"""Kill an ablation of a tiny model at random times; it must end like one that is not killed, with no step run twice.
 
 python tests/soak/ablation_kills.py [--times 10] [--seed 0]
 """

@@ -1,9 +1,10 @@
-"""Tiny models of many families through the whole chain, each in a process of its own; a table of what came of each.
+"""Run tiny models of many families through the whole chain, each in its own process; print a table of the results.
 
     python tests/soak/families.py [FAMILY ...]
 
-By hand: about 20 minutes on two cores for all of them. A family is refused before anything runs, by name and reason, or
-it is scored, answers, is trained in two phases, merged and exported as transformers and PEFT alone would have it.
+To run by hand: about 20 minutes on two cores for all of them. A family is either refused before anything runs, with
+its name and the reason; or it is scored, answers, is trained in two phases, merged and exported, with the same results
+as transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SECONDS = 300  # of one family at most
 
 
 def main(names: list[str]) -> None:
-    """Every family in turn, and the table as one JSON object at the end."""
+    """Run every family in turn, and print the table and one JSON object."""
     from tests.helpers.families import FAMILIES, WRAPPERS
     from tests.helpers.whole_chain import CHECKS
 

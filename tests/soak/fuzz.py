@@ -1,4 +1,4 @@
-"""Ten times as many random recipes, data files, texts and damaged steps as the suite tries.
+"""Try ten times as many random recipes, data files, texts and damaged steps as the test suite.
 
 python tests/soak/fuzz.py [--examples 2000]
 """

@@ -1,10 +1,9 @@
-"""Kills a run of a tiny model with SIGKILL at random moments, in every kind of step and in the report, again and
-again; each time it is finished, every file and every score of every step must be equal to the bit to those of a run
-left alone.
+"""Kill a run of a tiny model with SIGKILL at random times, in every kind of step and in the report, many times. When a
+run is finished, every file and every score of every step must be bitwise equal to those of a run that is not killed.
 
 python tests/soak/kills.py [--kills 30 | --each] [--seed 0]
 
-With --each there is one kill in the first step of each kind and one in the report, which is what the suite asks for.
+With --each there is one kill in the first step of each kind and one in the report, as in the test suite.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from qcft.recipe import load_recipe
 from qcft.runner.recipe import plan_recipe
 
 REPORT = "report"
-# Files that name the folder of an adapter's base, and the seconds that each live probe took (what it found is among
-# the metrics too).
+# Files with the folder of an adapter's base, and with the seconds of each live probe (its results are among the
+# metrics too).
 NOT_COMPARED = ("adapter/adapter_config.json", "english.jsonl")
-# Of a step's metrics, what depends on the clock, or on how often the run was killed.
+# Those of a step's metrics that depend on time, or on the number of kills.
 CIRCUMSTANCES = {"tokens_per_second", "resumed_from", "chunks_made", "chunks_reused", "share_of_time"}
-FORK = multiprocessing.get_context("fork")  # what is imported here is there in every child: a start costs nothing
+FORK = multiprocessing.get_context("fork")  # imports here are inherited by every child, so that they start fast
 
 
 def recipe(model: Path, data: Path) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def recipe(model: Path, data: Path) -> dict[str, Any]:
 
 
 def work(recipe_file: Path, runs: Path, said: Any, at: str | None, delay: float) -> None:
-    """Run in a child process; at the step `at`, and so many seconds later, it is killed by its own hand."""
+    """Run in a child process, which kills itself some seconds after the start of step `at`."""
     loaded = load_recipe(recipe_file)
     last = plan_recipe(loaded, runs, Watch())[0].plan.steps[-1].id
 
@@ -90,7 +89,7 @@ def work(recipe_file: Path, runs: Path, said: Any, at: str | None, delay: float)
 
 
 def run(recipe_file: Path, runs: Path, at: str | None = None, delay: float = 0.0) -> tuple[int, dict[str, float]]:
-    """The child's exit code, and how many seconds each step that it began took."""
+    """The child's exit code, and the seconds of each step that it started."""
     here, there = FORK.Pipe(duplex=False)
     child = FORK.Process(target=work, args=(recipe_file, runs, there, at, delay))
     child.start()
@@ -112,13 +111,13 @@ def results(runs: Path) -> dict[str, Any]:
 
 
 def equal_parts(record: dict[str, Any]) -> tuple[str, dict[str, str], Any]:
-    """A done step's id, the digests of its files, and all that was measured."""
+    """A done step's id, the digests of its files, and all its metrics."""
     files = {name: digest for name, digest in record["files"].items() if name not in NOT_COMPARED}
     return record["step"], files, scores(record["metrics"])
 
 
 def scores(value: Any) -> Any:
-    """What was measured, less what is different each time."""
+    """The metrics, without those that differ every time."""
     if isinstance(value, dict):
         apart = {key for key in value if key in CIRCUMSTANCES or "seconds" in key or key.startswith("peak_")}
         return {key: scores(one) for key, one in value.items() if key not in apart}
@@ -130,9 +129,9 @@ def kind_of(title: str) -> str:
 
 
 def next_victim(left: list[str], killed: Counter[str], kills: int | None, chance: random.Random) -> str | None:
-    """The step of those left in which the next kill is to fall; None when there were enough.
+    """The remaining step for the next kill; None when there were enough kills.
 
-    Any kind is as likely as another, or, when `kills` is None, it is the first step of a kind that was spared so far.
+    All kinds are equally likely; when `kills` is None, it is the first step of a kind without a kill so far.
     """
     if kills is None:
         met = {kind_of(title) for title in killed}
@@ -144,11 +143,11 @@ def next_victim(left: list[str], killed: Counter[str], kills: int | None, chance
 
 
 def kill_runs(raw: dict[str, Any], folder: Path, kills: int | None, seed: int) -> Counter[str]:
-    """Run, kill and go on until `kills` kills (None: one of each kind) are done and the last run is finished.
+    """Run, kill and resume until there were `kills` kills (None: one of each kind) and the last run is finished.
 
     Returns the kills by step.
 
-    Raises AssertionError when a finished run is not equal to the one left alone.
+    Raises AssertionError when a finished run differs from the one that is not killed.
     """
     recipe_file = folder / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(raw))
@@ -157,7 +156,7 @@ def kill_runs(raw: dict[str, Any], folder: Path, kills: int | None, seed: int) -
     whole, chance, killed, number = results(folder / "alone"), random.Random(seed), Counter[str](), 0
     while next_victim(list(took), killed, kills, chance) is not None:
         number += 1
-        runs, left = folder / f"killed {number}", list(took)  # steps are done in their order
+        runs, left = folder / f"killed {number}", list(took)  # steps run in this order
         while True:
             at = next_victim(left, killed, kills, chance)
             code, _ = run(recipe_file, runs, at, chance.uniform(0, took[at]) if at else 0.0)
@@ -192,7 +191,7 @@ def main() -> None:
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
-    """A tiny model and its data, made in a child: this process must have run nothing before it forks."""
+    """Make a tiny model and its data in a child, as this process must not start threads before it forks."""
     child = FORK.Process(target=_make_inputs, args=(folder,))
     child.start()
     child.join()
@@ -221,5 +220,5 @@ if __name__ == "__main__":
 
     transformers.logging.set_verbosity_error()
     gc.collect()
-    gc.freeze()  # half a million objects that no child's collector needs to walk
+    gc.freeze()  # half a million objects that the garbage collector of a child can skip
     main()

@@ -1,4 +1,4 @@
-"""Kills a merge of the embedded SmolLM2-135M at random moments; its folder must be whole or not there each time.
+"""Kill a merge of the embedded SmolLM2-135M at random times; its folder must be complete or absent each time.
 
 python tests/soak/merge_kills.py [--times 20] [--seed 0]
 """

@@ -1,8 +1,8 @@
-"""The same recipe twice, side by side on real data: left alone, and killed at random moments until it is done.
+"""Run the same recipe twice, side by side on real data: once undisturbed, once killed at random times until it is done.
 
 Phase 1 on English rows, phase 2 on other languages with generative replay, SmolLM2-135M in 4 bits on the CPU. At the
-end every file of every step must be equal to the bit: adapters, merged weights, replay rows, scores, answers. On two
-cores an hour, at least 45 minutes of it steps. --compare looks once more at two runs that are done.
+end every file of every step must be bitwise equal: adapters, merged weights, replay rows, scores, answers. It takes an
+hour on two cores, of which the steps are at least 45 minutes. --compare compares two runs that are done again.
 
 python tests/soak/overnight.py --out FOLDER --english alpaca.jsonl --data es=es.jsonl --data pt=pt.jsonl
     [--english-rows 1900] [--rows 760] [--kills 8] [--within 40] [--threads 1] [--nice 0] [--seed 0]
@@ -48,7 +48,7 @@ def recipe(options: argparse.Namespace) -> dict:
 
 
 def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen:
-    """The run in `folder`, in a process of its own; what it says is added to `said.txt`."""
+    """Start the run in `folder`, in its own process; its output is appended to `said.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(options), sort_keys=False))
     threads = str(options.threads)
@@ -61,7 +61,7 @@ def start(options: argparse.Namespace, folder: Path) -> subprocess.Popen:
 
 
 def seconds_of(process: subprocess.Popen) -> float:
-    """CPU time of a process (Linux): unlike the clock's, it does not run faster on an idle machine."""
+    """CPU time of a process (Linux): unlike wall time, it hardly depends on other work on the machine."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -70,7 +70,7 @@ def seconds_of(process: subprocess.Popen) -> float:
 
 
 def stage_of(folder: Path) -> str:
-    """What a run is at: the title of its step, and of a training how far it is."""
+    """The progress of a run: the title of its step, and the number of optimizer steps of a training."""
     lines = [line for line in (folder / "said.txt").read_text().splitlines() if line.startswith("[")]
     title = lines[-1].split("] ", 1)[1].split("  ")[0] if lines else "reading"
     logs = sorted((folder / "runs" / ".steps").glob("train-*/log.jsonl"), key=lambda p: p.stat().st_mtime)
