@@ -30,11 +30,8 @@ ROOMS_DONE = (
     "qcft/inspect",
     "qcft/installing.py",
     "qcft/layers",
-<<<<<<< HEAD
-    "qcft/models",
-=======
     "qcft/measure",
->>>>>>> words3
+    "qcft/models",
     "qcft/plan",
     "qcft/prepare",
     "qcft/private.py",
