@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from qcft import api
 from qcft.events import Watch
-from qcft.files import read_json, read_sealed, write_json, write_sealed
+from qcft.files import file_digest, read_json, read_sealed, write_json, write_sealed
 from qcft.measure.score import read_scores
 from qcft.measure.stats import changes, mean_nll
 from qcft.recipe import parse_assignments, recipe_from
@@ -538,9 +541,13 @@ def evaluated(evidence, ea, ma, limit=10):
         for name in ("base", "phase2")
     ]  # fmt: skip
     stages = dict(evidence.run.stages)
+    folder = evidence.run.folder.parent.parent / "answered"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "answers.json", {"es": []})
+    record = {"files": {"answers.json": file_digest(folder / "answers.json")}}
     for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
-        tasks_of = (*names, "fidelity")
-        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in tasks_of}
+        stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}
+        stages[f"abilities/{name}/fidelity"] = replace(made, step=f"suite-{made.step}", folder=folder, record=record)
     abilities = {"tables": [table], "fidelity": cells, "alpaca_eval": []}
     return replace(
         evidence, run=replace(evidence.run, stages=stages, table={**evidence.run.table, "abilities": abilities})
@@ -613,15 +620,17 @@ echo noise
 """
 
 
-def test_report_opens_the_page_in_the_browser(arms, runs, tmp_path, qcft, monkeypatch, capfd):
+def test_report_opens_the_page_in_the_browser(arms, runs, tmp_path):
+    """What the browser prints is no data."""
     browser = tmp_path / "browser"
     browser.write_text(BROWSER)
     browser.chmod(0o755)
-    monkeypatch.setenv("BROWSER", str(browser))
-    monkeypatch.setattr("webbrowser._tryorder", None)  # which browsers there are is found once in a process
-    code, out, error = qcft("report", "frozen", "--runs", runs, "--to", "a folder", "--open", "--json")
-    assert (code, "next:" in error) == (0, False)
-    assert json.loads(out)["page"] == "a folder/report.html"
+    done = subprocess.run(
+        [sys.executable, "-m", "qcft", "report", "frozen", "--runs", runs, "--to", "a folder", "--open", "--json"],
+        cwd=tmp_path, env={**os.environ, "BROWSER": str(browser)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, "next:" in done.stderr, "noise" in done.stderr) == (0, False, True)
+    assert json.loads(done.stdout)["page"] == "a folder/report.html"
     assert (tmp_path / "opened").read_text() == (tmp_path / "a folder" / "report.html").as_uri()
 
 
