@@ -26,7 +26,7 @@ METRICS = {
 }
 FILES = {
     "probe/answers.json": list[metrics.PromptAnswer],
-    "probe/samples.json": dict[str, list[metrics.PromptAnswer]],
+    "probe/samples.json": dict[str, list[metrics.PromptAnswer]] | None,  # not of earlier versions
     "layers/layers.json": metrics.LayersFile,
     "drift/drift.json": metrics.DriftFile,
 }
