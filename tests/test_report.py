@@ -544,6 +544,7 @@ def evaluated(evidence, ea, ma, limit=10):
     folder = evidence.run.folder.parent.parent / "answered"
     folder.mkdir(exist_ok=True)
     write_json(folder / "answers.json", {"es": []})
+    shutil.copy(stages["eval/base"].folder / "step.json", folder)
     record = {"files": {"answers.json": file_digest(folder / "answers.json")}}
     for name, made in (("base", stages["eval/base"]), ("phase2", stages["eval/phase2"])):
         stages |= {f"abilities/{name}/{task}": replace(made, step=f"suite-{made.step}-{task}") for task in names}

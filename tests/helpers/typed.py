@@ -54,6 +54,8 @@ def misfit(value, kind, where=""):
             return f"{where}: {sorted(keys ^ hints.keys())}"
         return next(filter(None, (misfit(value[key], hints[key], f"{where}.{key}") for key in keys)), None)
     if origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            return f"{where}: {value!r}"
         pairs = [(one, key) for key, one in value.items()]
         return next(filter(None, (misfit(one, inner[1], f"{where}.{key}") for one, key in pairs)), None)
     if origin is list:
