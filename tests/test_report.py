@@ -25,6 +25,7 @@ from qcft.recipe import parse_assignments, recipe_from
 from qcft.report.arms import arms_of, differences, flow
 from qcft.report.build import build_report
 from qcft.report.layers import by_layer
+from qcft.report.repeat import arms_section, commands
 from qcft.report.samples import start_of
 from qcft.report.standing import front, standings
 from qcft.report.suites import last_averages
@@ -662,3 +663,13 @@ def test_norms_of_layers_and_running_means():
     }
     assert by_layer(squares) == {0: 5.0, 11: 2.0}
     assert running_mean([3.0, 6.0, 9.0, 12.0]) == [3.0, 4.5, 6.0, 9.0]
+
+
+def test_what_arms_set_has_no_folders_of_this_machine(arms, runs):
+    first, second, *_ = arms_of([api.evidence(name, runs) for name in arms])
+    sets = {"phase2.data": [{"path": "/home/me/es.jsonl", "lang": "es"}], "phase2.system": "/no_think"}
+    compared = (first, replace(second, sets=sets))
+    shown = f"{arms_section(compared)} {commands(compared)}"
+    assert "/home/me" not in shown
+    assert shown.count("es.jsonl") >= 3  # table, its records, command
+    assert "/no_think" in shown

@@ -19,12 +19,13 @@ def without_folders(path: str) -> str:
 
 def shared_yaml(recipe: Recipe) -> str:
     """The recipe as YAML; of paths on this machine only the last name is kept."""
-    return yaml.safe_dump(_shared(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(shared(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
-def _shared(value: Any) -> Any:
+def shared(value: Any) -> Any:
+    """Settings, by key or by dotted key; of paths on this machine only the last name is kept."""
     if isinstance(value, dict):
-        return {key: one if key == TEXT else _shared(one) for key, one in value.items()}
+        return {key: one if key.rpartition(".")[2] == TEXT else shared(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_shared(one) for one in value]
+        return [shared(one) for one in value]
     return without_folders(value) if isinstance(value, str) else value

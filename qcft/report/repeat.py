@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcft.recipe.shared import shared_yaml
+from qcft.recipe.shared import shared, shared_yaml
 from qcft.report.arms import ArmRuns, Evidence, Member, flow, members, shared_by, whose, with_of
 from qcft.report.document import Block, Listing, Section, Table
 
@@ -24,7 +24,7 @@ def arms_section(arms: Sequence[ArmRuns]) -> Section | None:
         }
         for arm in arms
     ]
-    records = ({**whose(arm, run), "set": flow(dict(arm.sets))} for arm, run in members(arms))
+    records = ({**whose(arm, run), "set": flow(shared(dict(arm.sets)))} for arm, run in members(arms))
     words = ("seeds", "other recipe keys")
     table = Table.of("arms", f"How the arms differ from {arms[0].name}", rows, records, words=words)
     return Section("arms", "The arms", (table,))
@@ -55,7 +55,7 @@ def commands(arms: Sequence[ArmRuns]) -> str:
 
 
 def _assignments(sets: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={flow(value)}" for key, value in sets.items()]
+    return [f"{key}={flow(value)}" for key, value in shared(dict(sets)).items()]
 
 
 def _versions(arms: Sequence[ArmRuns]) -> Table:
