@@ -8,6 +8,7 @@ from qcft.measure.stats import Difference
 from qcft.report.languages import language_name
 from qcft.store.metrics import AnswerLengths, Paired, ReplayedPart
 from qcft.store.table import Between, GroupOf, Named, StageChange, StagesTable, Transfer
+from qcft.words import counted
 
 
 def stage_rows(table: StagesTable) -> list[dict[str, str]]:
@@ -208,10 +209,10 @@ def _others(table: StagesTable, base: StageChange, groups: Sequence[GroupOf]) ->
 def _length(start: AnswerLengths, end: AnswerLengths) -> str:
     before, after = (round(one["mean_tokens"]) for one in (start, end))
     if before == after:
-        text = f"English answers kept their length: {after} tokens on average"
+        text = f"English answers kept their length: {counted(after, 'token')} on average"
     else:
         word = "shorter" if after < before else "longer"
-        text = f"English answers became {word}: {after} tokens on average instead of {before}"
+        text = f"English answers became {word}: {counted(after, 'token')} on average instead of {before}"
     done = f"{end['finished']:.0%} of them end by themselves (before: {start['finished']:.0%})"
     return f"{text}; {done}. {end['rows']} prompts."
 
