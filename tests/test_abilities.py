@@ -217,7 +217,7 @@ def test_other_settings_are_other_tables_and_earlier_tasks_stay(qcft, done, reci
     assert code == 0
     page = (shared_runs / done.name / "report" / "report.md").read_text()
     assert out.strip().endswith(str(shared_runs / done.name / "report" / "report.html"))
-    assert "not to be compared" in page
+    assert "with different settings cannot be compared" in page
     assert "Backward transfer" in page
     code, out, _ = qcft("show", done.name, "--runs", shared_runs)
     assert "xquad_es" in out

@@ -362,7 +362,11 @@ def test_the_page_of_an_ablation(done, finished):
     assert answer.removeprefix("**").startswith("No winner is named. One run each")
     assert "`qcft ablate RECIPE --seeds 0,1,2`" in answer.replace("\\", "")
     rows = csv.DictReader((finished / "runs" / "tiny" / "report" / "tables" / "stages.csv").open())
-    nll = {(r["arm"], r["stage"]): float(r["nll"]) for r in rows if (r["lang"], r["precision"]) == ("en", "NF4")}
+    nll = {
+        (r["arm"], r["stage"]): float(r["value"])
+        for r in rows
+        if (r["measure"], r["language"], r["precision"]) == ("nll", "en", "NF4")
+    }
     lost = nll["mixed", "phase2"] - nll["plain", "phase1"]
     assert f"{lost:+.3f} since phase1" in next(line for line in page.splitlines() if line.startswith("| mixed"))
     assert "all but mixed" in page
@@ -389,7 +393,7 @@ def test_the_plan_of_an_ablation(qcft, done, finished):
 
 def test_what_takes_next_to_no_time_is_no_unknown(capsys):
     for seconds, unknown, says in ((0.004, 3, "0.0 s + 3 steps unknown"), (0.0, 1, "0.0 s + 1 step unknown"),
-                                   (None, 2, "takes unknown"), (70, 0, "takes 1 min 10 s and")):  # fmt: skip
+                                   (None, 2, "time left unknown"), (70, 0, "time left 1 min 10 s, disk")):  # fmt: skip
         total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
         ablation_view.print_plan({"runs": [], "missing": {}, "total": total})
         assert says in capsys.readouterr().out

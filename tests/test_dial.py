@@ -138,13 +138,15 @@ def test_arms_that_were_dialled_are_compared_at_an_equal_gain(frozen, qcft, tmp_
     code, out, error = qcft("report", "stack", "one", "--to", tmp_path / "page", "--runs", frozen, "--json")
     assert code == 0, error
     with (tmp_path / "page" / "tables" / "equal-gain.csv").open() as file:
-        rows = {row["arm"]: row for row in csv.DictReader(file)}
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
     least = min(curves, key=lambda run: curves[run][0][-1])
     for run, (gains, english) in curves.items():
-        assert float(rows[run]["english_own"]) == pytest.approx(np.interp(0.95 * gains[-1], gains, english), abs=1e-6)
+        assert float(rows[run, "english_own"]["value"]) == pytest.approx(
+            np.interp(0.95 * gains[-1], gains, english), abs=1e-6
+        )
         equal = np.interp(0.95 * curves[least][0][-1], gains, english)
-        assert float(rows[run]["english_equal"]) == pytest.approx(equal, abs=1e-6)
-        assert rows[run]["of"] == least
+        assert float(rows[run, "english_equal"]["value"]) == pytest.approx(equal, abs=1e-6)
+        assert rows[run, "english_equal"]["of"] == least
 
 
 def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_path):

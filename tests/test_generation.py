@@ -345,7 +345,7 @@ def test_unfinished_answers_are_kept_up_to_where_they_were_cut(taught, tmp_path)
     longer = part["answer_tokens"] / part["rows"]
     assert longer > dropped["answer_tokens"] / dropped["rows"]
     said = cut_in_words(part)
-    assert f"{20 - len(cut)} answers finished, {len(cut)} cut at their longest" in said
+    assert f"{20 - len(cut)} answers finished, {len(cut)} cut off at the maximum length" in said
     assert f"mean {longer:.0f} answer tokens" in said
     assert cut_in_words(dropped["parts"][0]) == ""
     assert cut_in_words({key: value for key, value in part.items() if key != "cut"}) == "", "of an earlier version"
