@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from qcft import api
 from qcft.errors import ChangedInput
 from qcft.events import Mixed, StepBegun, StepEnded, Watch
-from qcft.files import SETTLED
+from qcft.files import RECENT
 from qcft.models.inputs import Inputs
 from qcft.models.sources import resolve
 from qcft.recipe import Model, recipe_from
@@ -106,7 +106,7 @@ def test_every_file_of_a_model_is_watched(model, name):
 
 def test_the_digest_tells_what_the_system_does_not(model, stale):
     """A disk that keeps no times, or a change within their resolution: the end of a run compares the digests."""
-    time.sleep(2 * SETTLED / 1e9)  # else it is read again anyway
+    time.sleep(2 * RECENT / 1e9)  # else it is read again anyway
     inputs = Inputs([resolve(Model(name=str(model)))])
     retune(model)
     inputs.check()
@@ -128,7 +128,7 @@ def stale(monkeypatch):
 
 
 def test_a_run_whose_model_changed_unseen_keeps_no_step(model, color_data, tmp_path, stale):
-    time.sleep(2 * SETTLED / 1e9)
+    time.sleep(2 * RECENT / 1e9)
     change = at(lambda e: isinstance(e, StepEnded) and e.title == "train phase1", lambda: retune(model))
     with pytest.raises(ChangedInput, match=r"model\.safetensors"):
         run(model, color_data, tmp_path / "runs", change)

@@ -66,10 +66,10 @@ def status(key):
 
 def measured(changes, model):
     """Bytes at the peak of the training, in this process."""
-    import qcft.steps.worker  # noqa: F401
     import torch
     import trl.trainer.sft_trainer  # noqa: F401 (loaded, so that it is not counted)
 
+    import qcft.steps.train  # noqa: F401
     from qcft.events import Watch
     from qcft.runner.recipe import run_recipe
 
