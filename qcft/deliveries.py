@@ -9,6 +9,7 @@ from pathlib import Path
 from qcft.api import read, reported
 from qcft.errors import InputError
 from qcft.events import Watch
+from qcft.recipe import Goal, Recipe
 from qcft.report.card import A_MODEL, AN_ADAPTER, gguf_use, write_card
 from qcft.report.curve import curve_points
 from qcft.report.shown import Dialled, Exported, GgufWritten, Merged
@@ -37,7 +38,7 @@ def merge(
     """
     from qcft.runner.delivery import check_place
     from qcft.runner.dialling import scaled
-    from qcft.runner.export import deliver_model, goal_for, phases_until
+    from qcft.runner.export import deliver_model, goal_for
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -51,8 +52,7 @@ def merge(
     folder = done.stages[done.goal].opened.part("model", watch)
     if to is not None:
         onto = "the dequantised 4-bit weights, for use in 16 bits" if dequantised else "the 16-bit weights"
-        at = f" (of the last: {goal.share()})" if goal.way() else ""
-        what = f"{' and '.join(phases_until(recipe, goal.phase))}{at}, merged onto {onto}."
+        what = f"{_phases(recipe, goal)}, merged onto {onto}."
         deliver_model(
             recipe,
             folder,
@@ -183,7 +183,7 @@ def export_gguf(
     from qcft.models.ollama import create
     from qcft.runner.delivery import check_place, whole_folder
     from qcft.runner.dialling import scaled
-    from qcft.runner.export import goal_for, phases_until
+    from qcft.runner.export import goal_for
     from qcft.runner.gguf import check_gguf_asked, kept_in_file, kept_line, write_file
 
     named = read_run(runs, name)
@@ -196,8 +196,7 @@ def export_gguf(
     assert done.goal is not None
     table = reported(done, runs).table
     model = done.stages[done.goal].opened.part("model", watch)
-    at = f" (of the last: {goal.share()})" if goal.way() else ""
-    what = f"{' and '.join(phases_until(recipe, goal.phase))}{at}, merged onto the 16-bit weights, as {kind} GGUF."
+    what = f"{_phases(recipe, goal)}, merged onto the 16-bit weights, as {kind} GGUF."
     with whole_folder(to) as work:
         file = work / f"{recipe.name}-{goal.phase}-{kind.upper()}.gguf"
         write_file(recipe, model, file, asked, watch)
@@ -208,6 +207,14 @@ def export_gguf(
     made = how.ollama if how.ollama is not None and create(how.ollama, to, watch) else None
     return {"folder": str(to), "stage": done.goal, "kept": kept, "file": str(to / file.name), "type": kind,
             "ollama": made}  # fmt: skip
+
+
+def _phases(recipe: Recipe, goal: Goal) -> str:
+    """The phases that a merged model has, and how much of the last if not all of it, for its card."""
+    from qcft.runner.export import phases_until
+
+    part = f" (of the last: {goal.share()})" if goal.way() else ""
+    return f"{' and '.join(phases_until(recipe, goal.phase))}{part}"
 
 
 def dial(

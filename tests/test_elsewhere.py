@@ -261,9 +261,9 @@ def test_what_others_can_read_is_not_uploaded_to_unasked(hub, tmp_path):
     new, unasked, failed, private, without = hub.run("-c", UPLOAD).stdout.splitlines()
     assert new == f"{hub.url}/me/new"
     assert hub.private == {"me/more"}
-    assert unasked.startswith("2 --push: 'me/new' is on the hub already, and everybody can read it")
-    assert failed.startswith("1 --push: no upload to 'me/more': ")
+    assert unasked.startswith("2 --push: 'me/new' already exists on the hub and is public")
+    assert failed.startswith("1 --push: the upload to 'me/more' failed: ")
     assert "500" in failed
     assert "hf upload me/more folder" in failed
-    assert private.startswith("2 --push: 'me/more' is on the hub already, and private")
-    assert without.startswith("2 --push: there is no token of the hub here")
+    assert private.startswith("2 --push: 'me/more' already exists on the hub and is private")
+    assert without.startswith("2 --push: no access token for the hub was found")

@@ -29,13 +29,13 @@ def goal_for(recipe: Recipe, phase: str | None, dequantised: bool, dtype: str | 
     if dequantised:
         if recipe.model.quantize == "none":
             raise InputError(
-                f"{recipe.name} was trained in 16 bits: there is no dequantised base", "leave --base dequantised out"
+                f"{recipe.name} was trained in 16 bits: there is no dequantised base", "omit --base dequantised"
             )
         number = names.index(name) + 1
         if number < len(names) and recipe.phases[number].start == "merged":
             raise InputError(
                 f"{names[number]} loads {name} merged in 4 bits again, where a dequantised base loses what it learned",
-                "leave --base dequantised out; it is for use in 16 bits",
+                "omit --base dequantised; it is for use in 16 bits",
             )
     return Goal(name, dequantised, dtype)
 
@@ -75,8 +75,10 @@ def fill_model(recipe: Recipe, model: Path, folder: Path, watch: Watch, copy: Ca
 def deliver_adapter(
     recipe: Recipe, store: Store, probe: str, to: Path, finish: Callable[[Path], None], watch: Watch, scale: Scale = 1.0
 ) -> None:
-    """Write a phase's deltas, those of the phases before it with it, as one adapter of the model as it came; `scale`
-    times its own delta."""
+    """Write a phase's deltas, with those of the phases before it, as one adapter for the unmodified model.
+
+    `scale` multiplies the phase's own delta.
+    """
     stack = [store.opened(step).part("adapter") for step in stack_of(store, probe)]
     with whole_folder(to) as work:
         try:

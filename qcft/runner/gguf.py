@@ -1,4 +1,4 @@
-"""A phase's model as one GGUF file: checked before any work, written, and what it kept measured on the file."""
+"""Writes a phase's model as one GGUF file: checked before any work, and measured afterwards for what it kept."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from qcft.store import NamedRun, Store
 from qcft.store.metrics import KeptMetrics
 from qcft.words import counted
 
-SPM = "tokenizer.model"  # SentencePiece's own file, which the converter reads where it is there
+SPM = "tokenizer.model"  # SentencePiece's own file, which the converter reads if it exists
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a GGUF file is made: its type, by llama.cpp's converter or by qcft, with what tools, and Ollama's name."""
+class GgufRequest:
+    """How to write a GGUF file: its type, with llama.cpp's converter or without, the tools, and a name for Ollama."""
 
     kind: str
     convert: bool
@@ -43,11 +43,13 @@ class Asked:
     ollama: str | None
 
 
-def check_gguf_asked(recipe: Recipe, kind: str, llama_cpp: Path | None, ollama: str | None, watch: Watch) -> Asked:
-    """Raise InputError for what cannot be written here, before any work.
+def check_gguf_asked(
+    recipe: Recipe, kind: str, llama_cpp: Path | None, ollama: str | None, watch: Watch
+) -> GgufRequest:
+    """Raise InputError before any work if the file cannot be written.
 
-    qcft writes the families that it knows itself, whatever is installed; llama.cpp's converter writes the others, and
-    all where its folder is named.
+    qcft itself writes the families that it supports, whatever is installed; llama.cpp's converter writes the others,
+    and all families if its folder is given.
     """
     if kind not in TYPES:
         raise InputError(f"--gguf {kind!r} is not known", nearest(kind, [*TYPES]) + f"give one of {', '.join(TYPES)}")
@@ -56,15 +58,15 @@ def check_gguf_asked(recipe: Recipe, kind: str, llama_cpp: Path | None, ollama: 
     tools = find_tools(llama_cpp)
     if kind == "q4_k_m" and not tools.can_quantize:
         raise InputError(
-            "--gguf q4_k_m: llama.cpp's llama-quantize is neither on PATH nor named",
-            "name llama.cpp's folder with --llama-cpp, or pip install llama-cpp-python; or use --gguf q8_0",
+            "--gguf q4_k_m: llama.cpp's llama-quantize was not found on PATH",
+            "give llama.cpp's folder with --llama-cpp, or pip install llama-cpp-python; or use --gguf q8_0",
         )
     set_environment()
     converts = tools.given and tools.converter is not None
     try:
         source = resolve(recipe.model)
-    except InputError:  # the model is gone: what was merged of it is checked as it is written
-        return Asked(kind, converts, tools, ollama)
+    except InputError:  # the model is gone: the merged one is checked while it is written
+        return GgufRequest(kind, converts, tools, ollama)
     if not converts:
         try:
             folder = described_folder(source, watch)
@@ -73,11 +75,11 @@ def check_gguf_asked(recipe: Recipe, kind: str, llama_cpp: Path | None, ollama: 
             if tools.converter is None or not error.message.startswith("--gguf"):
                 raise
             converts = True
-    return Asked(kind, converts, tools, ollama)
+    return GgufRequest(kind, converts, tools, ollama)
 
 
-def write_file(recipe: Recipe, model: Path, file: Path, asked: Asked, watch: Watch) -> None:
-    """Write a merged model's folder as a GGUF file, with a Modelfile beside it where Ollama is asked for."""
+def write_file(recipe: Recipe, model: Path, file: Path, asked: GgufRequest, watch: Watch) -> None:
+    """Write a merged model's folder as a GGUF file, with a Modelfile beside it if Ollama is requested."""
     quiet()
     with _whole_model(recipe, model, file.parent, watch) as folder:
         plain = file if asked.kind != "q4_k_m" else folder / "16bit.gguf"
@@ -97,15 +99,17 @@ def write_file(recipe: Recipe, model: Path, file: Path, asked: Asked, watch: Wat
         ends = ends if isinstance(ends, list) else [ends]
         if not write_modelfile(file.parent, file.name, tokenizer, ends, positions):
             watch.note(
-                "the Modelfile has no TEMPLATE: this chat template does more than put text around turns; Ollama takes "
-                "its own for a model that it knows, or completes plain text",
+                "the Modelfile has no TEMPLATE: this chat template does more than put text around turns; Ollama uses "
+                "its own template for a model that it knows, or completes plain text",
                 "warning",
             )
 
 
 def kept_in_file(run: NamedRun, stage: str, file: Path, model: Path, runs: Path, watch: Watch) -> KeptMetrics | None:
-    """What the file kept of a phase's gain, on the rows and by the definition of the merge's own `kept`: its weights
-    are read dequantised. None where it cannot be measured; a warning says why."""
+    """What the file kept of a phase's gain, on the same rows and by the same definition as the merge's `kept`.
+
+    The file's weights are read dequantised. None if it cannot be measured; a warning says why.
+    """
     store, why = Store(runs), "a part of a phase's delta has no gain of its own"
     stored = stored_steps(run, store)
     step = next((one for one in stored if one.stage == kept_stage(stage)), None)
@@ -120,7 +124,7 @@ def kept_in_file(run: NamedRun, stage: str, file: Path, model: Path, runs: Path,
         if isinstance(error, (Interrupted, ChangedInput)):
             raise
         why = error.message
-    watch.note(f"what {file.name} kept is not measured: {why}", "warning")
+    watch.note(f"what {file.name} kept was not measured: {why}", "warning")
     return None
 
 
@@ -147,13 +151,13 @@ def _whole_model(recipe: Recipe, model: Path, beside: Path, watch: Watch) -> Ite
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=beside) as place:
         folder = Path(place)
         fill_model(recipe, model, folder, watch, _link)
-        with suppress(InputError, FileNotFoundError):  # the model that it was made of is gone, or has none
+        with suppress(InputError, FileNotFoundError):  # the original model is gone, or has no such file
             shutil.copyfile(described_folder(resolve(recipe.model), watch) / SPM, folder / SPM)
         yield folder
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link to weights, copy the rest, which is written to; copy both where the disk has no links."""
+    """Link to weights, copy other files, which are changed; copy both if the disk has no links."""
     try:
         if source.suffix == ".safetensors":
             target.symlink_to(os.path.abspath(source))

@@ -1,4 +1,4 @@
-"""An exported folder uploaded to the hub: private unless asked otherwise, and checked before any work."""
+"""Uploads an exported folder to the hub: private by default, checked before any work."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ OFFLINE = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or export without 
 
 
 def check_repo(repo: str) -> None:
-    """Raise InputError for what is no name of a repository on the hub."""
+    """Raise InputError if this is not a valid name for a repository on the hub."""
     if not REPO.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git") or len(repo) > LONGEST:
-        raise InputError(f"--push: {repo!r} is no name of a repository", "give USER/REPO, such as me/spanish")
+        raise InputError(f"--push: {repo!r} is not a repository name", "give USER/REPO, such as me/spanish")
 
 
 def check_upload(repo: str, public: bool) -> None:
-    """Raise InputError where the folder cannot be uploaded: no token, no hub, or a repository that others can read."""
+    """Raise InputError if nothing can be uploaded: no token, no hub, or a repository that others can read."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
     check_repo(repo)
     if constants.HF_HUB_OFFLINE:
-        raise InputError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded", "unset it, or leave --push out")
+        raise InputError("--push: HF_HUB_OFFLINE is set, so nothing can be uploaded", "unset it, or omit --push")
     if not get_token():
-        raise InputError("--push: there is no token of the hub here", "run `hf auth login`, or set HF_TOKEN")
+        raise InputError("--push: no access token for the hub was found", "run `hf auth login`, or set HF_TOKEN")
     try:
         found = HfApi().model_info(repo, timeout=10)
     except RepositoryNotFoundError:
         return
     except Exception as error:  # whatever the hub's HTTP client raises
-        raise InputError(f"--push: the hub cannot be asked about {repo!r}: {short(error)}", OFFLINE) from None
+        raise InputError(f"--push: the hub cannot be reached to look up {repo!r}: {short(error)}", OFFLINE) from None
     if found.private is public:
         raise InputError(
-            f"--push: {repo!r} is on the hub already, and {'private' if public else 'everybody can read it'}",
-            f"name another repository, or {'leave --public out' if public else 'add --public'}",
+            f"--push: {repo!r} already exists on the hub and is {'private' if public else 'public'}",
+            f"name another repository, or {'omit --public' if public else 'add --public'}",
         )
 
 
 def upload(folder: Path, repo: str, public: bool, watch: Watch) -> str:
-    """Upload a folder, to a new repository where there is none; its address. Raises QcftError where that fails."""
+    """Upload a folder, to a new repository if needed, and return its address. Raises QcftError if that fails."""
     from huggingface_hub import HfApi, constants
 
     watch.note(f"uploading {folder} to {repo} ({'public' if public else 'private'})")
@@ -62,6 +62,6 @@ def upload(folder: Path, repo: str, public: bool, watch: Watch) -> str:
         command = f"hf upload {shlex.quote(repo)} {shlex.quote(str(folder))}"
         why = short(error.__context__ or error)  # what the hub's client raised
         raise QcftError(
-            f"--push: no upload to {repo!r}: {why}", f"{folder} is whole; to try again: {command}"
+            f"--push: the upload to {repo!r} failed: {why}", f"{folder} is complete; to retry: {command}"
         ) from None
     return f"{constants.ENDPOINT}/{repo}"
