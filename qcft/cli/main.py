@@ -84,7 +84,19 @@ def _usage_error(error: Any) -> NoReturn:
         sys.exit(0)
     named = [word for word in sys.argv[1:2] if not word.startswith("-")]  # an option without its value has no context
     command = context.command_path if context else " ".join(["qcft", *named])
-    _fail(error.format_message(), f"see `{command} --help`", 2)
+    _fail(_plain(error), f"see `{command} --help`", 2)
+
+
+NOT_PARSED = {"int_parsing": "a whole number", "float_parsing": "a number"}  # pydantic's names of these mistakes
+
+
+def _plain(error: Any) -> str:
+    """The message of a mistake; for text in place of a number, with the text, which Typer's message lacks."""
+    mistakes: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    wanted = NOT_PARSED.get(mistakes[0]["type"]) if mistakes else None
+    if wanted:
+        return f"{error.param.opts[-1]} {mistakes[0]['input']!r} is not {wanted}"
+    return str(error.format_message()).replace("Value error, ", "")
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:
