@@ -286,14 +286,14 @@ def test_phase2_on_an_instruct_model(qcft, tiny_model, color_data):
 
 
 def test_a_table_too_wide_for_the_terminal_comes_in_blocks():
-    from qcft.terminal.tables import _blocks
+    from qcft.terminal.tables import columns_that_fit
 
     titles, rows = ["stage", *(f"phase2 {i}" for i in range(9))], [["x" * 20, *["1.234  50%"] * 9]]
-    assert _blocks(titles, rows, 200) == [list(range(10))]
-    narrow = _blocks(titles, rows, 60)
+    assert columns_that_fit(titles, rows, 200) == [list(range(10))]
+    narrow = columns_that_fit(titles, rows, 60)
     assert [i for block in narrow for i in block[1:]] == list(range(1, 10))
     assert all(block[0] == 0 and 22 + 12 * (len(block) - 1) <= 60 for block in narrow)
-    assert _blocks(titles, rows, 5) == [[0, i] for i in range(1, 10)]
+    assert columns_that_fit(titles, rows, 5) == [[0, i] for i in range(1, 10)]
 
 
 def test_recipes(qcft):

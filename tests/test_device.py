@@ -274,6 +274,6 @@ def test_a_card_that_takes_long_to_wait_for_is_timed_by_sequences(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     done = []
-    rate = speed._per_second(lambda: done.append(True))
+    rate = speed.per_second(lambda: done.append(True))
     assert rate > 2000
     assert len(waited) < len(done) / 4

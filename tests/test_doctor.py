@@ -6,6 +6,10 @@ import sys
 from qcft.check import doctor
 
 
+def finding(name, runs):
+    return next(one for one in doctor.examine(runs) if one.name == name)
+
+
 def test_doctor_tries_everything(qcft):
     code, out, _ = qcft("doctor", "--json")
     found = {one["name"]: one for one in json.loads(out)}
@@ -34,14 +38,14 @@ def test_a_wrong_product_is_broken(qcft, monkeypatch):
     assert out.splitlines()[-1] == "for the model hub: unset HF_HUB_OFFLINE"
 
 
-def test_an_import_that_fails_is_told(monkeypatch):
+def test_an_import_that_fails_is_told(monkeypatch, tmp_path):
     import bitsandbytes as bnb
 
     def broken(*arguments, **options):
         raise RuntimeError("libcudart.so.12: cannot open shared object file")
 
     monkeypatch.setattr(bnb.functional, "quantize_4bit", broken)
-    found = doctor._four_bits()
+    found = finding("bitsandbytes", tmp_path)
     assert not found.ok
     assert "libcudart" in found.found
 
@@ -55,11 +59,11 @@ def test_a_runs_folder_that_cannot_be_written(qcft, tmp_path):
     assert not found["ok"]
 
 
-def test_a_package_that_is_missing_or_too_old(monkeypatch):
+def test_a_package_that_is_missing_or_too_old(monkeypatch, tmp_path):
     there = {"qcft": "1", **doctor.package_versions(), "torch": "2.4.1"}
     del there["peft"]
     monkeypatch.setattr(doctor, "package_versions", lambda: there)
-    found = doctor._packages()
+    found = finding("packages", tmp_path)
     assert not found.ok
     assert found.found.startswith("missing: peft; torch must be <")
     assert "install 'peft<0.22,>=" in found.mend

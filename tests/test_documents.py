@@ -19,14 +19,20 @@ def text_of(document):
     return (ROOT / document).read_text(encoding="utf-8")
 
 
-def command_lines(document):
-    """Lines of shell blocks that call qcft, each `&&` part by itself, without comment and redirection."""
+def shell_lines(document):
+    """Lines of shell blocks that call qcft, each `&&` part by itself, without comment: their words after `qcft`."""
     for block in re.findall(r"```sh\n(.*?)```", text_of(document), re.DOTALL):
         for line in block.splitlines():
             for part in re.split(r"\s+&&\s+", line):
                 words = shlex.split(part, comments=True)
                 if words[:1] == ["qcft"]:
-                    yield words[1 : next((i for i, word in enumerate(words) if word in {"<", ">"}), len(words))]
+                    yield words[1:]
+
+
+def command_lines(document):
+    """The same without redirections."""
+    for words in shell_lines(document):
+        yield words[: next((i for i, word in enumerate(words) if word in {"<", ">"}), len(words))]
 
 
 LINES = [(document, words) for document in DOCUMENTS for words in command_lines(document)]

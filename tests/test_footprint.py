@@ -78,7 +78,7 @@ ROWS = Pass((90, 60, 50), 80, by_rows=True)
 def test_one_layer_of_each_kind_tells_what_all_take(freeze, checkpointing):
     model = tiny_meta()
     shape = shape_of(model, freeze, checkpointing)
-    whole = room._run(model, shape, ROWS, list(range(6)))
+    whole = room.run_layers(model, shape, ROWS, list(range(6)))
     found = footprint(model, shape, ROWS)
     assert found.activations == pytest.approx(whole.activations, rel=0.02)
     assert found.flops == whole.flops

@@ -19,7 +19,7 @@ from qcft.data.encode import Encoder
 from qcft.data.rows import Message, Row
 from qcft.events import Watch
 from qcft.models.adapter_config import CONFIG, MERGED, PREFIX, REFUSED, WEIGHTS, WITHOUT_EFFECT, read_adapter_config
-from qcft.prepare.checks import _check_adapter
+from qcft.prepare.checks import check_adapter
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import recipe_from
 
@@ -119,7 +119,7 @@ def test_adapters(prepared, whole, tmp_path_factory, data):
         file.write_bytes(content[: data.draw(st.sampled_from([None, None, -1, 8, 0]))])
     with told():
         read_adapter_config(folder)
-        _check_adapter(prepared, folder)
+        check_adapter(prepared, folder)
     shutil.rmtree(folder)
 
 

@@ -14,7 +14,7 @@ from qcft.prepare.settings import ADDED, CIRCUMSTANCE
 from qcft.recipe import load_recipe, recipe_from
 from qcft.runner import planned
 from qcft.runner.recipe import run_recipe
-from qcft.steps.step import Step, Stored, Work
+from qcft.steps.step import Step, StoredWork, Work
 from qcft.store import Store
 
 
@@ -95,7 +95,7 @@ def test_its_id_is_made_of_its_settings_alone():
     assert len({plain.id, *(Step(one, "count", "").id for one in others)}) == 4
     assert plain.settings == {"held_out": "rows", "times": 1}
     assert Step.stored(plain.id, "count", plain.inputs()).settings == plain.settings
-    assert isinstance(Step.stored(plain.id, "count", plain.inputs()).work, Stored)
+    assert isinstance(Step.stored(plain.id, "count", plain.inputs()).work, StoredWork)
 
 
 def test_a_step_sees_the_rows_of_its_digests_and_no_recipe(raw_recipe, tmp_path):

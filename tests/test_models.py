@@ -342,6 +342,20 @@ def test_switched_adapters_give_the_same_numbers_before_and_after_an_evaluation(
         assert torch.equal(before, logits()), stack
 
 
+def test_layers_of_sizes_that_bitsandbytes_cannot_pack_are_evaluated(tmp_path, tokenizer):
+    """Its packed form has 32 outputs at once, and whole blocks of 64 inputs."""
+    import torch
+
+    sizes = {"hidden_size": 80, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = make_llama(tmp_path / "odd", tokenizer, **sizes)
+    ids = torch.arange(5, 12)[None]
+    model = load_model(folder, Model(name="odd"), quantize="nf4")
+    with evaluating(model):
+        expected = model(input_ids=ids).logits
+    found = Switched(model).use([])(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
 def test_more_layers_than_asked_for(tmp_path, tokenizer):
     folder = make_llama(tmp_path / "two", tokenizer, layers=2)
     model = load_model(folder, Model(name="two"), quantize="none")

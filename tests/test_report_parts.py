@@ -12,9 +12,9 @@ from qcft.report.arms import ArmRuns, Evidence
 from qcft.report.cells import conclusion
 from qcft.report.document import Document, Sample, Section, StageAnswer, Table
 from qcft.report.languages import language_name
-from qcft.report.layers import _bars
+from qcft.report.layers import change_bars
 from qcft.report.page import HEAD, shortened, to_page
-from qcft.report.plots import WIDE, WIDTH, _canvas, label, look
+from qcft.report.plots import WIDE, WIDTH, label, look, new_canvas
 from qcft.report.standing import Standing, Verdict
 from qcft.report.tidy import COLUMNS, tidy_table
 from qcft.report.verdict import verdict_in_words
@@ -207,7 +207,7 @@ def test_the_titles_and_names_of_axes_are_whole(width):
         axes.set_yticks(range(3), names)
         label(axes, "tokens, of which there are more than this plot is wide " * 2, "English NLL, nats per answer token")
 
-    canvas = _canvas(body, width, 2.4, 1)
+    canvas = new_canvas(body, width, 2.4, 1)
     canvas.draw_without_rendering()
     (axes,) = canvas.axes
     for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_yticklabels()):
@@ -224,7 +224,7 @@ def test_the_titles_and_names_of_axes_are_whole(width):
 def test_a_legend_stands_beside_a_wide_plot_and_close_under_a_narrow_one():
     """No mark outside the axes takes room between them: a phase without frozen layers once did."""
     changes = {"phase1": {0: 1.0, 1: 1.0}, "phase2": {1: 1.0}}
-    figure = _bars(changes, {"phase1": [], "phase2": [0]}, 2)
+    figure = change_bars(changes, {"phase1": [], "phase2": [0]}, 2)
     heights = [float(re.search(r'<svg[^>]* height="([\d.]+)pt"', svg)[1]) for svg in (figure.svg, figure.wide)]
     assert heights[0] > heights[1]
     axis = re.compile(r'<g id="patch_2">\s*<path d="M [\d.]+ ([\d.]+)')  # the axes' lower left corner

@@ -29,7 +29,9 @@ def states(device="cpu", seed=0):
 
 
 def attend(parts, **options):
-    return attention._attention(Layer(), *parts, None, row_lengths=LENGTHS, scaling=0.1, dropout=0.0, **options)[0]
+    return attention.packed_attention(Layer(), *parts, None, row_lengths=LENGTHS, scaling=0.1, dropout=0.0, **options)[
+        0
+    ]
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def kernel(monkeypatch):
 def test_one_kernel_is_given_the_rows_as_they_lie(kernel):
     parts = states()
     reference = attend(parts)
-    found = attention._by_one_kernel(*parts, LENGTHS, 0.1)
+    found = attention.by_one_kernel(*parts, LENGTHS, 0.1)
     assert kernel == [([0, 7, 37, 38, 50], 30, True, True, 1)]
     assert found.shape == reference.shape
     assert (found.float() - reference.float()).norm() < 1e-2 * reference.float().norm()

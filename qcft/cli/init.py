@@ -48,7 +48,7 @@ def init(
     from qcft.cli.flags import size_of
     from qcft.cli.own import NONE, beside, check_free, known_model, readable, typed
     from qcft.files import write_text
-    from qcft.recipe.own import Own, suggested_model
+    from qcft.recipe.own import OwnRecipe, suggested_model
     from qcft.terminal import tables
 
     check_free(to, force)
@@ -78,7 +78,7 @@ def init(
     for source in (*first, *second):
         source["path"] = beside(source["path"], to)
     name = f"add-{languages}"[:64] if name is None else name
-    own = Own(name, beside(model, to), first, second, replay, NONE if freeze is None else freeze)
+    own = OwnRecipe(name, beside(model, to), first, second, replay, NONE if freeze is None else freeze)
     own.recipe()  # validated before it is written
     write_text(to, own.text())
     file = shlex.quote(str(to))

@@ -36,7 +36,7 @@ SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # setting
 ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # for the language of answers
 
 
-class Own(TypedDict):
+class TaskOptions(TypedDict):
     """The settings of each task."""
 
     limit: int | None
@@ -46,7 +46,7 @@ class Own(TypedDict):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTask:
     """A `suite` step of a stage, with the settings it was measured with: SHARED, the task's own, and ASKED."""
 
     stage: str
@@ -54,7 +54,7 @@ class Measured:
     precision: str
     step: DoneStep
     settings: Mapping[str, object]
-    own: Own
+    own: TaskOptions
     asked: Mapping[str, object]
 
     def named(self) -> Named:
@@ -63,7 +63,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Cell(Measured):
+class Cell(MeasuredTask):
     """The result of one stage on one task of lm-eval."""
 
     found: TaskMetrics
@@ -135,23 +135,23 @@ def _apart(cells: Sequence[Cell]) -> list[list[Cell]]:
     return sorted(tables, key=len, reverse=True)
 
 
-def _measured(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> Measured:
+def _measured(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) -> MeasuredTask:
     inputs = step.inputs["settings"]
     word = stage.split("/")[1]
     name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
     settings, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, ASKED))
-    own = cast("Own", {key: inputs.get(key) for key in Own.__annotations__})
+    own = cast("TaskOptions", {key: inputs.get(key) for key in TaskOptions.__annotations__})
     if "score" in step.metrics:
         return Cell(word, name, precision, step, settings, own, asked, cast("TaskMetrics", step.metrics))
-    return Measured(word, name, precision, step, settings, own, asked)
+    return MeasuredTask(word, name, precision, step, settings, own, asked)
 
 
-def _fidelity(one: Measured) -> FidelityOf:
+def _fidelity(one: MeasuredTask) -> FidelityOf:
     found = cast("FidelityMetrics", one.step.metrics)
     return {**one.named(), "task": found["task"], "languages": found["languages"], "asked": one.asked}
 
 
-def _alpaca(one: Measured) -> AlpacaOf:
+def _alpaca(one: MeasuredTask) -> AlpacaOf:
     found = cast("AlpacaMetrics", one.step.metrics)
     return {
         **one.named(),

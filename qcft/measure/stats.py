@@ -34,7 +34,7 @@ class Difference(Interval):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptGain:
     """How much of an adapter's gain is left after merging and reloading.
 
     `share` is None where no gain was measurable; then `worse` is whether the loss from merging is above the limit.
@@ -171,7 +171,7 @@ def _keys(rows: Sequence[RowScore]) -> list[str | int]:
     return [score.key or place for place, score in enumerate(rows)]
 
 
-def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[RowScore]) -> Kept:
+def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[RowScore]) -> KeptGain:
     """The share of an adapter's gain that survives: (base - merged) / (base - live), mean NLLs.
 
     Measurable where the gain is at least 0.05 nats and its interval excludes zero; otherwise the test is whether the
@@ -181,4 +181,4 @@ def kept(base: Sequence[RowScore], live: Sequence[RowScore], merged: Sequence[Ro
     gain, loss = difference(live, base), difference(live, merged)
     measurable = gain.value >= MEASURABLE_GAIN and gain.is_clear
     share = (gain.value - loss.value) / gain.value if measurable else None
-    return Kept(share, gain, loss, worse=not measurable and loss.value > LOSS_ALLOWED)
+    return KeptGain(share, gain, loss, worse=not measurable and loss.value > LOSS_ALLOWED)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qcft.errors import InputError, QcftError
 from qcft.files import read_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS, check_mergeable
-from qcft.models.tensors import Stored, stored_tensors
+from qcft.models.tensors import StoredTensor, stored_tensors
 from qcft.private import private
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ FACTOR = re.compile(
 class WeightChange:
     """How one weight is changed. `magnitude` is DoRA's, `bias` the bias of a B factor; `value` replaces the weight."""
 
-    a: Stored | None = None
-    b: Stored | None = None
+    a: StoredTensor | None = None
+    b: StoredTensor | None = None
     embedding: bool = False
-    magnitude: Stored | None = None
-    bias: Stored | None = None
-    value: Stored | None = None
+    magnitude: StoredTensor | None = None
+    bias: StoredTensor | None = None
+    value: StoredTensor | None = None
     scale: float = 0.0
 
     @property
@@ -58,7 +58,7 @@ class WeightChange:
 
 
 @dataclass
-class Adapter:
+class AdapterChanges:
     """An adapter's changes, by weight name."""
 
     folder: Path
@@ -72,11 +72,11 @@ class Adapter:
         return all(change.plain for change in self.changes.values())
 
 
-def read_adapter(folder: Path, scale: Scale = 1.0) -> Adapter:
+def read_adapter(folder: Path, scale: Scale = 1.0) -> AdapterChanges:
     """Read an adapter's changes, multiplied by `scale`. Raises InputError, naming the part that qcft cannot merge."""
     config = read_json(folder / CONFIG)
     check_mergeable(config, str(folder))
-    adapter = Adapter(folder, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))
+    adapter = AdapterChanges(folder, transposed=bool(config.get("fan_in_fan_out")), biases=config.get("bias", "none"))
     for name, stored in stored_tensors(folder / WEIGHTS).items():
         plain = name.removeprefix(PREFIX)
         found = FACTOR.fullmatch(plain)
@@ -125,7 +125,7 @@ def read_adapter(folder: Path, scale: Scale = 1.0) -> Adapter:
     return adapter
 
 
-def check_biases(adapter: Adapter, weights: Container[str]) -> None:
+def check_biases(adapter: AdapterChanges, weights: Container[str]) -> None:
     """Refuse an adapter whose modules' biases were trained but are not in its files: PEFT before 0.21 did not save them
     with `bias: lora_only`. `weights` are the model's. Raises InputError."""
     if adapter.biases == "none":
@@ -191,7 +191,7 @@ def scale_of(scale: Scale, weight: str) -> float:
     return scale(weight) if callable(scale) else scale
 
 
-def check_factors(adapter: Adapter) -> None:
+def check_factors(adapter: AdapterChanges) -> None:
     """Check that all changes of an adapter are s B A on linear layers. Raises InputError."""
     for weight, change in adapter.changes.items():
         if not change.plain or change.embedding or change.b is None:
@@ -202,7 +202,7 @@ def check_factors(adapter: Adapter) -> None:
             )
 
 
-def check_stack(adapters: list[Adapter], hint: str = "start the next phase merged") -> None:
+def check_stack(adapters: list[AdapterChanges], hint: str = "start the next phase merged") -> None:
     """Check that adapters can be stacked. Raises InputError."""
     for adapter in adapters if len(adapters) > 1 else []:
         if not adapter.plain:
@@ -224,7 +224,7 @@ def check_shape(name: str, change: WeightChange, shape: tuple[int, ...], transpo
     )
 
 
-def _fp32(stored: Stored) -> torch.Tensor:
+def _fp32(stored: StoredTensor) -> torch.Tensor:
     import torch
 
     return stored.read().to(torch.float32)
@@ -239,7 +239,7 @@ def _scaling(config: dict[str, object], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _odd(adapter: Adapter) -> str:
+def _odd(adapter: AdapterChanges) -> str:
     return next(name for name, change in adapter.changes.items() if not change.plain)
 
 

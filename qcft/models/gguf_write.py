@@ -17,7 +17,7 @@ from qcft.events import Watch
 from qcft.files import read_json
 from qcft.models.gguf_vocab import add_tokenizer, check_tokenizer
 from qcft.models.meta import read_config
-from qcft.models.tensors import Stored, stored_weights
+from qcft.models.tensors import StoredTensor, stored_weights
 from qcft.private import private
 from qcft.recipe import Model
 
@@ -46,7 +46,7 @@ class _Tensor:
     """A weight of the file: where it comes from and its type; `heads`: how many, where its rows are reordered."""
 
     name: str
-    stored: Stored
+    stored: StoredTensor
     kind: Any  # gguf.GGMLQuantizationType
     heads: int | None
     shift: float

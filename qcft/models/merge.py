@@ -19,7 +19,7 @@ from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.files import read_json, write_json
-from qcft.models.deltas import Adapter, Delta, Scale, check_biases, check_shape, check_stack, read_adapter
+from qcft.models.deltas import AdapterChanges, Delta, Scale, check_biases, check_shape, check_stack, read_adapter
 from qcft.models.meta import model_without_weights
 from qcft.models.names import TIED, stored_names
 from qcft.models.size import quantised_modules
@@ -28,7 +28,7 @@ from qcft.models.tensors import (
     FLOATS,
     TORCH_NAMES,
     PlannedTensor,
-    Stored,
+    StoredTensor,
     stored_weights,
     write_bytes,
     write_tensors,
@@ -63,8 +63,8 @@ class Target:
 class _Source:
     """Where an output tensor comes from: the stored tensor, and the adapters that change it."""
 
-    stored: Stored
-    adapters: tuple[Adapter, ...]
+    stored: StoredTensor
+    adapters: tuple[AdapterChanges, ...]
     dequantised: bool
 
 
@@ -114,7 +114,7 @@ def merge_adapters(
     return sum(bool(source.adapters) for source in source_of.values())
 
 
-def _plan(base: Path, adapters: list[Adapter], target: Target) -> tuple[list[tuple[str, _Source]], bool]:
+def _plan(base: Path, adapters: list[AdapterChanges], target: Target) -> tuple[list[tuple[str, _Source]], bool]:
     """Each output tensor and its source, and whether tied weights are untied. Raises QcftError."""
     stored = stored_weights(base)
     changed = {name for adapter in adapters for name in adapter.changes}

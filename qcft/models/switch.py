@@ -75,6 +75,11 @@ def _packed(model: PreTrainedModel) -> Iterator[None]:
             layer.weight.quant_state = layer.quant_state = state
 
 
+def _can_be_packed(layer: Any) -> bool:
+    """Whether bitsandbytes can pack this layer's weights: it packs 32 rows at once, and whole blocks of each row."""
+    return layer.out_features % 32 == 0 and layer.in_features % layer.weight.blocksize == 0
+
+
 class Switched(Adapters):
     """`Adapters` of a model that is evaluated.
 
@@ -90,7 +95,7 @@ class Switched(Adapters):
 
         super().__init__(model)
         for layer in model.modules():
-            if isinstance(layer, bnb.nn.Linear4bit) and not packed:
+            if isinstance(layer, bnb.nn.Linear4bit) and not (packed and _can_be_packed(layer)):
                 layer.support_avx512bf16_for_cpu = False
         model.eval()
         with torch.no_grad():

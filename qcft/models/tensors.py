@@ -36,7 +36,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a safetensors file: its dtype as the format names it, its shape, and where its bytes are."""
 
     file: Path
@@ -87,7 +87,7 @@ class PlannedTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def stored_tensors(file: Path) -> dict[str, Stored]:
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, in the order of their bytes."""
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
@@ -96,7 +96,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            found[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            found[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
     return dict(sorted(found.items(), key=lambda item: item[1].begin))
 
 
@@ -112,9 +112,9 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def stored_weights(folder: Path) -> dict[str, Stored]:
+def stored_weights(folder: Path) -> dict[str, StoredTensor]:
     """A model folder's weights by their stored names."""
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         found |= stored_tensors(file)
     return found

@@ -16,7 +16,7 @@ from qcft.steps.kept import Kept
 from qcft.steps.layers import Layers
 from qcft.steps.merge import Merge
 from qcft.steps.probe import Probe
-from qcft.steps.replay import Answers, DrawnFrom, ReplayRows
+from qcft.steps.replay import AnswerPool, DrawnFrom, ReplayRows
 from qcft.steps.step import Step, Work
 from qcft.steps.train import Training
 
@@ -161,7 +161,7 @@ class Planner:
         assert asked is not None
         how = (asked.max_new_tokens, asked.temperature, asked.top_p, asked.chunk, asked.batch)
         seed, most = self.recipe.seed, phase.train.max_length
-        work = Answers(self.model, self.quantize, prompts, seed, system, most, *how)
+        work = AnswerPool(self.model, self.quantize, prompts, seed, system, most, *how)
         title, adapter = f"answers for the replay of {phase.name}", stack[-1] if stack else None
         pool = Step(work, "pool", title, phase.name, start.weights, adapter, (), stack[:-1])
         return self.pools.setdefault(pool.id, pool)

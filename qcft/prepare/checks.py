@@ -61,7 +61,7 @@ def check_prepared(prepared: Prepared, weights: bool = True) -> None:
         prepared.held_out(group)
     for phase in prepared.recipe.phases:
         if phase.adapter:
-            _check_adapter(prepared, Path(os.path.expanduser(phase.adapter)))
+            check_adapter(prepared, Path(os.path.expanduser(phase.adapter)))
             continue
         _check_layers(prepared, phase, weights)
         check_settings(phase.train)
@@ -206,7 +206,7 @@ def _of_each_kind(model: PreTrainedModel, modules: list[str]) -> list[str]:
     return [name for names in kinds.values() for name in names]
 
 
-def _check_adapter(prepared: Prepared, folder: Path) -> None:
+def check_adapter(prepared: Prepared, folder: Path) -> None:
     """Check that an adapter made elsewhere fits the model."""
     weights = {name: tuple(weight.shape) for name, weight in prepared.meta_model.state_dict().items()}
     hint = f"it was made for another model than {prepared.recipe.model.name!r}"

@@ -9,7 +9,7 @@ from qcft.data.load import LoadedSource
 from qcft.data.rows import Row
 from qcft.data.template import Thinking
 from qcft.prepare.reading import SourceReader
-from qcft.recipe import TESTS, Measured, Recipe, Source
+from qcft.recipe import TESTS, MeasuredPhase, Recipe, Source
 from qcft.replay.pools import ENGLISH, SHIPPED_ENGLISH
 
 PROBE_LENGTH = 1024  # tokens of a row that is only measured
@@ -44,7 +44,7 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
     own = recipe.heldout
     first = recipe.phases[0]
     groups: list[Group] = []
-    measured: list[tuple[Measured, Sequence[LoadedSource]]] = []
+    measured: list[tuple[MeasuredPhase, Sequence[LoadedSource]]] = []
     trained: set[str] = set()
     for one in own.of:
         loaded = [reader.load(s, one.name) for source in one.data for s in source.expanded()]
@@ -52,7 +52,7 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
         groups += _grouped(one, loaded, trained, None)
     for phase in () if own.of else recipe.phases:
         train = phase.train
-        limits = Measured(
+        limits = MeasuredPhase(
             name=phase.name,
             data=[],
             system=phase.system,
@@ -67,14 +67,16 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
     probes = [one for source in recipe.probe for one in source.expanded()]
     if not any(g.lang == ENGLISH and not g.is_text for g in groups) and not any(s.lang == ENGLISH for s in probes):
         probes.append(Source(path=SHIPPED_ENGLISH, lang=ENGLISH))
-    limits = Measured(
+    limits = MeasuredPhase(
         name="probe", data=[], system=first.system, max_length=PROBE_LENGTH, long_rows=first.train.long_rows
     )
     loaded = [reader.load(s, first.name) for s in probes]
     return groups + _grouped(limits, loaded, trained, None if own.of else own.rows)
 
 
-def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str], most: int | None) -> list[Group]:
+def _grouped(
+    limits: MeasuredPhase, sources: Sequence[LoadedSource], trained: set[str], most: int | None
+) -> list[Group]:
     """At most `most` rows of each language and kind: each prompt once, and no row that an earlier phase trains on."""
     by_lang: dict[tuple[str, bool], dict[str, Row]] = {}
     for source in sources:
@@ -98,7 +100,7 @@ def _grouped(limits: Measured, sources: Sequence[LoadedSource], trained: set[str
 
 
 def _tests(
-    recipe: Recipe, measured: Sequence[tuple[Measured, Sequence[LoadedSource]]], reader: SourceReader
+    recipe: Recipe, measured: Sequence[tuple[MeasuredPhase, Sequence[LoadedSource]]], reader: SourceReader
 ) -> list[Group]:
     """The rows of your own test sets by language, each prompt once, with the limits of the last measured phase in that
     language, else of the first."""

@@ -11,7 +11,7 @@ from typing import Any
 from qcft.errors import InputError, nearest
 from qcft.recipe.ablation import Match
 from qcft.recipe.load import changed, read_recipe, recipe_from
-from qcft.recipe.schema import Measured, Recipe
+from qcft.recipe.schema import MeasuredPhase, Recipe
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def _without_replay(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"phases": phases})
 
 
-def measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
+def measured_of(recipes: Sequence[Recipe]) -> list[MeasuredPhase]:
     """The sources whose rows are held out by the phases of all recipes, each once, under its first phase."""
-    found: dict[str, Measured] = {}
+    found: dict[str, MeasuredPhase] = {}
     seen: set[str] = set()
     for phase in (phase for recipe in recipes for phase in recipe.phases):
         new = []
@@ -140,7 +140,7 @@ def measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
         entry = found.get(phase.name)
         if entry is None:
             train = phase.train
-            entry = Measured(
+            entry = MeasuredPhase(
                 name=phase.name,
                 data=[],
                 system=phase.system,
@@ -152,5 +152,5 @@ def measured_of(recipes: Sequence[Recipe]) -> list[Measured]:
     return list(found.values())
 
 
-def _measuring(recipe: Recipe, measured: list[Measured]) -> Recipe:
+def _measuring(recipe: Recipe, measured: list[MeasuredPhase]) -> Recipe:
     return recipe.model_copy(update={"heldout": recipe.heldout.model_copy(update={"of": measured})})

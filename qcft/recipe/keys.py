@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from qcft.recipe.freeze import FreezeSpec
-from qcft.recipe.schema import Measured, Recipe
+from qcft.recipe.schema import MeasuredPhase, Recipe
 
 MEANINGS = {
     "version": "of the recipe's format",
@@ -145,7 +145,7 @@ NESTED_ELSEWHERE = {"ReplayPart": "phases[].replay"}  # their keys, but for thos
 def keys() -> Iterator[tuple[str, str, str]]:
     """Every key as `phases[].train.lr`, with its values and its default as in YAML."""
     yield from _keys(Recipe, "")
-    yield from _keys(_parts(Measured.model_fields["data"].annotation)[0], "data[].")
+    yield from _keys(_parts(MeasuredPhase.model_fields["data"].annotation)[0], "data[].")
 
 
 def table() -> str:
@@ -170,7 +170,7 @@ def _keys(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
         if not inner or key in MEANINGS:
             yield key, _values(field.annotation), _default(field)
         for one in inner:
-            if one is Measured or one.__name__ == "Temperature":
+            if one is MeasuredPhase or one.__name__ == "Temperature":
                 continue
             below = key + ("[]." if get_origin(_bare(field.annotation)) is list else ".")
             known = NESTED_ELSEWHERE.get(one.__name__)

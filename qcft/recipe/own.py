@@ -32,7 +32,7 @@ TRAIN = """\
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnRecipe:
     """The parts of the recipe. `first`, `second`: the sources of each phase as plain data; no `first`: the model itself
     is phase 1."""
 

@@ -174,7 +174,7 @@ class Phase(Part):
         return [one for source in self.data for one in source.expanded()]
 
 
-class Measured(Part):
+class MeasuredPhase(Part):
     """Held-out rows that are measured under a phase's name and limits, whether or not the recipe has that phase."""
 
     name: str
@@ -196,7 +196,7 @@ class HeldOut(Part):
     share: Annotated[Number, Field(gt=0, lt=1)] = 0.1
     rows: Annotated[Count, Field(ge=1)] = 48
     data: Sources = []
-    of: list[Measured] = []
+    of: list[MeasuredPhase] = []
 
 
 class Answers(Part):
@@ -206,7 +206,7 @@ class Answers(Part):
     max_new_tokens: Annotated[Count, Field(ge=1)] = 64
 
 
-class Merge(Part):
+class MergeLimits(Part):
     """Limits for a merge. `warn_below`, `refuse_below`: warn, or stop, if it keeps a smaller share of what the phase
     learned (null: never). `max_kl` (nats per answer token) and `min_agreement` (share of answer tokens): stop if it is
     further from the live adapter. `dtype`: of the weights (null: the base's)."""
@@ -242,7 +242,7 @@ class Recipe(Part):
     lora: Lora = Lora()
     heldout: HeldOut = HeldOut()
     answers: Answers = Answers()
-    merge: Merge = Merge()
+    merge: MergeLimits = MergeLimits()
     forgetting: Forgetting | None = Forgetting()
     evaluate: Evaluate = Evaluate()
     probe: Sources = []

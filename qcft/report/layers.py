@@ -34,7 +34,7 @@ def layers_section(arms: Sequence[ArmRuns]) -> Section | None:
     if not columns:
         return None
     count = 1 + max(max((*changes, *frozen[name])) for name, changes in columns.items())
-    blocks: list[Block] = [(_bars if len(arms) == 1 else _map)(columns, frozen, count)]
+    blocks: list[Block] = [(change_bars if len(arms) == 1 else _map)(columns, frozen, count)]
     seeds = len(arms) > 1 and any(len(arm.runs) > 1 for arm in arms)
     note = " Of each arm's first seed." if seeds else ""
     blocks.append(_table(columns, frozen, count, _measured(first) if len(arms) == 1 else {}, note, len(arms) > 1))
@@ -69,7 +69,9 @@ def _measured(run: Evidence) -> dict[int, float]:
     return {}
 
 
-def _bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]], count: int) -> Figure:
+def change_bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]], count: int) -> Figure:
+    """How much each phase changed each layer, as bars; a mark under a bar: the layer was frozen."""
+
     def body(axes: Axes) -> None:
         wide = 0.8 / len(columns)
         for i, (name, changes) in enumerate(columns.items()):

@@ -11,7 +11,7 @@ from qcft.report.arms import ArmRuns, Member, grouped, members, with_of
 from qcft.report.cells import left_out
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
-from qcft.report.training import Training, trainings
+from qcft.report.training import TrainingCurve, trainings
 from qcft.store.metrics import ReplayMetrics
 from qcft.store.results import Stage
 
@@ -36,17 +36,17 @@ def mix_section(arms: Sequence[ArmRuns]) -> Section | None:
     return Section("mix", "What was trained on", tuple(blocks))
 
 
-def _fed(one: Training) -> str:
+def _fed(one: TrainingCurve) -> str:
     fed = sorted(one.metrics["exposure"], key=lambda entry: str(entry["source"]))
     return json.dumps([one.phase, one.metrics["mix"], fed])
 
 
-def _bars(mixes: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
+def _bars(mixes: Sequence[TrainingCurve], arms: Sequence[ArmRuns]) -> Figure:
     """A bar of rows and one of answer tokens for each mix of an arm's first run."""
     mixes = [mix for mix in mixes if _names(mix)]
     phase = mixes[0].phase
     sources = list(dict.fromkeys(share["source"] for mix in mixes for share in mix.metrics["mix"]))
-    lines: list[tuple[str, Training, Literal["rows", "answer_tokens"]]] = []
+    lines: list[tuple[str, TrainingCurve, Literal["rows", "answer_tokens"]]] = []
     for mix in mixes:
         lines.append((f"{_names(mix) if len(arms) > 1 else phase}\nrows", mix, "rows"))
         lines.append(("answer tokens", mix, "answer_tokens"))
@@ -82,11 +82,11 @@ def _bars(mixes: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
     )
 
 
-def _names(mix: Training) -> str:
+def _names(mix: TrainingCurve) -> str:
     return ", ".join(arm.name for arm, run in mix.runs if run is arm.runs[0])
 
 
-def _table(mixes: Sequence[Training], arms: Sequence[ArmRuns]) -> Table:
+def _table(mixes: Sequence[TrainingCurve], arms: Sequence[ArmRuns]) -> Table:
     rows, records = [], []
     for one in mixes:
         mix = one.metrics["mix"]

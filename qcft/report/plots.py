@@ -103,14 +103,15 @@ def draw(
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # a label longer than the plot is wide
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
-        canvas = _canvas(body, WIDTH, height, panels)
+        canvas = new_canvas(body, WIDTH, height, panels)
         svg, png = _svg(canvas), io.BytesIO()
         canvas.set_layout_engine("none")  # laid out already
         canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
-        return Figure(name, caption, alt, svg, png.getvalue(), _svg(_canvas(body, WIDE, height, panels)))
+        return Figure(name, caption, alt, svg, png.getvalue(), _svg(new_canvas(body, WIDE, height, panels)))
 
 
-def _canvas(body: Callable[[Any], None], width: float, height: float, panels: int) -> Canvas:
+def new_canvas(body: Callable[[Any], None], width: float, height: float, panels: int) -> Canvas:
+    """A drawing of this size in inches, whose axes `body` fills; labels that are too long are wrapped."""
     from matplotlib.figure import Figure as NewCanvas
 
     canvas = NewCanvas(figsize=(width, height), layout="constrained")

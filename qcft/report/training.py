@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class Logged(TypedDict):
+class LoggedStep(TypedDict):
     """A step in a training's log: tokens so far, its loss, and the live probe's result if it measured."""
 
     tokens: int
@@ -27,7 +27,7 @@ class Logged(TypedDict):
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingCurve:
     """One training: its phase and step, the runs that share it, and its log, step by step."""
 
     phase: str
@@ -35,12 +35,12 @@ class Training:
     runs: tuple[Member, ...]
     metrics: TrainMetrics
     seconds: float
-    log: tuple[Logged, ...]
+    log: tuple[LoggedStep, ...]
 
 
-def trainings(arms: Sequence[ArmRuns]) -> list[Training]:
+def trainings(arms: Sequence[ArmRuns]) -> list[TrainingCurve]:
     """Every done training once, phase by phase."""
-    found: dict[str, Training] = {}
+    found: dict[str, TrainingCurve] = {}
     phases = dict.fromkeys(phase.name for _, run in members(arms) for phase in run.recipe.phases)
     for phase in phases:
         for member in members(arms):
@@ -48,7 +48,7 @@ def trainings(arms: Sequence[ArmRuns]) -> list[Training]:
             if stage is None or stage.training is None:
                 continue
             runs = (*(found[stage.step].runs if stage.step in found else ()), member)
-            found[stage.step] = Training(
+            found[stage.step] = TrainingCurve(
                 phase, stage.step, runs, stage.training, stage.seconds, _log(stage.opened.log())
             )
     return list(found.values())
@@ -72,7 +72,7 @@ def training_section(arms: Sequence[ArmRuns]) -> Section | None:
     return Section("training", "Training", tuple(blocks)) if blocks else None
 
 
-def _curves(phase: str, logged: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
+def _curves(phase: str, logged: Sequence[TrainingCurve], arms: Sequence[ArmRuns]) -> Figure:
     places = {arm.name: i for i, arm in enumerate(arms)}
 
     def body(axes: Axes) -> None:
@@ -100,14 +100,14 @@ def _curves(phase: str, logged: Sequence[Training], arms: Sequence[ArmRuns]) -> 
     )
 
 
-def _whose(one: Training, arms: Sequence[ArmRuns]) -> str:
+def _whose(one: TrainingCurve, arms: Sequence[ArmRuns]) -> str:
     """The arms that share a training with any of their seeds, in a form short enough for a legend."""
     own = {arm.name: arm for arm, _ in one.runs}
     name = shared_by([(arm, run) for arm in own.values() for run in arm.runs], arms)
     return name if len(name) <= LONGEST else f"{next(iter(own))} and {len(own) - 1} more"
 
 
-def _english(phase: str, probed: Sequence[Training], arms: Sequence[ArmRuns]) -> Figure:
+def _english(phase: str, probed: Sequence[TrainingCurve], arms: Sequence[ArmRuns]) -> Figure:
     places = {arm.name: i for i, arm in enumerate(arms)}
 
     def body(axes: Axes) -> None:
@@ -140,7 +140,7 @@ def running_mean(values: Sequence[float]) -> list[float]:
 TERMS = {"new_loss": "loss of new rows", "anchor_kl": "anchor KL", "distil_kl": "distilled KL"}
 
 
-def _table(found: Sequence[Training], arms: Sequence[ArmRuns]) -> Table:
+def _table(found: Sequence[TrainingCurve], arms: Sequence[ArmRuns]) -> Table:
     rows: list[dict[str, str]] = []
     records: list[dict[str, object]] = []
     terms = [_terms(one) for one in found]
@@ -174,7 +174,7 @@ def _table(found: Sequence[Training], arms: Sequence[ArmRuns]) -> Table:
     return Table.of("training", "Length of training", rows, records, note)
 
 
-def _terms(one: Training) -> dict[str, float | None]:
+def _terms(one: TrainingCurve) -> dict[str, float | None]:
     """The values of the terms of its loss; empty if it has none."""
     terms = one.metrics.get("terms")
     if not terms:
@@ -205,7 +205,7 @@ def _lengths(arms: Sequence[ArmRuns]) -> Table:
     return Table.of("lengths", "How long each arm trained", rows, records, note)
 
 
-def _log(path: Path | None) -> tuple[Logged, ...]:
+def _log(path: Path | None) -> tuple[LoggedStep, ...]:
     """The steps of a training's log; lines that a kill cut short, or that have no loss, are skipped."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
@@ -214,5 +214,5 @@ def _log(path: Path | None) -> tuple[Logged, ...]:
         except ValueError:
             continue
         if isinstance(entry, dict) and all(isinstance(entry.get(key), int | float) for key in ("loss", "tokens")):
-            found.append(cast("Logged", entry))
+            found.append(cast("LoggedStep", entry))
     return tuple(found)

@@ -13,7 +13,7 @@ from qcft.measure.distance import compare, predictions
 from qcft.measure.score import RowScore, read_scores, score_rows
 from qcft.measure.stats import kept
 from qcft.models.load import free_memory
-from qcft.recipe import Merge
+from qcft.recipe import MergeLimits
 from qcft.replay.pools import ENGLISH
 from qcft.steps.needs import answers_held
 from qcft.steps.step import Bench, Step, Work
@@ -86,7 +86,7 @@ class Kept(Work[KeptMetrics]):
         return answers_held(bench, self.quantize, (), 0)
 
 
-def judge_merge(step: Step, record: Record, limits: Merge, watch: Watch) -> None:
+def judge_merge(step: Step, record: Record, limits: MergeLimits, watch: Watch) -> None:
     """Warn or refuse if merging lost what the phase learned, according to the record of its `kept` step."""
     metrics, far = cast("KeptMetrics", record["metrics"]), None
     if limits.max_kl is not None and metrics["kl"] > limits.max_kl:

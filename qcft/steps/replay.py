@@ -29,7 +29,7 @@ TEXT, RECORD = 6, 300  # approximate bytes: of a token as text, and of the rest 
 
 
 @dataclass(frozen=True)
-class Answers(Work[Mapping[str, object]]):
+class AnswerPool(Work[Mapping[str, object]]):
     """A model's answers to prompts in their order, as many as were needed so far. Never finished, as a larger ratio
     needs more of them."""
 
@@ -136,13 +136,13 @@ class ReplayRows(Work[ReplayMetrics]):
         each = RECORD + TEXT * (self.limits.max_length // 2 + longest)
         return 2 * rounded(replay_amount(self._asked(None), new)) * each
 
-    def _answers(self, bench: Bench) -> dict[str, Answers]:
-        return {part.pool: cast("Answers", bench.steps[part.pool].work) for part in self.parts if part.pool}
+    def _answers(self, bench: Bench) -> dict[str, AnswerPool]:
+        return {part.pool: cast("AnswerPool", bench.steps[part.pool].work) for part in self.parts if part.pool}
 
     def _encoder(self, bench: Bench) -> Encoder:
         return bench.rows.encoder(kept_alive(self.limits, self.replay_system))
 
-    def _asked(self, how: Answers | None) -> Replay:
+    def _asked(self, how: AnswerPool | None) -> Replay:
         """The recipe's replay section for these settings."""
         mix = [ReplayPart.model_construct(kind=part.kind, weight=part.weight, phase=part.phase) for part in self.parts]
         sampling = {key: getattr(how, key) for key in ("max_new_tokens", "temperature", "top_p")} if how else {}

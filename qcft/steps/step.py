@@ -76,7 +76,7 @@ class Work(Settings, ABC, Generic[Metrics]):
 
 
 @dataclass(frozen=True)
-class Stored(Work[Mapping[str, object]]):
+class StoredWork(Work[Mapping[str, object]]):
     """The work of a finished step, from its step.json, by any version of qcft. It is only read, never done again."""
 
     stored: tuple[str, int]  # its kind and format
@@ -120,7 +120,7 @@ class Step:
     @classmethod
     def stored(cls, id: str, stage: str, inputs: StepInputs) -> Step:
         """A step from its step.json, under its own id, by any version of qcft."""
-        work = Stored((inputs["kind"], inputs["format"]), inputs["settings"])
+        work = StoredWork((inputs["kind"], inputs["format"]), inputs["settings"])
         places = (inputs["weights"], inputs["adapter"], tuple(inputs["parents"]), tuple(inputs.get("under", ())))
         step = cls(work, stage, stage, None, *places)
         object.__setattr__(step, "id", id)

@@ -102,7 +102,7 @@ class DialMetrics(TypedDict):
 
 
 class KeptMetrics(TypedDict):
-    """Of a `kept` step: measure.stats.Kept and measure.distance.Distance over `groups`."""
+    """Of a `kept` step: measure.stats.KeptGain and measure.distance.Distance over `groups`."""
 
     groups: list[str]
     share: float | None

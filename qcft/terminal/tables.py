@@ -148,7 +148,7 @@ def _print_blocks(found: Sequence[Mapping[str, str]], plain: int) -> None:
     console, titles, rows = stdout(), list(found[0]), [list(row.values()) for row in found]
     styles = [""] * plain + ["bold"] * (len(rows) - plain)
     console.print()
-    for columns in _blocks(titles, rows, console.width):
+    for columns in columns_that_fit(titles, rows, console.width):
         names = [titles[i] for i in columns]
         console.print(grid(names, ([row[i] for i in columns] for row in rows), names[1:], styles, no_wrap=names))
         console.print()
@@ -201,7 +201,7 @@ def print_replay(shown: ReplayShown) -> None:
     print_lines([f"\n{shown['file']}"], "dim")
 
 
-def _blocks(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
+def columns_that_fit(titles: list[str], rows: list[list[str]], width: int) -> list[list[int]]:
     """Columns that fit side by side, block by block; each block starts with the stages."""
     lines = [[line for cell in column for line in cell.splitlines()] for column in zip(titles, *rows, strict=True)]
     widths = [max(map(len, column)) + 2 for column in lines]

@@ -39,12 +39,12 @@ def attend_by_rows(model: PreTrainedModel, longest: int) -> bool:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and longest > window:
         return False
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, packed_attention)
     model.set_attn_implementation(NAME)
     return True
 
 
-def _attention(
+def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -65,7 +65,7 @@ def _attention(
             "install a version that qcft was tested with, or --set model.attn_implementation=eager",
         )
     if len(row_lengths) > 1 and not options.get("dropout") and one_kernel(query.device):
-        return _by_one_kernel(query, key, value, tuple(row_lengths), options.get("scaling")), None
+        return by_one_kernel(query, key, value, tuple(row_lengths), options.get("scaling")), None
     attend = private("transformers.integrations.sdpa_attention:sdpa_attention_forward")
     split = (torch.split(part, list(row_lengths), dim=2) for part in (query, key, value))
     rows = [attend(module, *row, None, **options)[0] for row in zip(*split, strict=True)]
@@ -90,7 +90,7 @@ def one_kernel(device: torch.device) -> bool:
     return {"enable_gqa", "num_splits"} <= signature(varlen.varlen_attn).parameters.keys()
 
 
-def _by_one_kernel(
+def by_one_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float | None
 ) -> torch.Tensor:
     """Causal attention of each row to itself: (1, heads, tokens, head size) -> (1, tokens, heads, head size)."""

@@ -97,12 +97,12 @@ def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
     """
     kinds = _kinds(model, shape)
     kept = {kind: layers[:1] for kind, layers in kinds.items()}
-    first = _run(model, shape, one, [i for layers in kept.values() for i in layers])
+    first = run_layers(model, shape, one, [i for layers in kept.values() for i in layers])
     total = first
     for kind, layers in kinds.items():
         if len(layers) > 1:
             more = {**kept, kind: layers[:2]}
-            second = _run(model, shape, one, [i for some in more.values() for i in some])
+            second = run_layers(model, shape, one, [i for some in more.values() for i in some])
             total = total.plus(second.plus(first, -1), len(layers) - 1)
     # The head needs the same memory whatever is under it.
     return replace(total, logits=first.logits)
@@ -128,7 +128,7 @@ def _kinds(model: PreTrainedModel, shape: Shape) -> dict[Any, list[int]]:
     return kinds
 
 
-def _run(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> Footprint:
+def run_layers(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> Footprint:
     """Run a pass through these layers of the model, and the head."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

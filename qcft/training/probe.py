@@ -42,7 +42,7 @@ PASS_TOKENS = 512
 SummedNll = Callable[[Sequence[EncodedRow]], float]  # over the answer tokens of rows that share a pass
 
 
-class Logged(EnglishNll):
+class LoggedProbe(EnglishNll):
     """A line of english.jsonl."""
 
     seconds: float
@@ -106,7 +106,7 @@ class EnglishProbe:
         self.watch = watch
         self.nll = nll
         self.together = together
-        self.found: list[Logged] = []
+        self.found: list[LoggedProbe] = []
         self.stopped = False
         self.seconds = 0.0  # spent on probes by this process; `share`: of its training time
         self.share = 0.0
@@ -115,7 +115,7 @@ class EnglishProbe:
     def begin(self, model: PeftModel, step: int) -> None:
         """Load the earlier probes until `step`, or measure the start if `step` is 0."""
         self._begun = time.monotonic()
-        self.found = cast("list[Logged]", log_until(self.folder / FILE, step))
+        self.found = cast("list[LoggedProbe]", log_until(self.folder / FILE, step))
         for kept in newest_first(self.folder / "checkpoints", "kept"):
             if step_of(kept) > step:
                 shutil.rmtree(kept)
@@ -146,7 +146,7 @@ class EnglishProbe:
             self._keep(model, step)
         return self.stopped
 
-    def latest(self, step: int | None = None) -> Logged | None:
+    def latest(self, step: int | None = None) -> LoggedProbe | None:
         """The last result; with `step`, only if it is from that step."""
         if not self.found or (step is not None and self.found[-1]["step"] != step):
             return None
@@ -183,7 +183,7 @@ class EnglishProbe:
             "share_of_time": round(self.share, 4),
         }
 
-    def _measure(self, model: PeftModel, step: int) -> Logged:
+    def _measure(self, model: PeftModel, step: int) -> LoggedProbe:
         begun = time.monotonic()
         nll = english_nll(model, self.probing.rows, self.nll, self.together)
         if not math.isfinite(nll):
@@ -191,7 +191,7 @@ class EnglishProbe:
         seconds = time.monotonic() - begun
         self.seconds += seconds
         start = self.found[0]["nll"] if self.found else nll
-        entry: Logged = {"step": step, "nll": nll, "change": nll / start - 1, "seconds": round(seconds, 3)}
+        entry: LoggedProbe = {"step": step, "nll": nll, "change": nll / start - 1, "seconds": round(seconds, 3)}
         self.found.append(entry)
         with (self.folder / FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")

@@ -33,12 +33,12 @@ def measure_speed() -> Speed:
     b = torch.ones(width, width, dtype=compute_dtype(), device=device())
     numbers = torch.ones(1 << 23, dtype=compute_dtype(), device=device())
     return Speed(
-        flops=_per_second(lambda: a @ b) * 2 * rows * width * width,
-        moved=_per_second(lambda: numbers * 2) * 2 * numbers.numel() * numbers.element_size(),
+        flops=per_second(lambda: a @ b) * 2 * rows * width * width,
+        moved=per_second(lambda: numbers * 2) * 2 * numbers.numel() * numbers.element_size(),
     )
 
 
-def _per_second(work: Callable[[], object]) -> float:
+def per_second(work: Callable[[], object]) -> float:
     """How often `work` runs per second, after a warm-up; in batches that double in size, so that waiting for the card
     between them hardly counts."""
     import torch

@@ -33,7 +33,7 @@ def varlen() -> None:
     """
     import torch
 
-    from qcft.training.attention import _attention, one_kernel
+    from qcft.training.attention import one_kernel, packed_attention
 
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ["QCFT_VARLEN"] = "1"
@@ -51,7 +51,7 @@ def varlen() -> None:
     def run(by_kernel: bool, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         os.environ["QCFT_VARLEN"] = "1" if by_kernel else "0"
         leaves = [part.clone().requires_grad_() for part in parts]
-        out, _ = _attention(module, *leaves, None, row_lengths=lengths, scaling=width**-0.5)
+        out, _ = packed_attention(module, *leaves, None, row_lengths=lengths, scaling=width**-0.5)
         out.float().square().sum().backward()
         return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 

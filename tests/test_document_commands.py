@@ -1,0 +1,88 @@
+"""The command lines of README.md and recipes/README.md, run in their order as they stand, in a folder where their files
+are, and where folders with a tiny model and a tiny encoder have the names of those on the hub."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from .helpers.encoders import static_encoder
+from .helpers.tiny import WORDS, make_llama, write_rows
+from .test_documents import shell_lines
+
+# Not here, with the reason; the rest of what the documents show is in `test_documents.py`, which parses every line.
+ELSEWHERE = {
+    "run quickstart": "minutes: test_real.py runs it",
+    "init": "asks in a terminal: test_init.py answers",
+    "eval spanish --suite english --suite multilingual --limit 200": "its data is on the hub: test_suites.py has its own",
+    "ablate quick-ablation-cpu": "40 minutes: the line before it is its plan",
+    "phase2 japanese --model smollm2-135m-instruct --data ja=ja.txt --set phase2.data.0.sample_by=line --replay 0.2": (
+        "real weights: a test of its own"
+    ),
+}
+LINES = [words for document in ("README.md", "recipes/README.md") for words in shell_lines(document)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tokenizer, tokenizer_folder, color_data):
+    """A folder with the files that the documents name."""
+    place = tmp_path_factory.mktemp("documents")
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    make_llama(place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct", tokenizer, layers=30, **small)
+    (place / "sentence-transformers").mkdir()
+    static_encoder(place / "sentence-transformers" / "LaBSE", tokenizer_folder)
+    static_encoder(place / "FOLDER", tokenizer_folder)
+    for name, lang in {"alpaca": "en", "en": "en", "es": "es", "pt": "pt"}.items():
+        (place / f"{name}.jsonl").write_bytes((color_data / f"{lang}.jsonl").read_bytes())
+    words = WORDS.split()
+    question = {"context": WORDS, "answers": {"text": [words[0]], "answer_start": [0]}}
+    write_rows(place / "xquad" / "es.jsonl", [{"id": str(i), "question": f"what {i}", **question} for i in range(4)])
+    (place / "prompts.txt").write_text("what color is the cat\nwhat animal\n")
+    return place
+
+
+def test_what_is_not_run_is_in_the_documents():
+    assert set(ELSEWHERE) <= {" ".join(words) for words in LINES}
+
+
+def test_command_lines_do_what_they_say(files, qcft, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("QCFT_CACHE", str(files / "cache"))
+    sources = [part for lang in ("es", "pt") for part in ("--data", f"{lang}={lang}.jsonl")]
+    code, _, err = qcft("init", "--model", "HuggingFaceTB/SmolLM2-1.7B-Instruct", *sources, "-o", "recipe.yaml")
+    assert code == 0, err
+    printed = {}
+    for words in LINES:
+        words, given, to = redirected(words)
+        line = " ".join(words)
+        if line in ELSEWHERE:
+            continue
+        monkeypatch.setattr(sys, "stdin", io.StringIO((files / given).read_text() if given else ""))
+        code, printed[line], err = qcft(*words)
+        assert code == 0, (line, err)
+        if to:
+            (files / to).write_text(printed[line])
+    assert "fits an 8 GB GPU" in printed["check recipe.yaml --vram 8GB"]
+    assert json.loads(printed["replay spanish --ratio 0.1 --json"])
+    assert (files / "spanish-model" / "model.safetensors").exists()
+    assert (files / "DIR" / "model.safetensors").exists()
+    assert "<html" in (files / "answers.html").read_text()
+    assert (files / "runs" / "spanish-2" / "report" / "report.html").exists()
+    assert (files / "answers.txt").read_text().strip()
+
+
+def redirected(words):
+    """A command, the file that it reads and the file that it writes."""
+    files = {mark: words[words.index(mark) + 1] if mark in words else None for mark in "<>"}
+    end = min((words.index(mark) for mark in "<>" if mark in words), default=len(words))
+    return words[:end], files["<"], files[">"]
+
+
+@pytest.mark.real
+def test_a_phase_on_text_as_the_documents_have_it(qcft, tmp_path, monkeypatch):
+    words = next(words for words in LINES if words[:2] == ["phase2", "japanese"])
+    (tmp_path / "ja.txt").write_text("".join(f"猫は{i}回、庭で眠ります。犬は外を走ります。\n" for i in range(40)))
+    code, out, err = qcft(*words)
+    assert code == 0, err
+    assert "japanese" in out
