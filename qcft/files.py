@@ -91,6 +91,12 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The records of a file with one JSON document per line. Only a line feed ends a line: text in a record may have
+    other characters that `str.splitlines` takes for line ends, such as U+2028."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text to a temporary file beside it and rename that."""
     write_bytes(path, text.encode())

@@ -35,7 +35,9 @@ def xquad_rows(count: int) -> list[dict]:
     rows = []
     for i in range(count):
         answer = {"text": [("red", "blue", "green")[i % 3]], "answer_start": [0]}
-        rows.append({"id": f"q{i}", "context": f"the cat is red {i}", "question": "what color", "answers": answer})
+        rows.append(
+            {"id": f"q{i}", "context": f"the cat is red {i}", "question": "what color\u2028is it", "answers": answer}
+        )
     return rows
 
 

@@ -6,6 +6,8 @@ import json
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from .helpers.encoders import static_encoder
 from .helpers.tiny import WORDS, make_llama, write_rows
@@ -15,7 +17,8 @@ from .test_documents import shell_lines
 ELSEWHERE = {
     "run quickstart": "minutes: test_real.py runs it",
     "init": "asks in a terminal: test_init.py answers",
-    "eval spanish --suite english --suite multilingual --limit 200": "its data is on the hub: test_suites.py has its own",
+    "chat spanish": "asks in a terminal: test_answers.py writes to it, as to the line with < prompts.txt",
+    "eval spanish --suite english --suite multilingual --limit 200": "data of the hub: test_suites.py has its own",
     "ablate quick-ablation-cpu": "40 minutes: the line before it is its plan",
     "phase2 japanese --model smollm2-135m-instruct --data ja=ja.txt --set phase2.data.0.sample_by=line --replay 0.2": (
         "real weights: a test of its own"
@@ -28,18 +31,27 @@ LINES = [words for document in ("README.md", "recipes/README.md") for words in s
 def files(tmp_path_factory, tokenizer, tokenizer_folder, color_data):
     """A folder with the files that the documents name."""
     place = tmp_path_factory.mktemp("documents")
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    make_llama(place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct", tokenizer, layers=30, **small)
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "tie_word_embeddings": False}
+    ready_to_end(make_llama(place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct", tokenizer, layers=30, **small))
     (place / "sentence-transformers").mkdir()
     static_encoder(place / "sentence-transformers" / "LaBSE", tokenizer_folder)
     static_encoder(place / "FOLDER", tokenizer_folder)
     for name, lang in {"alpaca": "en", "en": "en", "es": "es", "pt": "pt"}.items():
-        (place / f"{name}.jsonl").write_bytes((color_data / f"{lang}.jsonl").read_bytes())
+        lines = (color_data / f"{lang}.jsonl").read_text().splitlines(keepends=True)
+        (place / f"{name}.jsonl").write_text("".join(lines[:30]))
     words = WORDS.split()
     question = {"context": WORDS, "answers": {"text": [words[0]], "answer_start": [0]}}
     write_rows(place / "xquad" / "es.jsonl", [{"id": str(i), "question": f"what {i}", **question} for i in range(4)])
     (place / "prompts.txt").write_text("what color is the cat\nwhat animal\n")
     return place
+
+
+def ready_to_end(folder):
+    """Make a random model's answers short."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] *= 30
+    model.save_pretrained(folder)
 
 
 def test_what_is_not_run_is_in_the_documents():

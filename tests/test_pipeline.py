@@ -196,6 +196,19 @@ def test_held_out_rows_never_train_nor_replay(recipe_file, shared_runs):
     assert not held_ids & {r["id"] for r in replayed}
 
 
+def test_line_ends_in_replayed_text_end_no_line_of_its_file(qcft, recipe_file, raw_recipe, tmp_path):
+    """U+2028, U+2029 and U+0085 end a line for `str.splitlines`; models write them too."""
+    text = "red\u2028blue\u2029green\u0085"
+    rows = [{"id": f"c{i}", "instruction": f"what {text} {i}", "output": text} for i in range(60)]
+    write_rows(tmp_path / "odd.jsonl", rows)
+    done, _ = run(recipe_file, tmp_path / "runs", {"phase2.replay.data": [{"path": str(tmp_path / "odd.jsonl")}]})
+    shares = done.stages["phase2"].metrics["exposure"]
+    assert sum(share["rows"] for share in shares) == 24 + 6
+    code, out, err = qcft("replay", "tiny", "--show", "9", "--json")
+    assert code == 0, err
+    assert [row["completion"][0]["content"] for row in json.loads(out)["samples"]] == [text] * 6
+
+
 def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkeypatch):
     changes = {
         "phase2.replay": {"ratio": 0.1, "max_new_tokens": 24, "temperature": 0, "chunk": 4},

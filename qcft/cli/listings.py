@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from qcft.cli.data_flags import sources_of
 from qcft.cli.flags import second_phase
 from qcft.errors import InputError, nearest
 from qcft.events import Watch
+from qcft.files import read_json_lines
 from qcft.recipe import Recipe, Source, built_in_recipes, load_recipe, parse_assignments, recipe_from
 from qcft.replay.share import ShareShown
 from qcft.store import Store, list_runs, read_run
@@ -73,13 +73,12 @@ def replay_shown(run: str, stages: Mapping[str, Stage], show: int, left_out: boo
     """A run's last replay: its metrics, and the first `show` of its rows, or with `left_out` of the dropped rows."""
     stage = [stage for stage in stages if stage == "replay" or stage.startswith("replay-")][-1]
     file = stages[stage].opened.file("left_out.jsonl" if left_out else "replay.jsonl")
-    lines = file.read_text(encoding="utf-8").splitlines()
     return {
         "run": run,
         "stage": stage,
         "file": str(file),
         **cast("ReplayMetrics", stages[stage].metrics),
-        "samples": [json.loads(line) for line in lines[:show]],
+        "samples": read_json_lines(file)[:show],
     }
 
 

@@ -64,7 +64,7 @@ def text_lines(path: Path, what: str, hint: str) -> list[str]:
         raise InputError(f"{what}: {str(path)!r} cannot be read as text: {error}", "give a UTF-8 file") from None
     if "\0" in text:
         raise InputError(f"{what}: {str(path)!r} is binary, not text", "give a UTF-8 file")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise InputError(f"{what}: {str(path)!r} has no line of text", hint)
     return lines

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypedDict, cast
 
+from qcft.files import read_json_lines
 from qcft.measure.catalog import ENGLISH, family_of
 from qcft.measure.clusters import item_clusters
 from qcft.measure.continual import Items, backward_transfer, forgetting, paired_changes
@@ -289,8 +289,7 @@ def _change(before: Mapping[str, Cell], after: Mapping[str, Cell], tasks: Mappin
 
 
 def _items(cell: Cell) -> list[dict[str, Any]]:
-    lines = cell.step.file("items.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return read_json_lines(cell.step.file("items.jsonl"))
 
 
 def _scores(cell: Cell, items: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -16,7 +16,7 @@ from qcft.data.filters import AnswerFilter, known_languages
 from qcft.data.rows import Message, Row, message_from
 from qcft.errors import InputError, QcftError, nearest
 from qcft.events import Watch
-from qcft.files import write_text
+from qcft.files import read_json_lines, write_text
 from qcft.recipe import Phase, Replay
 from qcft.replay.amount import repeated, replay_amount, rounded, split_amount, take_amount
 from qcft.replay.generation import Generated, Generation
@@ -252,8 +252,7 @@ def make_replay(
 def read_replay(file: Path) -> list[tuple[Row, str]]:
     """The rows of a replay file, each with its kind, and the earlier phase if one was named."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_json_lines(file):
         prompt, completion = (tuple(map(message_from, record[part])) for part in ("prompt", "completion"))
         kind, phase = record["provenance"]["kind"], record["provenance"].get("phase")
         rows.append((Row(prompt, completion, record.get("id")), f"{kind}, {phase}" if phase else str(kind)))
