@@ -296,6 +296,13 @@ def test_a_table_too_wide_for_the_terminal_comes_in_blocks():
     assert columns_that_fit(titles, rows, 5) == [[0, i] for i in range(1, 10)]
 
 
+def test_libraries_say_nothing_as_they_are_imported():
+    """On CPUs with 16-bit products bitsandbytes names a kernel that it does without."""
+    code = "from qcft.runner.libraries import set_environment; set_environment(); import bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_recipes(qcft):
     code, out, _ = qcft("recipes")
     assert code == 0

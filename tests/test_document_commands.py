@@ -19,6 +19,8 @@ ELSEWHERE = {
     "init": "asks in a terminal: test_init.py answers",
     "chat spanish": "asks in a terminal: test_answers.py writes to it, as to the line with < prompts.txt",
     "eval spanish --suite english --suite multilingual --limit 200": "data of the hub: test_suites.py has its own",
+    "dial spanish --by layers=0-9:0.5,20-29:0": "30 layers: test_by_layer.py has three",
+    "dial spanish --by auto": "eight measurements: test_by_layer.py has them too",
     "ablate quick-ablation-cpu": "40 minutes: the line before it is its plan",
     "phase2 japanese --model smollm2-135m-instruct --data ja=ja.txt --set phase2.data.0.sample_by=line --replay 0.2": (
         "real weights: a test of its own"
@@ -32,7 +34,7 @@ def files(tmp_path_factory, tokenizer, tokenizer_folder, color_data):
     """A folder with the files that the documents name."""
     place = tmp_path_factory.mktemp("documents")
     small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "tie_word_embeddings": False}
-    ready_to_end(make_llama(place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct", tokenizer, layers=30, **small))
+    ready_to_end(make_llama(place / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct", tokenizer, layers=13, **small))
     (place / "sentence-transformers").mkdir()
     static_encoder(place / "sentence-transformers" / "LaBSE", tokenizer_folder)
     static_encoder(place / "FOLDER", tokenizer_folder)
@@ -42,15 +44,19 @@ def files(tmp_path_factory, tokenizer, tokenizer_folder, color_data):
     words = WORDS.split()
     question = {"context": WORDS, "answers": {"text": [words[0]], "answer_start": [0]}}
     write_rows(place / "xquad" / "es.jsonl", [{"id": str(i), "question": f"what {i}", **question} for i in range(4)])
-    (place / "prompts.txt").write_text("what color is the cat\nwhat animal\n")
+    (place / "prompts.txt").write_text("what color is the cat\n")
     return place
 
 
 def ready_to_end(folder):
-    """Make a random model's answers short."""
+    """Make a random model's answers short: whatever it has read, its last states share a direction, along which the
+    token that ends an answer is about as likely as the likeliest other token."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] *= 30
+        model.model.embed_tokens.weight += 1
+        states = model.model(input_ids=torch.arange(5, 200)[None]).last_hidden_state[0]
+        most, mean = model.lm_head(states).max(dim=-1).values.mean(), states.mean(dim=0)
+        model.lm_head.weight[model.config.eos_token_id] = most * mean / mean.square().sum()
     model.save_pretrained(folder)
 
 
@@ -68,7 +74,7 @@ def test_command_lines_do_what_they_say(files, qcft, monkeypatch):
     for words in LINES:
         words, given, to = redirected(words)
         line = " ".join(words)
-        if line in ELSEWHERE:
+        if line in ELSEWHERE and not given:
             continue
         monkeypatch.setattr(sys, "stdin", io.StringIO((files / given).read_text() if given else ""))
         code, printed[line], err = qcft(*words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 from functools import cache
@@ -18,6 +19,7 @@ def set_environment() -> None:
     if sys.platform != "win32" and "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
         # Passes differ in size: blocks that can grow avoid fragmentation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as it is imported, it reports kernels it can do without
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log file are noise
     _loaded_by_others()
