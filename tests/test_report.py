@@ -409,6 +409,12 @@ def test_a_phase_that_is_gone_or_new_is_told_as_set_takes_it(raw_recipe):
         assert recipe_from(a.model_dump(mode="json"), sets) == b
 
 
+def test_a_remedy_with_its_defaults_is_told_by_its_kind(raw_recipe):
+    first = recipe_from(raw_recipe)
+    found = differences(first, recipe_from(raw_recipe, {"phase2.anchor": "target-masked"}))
+    assert found == {"phase2.anchor": {"kind": "target-masked"}}
+
+
 def read_recipe(runs, name):
     from qcft.store import read_run
 

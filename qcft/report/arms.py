@@ -153,5 +153,6 @@ def _differing(before: BaseModel, after: BaseModel, prefix: str, apart: set[str]
             found |= _differing(old, new, f"{prefix}{key}.")
         else:
             short = after.model_dump(mode="json", include={key}, exclude_defaults=True)
-            found[prefix + key] = short.get(key, after.model_dump(mode="json", include={key})[key])
+            whole = after.model_dump(mode="json", include={key}, exclude_none=True)
+            found[prefix + key] = short.get(key) or whole.get(key)  # `{}` would not say what it is
     return found
