@@ -46,6 +46,19 @@ def test_the_usual_names_of_what_goes_along(tmp_path):
     assert {row.id for row in found.rows + found.held_out} == {str(i) for i in range(20)}
 
 
+def test_squads_form(tmp_path):
+    """Its answers are those that are accepted; a question may have none in its passage (SQuAD 2)."""
+    records = [
+        {"id": f"{i}", "title": "t", "context": f"c{i}", "question": f"q{i}",
+         "answers": {"text": [f"a{i}", "other"] if i else [], "answer_start": [0, 3] if i else []}}
+        for i in range(20)
+    ]  # fmt: skip
+    found = load(tmp_path, records)
+    assert turns(found) == {(("user", f"q{i}\n\nc{i}"), ("assistant", f"a{i}")) for i in range(1, 20)}
+    assert found.left_out == {"question without an answer": 1}
+    assert {row.id for row in found.rows + found.held_out} == {str(i) for i in range(1, 20)}
+
+
 def test_columns_with_the_known_names_come_first(tmp_path):
     records = [{"instruction": f"i{i}", "output": "o", "question": f"q{i}", "answer": "a"} for i in range(20)]
     assert turns(load(tmp_path, records)) == {(("user", f"i{i}"), ("assistant", "o")) for i in range(20)}
@@ -103,13 +116,13 @@ def test_records_of_several_formats_in_one_source(tmp_path):
 
 
 def test_pools_and_instructions_know_them_too(tmp_path):
-    records = [{"id": i, "context": "c", "question": f"q{i}", "answers": {"text": ["x"]}} for i in range(5)]
+    records = [{"id": i, "context": "c", "question": f"q{i}", "replies": {"text": ["x"]}} for i in range(5)]
     path = str(write_rows(tmp_path / "a.jsonl", records))
     prompts = read_pool(Source(path=path), answers=False, watch=Watch())
     assert [row.prompt[0].content for row in prompts.rows] == [f"q{i}\n\nc" for i in range(5)]
     assert list(instructions(Source(path=path))) == [f"q{i}\n\nc" for i in range(5)]
     assert list(instructions(Source(path=path), "question")) == [f"q{i}" for i in range(5)]
-    with pytest.raises(InputError, match=r"replay: row 1 of .* has the columns id, context, question, answers"):
+    with pytest.raises(InputError, match=r"replay: row 1 of .* has the columns id, context, question, replies"):
         read_pool(Source(path=path), answers=True, watch=Watch())
 
 

@@ -12,7 +12,10 @@ from qcft.recipe import Source
 # Other names for `instruction` and `output`; the first pair that a record has is used.
 QUESTIONS = ("instruction", "question", "prompt", "query")
 ANSWERS = ("output", "response", "answer", "completion", "target")
-PAIRS = [*((q, a) for q in QUESTIONS for a in ANSWERS), ("text", "target"), ("input", "output"), ("source", "target")]
+PAIRS = [
+    *((q, a) for q in QUESTIONS for a in ANSWERS), ("text", "target"), ("input", "output"), ("source", "target"),
+    ("question", "answers"),  # SQuAD and sets in its form: a passage in `context`, and answers that are accepted
+]  # fmt: skip
 OTHER_NAMES = {"conversations": "conversation", "system": "system_prompt", "input": "context"}
 
 
@@ -116,7 +119,7 @@ class Columns:
         if known is not None or not self.aliases:
             return (known, {}) if known else None
         for question, answer in PAIRS:
-            if all(isinstance(record.get(name), (str, bytes, list)) for name in (question, answer)):
+            if all(isinstance(record.get(name), (str, bytes, list, dict)) for name in (question, answer)):
                 if question == "prompt":
                     return "prompt-completion", {"prompt": question, "completion": answer}
                 return "alpaca", {"instruction": question, "output": answer}

@@ -90,7 +90,17 @@ def _alpaca(record: Record) -> list[Message]:
         raise Unusable("no user turn")
     user = "\n\n".join(part for part in (instruction, extra) if part.strip())
     earlier = _history(record["history"]) if record.get("history") else []
-    return [*earlier, Message("user", user), Message("assistant", _text(record.get("output")))]
+    return [*earlier, Message("user", user), Message("assistant", _text(_first_accepted(record.get("output"))))]
+
+
+def _first_accepted(output: Any) -> Any:
+    """Of SQuAD's `{text: [...], answer_start: [...]}` the first text; anything else unchanged. Raises Unusable for a
+    question that its passage does not answer."""
+    if not isinstance(output, Mapping) or not isinstance(output.get("text"), list):
+        return output
+    if not output["text"]:
+        raise Unusable("question without an answer")
+    return output["text"][0]
 
 
 def _history(value: Any) -> list[Message]:
