@@ -77,7 +77,7 @@ def _packed(model: PreTrainedModel) -> Iterator[None]:
 
 def _can_be_packed(layer: Any) -> bool:
     """Whether bitsandbytes can pack this layer's weights: it packs 32 rows at once, and whole blocks of each row."""
-    return layer.out_features % 32 == 0 and layer.in_features % layer.weight.blocksize == 0
+    return bool(layer.out_features % 32 == 0 and layer.in_features % layer.weight.blocksize == 0)
 
 
 class Switched(Adapters):
