@@ -232,14 +232,14 @@ def dial(
     to: Path | None = None,
 ) -> Dialled:
     """Measure EA (English) and MA (the other languages) at each scale of a phase's delta, and scaled `by` layers
-    (`layers=0-9:0.5`, `auto`), and draw the curve. `merge_at` also merges one scale, `share` also picks the point that
-    keeps this share of the languages' gain.
+    (`layers=0-9:0.5`, `auto`); draw the curve of these and of the points that the run already has. `merge_at` also
+    merges one scale, `share` also picks the point that keeps this share of the languages' gain.
 
     Raises QcftError.
     """
     from qcft.inspect.pick import check_share, pick
     from qcft.runner.delivery import check_place
-    from qcft.runner.dialling import AUTO, SCALES, check_scalable, dial_for, measured_before, with_patterns
+    from qcft.runner.dialling import AUTO, SCALES, check_scalable, dial_for, with_measured, with_patterns
 
     named = read_run(runs, name)
     recipe = named.recipe()
@@ -247,12 +247,11 @@ def dial(
     check_scalable(wanted, named, runs)
     if share is not None:
         check_share(share)
-        if scales is None and not by:
-            wanted = measured_before(wanted, named, runs)
     if to is not None:
         check_place(to)
     if any(text.strip() == AUTO for text in by):
         wanted = with_patterns(wanted, named, recipe, runs, watch)
+    wanted = with_measured(wanted, named, runs, new_scales=scales is not None or not (by or share is not None))
     done = reach(named, recipe, wanted, runs, watch)
     assert done.goal is not None
     points = curve_points(done.stages[done.goal].metrics)

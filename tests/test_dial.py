@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from qcft.inspect.versions import deltas_of, version_of
 from qcft.models.adapters import load_adapter
 from qcft.models.load import load_model
 from qcft.recipe import Model
+from qcft.report.curve import point_label
 from qcft.report.shown import Picked
 from qcft.report.standing import mean_of
 from qcft.runner.dialling import scales_of
@@ -36,6 +38,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def stack(made, raw_recipe, qcft, tmp_path):
+    """The folder of runs of one test, with the run `stack`, which no dial has measured; its stages."""
     raw_recipe["phases"][1].pop("replay")
     raw_recipe["phases"][1].pop("freeze")
     raw_recipe["phases"][1]["start"] = "stacked"
@@ -43,7 +46,8 @@ def stack(made, raw_recipe, qcft, tmp_path):
     (tmp_path / "stack.yaml").write_text(yaml.safe_dump({**raw_recipe, "name": "stack"}))
     code, out, error = qcft("run", tmp_path / "stack.yaml", "--runs", made, "-q", "--json")
     assert code == 0, error
-    return made, {s["stage"]: s["groups"] for s in json.loads(out)["stages"]}
+    shutil.copytree(made, tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs", {s["stage"]: s["groups"] for s in json.loads(out)["stages"]}
 
 
 def test_the_ends_of_the_dial_are_the_phases_and_a_point_is_merged(stack, qcft, tmp_path):
@@ -170,8 +174,24 @@ def test_points_by_layers_join_the_scales_that_were_measured(stack, qcft, tmp_pa
     page = (runs / "stack" / "report" / "report.md").read_text()
     assert "layers 1-2 at 0" in page
     ET.parse(found["drawing"])
-    assert qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")[0] == 0
-    assert open_named(runs, "stack").stages["dial-phase2"] == before
+    assert qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")[0] == 0  # the run has them
+    assert open_named(runs, "stack").stages["dial-phase2"] == after
+
+
+def test_new_scales_join_those_that_were_measured(stack, qcft):
+    runs, _ = stack
+    measured = []
+    deliveries.dial("stack", "0.5,1", runs, Watch(lambda _: None))
+    found = deliveries.dial("stack", "0.25,1", runs, Watch(measured.append), by=["layers=0:0"])
+    labels = {event.label for event in measured if isinstance(event, Progress)}
+    assert any("dial phase2 at 0.25:" in label for label in labels)
+    assert not any(f"dial phase2 at {scale}:" in label for scale in ("0.5", "1") for label in labels)
+    assert [point_label(point) for point in found["points"]] == ["0.25", "0.5", "1", "layer 0 at 0"]
+    again = deliveries.dial("stack", None, runs, Watch(lambda _: None), by=["layers=1:0"])  # no scales of its own
+    assert [point["scale"] for point in again["points"][:3]] == [0.25, 0.5, 1]
+    assert len(again["points"]) == 5
+    with pytest.raises(InputError, match="the dial has 205 points"):
+        deliveries.dial("stack", "0:0.2:0.001", runs, Watch(lambda _: None))
 
 
 @pytest.mark.parametrize("flags", [["--scale", "0.5"], ["--by", "layers=0-1:0.5"]])

@@ -183,7 +183,12 @@ def dial(
     run: Run = None,
     scales: Annotated[
         str | None,
-        typer.Option("--scales", metavar="FROM:TO:STEP", help="Or a list: 0,0.5,1.", show_default="0:1:0.1"),
+        typer.Option(
+            "--scales",
+            metavar="FROM:TO:STEP",
+            help="Or a list: 0,0.5,1. Added to the points that the run has.",
+            show_default="0:1:0.1",
+        ),
     ] = None,
     by: Annotated[
         list[str] | None,

@@ -34,9 +34,10 @@ AVERAGES: dict[Literal["EA", "MA"], str] = {"EA": "EA: English", "MA": "MA: othe
 
 def curve_points(metrics: Mapping[str, object]) -> list[CurvePoint]:
     """A `dial` step's points with EA and MA: mean NLL per answer token of the English groups and of the others (None
-    where there are none), together with that of each group and the English answers."""
+    where there are none), together with that of each group and the English answers; by scale, then those by layers."""
     found: list[CurvePoint] = []
-    for point in cast("DialMetrics", metrics)["points"]:
+    points = cast("DialMetrics", metrics)["points"]
+    for point in sorted(points, key=lambda point: point.get("scale", float("inf"))):
         taken: DeltaAmount = {"by": point["by"]} if "by" in point else {"scale": point["scale"]}
         groups = point["groups"]
         found.append(

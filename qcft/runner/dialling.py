@@ -103,15 +103,22 @@ def check_scalable(dial: Dial, run: NamedRun, runs: Path) -> None:
         read_adapter(Store(runs).opened(step).part("adapter"), scale=0.5)
 
 
-def measured_before(dial: Dial, run: NamedRun, runs: Path) -> Dial:
-    """The dial of this phase that the run has, with any points; where it has none, the one given."""
+def with_measured(dial: Dial, run: NamedRun, runs: Path, new_scales: bool) -> Dial:
+    """The dial with the points that the run has of this phase, in their order, before its own; without `new_scales`,
+    the run's scales, if it has some, take the place of the dial's. Raises InputError for too many points."""
     step = run.stages.get(dial_stage(dial))
     done = Store(runs).open(step) if step else None
     if done is None:
         return dial
     settings = done.inputs["settings"]
-    by = tuple(parse_by_layer(text) for text in settings.get("by", ()))
-    return replace(dial, scales=tuple(settings["scales"]), by=by)
+    scales = tuple(dict.fromkeys((*settings["scales"], *(dial.scales if new_scales else ()))))
+    by = tuple(dict.fromkeys((*map(parse_by_layer, settings.get("by", ())), *dial.by)))
+    if len(scales) + len(by) > MOST_SCALES:
+        raise InputError(
+            f"with those that the run has, the dial has {len(scales) + len(by)} points",
+            f"it can have {MOST_SCALES}: ask for fewer",
+        )
+    return replace(dial, scales=scales, by=by)
 
 
 def scaled(goal: Goal, scale: float | None, by: str | None) -> Goal:
