@@ -190,7 +190,7 @@ def test_new_scales_join_those_that_were_measured(stack, qcft):
     again = deliveries.dial("stack", None, runs, Watch(lambda _: None), by=["layers=1:0"])  # no scales of its own
     assert [point["scale"] for point in again["points"][:3]] == [0.25, 0.5, 1]
     assert len(again["points"]) == 5
-    with pytest.raises(InputError, match="the dial has 205 points"):
+    with pytest.raises(InputError, match="the dial has 206 points"):
         deliveries.dial("stack", "0:0.2:0.001", runs, Watch(lambda _: None))
 
 
