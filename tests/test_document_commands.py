@@ -98,9 +98,10 @@ def redirected(words):
 
 
 @pytest.mark.real
-def test_a_phase_on_text_as_the_documents_have_it(qcft, tmp_path, monkeypatch):
+def test_a_phase_on_text_as_the_documents_have_it(qcft, tmp_path):
     words = next(words for words in LINES if words[:2] == ["phase2", "japanese"])
     (tmp_path / "ja.txt").write_text("".join(f"猫は{i}回、庭で眠ります。犬は外を走ります。\n" for i in range(40)))
     code, out, err = qcft(*words)
     assert code == 0, err
-    assert "japanese" in out
+    assert "phase2 ja text" in out
+    assert (tmp_path / "runs" / "japanese" / "phase2" / "adapter").is_dir()
