@@ -55,8 +55,12 @@ def test_squads_form(tmp_path):
     ]  # fmt: skip
     found = load(tmp_path, records)
     assert turns(found) == {(("user", f"q{i}\n\nc{i}"), ("assistant", f"a{i}")) for i in range(1, 20)}
-    assert found.left_out == {"question without an answer": 1}
+    assert found.left_out == {"empty answer": 1}
     assert {row.id for row in found.rows + found.held_out} == {str(i) for i in range(1, 20)}
+    pool = read_pool(Source(path=str(tmp_path / "a.jsonl")), answers=False, watch=Watch())
+    assert len(pool.rows) == 20  # the prompt of a question without an answer can be replayed
+    with pytest.raises(InputError, match="question, answers: no known format"):
+        load(tmp_path, [{"question": f"q{i}", "answers": {"label": 1}} for i in range(20)])
 
 
 def test_columns_with_the_known_names_come_first(tmp_path):

@@ -18,9 +18,9 @@ ELSEWHERE = {
     "run quickstart": "minutes: test_real.py runs it",
     "init": "asks in a terminal: test_init.py answers",
     "chat spanish": "asks in a terminal: test_answers.py writes to it, as to the line with < prompts.txt",
-    "eval spanish --suite english --suite multilingual --limit 200": "data of the hub: test_suites.py has its own",
-    "dial spanish --by layers=0-9:0.5,20-29:0": "30 layers: test_by_layer.py has three",
-    "dial spanish --by auto": "eight measurements: test_by_layer.py has them too",
+    "eval spanish --suite english --suite multilingual --limit 200": "data of the hub: test_abilities.py has its own",
+    "dial spanish --by layers=0-9:0.5,20-29:0": "30 layers: test_dial.py has three",
+    "dial spanish --by auto": "eight measurements: test_dial.py has them",
     "ablate quick-ablation-cpu": "40 minutes: the line before it is its plan",
     "phase2 japanese --model smollm2-135m-instruct --data ja=ja.txt --set phase2.data.0.sample_by=line --replay 0.2": (
         "real weights: a test of its own"

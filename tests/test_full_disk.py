@@ -75,7 +75,7 @@ def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
     )
     script = f'mount -t tmpfs -o size=3m tmpfs "{small}" && exec "{sys.executable}" -c "$1" "{recipe_file}" "{small}"'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+    if subprocess.run(["sh", "-c", "unshare -rm true"], capture_output=True, check=False).returncode:
         pytest.skip("this system allows no namespaces")
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", code], env=environment, capture_output=True, text=True, timeout=300

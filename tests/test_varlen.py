@@ -29,9 +29,9 @@ def states(device="cpu", seed=0):
 
 
 def attend(parts, **options):
-    return attention.packed_attention(Layer(), *parts, None, row_lengths=LENGTHS, scaling=0.1, dropout=0.0, **options)[
-        0
-    ]
+    options |= {"row_lengths": LENGTHS, "scaling": 0.1, "dropout": 0.0}
+    found, _ = attention.packed_attention(Layer(), *parts, None, **options)
+    return found
 
 
 @pytest.fixture

@@ -119,12 +119,17 @@ class Columns:
         if known is not None or not self.aliases:
             return (known, {}) if known else None
         for question, answer in PAIRS:
-            if all(isinstance(record.get(name), (str, bytes, list, dict)) for name in (question, answer)):
+            if all(_may_be_text(record.get(name)) for name in (question, answer)):
                 if question == "prompt":
                     return "prompt-completion", {"prompt": question, "completion": answer}
                 return "alpaca", {"instruction": question, "output": answer}
         question = "" if self.answers else next((q for q in QUESTIONS if isinstance(record.get(q), str)), "")
         return ("alpaca", {"instruction": question}) if question else None
+
+
+def _may_be_text(value: Any) -> bool:
+    """Whether a cell is text, its parts, or the accepted answers of a question."""
+    return isinstance(value, (str, bytes, list)) or (isinstance(value, dict) and "text" in value)
 
 
 def mixes_text(source: Source, what: str, both: str, other: str = "messages") -> InputError:

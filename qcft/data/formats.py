@@ -94,13 +94,10 @@ def _alpaca(record: Record) -> list[Message]:
 
 
 def _first_accepted(output: Any) -> Any:
-    """Of SQuAD's `{text: [...], answer_start: [...]}` the first text; anything else unchanged. Raises Unusable for a
-    question that its passage does not answer."""
-    if not isinstance(output, Mapping) or not isinstance(output.get("text"), list):
-        return output
-    if not output["text"]:
-        raise Unusable("question without an answer")
-    return output["text"][0]
+    """Of SQuAD's `{text: [...], answer_start: [...]}` the first text, or none; anything else unchanged."""
+    if isinstance(output, Mapping) and isinstance(output.get("text"), list):
+        return next(iter(output["text"]), None)
+    return output
 
 
 def _history(value: Any) -> list[Message]:
