@@ -18,7 +18,7 @@ ELSEWHERE = {
     "run quickstart": "minutes: test_real.py runs it",
     "init": "asks in a terminal: test_init.py answers",
     "chat spanish": "asks in a terminal: test_answers.py writes to it, as to the line with < prompts.txt",
-    "eval spanish --suite english --suite multilingual --limit 200": "data of the hub: test_abilities.py has its own",
+    "eval spanish --suite english --suite multilingual --limit 200": "data of the hub: test_suites_on_hub.py has one",
     "dial spanish --by layers=0-9:0.5,20-29:0": "30 layers: test_dial.py has three",
     "dial spanish --by auto": "eight measurements: test_dial.py has them",
     "ablate quick-ablation-cpu": "40 minutes: the line before it is its plan",

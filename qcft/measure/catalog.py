@@ -26,7 +26,7 @@ from qcft.recipe import ALPACA_EVAL, FIDELITY, SUITES, Evaluate
 OWN_TASKS = Path(__file__).parent / "tasks"
 OWN_WORK = (FIDELITY, ALPACA_EVAL)
 ENGLISH = "en"
-SCRIPTS = {"facebook/mlqa"}  # datasets that are scripts, which `datasets` no longer runs: their conversion is read
+SCRIPTS = {"csebuetnlp/xlsum", "facebook/mlqa"}  # datasets that are scripts, which `datasets` no longer runs
 NEEDS = {"ifeval": ("langdetect", "immutabledict", "nltk"), "xlsum_ja": ("fugashi",), "xlsum_th": ("pythainlp",)}
 INSTALL = "pip install 'qcft[eval]'"
 
@@ -108,7 +108,7 @@ class Catalog:
         if local is not None:
             changes["custom_dataset"] = local_dataset(name, check_local(name, local), self.evaluate.shots)
         elif _dataset(manager, name) in SCRIPTS:
-            changes["dataset_kwargs"] = {"revision": "refs/convert/parquet"}
+            changes = _as_converted(_settings(manager, name))
         self.watch.note(f"reading the data of {name}")
         stand_in()
         try:
@@ -255,6 +255,19 @@ def _unfit(name: str, path: str, error: Exception) -> InputError:
 
 def _dataset(manager: Any, name: str) -> str:
     """The dataset of a task on the hub; for a group, whose tasks have datasets of their own, its name."""
-    load_yaml = private("lm_eval.tasks._yaml_loader:load_yaml")
+    return str(_settings(manager, name).get("dataset_path") or name)
+
+
+def _settings(manager: Any, name: str) -> Mapping[str, Any]:
+    """What the YAML file of a task or group says, with what it includes."""
     file = manager.task_index[name].yaml_path
-    return str(load_yaml(file, resolve_func=False).get("dataset_path") or name) if file else name
+    found: Mapping[str, Any] = private("lm_eval.tasks._yaml_loader:load_yaml")(file, resolve_func=False) if file else {}
+    return found
+
+
+def _as_converted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by which a task reads what the hub made of a dataset that is a script: a branch with Parquet files,
+    CONFIGURATION/SPLIT/NUMBER.parquet. Nothing on it names the configurations, so the files are named here."""
+    splits = {settings[key] for key in ("training_split", "validation_split", "test_split") if settings.get(key)}
+    files = {split: f"{settings['dataset_name']}/{split}/*.parquet" for split in sorted(splits)}
+    return {"dataset_name": None, "dataset_kwargs": {"revision": "refs/convert/parquet", "data_files": files}}

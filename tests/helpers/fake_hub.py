@@ -14,7 +14,8 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 
 
 class FakeHub:
-    """Serves folders as repositories: `{"someone/tiny": folder}`, data sets under their own ids.
+    """Serves folders as repositories: `{"someone/tiny": folder}`, data sets under their own ids. A branch beside the
+    main one has a key of its own: `{("someone/rows", "refs/convert/parquet"): folder}`.
 
     `faults` maps a file's name to what happens to the next requests for its bytes, one each: an HTTP status, "cut"
     (half of it, then the connection ends), "stall" (nothing for longer than the client waits).
@@ -23,8 +24,14 @@ class FakeHub:
     """
 
     def __init__(self, models=None, datasets=None):
-        self.repos = {("models", name): Path(folder) for name, folder in (models or {}).items()}
-        self.repos |= {("datasets", name): Path(folder) for name, folder in (datasets or {}).items()}
+        self.repos: dict[tuple[str, str], Path] = {}
+        self.branches: dict[tuple[str, str, str], Path] = {}  # by their names, and by their commits
+        for kind, folders in (("models", models or {}), ("datasets", datasets or {})):
+            for key, folder in folders.items():
+                if isinstance(key, str):
+                    self.repos[kind, key] = Path(folder)
+                else:
+                    self.branches |= {(kind, key[0], ref): Path(folder) for ref in (key[1], commit_of(key[1]))}
         self.faults: dict[str, list] = {}
         self.private: set[str] = set()
         self.tokens: set[str] = set()  # that were sent
@@ -125,16 +132,24 @@ class FakeHub:
                     return
                 kind = "datasets" if parts[0] == "datasets" else "models"
                 parts = parts[1:] if kind == "datasets" else parts
-                folder = hub.repos.get((kind, "/".join(parts[:2])))
-                file = folder / "/".join(parts[4:]) if folder and len(parts) > 4 and parts[2] == "resolve" else None
+                folder, commit, rest = self.at(kind, "/".join(parts[:2]), parts[3:])
+                file = folder / "/".join(rest) if folder and rest and parts[2] == "resolve" else None
                 if file is None or not file.is_file():
                     code = "EntryNotFound" if folder else "RepoNotFound"
                     self.send(b"", {"X-Error-Code": code}, 404)
                     return
-                self.give(file)
+                self.give(file, commit)
+
+            def at(self, kind, name, rest):
+                """A repository's folder at the revision that `rest` begins with, its commit, and what follows."""
+                for (branch_kind, branch_name, ref), folder in hub.branches.items():
+                    parts = ref.split("/")
+                    if (branch_kind, branch_name, parts) == (kind, name, rest[: len(parts)]):
+                        return folder, commit_of(ref), rest[len(parts) :]
+                return hub.repos.get((kind, name)), COMMIT, rest[1:]
 
             def ask_about(self, kind, name, rest, body):
-                folder = hub.repos.get((kind, name))
+                folder, commit, inside = self.at(kind, name, rest[1:])
                 if folder is None:
                     self.send(b"", {"X-Error-Code": "RepoNotFound"}, 404)
                     return
@@ -149,18 +164,18 @@ class FakeHub:
                     for p in files
                 ]
                 if rest[:1] == ["tree"]:
-                    self.answer(listed(entries, "/".join(rest[2:]), "recursive=true" in self.path.lower()))
+                    self.answer(listed(entries, "/".join(inside), "recursive=true" in self.path.lower()))
                 elif rest[:1] == ["paths-info"]:
                     asked = parse_qs(body.decode()).get("paths", [])
                     self.answer([e for e in listed(entries, "", True) if e["path"] in asked])
                 else:
                     siblings = [{"rfilename": e["path"], "size": e["size"]} for e in entries]
-                    self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": name in hub.private,
+                    self.answer({"id": name, "sha": commit, "siblings": siblings, "private": name in hub.private,
                                  "tags": []})  # fmt: skip
 
-            def give(self, file):
+            def give(self, file, commit):
                 data = file.read_bytes()
-                headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
                 fault = None
                 if self.command == "GET" and hub.faults.get(file.name):
                     fault = hub.faults[file.name].pop(0)
@@ -190,6 +205,11 @@ def listed(entries, folder, recursive):
     inside = [e for e in every if not folder or e["path"].startswith(f"{folder}/")]
     depth = len(Path(folder).parts)
     return inside if recursive else [e for e in inside if len(Path(e["path"]).parts) == depth + 1]
+
+
+def commit_of(branch):
+    """The commit of a branch that is not the main one; of such a commit, itself."""
+    return branch if len(branch) == 40 else hashlib.sha256(branch.encode()).hexdigest()[:40]
 
 
 def digest(file):
