@@ -303,6 +303,21 @@ def test_libraries_say_nothing_as_they_are_imported():
     assert done.stdout + done.stderr == ""
 
 
+def test_what_bitsandbytes_reports_as_it_is_imported_is_not_shown(tmp_path):
+    """Whichever command loads it first: its level is set before any command begins."""
+    code = (
+        "import logging, sys\nfrom qcft.cli import main\nsys.argv = ['qcft', 'ls']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert "no runs" in done.stdout + done.stderr
+    assert "Failed" not in done.stderr
+
+
 def test_recipes(qcft):
     code, out, _ = qcft("recipes")
     assert code == 0

@@ -20,8 +20,8 @@ def main() -> NoReturn:
     if os.environ.get("QCFT_DEVICE") == "cpu":  # libraries look for a GPU themselves, too
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that libraries start load no modules from the current folder
-    from qcft.cache import ensure_home
     from qcft.errors import QcftError, is_out_of_memory, short
+    from qcft.runner.libraries import set_environment
     from qcft.terminal.streams import clean_streams
 
     clean_streams()
@@ -32,7 +32,7 @@ def main() -> NoReturn:
     set_handler(stop_at_once)  # until work begins, which sets its own
     try:
         _check_words(sys.argv[1:])
-        ensure_home()
+        set_environment()  # whichever module first loads a library
         code = app(standalone_mode=False)
     except QcftError as error:
         if debug:

@@ -100,6 +100,7 @@ def with_patterns(dial: Dial, run: NamedRun, recipe: Recipe, runs: Path, watch: 
 def check_scalable(dial: Dial, run: NamedRun, runs: Path) -> None:
     """Check that the phase's delta has a scale, which DoRA's has not. Raises InputError."""
     if step := run.stages.get(dial.phase):
+        set_environment()
         read_adapter(Store(runs).opened(step).part("adapter"), scale=0.5)
 
 
