@@ -416,9 +416,9 @@ def test_the_share_is_known_in_both_units_before_anything_is_made_unless_it_is_g
         ("rows", 25, 25, None),
         ("rows", 25, 66, None),  # 20% and 39.8%
         ("rows", 25, 70, "20.0% of the rows and 41.2% of the answer tokens, which have the loss, because its answers "
-         "are longer; --set phase2.replay.unit=tokens makes 0.2 a share of the answer tokens"),
+         "are longer; phase2.replay.unit=tokens (by --set, or in an arm) makes 0.2 a share of the answer tokens"),
         ("rows", 25, 5, "its answers are shorter"),
-        ("tokens", 3, 25, "--set phase2.replay.unit=rows makes 0.2 a share of the rows"),
+        ("tokens", 3, 25, "phase2.replay.unit=rows (by --set, or in an arm) makes 0.2 a share of the rows"),
         ("rows", 25, 0, None),  # nothing to compare
         ("rows", 25, None, None),
     ],

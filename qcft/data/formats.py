@@ -138,19 +138,17 @@ class Format:
 
 
 FORMATS = {
+    "messages": Format(lambda record: _turns(record.get("messages")), ("messages",)),
+    "sharegpt": Format(lambda record: _turns(record.get("conversations")), ("conversations",)),
     "alpaca": Format(
         _alpaca, ("instruction", "output"), ("input", "system", "history"), "instruction, input (optional), output"
     ),
-    "sharegpt": Format(lambda record: _turns(record.get("conversations")), ("conversations",)),
-    "messages": Format(lambda record: _turns(record.get("messages")), ("messages",)),
     "prompt-completion": Format(_prompt_completion, ("prompt", "completion")),
     "text": Format(_document, ("text",), (), "text alone, or format: text: raw text"),
 }
 ALONE = {"text", "id"}  # only these columns are read as raw text by themselves: with others it may be something else
 COLUMNS = {name: one.described or ", ".join(one.needs) for name, one in FORMATS.items()}
-PROMPT_COLUMNS = {
-    name: FORMATS[name].needs[0] for name in ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
-}
+PROMPT_COLUMNS = {name: one.needs[0] for name, one in FORMATS.items()}
 
 
 def detect_format(columns: set[str], answers: bool = True) -> str | None:

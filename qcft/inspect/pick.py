@@ -10,14 +10,13 @@ from typing import cast
 
 from qcft.errors import InputError
 from qcft.measure.pick import NoPick, Pick, pick_point
-from qcft.measure.score import FILE, RowScore, read_scores
+from qcft.measure.score import RowScore, read_scores
 from qcft.measure.stats import Difference
 from qcft.recipe import TESTS, ByLayer, Dial, Recipe, parse_by_layer
 from qcft.recipe.stages import BASE, PROBES, point_folder
 from qcft.replay.pools import ENGLISH
 from qcft.report.shown import HalfShown, NotPicked, Picked
 from qcft.store.metrics import DeltaAmount, DialMetrics
-from qcft.store.opened import DoneStep
 from qcft.store.results import Run
 
 Amount = float | ByLayer
@@ -46,7 +45,7 @@ def pick(done: Run, recipe: Recipe, dial: Dial, share: float, runs: Path) -> Pic
     measured = [read_scores(done.stages[f"{PROBES}{name}"].opened) for name in (BASE, since, dial.phase)]
     measured_points = cast("DialMetrics", stage.metrics)["points"]
     amounts = {point_folder(amount): amount for amount in map(_amount, measured_points)}
-    points = {name: _scores(stage.opened, name) for name in amounts}
+    points = {name: read_scores(stage.opened, name) for name in amounts}
     full = point_folder(1.0) if dial.method is None and point_folder(1.0) in points else FULL
     points.setdefault(full, measured[2])
     english = [name for name, g in measured_points[0]["groups"].items() if g["lang"] == ENGLISH]
@@ -77,11 +76,6 @@ def _amount(point: DeltaAmount) -> Amount:
 
 def _record(amount: Amount) -> DeltaAmount:
     return {"by": str(amount)} if isinstance(amount, ByLayer) else {"scale": amount}
-
-
-def _scores(step: DoneStep, folder: str) -> dict[str, list[RowScore]]:
-    """The scores of one of a dial's points."""
-    return {name: [RowScore(**score) for score in rows] for name, rows in step.json(f"{folder}/{FILE}").items()}
 
 
 def _without(groups: Mapping[str, list[RowScore]], names: Collection[str]) -> dict[str, list[RowScore]]:

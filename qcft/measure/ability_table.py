@@ -36,8 +36,8 @@ SHARED = ("lm_eval", "chat_template", "attn_implementation", "batch")  # setting
 ASKED = ("data", "prompts", "max_new_tokens", "chat_template", "attn_implementation")  # for the language of answers
 
 
-class TaskOptions(TypedDict):
-    """The settings of each task."""
+class TaskInputs(TypedDict):
+    """What a task was measured with: its own settings, and its data's digest."""
 
     limit: int | None
     shots: int | None
@@ -54,7 +54,7 @@ class MeasuredTask:
     precision: str
     step: DoneStep
     settings: Mapping[str, object]
-    own: TaskOptions
+    own: TaskInputs
     asked: Mapping[str, object]
 
     def named(self) -> Named:
@@ -140,7 +140,7 @@ def _measured(stage: str, step: DoneStep, names: Mapping[str, tuple[str, str]]) 
     word = stage.split("/")[1]
     name, precision = names.get(word, (word, "16 bit" if inputs["quantize"] == "none" else "NF4"))
     settings, asked = ({key: inputs.get(key) for key in keys} for keys in (SHARED, ASKED))
-    own = cast("TaskOptions", {key: inputs.get(key) for key in TaskOptions.__annotations__})
+    own = cast("TaskInputs", {key: inputs.get(key) for key in TaskInputs.__annotations__})
     if "score" in step.metrics:
         return Cell(word, name, precision, step, settings, own, asked, cast("TaskMetrics", step.metrics))
     return MeasuredTask(word, name, precision, step, settings, own, asked)

@@ -45,9 +45,10 @@ def write_scores(folder: Path, groups: Mapping[str, Sequence[RowScore]]) -> None
     write_json(folder / FILE, {name: [{"key": s.key} | asdict(s) for s in rows] for name, rows in groups.items()})
 
 
-def read_scores(step: DoneStep) -> dict[str, list[RowScore]]:
-    """The scores measured by a step, group by group."""
-    return {name: [RowScore(**score) for score in rows] for name, rows in step.json(FILE).items()}
+def read_scores(step: DoneStep, folder: str = "") -> dict[str, list[RowScore]]:
+    """The scores measured by a step, group by group; `folder`: of one of a dial's points."""
+    found = step.json(f"{folder}/{FILE}" if folder else FILE)
+    return {name: [RowScore(**score) for score in rows] for name, rows in found.items()}
 
 
 def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch, label: str) -> list[RowScore]:

@@ -65,8 +65,8 @@ class ReplayShare:
         other, what = ("tokens", "answer tokens") if self.unit == "rows" else ("rows", "rows")
         return (
             f"{phase}: replay is {rows:.1%} of the rows and {tokens:.1%} of the answer tokens, which have the loss, "
-            f"because its answers are {longer}; --set {phase}.replay.unit={other} makes {self.ratio:g} a share of the "
-            f"{what}"
+            f"because its answers are {longer}; {phase}.replay.unit={other} (by --set, or in an arm) makes "
+            f"{self.ratio:g} a share of the {what}"
         )
 
     def shown(self) -> ShareShown:

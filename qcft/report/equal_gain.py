@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from qcft.measure.equal_gain import place_of, scores_between
-from qcft.measure.score import FILE, RowScore, read_scores
+from qcft.measure.score import RowScore, read_scores
 from qcft.measure.stats import Difference, Runs, changes, mean_nll, pairwise
 from qcft.recipe import Dial
 from qcft.recipe.stages import dial_stage, point_folder
@@ -107,9 +107,7 @@ def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequenc
     measured = cast("DialMetrics", stage.metrics)["points"]
     scales = sorted(point["scale"] for point in measured if point.get("scale", -1) >= 0)
     points: dict[float, Groups] = {1.0: read_scores(last)}
-    for scale in scales:
-        scores = step.json(f"{point_folder(scale)}/{FILE}")
-        points[scale] = {name: [RowScore(**score) for score in rows] for name, rows in scores.items()}
+    points |= {scale: read_scores(step, point_folder(scale)) for scale in scales}
     base = mean_nll(_of(read_scores(run.run.stages["eval/base"].opened), others))
     gains = {scale: base - mean_nll(_of(groups, others)) for scale, groups in points.items()}
     rising = sorted(points)

@@ -63,7 +63,7 @@ class OwnHead:
         name, layers = self.model.base_model_prefix, self.model.base_model
         asked: list[bool] = []
 
-        class Given(nn.Module):
+        class StatesAlone(nn.Module):
             def forward(self, *_: Any, **__: Any) -> Any:
                 asked.append(True)
                 return given
@@ -72,7 +72,7 @@ class OwnHead:
                 return getattr(layers, name)
 
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        setattr(self.model, name, Given())
+        setattr(self.model, name, StatesAlone())
         self.model.set_output_embeddings(self.whole)
         try:
             logits: torch.Tensor = self.model.forward(input_ids=ids, use_cache=False).logits[0]

@@ -131,14 +131,14 @@ def begun_at(model: PreTrainedModel, below: int, states: torch.Tensor) -> Iterat
     """Start passes at layer `below` with these states as its input; the layers under it do not run."""
     from torch import nn
 
-    class Given(nn.Module):
+    class StatesStored(nn.Module):
         def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return states
 
     modules: Any = model.get_submodule(decoder_layers(model)[0])
     removed = list(modules[:below])
     for i in range(below):
-        modules[i] = Given()
+        modules[i] = StatesStored()
     try:
         yield
     finally:
