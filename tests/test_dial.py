@@ -64,6 +64,9 @@ def test_the_ends_of_the_dial_are_the_phases_and_a_point_is_merged(stack, qcft, 
     assert told["merged"]["stage"] == "merged-phase2-at-0.5"
     assert (tmp_path / "half" / "model.safetensors").is_file()
     assert "0.5 of its delta" in (tmp_path / "half" / "README.md").read_text()
+    code, _, error = qcft(*(tmp_path / "again" if part == tmp_path / "half" else part for part in command))
+    assert code == 0, error
+    assert f"next: load it as {tmp_path / 'again' / 'README.md'} shows" in error.replace("\n", " ")
     ET.parse(told["drawing"])
     code, out, _ = qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")
     assert code == 0

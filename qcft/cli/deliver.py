@@ -241,8 +241,10 @@ def dial(
         )  # fmt: skip
 
     done = show_work(work, printed, json_, quiet)
-    silent = quiet or merge_at is not None or "pick" in done
-    tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", silent)
+    if "merged" in done:
+        tables.next_step(_use_of(done["merged"]), quiet)
+    elif "pick" not in done:
+        tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", quiet)
 
 
 @command(LOOK, "qcft layers spanish --freeze snr:0.5")
@@ -284,11 +286,15 @@ def _deliver(
     from qcft.terminal import tables
 
     done = show_work(work, lambda done: tables.print_lines([done["folder"]]), json_, quiet)
-    card = Path(done["folder"]) / "README.md"
     if "pushed" in done:
         tables.say(f"uploaded: {done['pushed']}")
-    shown = f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card"
-    tables.next_step(then(done) or shown, quiet)
+    tables.next_step(then(done) or _use_of(done), quiet)
+
+
+def _use_of(done: Delivered) -> str:
+    """How to use a model that was written."""
+    card = Path(done["folder"]) / "README.md"
+    return f"load it as {card} shows" if card.is_file() else "qcft export --to DIR writes it with a card"
 
 
 def _confirm_push(repo: str, public: bool, yes: bool) -> None:

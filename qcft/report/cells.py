@@ -187,23 +187,27 @@ def _english(since: StageChange, name: str, which: str) -> str:
 
 
 def _others(table: StagesTable, base: StageChange, groups: Sequence[GroupOf]) -> str:
-    """How much the loss of the other languages fell or rose, relative to the loss before."""
+    """How much the loss of the other languages fell or rose, relative to the loss before, and where that is unclear."""
     langs = [group["lang"] for group in groups]
     ways: dict[str, list[str]] = {}
-    unclear = []
+    unclear = list[str]()
     for group in groups:
         name = (
             language_name(group["lang"]) if langs.count(group["lang"]) == 1 and group["lang"] != "?" else group["name"]
         )
         entry = base["groups"][group["name"]]
-        ways.setdefault("fell" if entry["value"] <= 0 else "rose", []).append(f"{abs(entry['relative']):.0%} in {name}")
         if entry["low"] is None or entry["high"] is None or entry["low"] <= 0 <= entry["high"]:
-            unclear.append(name)
+            unclear.append(f"{name} ({entry['relative']:+.0%})")
+        else:
+            way = "fell" if entry["value"] < 0 else "rose"
+            ways.setdefault(way, []).append(f"{abs(entry['relative']):.0%} in {name}")
     stage = next(s for s in table["stages"] if s["stage"] == base["from"])
     bits = {"NF4": "4-bit", "16 bit": "16-bit"}.get(stage["precision"], stage["precision"])
     whom = f"the {bits} base model" if base["from"] == "eval/base" else f"{stage['name']} in {stage['precision']}"
+    if not ways:
+        return f"Compared with {whom}, it is not clear whether held-out loss (NLL) changed in {listed(unclear)}."
     text = f"Compared with {whom}, held-out loss (NLL) {' and '.join(f'{w} by {listed(s)}' for w, s in ways.items())}"
-    return f"{text}{f'; it is not clear whether it changed in {listed(unclear)}' if unclear else ''}."
+    return f"{text}{f'; whether it changed in {listed(unclear)} is not clear' if unclear else ''}."
 
 
 def _length(start: AnswerLengths, end: AnswerLengths) -> str:

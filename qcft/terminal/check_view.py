@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from qcft.report.cells import left_out
-from qcft.terminal.format import gib, minutes
+from qcft.terminal.format import gib, remaining
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records, print_rows
 from qcft.words import counted
@@ -96,7 +96,7 @@ def check_lines(found: Checked) -> list[str]:
         source = "measured" if phase["measured"] else "estimated"
         if phase["seconds"] is not None:
             each = phase["seconds"] / phase["steps"]
-            lines.append(f"  about {minutes(phase['seconds'])} to train, {each:.2g} s per step ({source})")
+            lines.append(f"  about {_about(phase['seconds'])} to train, {each:.2g} s per step ({source})")
         elif not found["here"]:
             lines.append("  training time: unknown (run this on the GPU itself to get an estimate)")
         dropped = sum(phase["left_out"].values())
@@ -170,7 +170,7 @@ def step_rows(found: Checked) -> list[dict[str, str]]:
         {
             "step": step["title"],
             "state": step["state"],
-            "training": "" if step["seconds"] is None or step["state"] == "done" else minutes(step["seconds"]),
+            "training": "" if step["seconds"] is None or step["state"] == "done" else _about(step["seconds"]),
             "memory": gib(step["memory"]["total"]) if step["memory"] else "",
             "writes": gib(step["bytes"]),
         }
@@ -198,3 +198,8 @@ def print_check(found: Checked) -> None:
                 text = f"[[{stretch['text']}]]" if marked else stretch["text"]
                 shown.append(said(text, "black on green" if stretch["trained"] else ""))
             console.print(shown, soft_wrap=True)
+
+
+def _about(seconds: float) -> str:
+    """An estimate of time, of a second at least."""
+    return remaining(max(1, seconds))

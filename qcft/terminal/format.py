@@ -37,10 +37,3 @@ def gib(count: float) -> str:
     if count < 2**20 - 1:
         return "< 1 MiB" if count else "0 MiB"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"
-
-
-def minutes(seconds: float | None) -> str:
-    """`0.4 min`, `2.1 h`, `?` for what is not known."""
-    if seconds is None:
-        return "?"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
