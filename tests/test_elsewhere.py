@@ -87,6 +87,19 @@ def test_a_gguf_file_stands_in_its_folder_with_a_card_that_says_what_it_kept(run
     assert f"kept {kept['share']:.0%}" in error
 
 
+def test_what_a_file_kept_of_several_languages(raw_recipe, qcft, tmp_path):
+    """Translations of one row are one observation, in the file's scores as in the run's."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**raw_recipe, "answers": {"prompts": 0}}))
+    assert qcft("run", tmp_path / "tiny.yaml", "-q")[0] == 0
+    code, out, error = qcft("export", "tiny", "--to", tmp_path / "out", "--gguf", "f16", "--json")
+    assert code == 0, error
+    kept = json.loads(out)["kept"]
+    assert kept["groups"] == ["phase2 es", "phase2 pt"]
+    assert (kept["gain"]["rows"], kept["gain"]["clusters"]) == (12, 6)
+    merged = json.loads((tmp_path / "runs" / "tiny" / "kept-merged-phase2" / "done.json").read_text())["metrics"]
+    assert kept["gain"] == merged["gain"]
+
+
 def test_ollama_takes_the_modelfile_where_it_is_installed(runs, qcft, tools, tmp_path):
     called = tools("ollama")
     code, _, error = qcft("export", "tiny", "--runs", runs, "--to", tmp_path / "out", "--ollama", "tiny")
@@ -133,6 +146,13 @@ def test_a_tool_that_fails_leaves_nothing(runs, qcft, tools, tmp_path):
     assert code == 1
     assert "llama-quantize failed: quantize: unknown tensor" in error
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+    given = tmp_path / "llama.cpp"
+    given.mkdir()
+    (given / "convert_hf_to_gguf.py").write_text("import no_such_module.part\n")
+    flags = ("--to", tmp_path / "out", "--gguf", "f16", "--llama-cpp", given)
+    code, _, error = qcft("export", "tiny", "--runs", runs, *flags, "-q")
+    assert code == 1
+    assert "hint: pip install no_such_module, which it needs, or export without --gguf" in error
 
 
 def test_tools_on_a_relative_path_are_not_taken(tmp_path, monkeypatch):

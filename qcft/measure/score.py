@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcft.data.encode import IGNORED, EncodedRow
+from qcft.data.encode import IGNORED, EncodedRow, EncodedSet
 from qcft.data.mix import in_groups
 from qcft.errors import QcftError
 from qcft.events import Watch
@@ -69,6 +69,12 @@ def score_rows(model: PreTrainedModel, rows: Sequence[EncodedRow], watch: Watch,
                     raise QcftError(f"{label}: the NLL is {score.nll}", "the model's weights or its adapter are broken")
             watch.progress(label, len(scores), len(rows), "rows")
     return [scores[i] for i in range(len(rows))]
+
+
+def score_set(model: PreTrainedModel, held: EncodedSet, watch: Watch, label: str) -> list[RowScore]:
+    """The scores of held-out rows, each with its row's key, which translations of one row share."""
+    scores = score_rows(model, held.encoded, watch, label)
+    return [replace(score, key=row.key) for row, score in zip(held.rows, scores, strict=True)]
 
 
 def _score(model: PreTrainedModel, rows: Sequence[EncodedRow], limited: bool) -> list[RowScore]:

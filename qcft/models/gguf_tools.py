@@ -6,6 +6,7 @@ They run in an empty folder, so that no file in the working folder is imported a
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def _run(command: Sequence[str], what: str, file: Path, watch: Watch) -> None:
     watch.check_stop()
     if done.returncode or not file.is_file():
         output = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines() or ["it wrote no file"]
-        raise QcftError(f"{what} failed: {short(Exception(output[-1]))}", "update llama.cpp, or export without --gguf")
+        lacking = re.search(r"No module named '([\w.]+)'", output[-1])
+        hint = f"pip install {lacking[1].split('.')[0]}, which it needs" if lacking else "update llama.cpp"
+        raise QcftError(f"{what} failed: {short(Exception(output[-1]))}", f"{hint}, or export without --gguf")
 
 
 def _find(name: str, folder: Path | None) -> Path | None:

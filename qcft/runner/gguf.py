@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcft.errors import ChangedInput, InputError, Interrupted, QcftError, nearest
@@ -119,7 +119,8 @@ def kept_in_file(run: NamedRun, stage: str, file: Path, model: Path, runs: Path,
             rows = prepared.for_steps
             bench = Bench(rows.model, rows, prepared.inputs, {one.id: one for one in stored}, store, watch)
             work = Kept(tuple(step.settings["phases"]), step.settings["quantize"])
-            return work.compare(step, bench, lambda: load_gguf(file, model, rows.model.asked))
+            named = replace(step, title=f"check what {file.name} kept")
+            return work.compare(named, bench, lambda: load_gguf(file, model, rows.model.asked))
     except QcftError as error:
         if isinstance(error, (Interrupted, ChangedInput)):
             raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from qcft.errors import QcftError
 from qcft.events import Watch
 from qcft.measure.distance import compare, predictions
-from qcft.measure.score import RowScore, read_scores, score_rows
+from qcft.measure.score import RowScore, read_scores, score_set
 from qcft.measure.stats import kept
 from qcft.models.load import free_memory
 from qcft.recipe import MergeLimits
@@ -65,8 +65,7 @@ class Kept(Work[KeptMetrics]):
         distance = compare(model, rows, seen, bench.watch, f"{step.title}: merged")
         if scores is None:
             scores = {
-                name: score_rows(model, one.encoded, bench.watch, f"{step.title}: {name}")
-                for name, one in measured.items()
+                name: score_set(model, one, bench.watch, f"{step.title}: {name}") for name, one in measured.items()
             }
         a, b, c = ([s for g in own for s in which[g.name]] for which in (base, live, scores))
         found = {"groups": [g.name for g in own], **asdict(kept(a, b, c)), **asdict(distance)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qcft.files import write_json
-from qcft.measure.score import RowScore, score_rows, write_scores
+from qcft.measure.score import RowScore, score_set, write_scores
 from qcft.measure.stats import accuracy, bits_per_byte, mean_nll
 from qcft.models.generate import Sampling, answer_prompts
 from qcft.prepare.rows import english_prompts, other_prompts
@@ -45,8 +45,7 @@ class Measuring(Work[Metrics]):
         found: dict[str, GroupScore] = {}
         for group in bench.rows.groups(self.held_out):
             encoded = bench.rows.measured(group)
-            rows = score_rows(model, encoded.encoded, bench.watch, f"{label}: {group.name}")
-            scores[group.name] = [replace(s, key=r.key) for r, s in zip(encoded.rows, rows, strict=True)]
+            rows = scores[group.name] = score_set(model, encoded, bench.watch, f"{label}: {group.name}")
             found[group.name] = {
                 "phase": group.phase,
                 "lang": group.lang,
