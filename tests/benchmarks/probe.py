@@ -1,6 +1,6 @@
 """The cost of the live probe: the same training with and without it, on SmolLM2-135M and data that ships with qcft.
 
-    python tests/benchmarks/probe.py [--rounds 3] [--rows 60] [--frozen 20]
+    python tests/benchmarks/probe.py [--rounds 3] [--rows 60] [--epochs 3] [--frozen 20]
 
 The model trains on Spanish passages and is probed on English instructions with qcft's default schedule; once with no
 layer frozen, once with the lowest ones. The cost is the additional training time, printed next to the probe's own
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=3, help="in fewer, probes would cost over 5%%")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--frozen", type=int, default=20)
     options = parser.parse_args()
@@ -75,7 +76,7 @@ def train(options: argparse.Namespace, freeze: str, probed: bool) -> tuple[float
     new = load_source(Source(path="qcft:passages/es", take=options.rows), held, watch)
     rows = list(encoder.encode_all(new.rows).encoded)
     english = encoder.encode_all(load_source(Source(path="qcft:instructions/en"), held, watch).held_out).encoded
-    settings = Train(batch=8)
+    settings = Train(batch=8, epochs=options.epochs)
     batches = make_batches(rows, lambda epoch: mixed_order(len(rows), 0, f"0:{epoch}"), settings)
     model = load_model(folder, Model(name=options.model))
     modules = adapted_modules(model, "all-linear", parse_freeze(freeze), 0)
@@ -83,7 +84,7 @@ def train(options: argparse.Namespace, freeze: str, probed: bool) -> tuple[float
     below = lowest_adapted(model, modules)
     probing = lay_out(Forgetting(), english, batches, below / decoder_layers(model)[1]) if probed else None
     if probed and probing is None:
-        sys.exit("too few rows for a probe within 5%: give more --rows")
+        sys.exit("too few rows for a probe within 5%: give more --rows or --epochs")
     shortcuts = Shortcuts(below, attend_by_rows(model, max(len(row.input_ids) for row in rows)))
     with tempfile.TemporaryDirectory() as place:
         begun = time.monotonic()
