@@ -67,8 +67,8 @@ def test_no_winner_is_named_where_every_arm_has_one_run():
     told = verdict_in_words(Verdict(near[1], near, {"a": nats(0.25, 0.2, 0.3, 1)}, None, tested=False), 3)
     assert told == (
         "No winner is named. One run each: differences between runs of one arm were not measured. `qcft ablate RECIPE "
-        "--seeds 0,1,2` adds seeds. English NLL of those of 3 arms with at least 90% of the largest gain, in nats per "
-        "answer token, 48 rows: a +0.100 since phase1; b -0.150 since phase1."
+        "--seeds 0,1,2` adds seeds. How English NLL changed in the 2 of 3 arms with at least 90% of the largest gain "
+        "(nats per answer token, 48 rows) since phase1: a +0.100, b -0.150."
     )
 
 

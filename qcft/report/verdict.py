@@ -16,11 +16,10 @@ def verdict_in_words(said: Verdict, arms: int) -> str:
     best, enough = said.best, f"at least {NEAR:.0%} of the largest gain"
     near = f"{len(said.near)} of {arms} arms with {enough}"
     if not said.tested:
-        changes = "; ".join(f"{one.arm.name} {one.lost.value:+.3f} since {one.since}" for one in said.near)
         text = [
             f"No winner is named. {ONE_RUN}. `{more_seeds([one.arm.runs[0].recipe.seed for one in said.near])}` adds "
-            f"seeds. English NLL of those of {arms} arms with {enough}, in nats per answer token, "
-            f"{basis(best.lost)}: {changes}."
+            f"seeds. How English NLL changed in the {near} (nats per answer token, {basis(best.lost)}) since "
+            f"{_changes(said.near)}."
         ]
     elif not said.behind:
         text = [f"Only {best.arm.name}, of {arms} arms, has {enough}: {became(best)}."]
@@ -65,6 +64,15 @@ def more_seeds(seeds: Sequence[int]) -> str:
     """The command that runs arms with three seeds instead of one."""
     first = min(seeds)
     return f"qcft ablate RECIPE --seeds {','.join(str(seed) for seed in (first, first + 1, first + 2))}"
+
+
+def _changes(arms: Sequence[Standing]) -> str:
+    """How much English NLL changed in each arm, by the stage since which it did."""
+    stages = dict.fromkeys(one.since for one in arms)
+    return "; since ".join(
+        f"{stage}: {', '.join(f'{one.arm.name} {one.lost.value:+.3f}' for one in arms if one.since == stage)}"
+        for stage in stages
+    )
 
 
 def _compared(best: Standing, behind: Mapping[str, Difference], near: str) -> list[str]:
