@@ -196,7 +196,7 @@ def export_gguf(
     assert done.goal is not None
     table = reported(done, runs).table
     model = done.stages[done.goal].opened.part("model", watch)
-    what = f"{_phases(recipe, goal)}, merged onto the 16-bit weights, as {kind} GGUF."
+    what = f"{_phases(recipe, goal)}, merged onto the 16-bit weights, as a GGUF file of type {kind.upper()}."
     with whole_folder(to) as work:
         file = work / f"{recipe.name}-{goal.phase}-{kind.upper()}.gguf"
         write_file(recipe, model, file, asked, watch)
