@@ -223,7 +223,7 @@ def raw(raw_recipe, texts, tmp_path):
         {"name": "text", "data": [text], "train": train, "replay": beside | english, "anchor": "kl"},
         {**two, "name": "tune", "replay": replay, "anchor": "target-masked", "train": train},
     ]
-    quick = {"heldout": {"share": 0.3, "rows": 6}, "answers": {"prompts": 0}, "forgetting": None}
+    quick = {"heldout": {"share": 0.3, "rows": 6}, "answers": {"prompts": 2, "max_new_tokens": 4}, "forgetting": None}
     return {**raw_recipe, **quick, "phases": phases}
 
 
@@ -258,6 +258,10 @@ def test_a_run_on_text_then_instructions(qcft, raw, tiny_model, texts, tmp_path)
     report = (tmp_path / "runs/tiny/report/report.md").read_text()
     assert "bits for each of its UTF-8 bytes" in report
     assert "bits_per_byte" in (tmp_path / "runs/tiny/report/tables/stages.csv").read_text()
+    assert "The rows in Japanese are raw text: without prompts, there are no answers." in report
+    code, _, err = qcft("compare", "tiny", "--lang", "ja")
+    assert code == 2
+    assert err == ("error: the run has no prompts in 'ja': its held-out rows are raw text\nhint: it has en, es, pt\n")
     code, out, err = qcft("check", "recipe.yaml")
     assert code == 0, err
     assert "raw text, without a chat template: 16 documents in" in " ".join(out.split())

@@ -82,6 +82,8 @@ def held_out_questions(prepared: Prepared, langs: Sequence[str], most: int, max_
     for lang in dict.fromkeys(langs or known):
         if lang not in groups:
             hint = f"it has {', '.join(known)}" if known else "give your own prompts: --prompt TEXT"
+            if any(group.lang == lang for group in prepared.groups):
+                raise InputError(f"the run has no prompts in {lang!r}: its held-out rows are raw text", hint)
             raise InputError(f"the run has no held-out rows in {lang!r}", nearest(lang, known) + hint)
         group = groups[lang]
         rows = {row.prompt_digest: row for row in prepared.held_out(group).rows}

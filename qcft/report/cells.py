@@ -65,9 +65,15 @@ def _title(table: StagesTable, group: GroupOf) -> str:
     return f"{group['name']}{' *' if group['english'] else ''}\n{rows} rows"
 
 
+def text_groups(table: StagesTable) -> list[str]:
+    """The names of the groups of raw text."""
+    first = table["stages"][0]["groups"] if table["stages"] else {}
+    return [name for name, score in first.items() if "bits_per_byte" in score]
+
+
 def text_note(table: StagesTable) -> str:
     """A note on groups of raw text; empty where there are none."""
-    if not any("bits_per_byte" in score for stage in table["stages"][:1] for score in stage["groups"].values()):
+    if not text_groups(table):
         return ""
     return "Raw text: every token that stands for text, and b/B, the bits for each of its UTF-8 bytes."
 

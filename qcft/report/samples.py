@@ -8,7 +8,7 @@ from typing import cast
 from qcft.recipe import FIDELITY
 from qcft.recipe.stages import ABILITIES, BASE, PROBES, merged_stage
 from qcft.report.arms import ArmRuns, Evidence, members
-from qcft.report.cells import listed, stage_name
+from qcft.report.cells import listed, stage_name, text_groups
 from qcft.report.document import Block, Fold, Prose, Sample, Section, StageAnswer
 from qcft.report.languages import language_name
 from qcft.report.standing import ENGLISH
@@ -29,14 +29,19 @@ def before_section(arms: Sequence[ArmRuns]) -> Section | None:
     given = {title: _stored(run, stage) for title, (run, stage) in stages.items()}
     groups = [g for _, run in members(arms) for g in run.run.table["groups"]]
     trained = dict.fromkeys(g["lang"] for g in groups if not g["english"] and g["lang"] != "?")
+    texts = {name for _, run in members(arms) for name in text_groups(run.run.table)}
+    asked = {g["lang"] for g in groups if g["name"] not in texts}
     blocks: list[Block] = []
-    missing: list[str] = []
+    missing: list[str] = []  # languages whose rows have prompts, but no stored answers
+    only_text: list[str] = []
     for lang in (ENGLISH, *trained):
         samples = _side_by_side({title: found.get(lang, ()) for title, found in given.items()}, lang)[:EACH]
         if samples:
             blocks.append(Fold(language_name(lang), samples, len(blocks) < OPEN))
         elif lang != ENGLISH:
-            missing.append(language_name(lang))
+            (missing if lang in asked else only_text).append(language_name(lang))
+    if only_text:
+        blocks.append(Prose((f"The rows in {listed(only_text)} are raw text: without prompts, there are no answers.",)))
     if missing:
         name = arms[0].runs[0].run.name
         blocks.append(
