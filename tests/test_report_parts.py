@@ -10,7 +10,7 @@ import pytest
 from qcft.measure.stats import Difference
 from qcft.report.arms import ArmRuns, Evidence
 from qcft.report.cells import conclusion
-from qcft.report.document import Document, Sample, Section, StageAnswer, Table
+from qcft.report.document import Document, Prose, Sample, Section, StageAnswer, Table
 from qcft.report.languages import language_name
 from qcft.report.layers import change_bars
 from qcft.report.page import HEAD, shortened, to_page
@@ -142,6 +142,16 @@ def test_series_of_a_plot_are_told_apart_beyond_the_colours():
     looks = [look(i) for i in range(24)]
     for pair in ("line", "marker", "hatch"):
         assert len({(one.colour, getattr(one, pair)) for one in looks}) == 24
+
+
+def test_commands_in_sentences_are_code_on_the_page_and_nothing_else_is(tmp_path):
+    sections = (Section("notes", "Notes", (Prose(("run `qcft ls <b>`", "one ` alone <i>")),)),)
+    write_report(tmp_path, Document("t", "q", "`qcft gc` helps", sections))
+    page = (tmp_path / "report.html").read_text()
+    assert "<code>qcft gc</code> helps" in page
+    assert "<li>run <code>qcft ls &lt;b&gt;</code></li>" in page
+    assert "<li>one ` alone &lt;i&gt;</li>" in page
+    assert "run `qcft ls" in (tmp_path / "report.md").read_text()
 
 
 def test_control_characters_of_an_answer_are_shown_and_not_written(tmp_path):

@@ -126,3 +126,10 @@ class Document:
     def figures(self) -> Iterator[Figure]:
         """All plots."""
         return (block for section in self.sections for block in section.blocks if isinstance(block, Figure))
+
+
+def with_code(text: str) -> list[tuple[str, bool]]:
+    """The parts of a sentence, each with whether it is code: what stands between two backquotes. A sentence with one
+    more backquote has none."""
+    parts = text.split("`")
+    return [(text, False)] if len(parts) % 2 == 0 else [(part, i % 2 == 1) for i, part in enumerate(parts) if part]

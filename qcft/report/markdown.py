@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from qcft.report.document import Block, Document, Figure, Fold, Listing, Prose, Sample, Table
+from qcft.report.document import Block, Document, Figure, Fold, Listing, Prose, Sample, Table, with_code
 
 
 def to_markdown(document: Document) -> str:
     """The report as one Markdown file; plots are links to their files in `plots/`."""
-    parts = [f"# {line(document.title)}", f"**{line(document.question)}**\n{line(document.answer)}"]
+    parts = [f"# {line(document.title)}", f"**{line(document.question)}**\n{sentence(document.answer)}"]
     for section in document.sections:
         parts.append(f"## {line(section.title)}")
         parts += [_block(block) for block in section.blocks]
@@ -30,7 +30,7 @@ def _table(titles: Collection[str], rows: Iterable[Iterable[str]]) -> str:
 def _block(block: Block) -> str:
     match block:
         case Table():
-            parts = (f"**{line(block.caption)}**", _table(block.head, block.rows), line(block.note))
+            parts = (f"**{line(block.caption)}**", _table(block.head, block.rows), sentence(block.note))
             return "\n\n".join(filter(None, parts))
         case Figure():
             return f"![{line(block.alt)}](plots/{block.name}.svg)\n\n{line(block.caption)}"
@@ -42,12 +42,18 @@ def _block(block: Block) -> str:
         case Listing():
             return f"{line(block.caption)}:\n\n{fenced(block.text, block.language)}"
         case Prose():
-            return "\n".join(f"- {line(sentence)}" for sentence in block.sentences)
+            return "\n".join(f"- {sentence(text)}" for text in block.sentences)
 
 
 def line(text: str) -> str:
     """Text (it may be a model's) as one line of Markdown that cannot break the page."""
     return _escaped(" ".join(text.split()))
+
+
+def sentence(text: str) -> str:
+    """A sentence of qcft's as one line, whose commands, between backquotes, are code spans."""
+    parts = with_code(" ".join(text.split()))
+    return "".join(code(part) if is_code else _escaped(part) for part, is_code in parts)
 
 
 def code(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qcft.report.document import Document
+from qcft.report.document import Document, with_code
 from qcft.report.plots import inline_svg
 
 HERE = Path(__file__).parent
@@ -19,7 +19,13 @@ HEAD = 220  # characters of a longer one that are shown at first
 def to_page(document: Document, files: bool = False) -> str:
     """The report as HTML. `files`: whether it links to the files of tables and plots that `write_report` writes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
+
+    def with_commands(text: str) -> Markup:
+        """A sentence whose commands, between backquotes, are set as code."""
+        return Markup().join(
+            Markup("<code>{}</code>").format(part) if is_code else escape(part) for part, is_code in with_code(text)
+        )
 
     # Only qcft's own drawings and styles are put into the page without escaping; matplotlib escapes the texts in its
     # drawings.
@@ -27,6 +33,7 @@ def to_page(document: Document, files: bool = False) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.tests["a"] = _is_a
+    environment.filters["with_commands"] = with_commands
     environment.globals |= {
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704
         "inline": lambda figure, wide=False: Markup(inline_svg(figure, wide)),  # noqa: S704
