@@ -28,6 +28,7 @@ from qcft.store.runs import read_run
 from qcft.training.batches import make_batches
 from qcft.training.sft import train_adapter
 
+from .helpers.namespaces import skip_without_namespaces
 from .helpers.runs import GENERATIVE, results
 from .helpers.tiny import make_llama
 from .helpers.training import TRAIN, adapter_of, same, train
@@ -312,8 +313,7 @@ def test_a_kill_while_a_run_is_named_makes_no_second_run(raw, made, runs, tmp_pa
 
 def test_read_only_parents(raw, made, tmp_path):
     """Only the runs folder and the cache can be written; the rest of the tree is mounted read-only."""
-    if subprocess.run(["sh", "-c", "unshare -rm true"], capture_output=True, check=False).returncode:
-        pytest.skip("this system allows no namespaces")
+    skip_without_namespaces()
     recipe_file = recipe_at(tmp_path / "locked", {**raw, "phases": raw["phases"][:1]})
     runs = tmp_path / "locked" / "runs"
     runs.mkdir()

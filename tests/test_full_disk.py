@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 import qcft
@@ -17,6 +16,7 @@ from qcft.events import StepBegun, StepEnded, Watch
 from qcft.files import read_json
 from qcft.recipe import load_recipe
 
+from .helpers.namespaces import skip_without_namespaces
 from .helpers.runs import GENERATIVE, results
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +75,7 @@ def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
     )
     script = f'mount -t tmpfs -o size=3m tmpfs "{small}" && exec "{sys.executable}" -c "$1" "{recipe_file}" "{small}"'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if subprocess.run(["sh", "-c", "unshare -rm true"], capture_output=True, check=False).returncode:
-        pytest.skip("this system allows no namespaces")
+    skip_without_namespaces()
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", code], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -107,8 +107,8 @@ class Catalog:
         changes: dict[str, Any] = {}
         if local is not None:
             changes["custom_dataset"] = local_dataset(name, check_local(name, local), self.evaluate.shots)
-        elif _dataset(manager, name) in SCRIPTS:
-            changes = _as_converted(_settings(manager, name))
+        elif (settings := _settings(manager, name)).get("dataset_path") in SCRIPTS:
+            changes = _as_converted(settings)
         self.watch.note(f"reading the data of {name}")
         stand_in()
         try:
