@@ -51,15 +51,7 @@ def held_out_groups(recipe: Recipe, sources: Mapping[str, Sequence[LoadedSource]
         measured.append((one, loaded))
         groups += _grouped(one, loaded, trained, None)
     for phase in () if own.of else recipe.phases:
-        train = phase.train
-        limits = MeasuredPhase(
-            name=phase.name,
-            data=[],
-            system=phase.system,
-            thinking=phase.thinking,
-            max_length=train.max_length,
-            long_rows=train.long_rows,
-        )
+        limits = MeasuredPhase.of(phase)
         measured.append((limits, sources[phase.name]))
         groups += _grouped(limits, sources[phase.name], trained, own.rows)
         trained |= {row.prompt_digest for source in sources[phase.name] for row in source.rows}

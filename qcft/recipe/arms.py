@@ -137,17 +137,7 @@ def measured_of(recipes: Sequence[Recipe]) -> list[MeasuredPhase]:
                 new.append(source)
         if not new:
             continue
-        entry = found.get(phase.name)
-        if entry is None:
-            train = phase.train
-            entry = MeasuredPhase(
-                name=phase.name,
-                data=[],
-                system=phase.system,
-                thinking=phase.thinking,
-                max_length=train.max_length,
-                long_rows=train.long_rows,
-            )
+        entry = found.get(phase.name) or MeasuredPhase.of(phase)
         found[phase.name] = entry.model_copy(update={"data": [*entry.data, *new]})
     return list(found.values())
 

@@ -184,6 +184,18 @@ class MeasuredPhase(Part):
     max_length: Annotated[Count, Field(ge=8)] = 1024
     long_rows: Literal["drop", "cut"] = "drop"
 
+    @classmethod
+    def of(cls, phase: Phase) -> MeasuredPhase:
+        """The name and limits of a phase, without data."""
+        return cls(
+            name=phase.name,
+            data=[],
+            system=phase.system,
+            thinking=phase.thinking,
+            max_length=phase.train.max_length,
+            long_rows=phase.train.long_rows,
+        )
+
 
 class HeldOut(Part):
     """Rows set aside for measuring: `share` of all rows, of which at most `rows` of each language are scored.
