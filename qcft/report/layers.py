@@ -73,6 +73,8 @@ def change_bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, li
     """How much each phase changed each layer, as bars; a mark under a bar: the layer was frozen."""
 
     def body(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         wide = 0.8 / len(columns)
         for i, (name, changes) in enumerate(columns.items()):
             places = [layer - 0.4 + wide * (i + 0.5) for layer in range(count)]
@@ -87,6 +89,7 @@ def change_bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, li
                     clip_on=False, label=f"frozen in {name}", zorder=4,
                 )  # fmt: skip
         axes.set_xlim(-0.7, count - 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label(axes, "decoder layer", "norm of change")
 
     return draw(

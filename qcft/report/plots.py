@@ -20,6 +20,7 @@ from qcft.safe import plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.text import Text
 
 INK, FAINT, PAPER = "#1b1b1e", "#8a8a90", "#fefefe"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a8528c", "#b07c00", "#4a4a52")
@@ -105,21 +106,25 @@ def draw(
         mpl.rcParams.update(STYLE | {"svg.hashsalt": name})
         canvas = new_canvas(body, WIDTH, height, panels)
         svg, png = _svg(canvas), io.BytesIO()
-        canvas.set_layout_engine("none")  # laid out already
         canvas.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
         return Figure(name, caption, alt, svg, png.getvalue(), _svg(new_canvas(body, WIDE, height, panels)))
 
 
 def new_canvas(body: Callable[[Any], None], width: float, height: float, panels: int) -> Canvas:
-    """A drawing of this size in inches, whose axes `body` fills; labels that are too long are wrapped."""
+    """A drawing of this size in inches, laid out, whose axes `body` fills; labels that are too long are wrapped."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as NewCanvas
 
     canvas = NewCanvas(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(canvas)  # measures text; without it each measurement would make another renderer
     body(canvas.subplots(panels, sharex=True))
+    layout: Any = canvas.get_layout_engine()
+    layout.execute(canvas)
     for wrap in (_wrap_names, _wrap_across, _wrap_up):  # in this order, as each changes the size of the axes
-        canvas.draw_without_rendering()
-        for axes in canvas.axes:
-            wrap(axes)
+        wrapped = [wrap(axes) for axes in canvas.axes]
+        if any(wrapped):
+            layout.execute(canvas)
+    canvas.set_layout_engine(None)  # otherwise each file would be laid out again
     return canvas
 
 
@@ -130,27 +135,36 @@ def _svg(canvas: Canvas) -> str:
     return plain(svg.getvalue().decode())
 
 
-def _wrap_names(axes: Axes) -> None:
-    """Wrap names beside the y-axis that need too much of the width; the figure grows by the added lines."""
+def _wrap_names(axes: Axes) -> bool:
+    """Wrap names beside the y-axis that need too much of the width; the figure grows by the added lines. Whether any
+    was wrapped."""
     figure: Any = axes.figure
     names, room = axes.get_yticklabels(), NAMES * figure.bbox.width
     wrapped = [_wrapped(one.get_text(), one.get_window_extent().width, room) for one in names]
-    if wrapped != [one.get_text() for one in names]:
-        axes.set_yticks(axes.get_yticks(), wrapped, fontsize=9)
-        most = max(name.count("\n") for name in wrapped)
-        figure.set_figheight(figure.get_figheight() + NAME_ROW * most * len(wrapped))
+    if wrapped == [one.get_text() for one in names]:
+        return False
+    axes.set_yticks(axes.get_yticks(), wrapped, fontsize=9)
+    most = max(name.count("\n") for name in wrapped)
+    figure.set_figheight(figure.get_figheight() + NAME_ROW * most * len(wrapped))
+    return True
 
 
-def _wrap_across(axes: Axes) -> None:
-    """Wrap the x-axis' title where it is longer than the axis."""
+def _wrap_across(axes: Axes) -> bool:
+    """Wrap the x-axis' title where it is longer than the axis; whether it was."""
     title = axes.xaxis.label
-    title.set_text(_wrapped(title.get_text(), title.get_window_extent().width, 0.9 * axes.bbox.width))
+    return _wrap_title(title, title.get_window_extent().width, 0.9 * axes.bbox.width)
 
 
-def _wrap_up(axes: Axes) -> None:
-    """Wrap the y-axis' title where it is longer than the axis."""
+def _wrap_up(axes: Axes) -> bool:
+    """Wrap the y-axis' title where it is longer than the axis; whether it was."""
     title = axes.yaxis.label
-    title.set_text(_wrapped(title.get_text(), title.get_window_extent().height, axes.bbox.height))
+    return _wrap_title(title, title.get_window_extent().height, axes.bbox.height)
+
+
+def _wrap_title(title: Text, size: float, room: float) -> bool:
+    before = title.get_text()
+    title.set_text(_wrapped(before, size, room))
+    return bool(title.get_text() != before)
 
 
 def _wrapped(text: str, size: float, room: float) -> str:
