@@ -192,12 +192,16 @@ def save_trained(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor
 
     `weights`: the whole weights by their names in the model, where each process holds a shard only.
     """
+    model.create_or_update_model_card = _no_card
     model.save_pretrained(str(folder), selected_adapters=[TOP], save_embedding_layers=False, state_dict=weights)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     config = read_json(folder / CONFIG)
     if isinstance(config["target_modules"], list):  # a set in memory, whose order differs between processes
         config["target_modules"].sort()
     write_json(folder / CONFIG, config)
+
+
+def _no_card(output_dir: str) -> None:
+    """In place of PEFT's blank model card, which takes longer than saving a small adapter."""
 
 
 def load_on(model: PreTrainedModel | PeftModel, folders: Sequence[Path], names: Sequence[str]) -> Any:

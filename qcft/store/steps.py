@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -242,14 +243,17 @@ def writable(runs: Path) -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
-    found = {}
-    for package in ("qcft", *PACKAGES):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Versions of the packages that results depend on, without those that are not installed."""
+    found = {package: _version(package) for package in ("qcft", *PACKAGES)}
+    return {package: version for package, version in found.items() if version is not None}
+
+
+@cache  # parsing a package's metadata takes milliseconds, and every step records the versions
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _circumstances() -> dict[str, object]:
