@@ -46,11 +46,14 @@ def run(
     `set` changes recipe keys: `{"phase2.replay.ratio": 0.1}`. `listener` is called with every event.
     Raises qcft.QcftError. A task that a stage was to be evaluated on and that failed is in the run's `failed`.
     """
+    return run_watched(loaded_recipe(recipe, set), Path(runs), Watch(listener))
+
+
+def loaded_recipe(recipe: str | Path | Recipe, set: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe (a file, a built-in name, or one already loaded) with the keys in `set` changed. Raises InputError."""
     if isinstance(recipe, Recipe):
-        loaded = recipe_from(recipe.model_dump(mode="json"), set)
-    else:
-        loaded = load_recipe(recipe, set)
-    return run_watched(loaded, Path(runs), Watch(listener))
+        return recipe_from(recipe.model_dump(mode="json"), set)
+    return load_recipe(recipe, set)
 
 
 def run_watched(
@@ -94,7 +97,7 @@ def ablate_watched(
     if engine == "ray" and bool(address.strip()) == bool(colon):
         return run_on_ray(plain, arms, runs, watch, lambda done: reported(done, runs), address or None)
     if on is not None:
-        raise InputError(f"--on {on!r}: qcft knows no such engine", "use ray, or ray:ADDRESS")
+        raise InputError(f"--on {on!r} is neither ray nor ray:ADDRESS", "use --on ray for a cluster on this machine")
     return run_arms(plain, arms, runs, watch, lambda done: reported(done, runs), skip)
 
 
@@ -154,7 +157,7 @@ def _ablation(names: Sequence[str | None], runs: Path) -> dict[str, str] | None:
     index = AblationIndex(runs, names[0]).document
     begun = {entry["run"]: entry["arm"] for entry in index["runs"] if (runs / entry["run"] / "run.json").is_file()}
     if not begun:
-        raise InputError(f"no run of the ablation {names[0]!r} was started", "run it first: qcft ablate")
+        raise InputError(f"no run of the ablation {names[0]!r} was started", "run it first: qcft ablate RECIPE")
     return begun
 
 
@@ -211,7 +214,8 @@ def drift(
 ) -> DriftShown:
     """Measure how far a phase (the last by default) moved a run's model, layer by layer, and draw it.
 
-    `apart` compares the paper's way: phase 1, and the last phase's data trained from the same base. Raises QcftError.
+    `apart` compares as the paper does: phase 1, and the same base trained on the last phase's data alone. Raises
+    QcftError.
     """
     from qcft.inspect.drift import DriftRequest, measure_drift
 

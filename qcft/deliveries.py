@@ -130,7 +130,7 @@ class Elsewhere:
                 f"{flag} cannot be combined with --adapter-only: a GGUF file holds a whole model", "omit one of them"
             )
         if self.llama_cpp is not None and not self.type:
-            raise InputError("--llama-cpp needs --gguf", "add --gguf q8_0, or omit --llama-cpp")
+            raise InputError("--llama-cpp needs --gguf or --ollama", "add --gguf q8_0, or omit --llama-cpp")
         if self.public and not self.push:
             raise InputError("--public needs --push", "add --push USER/REPO, or omit --public")
 

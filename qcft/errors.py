@@ -81,5 +81,5 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text that is safe to show, on one line; a word that is longer than any path is truncated."""
+    """A text that is safe to show, on one line; of a word with 300 characters or more, only the first 80 are kept."""
     return re.sub(r"(\S{80})\S{220,}", r"\1...", shown(text)).replace("\n", "\\n")

@@ -22,7 +22,7 @@ FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)}
 ODD = {"a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": stat.S_ISCHR, "a disk": stat.S_ISBLK}
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 LEAST = 1 << 20  # bytes; a disk with less is full
-RECENT = 10**8  # nanoseconds: a file that was written since may change again without a new modification time
+RECENT = 10**8  # nanoseconds: a file written less than this ago may change without a new modification time
 
 
 def seal(folder: Path) -> None:

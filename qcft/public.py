@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qcft import api, deliveries
 from qcft.events import Listener, Watch
-from qcft.recipe import Recipe, load_recipe
+from qcft.recipe import Recipe
 from qcft.report.arms import arms_of
 from qcft.report.build import build_report
 from qcft.report.comparison import Compared, samples_of
@@ -142,7 +142,7 @@ def check_recipe(
     """
     from qcft.check.recipe import check_recipe as checked
 
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, set)
+    loaded = api.loaded_recipe(recipe, set)
     with _shown(listener) as shown:
         return checked(loaded, Path(runs), Watch(shown), measure=measure)
 

@@ -24,7 +24,7 @@ from qcft.models.generate import Sampling, answer_prompts
 from qcft.models.load import load_model
 from qcft.models.stream import stream_answer
 from qcft.recipe import Model, load_recipe
-from qcft.report.comparison import note, summary_rows
+from qcft.report.comparison import answer_note, summary_rows
 from qcft.report.tidy import tidy_rows
 from qcft.terminal import compare_view, streams
 
@@ -115,9 +115,9 @@ DOCUMENT = {
 
 def test_notes_and_figures_of_answers():
     answers = DOCUMENT["prompts"][0]["answers"]
-    assert [note(answers["base"]), note(answers["phase2"])] == ["9 tokens, cut off, en", "1 token, es"]
-    assert note(answers["phase2"] | {"lang": None}) == "1 token, language unclear"
-    assert note(answers["phase2"] | {"lang": None, "text": "", "tokens": 0}) == "0 tokens"
+    assert [answer_note(answers["base"]), answer_note(answers["phase2"])] == ["9 tokens, cut off, en", "1 token, es"]
+    assert answer_note(answers["phase2"] | {"lang": None}) == "1 token, language unclear"
+    assert answer_note(answers["phase2"] | {"lang": None, "text": "", "tokens": 0}) == "0 tokens"
     assert [[*row.values()] for row in summary_rows(DOCUMENT)] == [
         ["base", "9", "0 of 1", "0 of 1"],
         ["phase2", "1", "1 of 1", "1 of 1"],

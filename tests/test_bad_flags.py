@@ -98,7 +98,7 @@ CASES = {
     "a folder without llama.cpp": (gguf("--gguf", "f16", "--llama-cpp", "runs"), "holds neither"),
     "a folder of llama.cpp that is not there": (gguf("--gguf", "f16", "--llama-cpp", "none"), "holds neither"),
     "llama.cpp for no GGUF": (gguf("--llama-cpp", "runs"), "--llama-cpp needs --gguf"),
-    "a name that Ollama has no place for": (gguf("--ollama", "bad name!"), "--ollama: 'bad name!' is not a name"),
+    "a name that Ollama has no place for": (gguf("--ollama", "bad name!"), "--ollama: 'bad name!' is not a valid name"),
     "a repository without its owner": (gguf("--push", "norepo"), "--push: 'norepo' is not a repository name"),
     "a repository of three parts": (gguf("--push", "a/b/c", "--yes"), "is not a repository name"),
     "a repository that nobody confirms": (gguf("--push", "me/tiny"), "there is no terminal to confirm"),

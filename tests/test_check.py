@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 
-from qcft.cli.flags import size_of
+from qcft.cli.flags import parse_size
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.recipe import recipe_from
@@ -210,13 +210,13 @@ def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["8GB", "8 GiB", "8192M", "8g", "8.0GB"])
 def test_sizes(text):
-    assert size_of(text) == 8 * GIB
+    assert parse_size(text) == 8 * GIB
 
 
 @pytest.mark.parametrize("text", ["", "8", "0GB", "eight", "-8GB", "8XB"])
 def test_no_sizes(text):
     with pytest.raises(InputError):
-        size_of(text)
+        parse_size(text)
 
 
 @pytest.mark.real

@@ -258,7 +258,10 @@ def test_phase1_then_phase2_from_flags(qcft, tiny_model, color_data, tmp_path):
     assert "loss of new rows" in page
     assert "distilled KL" in page
     shown = qcft("show", "mine")[1]
-    assert re.search(r"phase2 trained, in nats per answer token: new rows .*, anchor KL .*, distilled replay KL", shown)
+    assert re.search(
+        r"phase2, terms of the training loss in nats per answer token: new rows .*, anchor KL .*, distilled replay KL",
+        shown,
+    )
     assert json.loads((tmp_path / "runs" / "mine" / "run.json").read_text())["stages"]["phase2"]
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from qcft import InputError
 from qcft.events import Watch
-from qcft.models import cards
+from qcft.models import gpus
 from qcft.models.load import device
 from qcft.recipe import Train, recipe_from
 from qcft.runner.planned import PlannedRecipe
@@ -45,7 +45,7 @@ def driver(monkeypatch, tmp_path):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.delenv("QCFT_DEVICE", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(cards, "PROC", tmp_path / "proc")
+        monkeypatch.setattr(gpus, "PROC", tmp_path / "proc")
 
     return put
 
@@ -114,7 +114,7 @@ def test_a_card_that_torch_cannot_use_stops_a_run_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
     code, out, _ = qcft("doctor")
     assert code == 1
-    assert "for the GPU: " in out
+    assert "to fix GPU: " in out
 
 
 def test_nor_does_an_ablation_begin(qcft, driver, raw_recipe, tmp_path, monkeypatch):
@@ -132,20 +132,20 @@ def test_nor_does_an_ablation_begin(qcft, driver, raw_recipe, tmp_path, monkeypa
 def test_cards_that_are_hidden_are_no_cards(driver, monkeypatch, hidden):
     driver()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert cards.unusable_card() is None
+    assert gpus.unusable_gpu() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert cards.unusable_card()
+    assert gpus.unusable_gpu()
 
 
 def test_proc_alone_is_no_card_but_with_a_driver_that_fails_it_is(driver, tmp_path):
     driver(fails="Failed to initialize NVML: Driver/library version mismatch")
-    assert cards.unusable_card() is None
+    assert gpus.unusable_gpu() is None
     (tmp_path / "proc" / "0000:01:00.0").mkdir(parents=True)
-    what, helps = cards.unusable_card()
+    what, helps = gpus.unusable_gpu()
     assert "version mismatch" in what
     assert helps == "restart the machine"
     (tmp_path / "bin" / "nvidia-smi").unlink()
-    assert cards.unusable_card() is None
+    assert gpus.unusable_gpu() is None
 
 
 def test_the_cpu_on_purpose(qcft, driver, recipe_file, monkeypatch):
@@ -198,19 +198,19 @@ def test_cpu_and_tasks_with_gpus_contradict_each_other(qcft, raw_recipe, tmp_pat
 
 
 def test_one_card_of_several_is_the_current_one(two_cards, monkeypatch):
-    assert cards.choose_card() == "cuda:0 of 2 (Card 0)"
+    assert gpus.choose_gpu() == "cuda:0 of 2 (Card 0)"
     monkeypatch.setenv("QCFT_DEVICE", "cuda:1")
-    assert cards.choose_card() == "cuda:1 of 2 (Card 1)"
+    assert gpus.choose_gpu() == "cuda:1 of 2 (Card 1)"
     assert two_cards == [1]
     monkeypatch.setenv("QCFT_DEVICE", "cuda:2")
     with pytest.raises(InputError, match="it sees 2, cuda:0 to cuda:1"):
-        cards.choose_card()
+        gpus.choose_gpu()
 
 
 def test_kernels_for_newer_cards_only(two_cards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
     with pytest.raises(InputError, match="has no kernels for the GPU") as error:
-        cards.choose_card()
+        gpus.choose_gpu()
     assert "whl/cu126" in error.value.hint
 
 

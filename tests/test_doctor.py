@@ -33,9 +33,9 @@ def test_a_wrong_product_is_broken(qcft, monkeypatch):
     code, out, _ = qcft("doctor")
     assert code == 1
     assert "BROKEN" in out
-    assert out.splitlines()[-2].startswith("for the bitsandbytes: ")
+    assert out.splitlines()[-2].startswith("to fix bitsandbytes: ")
     assert "-m pip install --force-reinstall --no-deps 'bitsandbytes<0.51,>=" in out.splitlines()[-2]
-    assert out.splitlines()[-1] == "for the model hub: unset HF_HUB_OFFLINE"
+    assert out.splitlines()[-1] == "to fix model hub: unset HF_HUB_OFFLINE"
 
 
 def test_an_import_that_fails_is_told(monkeypatch, tmp_path):

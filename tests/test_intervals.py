@@ -10,7 +10,7 @@ from qcft.measure.clusters import item_clusters, linked
 from qcft.measure.continual import Items, paired_changes
 from qcft.measure.intervals import Bounds, by_cluster, max_t, one_interval, ratio, with_seeds
 from qcft.measure.score import RowScore
-from qcft.measure.stats import changes, compare_arms, difference, pairwise
+from qcft.measure.stats import all_pairs, changes, compare_arms, difference
 
 TRIALS = 300
 
@@ -95,10 +95,10 @@ def test_two_runs_of_one_arm_are_not_told_apart_where_seeds_are_measured():
     shared = generator.normal(0, 0.15, 48)
     runs = [shared + generator.normal(0, 0.005, 48) + shift for shift in (0.0, 0.01, 0.012, -0.002)]
     scores = [[RowScore(float(nll), 1, 0) for nll in run] for run in runs]
-    alone = pairwise({"a": {0: scores[0]}, "b": {0: scores[1]}})["a", "b"]
+    alone = all_pairs({"a": {0: scores[0]}, "b": {0: scores[1]}})["a", "b"]
     assert alone.is_clear
     assert alone.seeds == 1
-    both = pairwise({"a": {0: scores[0], 1: scores[1]}, "b": {0: scores[2], 1: scores[3]}})["a", "b"]
+    both = all_pairs({"a": {0: scores[0], 1: scores[1]}, "b": {0: scores[2], 1: scores[3]}})["a", "b"]
     assert not both.is_clear
     assert (both.seeds, both.compared, both.method) == (2, 1, "bootstrap-t over rows, Student's t over seeds (1 df)")
 

@@ -19,7 +19,7 @@ from qcft.events import Progress, Watch
 from qcft.files import read_json
 from qcft.recipe import load_recipe
 from qcft.training.batches import FILLER, Batches, Fed
-from qcft.training.distributed.ranks import shared_out
+from qcft.training.distributed.ranks import split_over
 
 from .helpers.planted import check_unused, plant
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 def test_passes_are_dealt_out_so_that_every_step_keeps_its_rows(count, per_pass, accumulation, processes, lengths):
     items = [[EncodedRow([i] * lengths[i % len(lengths)], [IGNORED, i + 1], "data")] for i in range(count)]
     batches = Batches(items, per_pass, accumulation, packed=per_pass == 1)
-    dealt = shared_out(batches, processes)
+    dealt = split_over(batches, processes)
     assert dealt.steps == batches.steps
     size, dealt_size = per_pass * accumulation, per_pass * dealt.accumulation
     assert dealt.accumulation % processes == 0

@@ -71,7 +71,7 @@ def test_on_ray_with_a_worker_killed(recipe_file, tmp_path, monkeypatch):
 
 
 def test_an_engine_that_is_not_known_or_not_there(qcft, recipe_file, tmp_path):
-    for engine, says in (("slurm", "no such engine"), ("ray:127.0.0.1:1", "no cluster at '127.0.0.1:1'")):
+    for engine, says in (("slurm", "neither ray nor ray:ADDRESS"), ("ray:127.0.0.1:1", "no cluster at '127.0.0.1:1'")):
         code, out, err = qcft("ablate", recipe_file, "--on", engine)
         assert code == 2
         assert says in err

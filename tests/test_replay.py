@@ -340,7 +340,7 @@ def test_prompts_of_a_file_need_no_answers(raw_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("replay", "message"),
     [
-        ({"kind": "english", "data": "other.jsonl"}, "none of them the same"),
+        ({"kind": "english", "data": "other.jsonl"}, "no id is in both"),
         ({"kind": "english", "data": "noid.jsonl"}, "0 of its 9 rows have an id"),
         ({"kind": "file", "path": "texts.jsonl"}, "columns words: no known format"),
         ({"kind": "file", "path": "empty.jsonl"}, "it is empty"),
@@ -405,7 +405,9 @@ def test_the_share_is_known_in_both_units_before_anything_is_made_unless_it_is_g
     assert share.in_words() == text
     generated = check_replay(phase_with(ratio=0.2), [pool_of(prompts, "generative")], [new], encoder)
     assert (generated.rows, generated.answer_tokens, generated.warning("phase2")) == (10, None, None)
-    assert generated.in_words() == "replay 0.2 of rows: 20.0% of the rows, answer tokens known once it is generated"
+    assert (
+        generated.in_words() == "replay 0.2 of rows: 20.0% of the rows, share of answer tokens known after generation"
+    )
     tokens = check_replay(phase_with(ratio=0.2, unit="tokens"), [pool_of(prompts, "generative")], [new], encoder)
     assert (tokens.rows, tokens.answer_tokens) == (None, round(new.answer_tokens / 4))
 
@@ -415,7 +417,7 @@ def test_the_share_is_known_in_both_units_before_anything_is_made_unless_it_is_g
     [
         ("rows", 25, 25, None),
         ("rows", 25, 66, None),  # 20% and 39.8%
-        ("rows", 25, 70, "20.0% of the rows and 41.2% of the answer tokens, which have the loss, because its answers "
+        ("rows", 25, 70, "20.0% of the rows and 41.2% of the answer tokens, which bear the loss, because its answers "
          "are longer; phase2.replay.unit=tokens (by --set, or in an arm) makes 0.2 a share of the answer tokens"),
         ("rows", 25, 5, "its answers are shorter"),
         ("tokens", 3, 25, "phase2.replay.unit=rows (by --set, or in an arm) makes 0.2 a share of the rows"),

@@ -26,7 +26,7 @@ from qcft.report.arms import arms_of, differences, flow
 from qcft.report.build import build_report
 from qcft.report.layers import by_layer
 from qcft.report.repeat import arms_section, commands
-from qcft.report.samples import start_of
+from qcft.report.samples import measured_start
 from qcft.report.standing import front, standings
 from qcft.report.suites import last_averages
 from qcft.report.tidy import COLUMNS, tidy_table
@@ -174,11 +174,11 @@ def test_the_report_begins_with_answers_before_and_after(arms, runs, raw_recipe,
 
 def test_what_the_last_phase_starts_from(arms, runs):
     run = api.evidence("replayed", runs)
-    assert start_of(run) == "merged"
+    assert measured_start(run) == "merged"
     recipe = run.recipe.model_dump(mode="json")
     for start, stage in (("stacked", "phase1"), ("base", "base")):
-        assert start_of(replace(run, recipe=recipe_from(recipe, {"phase2.start": start}))) == stage
-    assert start_of(replace(run, recipe=recipe_from(recipe, {"phase1": None}))) == "base"
+        assert measured_start(replace(run, recipe=recipe_from(recipe, {"phase2.start": start}))) == stage
+    assert measured_start(replace(run, recipe=recipe_from(recipe, {"phase1": None}))) == "base"
 
 
 def test_old_answers_have_no_reference(arms, runs, tmp_path):

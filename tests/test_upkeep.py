@@ -165,7 +165,7 @@ def test_a_run_between_two_steps_of_a_live_process_is_not_removed(store, qcft):
 def test_what_a_finishing_step_removes_is_not_missed(store):
     """Files that go while they are counted, and checkpoints that a step removes itself as it ends."""
     checkpoints = store.folder("train-1") / "checkpoints"
-    stop = threading.Event()
+    stop, rounds, before = threading.Event(), [], set(names(unused_steps(store.runs)))
 
     def come_and_go():
         while not stop.is_set():
@@ -173,15 +173,17 @@ def test_what_a_finishing_step_removes_is_not_missed(store):
                 (checkpoints / f"checkpoint-{number}").mkdir(parents=True, exist_ok=True)
                 (checkpoints / f"checkpoint-{number}" / "state").write_text("x")
             shutil.rmtree(checkpoints, ignore_errors=True)
+            rounds.append(1)
 
     thread = threading.Thread(target=come_and_go)
     thread.start()
     try:
         for _ in range(60):
-            unused_steps(store.runs)
+            assert before <= set(names(unused_steps(store.runs))) <= before | {"train-1"}
     finally:
         stop.set()
         thread.join()
+    assert rounds
 
 
 @pytest.fixture(scope="module")

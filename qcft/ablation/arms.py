@@ -15,7 +15,7 @@ from typing import Any
 from qcft.data.encode import EncodedRow
 from qcft.errors import InputError, Interrupted, QcftError, is_out_of_memory, short
 from qcft.events import ArmChanged, Watch
-from qcft.models.cards import choose_card
+from qcft.models.gpus import choose_gpu
 from qcft.prepare.checks import check_prepared
 from qcft.recipe import ArmRun, Phase, Recipe
 from qcft.replay.amount import take_amount
@@ -123,7 +123,7 @@ def begin_ablation(
     quiet()
     todo = [one for one in prepared if first_undone(one.prepared, store)]
     if todo:
-        choose_card()
+        choose_gpu()
     for one in todo:
         with _naming(one.arm):
             check_prepared(one.prepared)

@@ -18,7 +18,7 @@ from typing import Any
 from qcft.ablation.arms import begin_ablation, changes_of, fault_of, first_undone
 from qcft.errors import ChangedInput, InputError, QcftError, short
 from qcft.events import Watch
-from qcft.models.cards import asked_device
+from qcft.models.gpus import asked_device
 from qcft.recipe import ArmRun, Recipe, recipe_from
 from qcft.runner.libraries import quiet, set_environment
 from qcft.runner.planned import PlannedRecipe
@@ -61,6 +61,7 @@ def run_on_ray(
         changes = dict(zip(prepared, changes_of(named), strict=True))
         for name in prepared:
             ablation.begin(name)
+            watch.emit(changes[name]("running"))
         open_arms = dict(parts)
         while open_arms:
             watch.check_stop()
@@ -142,8 +143,9 @@ def _cluster(address: str | None) -> Iterator[Any]:
         with TemporaryDirectory() as empty, chdir(empty):  # Ray has workers load modules from the working folder first
             ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
     except (OSError, ValueError, RuntimeError) as error:
-        text = short(error)
-        raise InputError(f"--on ray: no cluster at {address!r}: {text}", "start one with `ray start --head`") from None
+        what = f"there is no cluster at {address!r}" if address else "a cluster could not be started on this machine"
+        hint = "start one with `ray start --head`" + ("" if address else ", then give --on ray:ADDRESS")
+        raise InputError(f"--on ray: {what}: {short(error)}", hint) from None
     try:
         yield ray
     finally:

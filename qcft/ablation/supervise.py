@@ -27,7 +27,8 @@ ENDED, STOPPED = {0, 1, 2}, {129, 130, 143}  # exit codes of our process when it
 
 
 def supervise(arguments: Sequence[str], runs: Path, report: Callable[[str], None]) -> int:
-    """Run `qcft ARGUMENTS --supervised ...` until no arm is left that did not crash it; returns its exit code.
+    """Run `qcft ARGUMENTS --supervised ...`, and after a crash again, for the arms that did not crash. Returns the exit
+    code of the last process, or 1 if that is 0 and an arm crashed.
 
     `report` is called with a line for each arm whose process crashed.
 

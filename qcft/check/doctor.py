@@ -14,7 +14,7 @@ from qcft.cache import cache_folder
 from qcft.errors import InputError, short
 from qcft.files import disk_free
 from qcft.installing import bounds, install
-from qcft.models.cards import asked_device, choose_card, unusable_card
+from qcft.models.gpus import asked_device, choose_gpu, unusable_gpu
 from qcft.models.load import compute_dtype, device
 from qcft.store.steps import PACKAGES, package_versions, writable
 from qcft.store.upkeep import size_of
@@ -79,9 +79,9 @@ def _cuda() -> Finding:
     try:
         if asked_device() == "cpu":
             return Finding("GPU", True, "not used, as the CPU was requested", False)
-        if unusable := unusable_card():
+        if unusable := unusable_gpu():
             return Finding("GPU", False, unusable[0], mend=unusable[1])
-        chosen = choose_card()
+        chosen = choose_gpu()
     except InputError as error:
         return Finding("GPU", False, error.message, mend=error.hint)
     if not torch.cuda.is_available():
@@ -148,7 +148,7 @@ def _disk(runs: Path) -> Finding:
     except InputError as error:
         return Finding("runs folder", False, error.message, mend="qcft run ... --runs FOLDER, or QCFT_RUNS=FOLDER")
     free = disk_free(runs)
-    mend = f"qcft gc --runs {shlex.quote(str(runs))}"
+    mend = f"qcft gc --delete --runs {shlex.quote(str(runs))}"
     return Finding("runs folder", free > LEAST_FREE, f"{free / GIB:.0f} GiB free in {runs}", False, mend)
 
 

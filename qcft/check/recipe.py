@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 from qcft.check.rows import Looks, look_at_rows
 from qcft.data.encode import IGNORED, EncodedRow, EncodedSet
+from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.files import disk_free
 from qcft.measure.similarity import PhasesCompared, compare_phases
-from qcft.models.cards import choose_card
+from qcft.models.gpus import choose_gpu
 from qcft.models.size import quantised_share, share_of_weights
 from qcft.models.sources import has_weights
 from qcft.prepare.checks import check_prepared
@@ -122,10 +123,12 @@ def check_recipe(
     from qcft.models.load import device, free_bytes
     from qcft.training.speed import measure_speed
 
+    if vram and measure:
+        raise InputError("--measure times steps on this machine, and --vram plans for another GPU", "omit one of them")
     set_environment()
     quiet()
     if not vram:
-        choose_card()
+        choose_gpu()
     prepared, store = PlannedRecipe(recipe, watch), Store(runs)
     recipe = prepared.recipe
     check_prepared(prepared, weights=False)

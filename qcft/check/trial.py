@@ -24,6 +24,7 @@ def seconds_a_step(recipe: Recipe, phase: Phase, watch: Watch) -> float:
     train = {**one["train"], "steps": WARM_UP + COUNTED, "checkpoint_steps": 100}
     freeze = one["freeze"] if phase.freeze.measure is None else "none"
     raw["phases"] = [{**one, "replay": None, "start": "merged", "freeze": freeze, "train": train}]
+    raw["evaluate"] = {}  # it may name stages of other phases
     times: list[float] = []
 
     def listen(event: Event) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qcft.cli.grouped import RUN
-from qcft.cli.options import As, DryRun, Json, Quiet, Runs, Set, command, show_work, watched
+from qcft.cli.options import DryRun, Json, Quiet, Runs, Set, command, show_work, watched
 
 
 @command(RUN, "qcft ablate quick-ablation-cpu --dry-run")
@@ -25,7 +25,9 @@ def ablate(
         str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.", show_default="all")
     ] = None,
     set_: Set = None,
-    name: As = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Name of the ablation; its runs are NAME-ARM-sSEED.")
+    ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run all arms in this process (a crash in one arm then stops all).")
     ] = False,
@@ -50,6 +52,7 @@ def ablate(
     from qcft.cli.flags import parse_seeds, split, words
     from qcft.errors import InputError
     from qcft.recipe import chosen_arms, load_ablation, parse_assignments
+    from qcft.store.opened import runs_flag
     from qcft.terminal import ablation_view, tables
     from qcft.training.distributed.ranks import world
 
@@ -80,6 +83,6 @@ def ablate(
     if not json_:
         tables.print_answer(page["question"], page["answer"])
         tables.say(f"report: {page['page']}")
-    tables.next_step(f"qcft show {done.name}", quiet)
+    tables.next_step(f"qcft show {done.name}{runs_flag(runs)}", quiet)
     asked = {(one.arm, one.seed) for one in chosen}
     raise typer.Exit(any(run["state"] == "failed" and (run["arm"], run["seed"]) in asked for run in outcome["runs"]))

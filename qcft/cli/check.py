@@ -60,12 +60,12 @@ def check(
 ) -> None:
     """Estimate memory, time and disk of a recipe, a run or a phase 2 and show sample rows. Trains nothing."""
     from qcft.check.recipe import check_recipe
-    from qcft.cli.flags import checked_recipe, size_of
+    from qcft.cli.flags import checked_recipe, parse_size
     from qcft.terminal.check_view import print_check
 
     remedies = {"replay": replay, "replay_loss": replay_loss, "freeze": freeze, "anchor": anchor}
     loaded = checked_recipe(runs, recipe, model, data or [], remedies, set_ or [])
-    size = size_of(vram) if vram else None
+    size = parse_size(vram) if vram else None
     show_work(lambda watch: check_recipe(loaded, runs, watch, size, measure, rows, encoder), print_check, json_, quiet)
 
 
@@ -86,6 +86,6 @@ def doctor(runs: Runs = Path("runs"), json_: Json = False) -> None:
     else:
         marks = {one.name: "ok" if one.ok else "BROKEN" if one.needed else "note" for one in findings}
         tables.print_rows(["", "what", "found"], [[marks[one.name], one.name, one.found] for one in findings])
-        tables.print_lines(f"for the {one.name}: {one.mend}" for one in findings if not one.ok)
+        tables.print_lines(f"to fix {one.name}: {one.mend}" for one in findings if not one.ok)
     if any(one.needed and not one.ok for one in findings):
         raise typer.Exit(1)

@@ -61,6 +61,7 @@ def replay(
     from qcft.cli.flags import replay_recipe
     from qcft.cli.listings import replay_shown
     from qcft.store import read_run
+    from qcft.store.opened import run_again
     from qcft.terminal import tables
 
     recipe = replay_recipe(runs, run, ratio, set_ or [])
@@ -68,7 +69,7 @@ def replay(
         done = api.replay_watched(recipe, runs, watch, read_run(runs, run).name)
     shown = replay_shown(done.name, done.stages, show or 5 * left_out, left_out)
     tables.show(shown, json_, tables.print_replay)
-    tables.next_step(f"qcft run {runs / done.name / 'recipe.yaml'}", quiet)
+    tables.next_step(run_again(runs / done.name), quiet)
 
 
 @command(USE, "qcft merge spanish --stage phase1 --to merged/")
@@ -224,6 +225,7 @@ def dial(
     """Score English and the other languages at several scales of a phase's delta, or by layers. Trains nothing."""
     from qcft import deliveries
     from qcft.report.curve import curve_rows
+    from qcft.store.opened import runs_flag
     from qcft.terminal import tables
 
     def printed(done: Dialled) -> None:
@@ -244,7 +246,7 @@ def dial(
     if "merged" in done:
         tables.next_step(_use_of(done["merged"]), quiet)
     elif "pick" not in done:
-        tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR", quiet)
+        tables.next_step(f"qcft dial {done['run']} --merge-at SCALE --to DIR{runs_flag(runs)}", quiet)
 
 
 @command(LOOK, "qcft layers spanish --freeze snr:0.5")

@@ -10,6 +10,7 @@ from typing import Any
 from qcft.cli.data_flags import LANG_PATH, sources_of, tests_of
 from qcft.errors import InputError
 from qcft.recipe import Recipe, built_in_recipes, load_recipe, parse_assignments, recipe_from
+from qcft.recipe.load import changed
 from qcft.store import NamedRun, list_runs, read_run
 
 LARGEST = 1 << 50  # bytes
@@ -66,11 +67,8 @@ def phase2_recipe(
     of = None
     if model is not None:
         existing = next((found.recipe() for found in list_runs(runs) if found.name == run), None)
-        if existing and (existing.model.name != model or existing.phases[0].name != "phase2"):
-            raise InputError(
-                f"run {run!r} has a phase 1 or another model ({existing.model.name})",
-                "omit --model, or give a new name",
-            )
+        if existing:
+            _check_continues(existing, model)
         raw: dict[str, Any] = {"name": run or "phase2", "model": {"name": model}, "phases": []}
     else:
         found = read_run(runs, run) if run is not None else _latest_with_phase1(runs)
@@ -86,8 +84,8 @@ def phase2_recipe(
     if tests:
         raw["heldout"] = {**(raw.get("heldout") or {}), "data": tests_of(tests, keys)}
     of_replay = {"ratio": remedies["replay"], "loss": remedies["replay_loss"]}
-    if changed := {key: given for key, given in of_replay.items() if given is not None}:
-        phase["replay"] = {**(phase.get("replay") or {}), **changed}
+    if given := {key: value for key, value in of_replay.items() if value is not None}:
+        phase["replay"] = {**(phase.get("replay") or {}), **given}
         if "ratio" not in phase["replay"] and not any(
             text.startswith(f"{phase['name']}.replay") for text in assignments
         ):
@@ -110,10 +108,16 @@ def checked_recipe(
 
     Raises InputError.
     """
-    if model is not None or data or any(value is not None for value in remedies.values()):
-        return phase2_recipe(runs, target, model, data, remedies, {}, [], None, assignments)[0]
     names = [run.name for run in list_runs(runs)]
-    if target is None or (target in names and target not in built_in_recipes() and not Path(target).is_file()):
+    is_recipe = target is not None and (target in built_in_recipes() or Path(target).is_file())
+    if model is not None or data or any(value is not None for value in remedies.values()):
+        if model is None and is_recipe and target not in names:
+            raise InputError(
+                f"{target!r} is a recipe; --data, --replay, --replay-loss, --freeze, --anchor are for phase 2 of a run",
+                "change the recipe's own keys, for example --set phase2.replay.ratio=0.2",
+            )
+        return phase2_recipe(runs, target, model, data, remedies, {}, [], None, assignments)[0]
+    if target is None or (target in names and not is_recipe):
         found = read_run(runs, target)
         raw = found.recipe().model_dump(mode="json") | {"name": found.name}
         return recipe_from(raw, parse_assignments(assignments))
@@ -183,7 +187,7 @@ def text_files(given: list[str]) -> dict[str, Path]:
     return files
 
 
-def size_of(text: str) -> int:
+def parse_size(text: str) -> int:
     """Bytes of `8GB`, `7.5 GiB`, `8192M`, all in powers of 1,024, as GPUs are sold. Raises InputError."""
     match = SIZE.fullmatch(text.strip())
     if not match or not float(match[1]):
@@ -225,6 +229,16 @@ def second_phase(raw: dict[str, Any], only: bool) -> dict[str, Any]:
     if len(phases) <= position:
         phases.append({"name": "phase2", "data": []})
     return phases[position]
+
+
+def _check_continues(existing: Recipe, model: str) -> None:
+    """Check that `qcft phase2 RUN --model MODEL` continues a run that it started itself. Raises InputError."""
+    hint = "omit --model, or give a new name"
+    if existing.phases[0].name != "phase2":
+        raise InputError(f"run {existing.name!r} has a phase before phase 2: {existing.phases[0].name}", hint)
+    named = changed({"model": {"name": model}}, {})["model"]["name"]  # as a run stores it: a local folder's whole path
+    if existing.model.name != named:
+        raise InputError(f"run {existing.name!r} has another model: {existing.model.name}", hint)
 
 
 def _latest_with_phase1(runs: Path) -> NamedRun:

@@ -45,7 +45,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented recipe for your own data. In a terminal it asks for what the flags do not give."""
-    from qcft.cli.flags import size_of
+    from qcft.cli.flags import parse_size
     from qcft.cli.own import NONE, beside, check_free, known_model, readable, typed
     from qcft.files import write_text
     from qcft.recipe.own import OwnRecipe, suggested_model
@@ -53,14 +53,14 @@ def init(
 
     check_free(to, force)
     if vram:
-        size_of(vram)
+        parse_size(vram)
     if asks := not (model and data):
         _check_terminal(" and ".join(flag for flag, given in (("--model", model), ("--data", data)) if not given))
     with watched(quiet=False, stops=False) as watch:
         if asks and vram is None:
             answer = _asked(f"Memory of the GPU, such as 8GB ({NONE}: train on the CPU)", NONE, partial(_size, NONE))
             vram = None if answer == NONE else answer
-        suggested = suggested_model(size_of(vram) if vram else None)
+        suggested = suggested_model(parse_size(vram) if vram else None)
         model = known_model(model) if model else _asked("Model: hub id, folder or .gguf file", suggested, known_model)
         if asks and phase1 is None:
             question = f"English data of a phase 1 ({NONE}: the model itself is phase 1)"
@@ -93,10 +93,10 @@ def _check_terminal(missing: str) -> None:
 
 
 def _size(none: str, text: str) -> str:
-    from qcft.cli.flags import size_of
+    from qcft.cli.flags import parse_size
 
     if text.strip() != none:
-        size_of(text)
+        parse_size(text)
     return text.strip()
 
 

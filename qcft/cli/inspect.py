@@ -68,12 +68,15 @@ def drift(
         typer.Option("--to", metavar="STAGE", help="Stage to end at.", show_default="the last phase"),
     ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="RUN", help="Compare with another run's last phase, or --from.")
+        str | None,
+        typer.Option(
+            "--against", metavar="RUN", help="Compare with another run: its last phase, or its stage that --from names."
+        ),
     ] = None,
     apart: Annotated[
         bool,
         typer.Option(
-            "--apart", help="Train the last phase's data from the base, without phase 1, and compare the two models."
+            "--apart", help="Train the base on the last phase's data alone, and compare that model with phase 1."
         ),
     ] = False,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Held-out rows of each language.")] = 16,
@@ -88,12 +91,13 @@ def drift(
     """Show how far a phase moved the model, layer by layer: weights (MPD) and hidden states."""
     from qcft import api
     from qcft.cli.flags import text_files
-    from qcft.report.drift_section import drift_rows, drift_says, note
+    from qcft.report.drift_section import columns_note, drift_rows, drift_says
+    from qcft.store.opened import runs_flag
     from qcft.terminal import tables
 
     def printed(found: DriftShown) -> None:
         tables.print_rows(*drift_rows(found))
-        tables.print_lines([*drift_says(found), note(found)])
+        tables.print_lines([*drift_says(found), columns_note(found)])
         tables.say(f"drawing: {found['drawing']}", "dim")
 
     texts = text_files(text or [])
@@ -102,4 +106,4 @@ def drift(
         return api.drift(run, runs, watch, since=since, to=to, against=against, rows=rows, texts=texts, apart=apart)
 
     found = show_work(work, printed, json_, quiet)
-    tables.next_step(f"qcft report {found['run']}", quiet)
+    tables.next_step(f"qcft report {found['run']}{runs_flag(runs)}", quiet)

@@ -106,7 +106,7 @@ def _ablation(ablation: AblationIndex, states: list[ArmState]) -> dict[str, Any]
 
 
 def _english(run: NamedRun, recipe: Recipe, store: Store) -> Mapping[str, Any] | None:
-    """The first change in a run's table, for its first English group."""
+    """How far the last phase moved a run's first English group; None where it is not measured."""
     try:
         table = finished_run(run, recipe, run.stages, store).table
     except QcftError:  # a file was altered: `qcft show` says which

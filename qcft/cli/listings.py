@@ -22,14 +22,15 @@ from qcft.store.results import Stage
 
 if TYPE_CHECKING:
     from qcft.inspect.layers import LayersTable
-    from qcft.measure.similarity import Side, SimilarityFound
+    from qcft.measure.similarity import DataSide, SimilarityFound
     from qcft.replay.rows import ReplayShown
 
 
 def layers_table(
     target: str, runs: Path, freeze: str | None, base: str | None, assignments: list[str], snr: bool, watch: Watch
 ) -> LayersTable:
-    """What `qcft layers` shows, layer by layer: for a run, its second phase; for a model, a phase that starts from it.
+    """What `qcft layers` shows, layer by layer: for a run, its last phase, or a phase 2 if it has only a phase 1; for a
+    model, a phase that starts from it.
 
     Raises InputError.
     """
@@ -40,7 +41,7 @@ def layers_table(
         raw = run.recipe().model_dump(mode="json")
     else:
         raw = {"name": "layers", "model": {"name": target}, "phases": []}
-    phase = second_phase(raw, run is None)
+    phase = raw["phases"][-1] if len(raw["phases"]) > 2 else second_phase(raw, run is None)
     if not phase.get("data") and not phase.get("adapter"):
         phase["data"] = ["qcft:instructions/en"]  # a placeholder for data that is not known yet
     if freeze is not None:
@@ -117,14 +118,14 @@ def similarity_table(
     return found
 
 
-def _side(text: str, runs: Path, column: str | None) -> Side:
+def _side(text: str, runs: Path, column: str | None) -> DataSide:
     """The data named by `RUN:PHASE` or by a list of data sets."""
-    from qcft.measure.similarity import Side
+    from qcft.measure.similarity import DataSide
 
     sources = _phase_sources(text, runs)
     if sources is None:
         sources = [one for raw in sources_of(text.split(",")) for one in Source(**raw).expanded()]
-    return Side(text, tuple(sources), column)
+    return DataSide(text, tuple(sources), column)
 
 
 def recipes_listed() -> list[dict[str, str]]:
@@ -142,7 +143,7 @@ def recipe_text(name: str) -> str:
     known = built_in_recipes()
     if name not in known:
         raise InputError(
-            f"there is no built-in recipe {name!r}", nearest(name, list(known)) + f"there is {', '.join(known)}"
+            f"there is no built-in recipe {name!r}", nearest(name, list(known)) + f"available: {', '.join(known)}"
         )
     return known[name].read_text(encoding="utf-8")
 

@@ -12,7 +12,7 @@ from qcft.cli.options import app, set_handler, stop_at_once
 
 
 def main() -> NoReturn:
-    """The `qcft` command: errors as two lines, exit codes 0, 1, 2, 130 and 143."""
+    """The `qcft` command: errors as two lines, exit codes 0, 1, 2, 129, 130 and 143."""
     debug = "--debug" in sys.argv
     if "--cpu" in sys.argv:
         os.environ["QCFT_DEVICE"] = "cpu"

@@ -93,9 +93,7 @@ def phase1(
 def phase2(
     run: Annotated[
         str | None,
-        typer.Argument(
-            metavar="RUN", help="Run with a phase 1; a new name with --model.", show_default="the latest run"
-        ),
+        typer.Argument(metavar="RUN", help="Run with a phase 1; a new name with --model.", show_default="the latest"),
     ] = None,
     model: Model = None,
     data: Data = None,
@@ -155,7 +153,11 @@ def ls(runs: Runs = Path("runs"), json_: Json = False) -> None:
     elif listed:
         tables.print_fitting(in_columns(listed), right=("done", "English", "replay"))
         tables.print_lines(f"{one['run']}: {one['problem']}" for one in listed if one["problem"])
-        tables.say("English: change of NLL in nats per answer token since phase 1 (above 0: worse)", "dim")
+        tables.say(
+            "English: change of NLL in nats per answer token since the first phase, or since the base in a run of one "
+            "phase (above 0: worse)",
+            "dim",
+        )
     else:
         tables.say(f"no runs in {str(runs)!r}; start with `qcft run quickstart`")
 
@@ -244,6 +246,7 @@ def run_and_show(
     from qcft.cli.listings import plan_listed
     from qcft.events import Watch
     from qcft.runner.recipe import help_train, raise_failed
+    from qcft.store.opened import runs_flag
     from qcft.terminal import tables
     from qcft.training.distributed.ranks import leave, rank, world
 
@@ -266,7 +269,7 @@ def run_and_show(
     raise_failed(done)
     last = recipe.phases[-1].name
     more = f"phase2 {done.name} --data LANG=PATH --replay 0.2" if last == "phase1" else f"export {done.name} --to DIR"
-    tables.next_step(f"qcft {more}", quiet)
+    tables.next_step(f"qcft {more}{runs_flag(runs)}", quiet)
 
 
 def _print_steps(steps: list[StepListed]) -> None:

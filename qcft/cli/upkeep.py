@@ -22,6 +22,7 @@ def gc(
     """List the steps that no run uses and leftovers of finished trainings; --delete removes them."""
     from dataclasses import asdict
 
+    from qcft.store.opened import runs_flag
     from qcft.store.upkeep import remove_unused, unused_steps
     from qcft.terminal import format, tables
     from qcft.words import counted
@@ -43,7 +44,7 @@ def gc(
     what = counted(len(rows), "unused step")
     tables.say(f"{what} removed, {format.size(total)}." if delete else f"{what}, {format.size(total)}.")
     if not delete:
-        tables.next_step("qcft gc --delete")
+        tables.next_step(f"qcft gc --delete{runs_flag(runs)}")
 
 
 @command(KEEP, "qcft rm spanish spanish-2")
@@ -57,6 +58,7 @@ def rm(
     Their steps stay: other runs may use them, and `qcft gc` deletes unused ones.
     """
     from qcft.errors import InputError
+    from qcft.store.opened import runs_flag
     from qcft.store.upkeep import remove_named, unused_steps
     from qcft.terminal import format, tables
     from qcft.words import counted
@@ -74,4 +76,4 @@ def rm(
     size = format.size(sum(one.bytes for one in unused))
     more = f" {counted(len(unused), 'step is', 'steps are')} no longer used ({size})."
     tables.say(what + (more if unused else ""))
-    tables.next_step("qcft gc --delete" if unused else "qcft ls")
+    tables.next_step(("qcft gc --delete" if unused else "qcft ls") + runs_flag(runs))

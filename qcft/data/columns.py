@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qcft.data.formats import COLUMNS, FORMATS, PROMPT_COLUMNS, Record, column_names, detect_format
+from qcft.data.formats import COLUMNS, FORMATS, PROMPT_COLUMNS, DataRecord, column_names, detect_format
 from qcft.errors import InputError, nearest
 from qcft.recipe import Source
 
@@ -43,7 +43,7 @@ class Columns:
         self.unused: dict[str, None] = {}
         self._shapes: dict[tuple[Any, ...], _Shape | None] = {}
 
-    def read(self, record: dict[str, Any]) -> tuple[str, Record] | None:
+    def read(self, record: dict[str, Any]) -> tuple[str, DataRecord] | None:
         """A record's format, and the record with the format's column names; None for an unknown format.
 
         After the first record of a known format, records of an unknown format are read in that format. Raises
@@ -111,7 +111,7 @@ class Columns:
             )
         return {name: column for name, column in given.items() if column in record}
 
-    def _format(self, record: Record) -> tuple[str, dict[str, str]] | None:
+    def _format(self, record: DataRecord) -> tuple[str, dict[str, str]] | None:
         """The format of a record, and the columns that hold its question and answer."""
         if self.source.format != "auto":
             return self.source.format, {}

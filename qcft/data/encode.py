@@ -125,7 +125,7 @@ class Encoder:
         return ids if self.max_length is None or len(ids) < self.max_length else TOO_LONG
 
     def encode(self, row: Row) -> tuple[EncodedRow, ...] | str:
-        """The row's tokens, or the reason why it cannot train.
+        """The row's tokens, or the reason why it cannot be used for training.
 
         They are one training row, or one for each answer if the template writes earlier turns differently once there
         are later ones. A training row longer than `max_length` loses its last turns; if its first exchange alone is
@@ -138,7 +138,7 @@ class Encoder:
         return prepared if isinstance(prepared, str) else self._encode(*prepared, Counter())
 
     def encode_all(self, rows: Iterable[Row], progress: Callable[[int], None] | None = None) -> EncodedSet:
-        """Encode rows; those that cannot train are counted by reason. `progress` is called with the rows done."""
+        """Encode rows; those that cannot be used are counted by reason. `progress` is called with the rows done."""
         kept: list[tuple[Row, EncodedRow]] = []
         left_out: Counter[str] = Counter()
         changed: Counter[str] = Counter()

@@ -14,7 +14,7 @@ LETTERS = 20  # fewer are too short to identify a language
 SURE = 0.5  # with it, 0.3% of 3,000 Alpaca answers of LETTERS or more are identified as not English
 REFUSAL = re.compile(
     r"((i'm|i am) (so |very )?sorry|sorry|i apologi[sz]e|unfortunately)\b.{0,40}\b(can't|cannot|unable|not able)\b"
-    r"|(i|we) (can't|cannot|won't|am unable to|am not able to|'m unable to) "
+    r"|(i|we)( can't| cannot| won't|( am| are|'m|'re) (unable|not able) to) "
     r"(help|assist|provide|do|fulfil|generate|create|write|answer|comply|complete|give|access|support|discuss)"
     r"|(i'm|i am|as) (just |only )?an? (ai|artificial intelligence|language model)\b"
 )

@@ -12,7 +12,7 @@ from typing import Any
 from qcft.data.rows import Message, Role, Row
 from qcft.recipe.yaml_file import joined
 
-Record = Mapping[str, Any]
+DataRecord = Mapping[str, Any]
 
 # Names for the three roles.
 ROLES: dict[str, Role] = {
@@ -42,14 +42,14 @@ class Unusable(ValueError):
     """A record that cannot be trained on; its text is the reason under which it is counted."""
 
 
-def to_row(record: Record, format: str) -> Row:
+def to_row(record: DataRecord, format: str) -> Row:
     """The record in the one conversational form. Raises Unusable with the reason."""
     row = _row(_read(record, format), record)
     english = _english(record, format)
     return replace(row, english=english) if english else row
 
 
-def to_prompt(record: Record, format: str) -> Row:
+def to_prompt(record: DataRecord, format: str) -> Row:
     """The record's first user turn as a row, with its answer if that can be trained on. Raises Unusable."""
     messages = _read(record, format)
     try:
@@ -61,7 +61,7 @@ def to_prompt(record: Record, format: str) -> Row:
         return Row(tuple(messages[: first + 1]), (), _id(record))
 
 
-def _english(record: Record, format: str) -> Row | None:
+def _english(record: DataRecord, format: str) -> Row | None:
     """The row's English version, from columns that end in `_en`; None if a needed column is missing."""
     if f"{PROMPT_COLUMNS[format]}_en" not in record:
         return None
@@ -74,7 +74,7 @@ def _english(record: Record, format: str) -> Row | None:
         return None
 
 
-def _read(record: Record, format: str) -> list[Message]:
+def _read(record: DataRecord, format: str) -> list[Message]:
     """The record's turns. Raises Unusable."""
     if not MEDIA_COLUMNS.isdisjoint(record):
         for column in MEDIA_COLUMNS & record.keys():
@@ -84,7 +84,7 @@ def _read(record: Record, format: str) -> list[Message]:
     return turns if format == "text" else _with_system(_text(record.get("system")), turns)
 
 
-def _alpaca(record: Record) -> list[Message]:
+def _alpaca(record: DataRecord) -> list[Message]:
     instruction, extra = _text(record.get("instruction")), _text(record.get("input"))
     if not instruction.strip() and not extra.strip():
         raise Unusable("no user turn")
@@ -109,7 +109,7 @@ def _history(value: Any) -> list[Message]:
     return [_message(turn) for turn in turns]
 
 
-def _prompt_completion(record: Record) -> list[Message]:
+def _prompt_completion(record: DataRecord) -> list[Message]:
     prompt, completion = _conversation(record.get("prompt")), _conversation(record.get("completion"))
     match completion:
         case [{"role": "text", "content": content}]:  # a document in a replay.jsonl
@@ -119,7 +119,7 @@ def _prompt_completion(record: Record) -> list[Message]:
     return [*(replace(m, train=False) if m.role == "assistant" else m for m in before), *after]
 
 
-def _document(record: Record) -> list[Message]:
+def _document(record: DataRecord) -> list[Message]:
     text = _text(record.get("text"))
     if not text.strip():
         raise Unusable("empty document" if "text" in record else "no column text")
@@ -131,7 +131,7 @@ class Format:
     """One format of records: its reader, the columns it needs (the prompt's column first), the columns it may have, and
     how messages describe them."""
 
-    read: Callable[[Record], list[Message]]
+    read: Callable[[DataRecord], list[Message]]
     needs: tuple[str, ...]
     may_have: tuple[str, ...] = ("system",)
     described: str = ""
@@ -219,7 +219,7 @@ def _marked(role: Role, text: str, turn: Mapping[str, Any]) -> Message:
     return Message(role, text, trained, thoughts, turn.get("finished") is not False)
 
 
-def _row(messages: list[Message], record: Record) -> Row:
+def _row(messages: list[Message], record: DataRecord) -> Row:
     """Split a conversation into prompt and completion, after checking that it can be trained on; a document is only
     completion."""
     if messages and messages[0].role == "text":
@@ -239,7 +239,7 @@ def _row(messages: list[Message], record: Record) -> Row:
     return Row(prompt=tuple(messages[:answer]), completion=tuple(messages[answer:]), id=_id(record))
 
 
-def _id(record: Record) -> str | None:
+def _id(record: DataRecord) -> str | None:
     """The id as text; a whole number is the same id as text, as an integer and as a float (`15.0`)."""
     identity = record.get("id")
     if identity is None or identity == "" or identity != identity:  # pandas' missing value is NaN
@@ -264,7 +264,7 @@ def _text(value: Any) -> str:
     raise Unusable("no text")
 
 
-def _part(part: Record) -> str:
+def _part(part: DataRecord) -> str:
     """The text of a typed part of a message. Raises Unusable for a part that holds something else."""
     kind = str(part.get("type") or "text")
     medium = next((medium for word, medium in MEDIA.items() if word in kind), None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qcft.data.columns import Columns
 from qcft.data.files import BadLine
-from qcft.data.formats import COLUMNS, Record, Unusable, to_prompt, to_row
+from qcft.data.formats import COLUMNS, DataRecord, Unusable, to_prompt, to_row
 from qcft.data.rows import Row, digest_rows
 from qcft.data.sources import SHIPPED, read_records
 from qcft.errors import InputError
@@ -23,7 +23,7 @@ class RowReader:
     JSON, and columns that nothing reads.
     """
 
-    def __init__(self, source: Source, make: Callable[[Record, str], Row], columns: Columns, watch: Watch) -> None:
+    def __init__(self, source: Source, make: Callable[[DataRecord, str], Row], columns: Columns, watch: Watch) -> None:
         self.source = source
         self.make = make
         self.columns = columns
@@ -53,10 +53,10 @@ class RowReader:
                 yield row
 
     def report(self) -> None:
-        """Send notes about the source that was read to the watch."""
+        """Report notes about the source to the watch."""
         if self.bad is not None:
             self.watch.note(
-                f"{self.source.path}: {self.left_out['bad JSON']} of {self.seen:,} rows are not a JSON object and are "
+                f"{self.source.path}: {self.left_out['bad JSON']} of {self.seen:,} rows are not JSON objects and are "
                 f"dropped; the first is {self.bad.where} ({self.bad.why})",
                 "warning",
             )
@@ -148,7 +148,7 @@ def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: Held
     bad = reader.left_out["bad JSON"]
     if reader.bad is not None and 2 * bad > reader.seen:
         raise InputError(
-            f"data: {bad} of the {reader.seen} rows of {source.path!r} are not a JSON object; the first is "
+            f"data: {bad} of the {reader.seen} rows of {source.path!r} are not JSON objects; the first is "
             f"{reader.bad.where} ({reader.bad.why})",
             "write one JSON object per line, in UTF-8, with nothing after it",
         )
@@ -156,7 +156,7 @@ def _check(reader: RowReader, train: list[Row], aside: list[Row], held_out: Held
         reasons = ", ".join(f"{count} {reason}" for reason, count in reader.left_out.most_common(3))
         unread = any(reason.startswith("with ") for reason in reader.left_out)
         raise InputError(
-            f"data: none of the {reader.seen} rows of {source.path!r} can train ({reasons})",
+            f"data: none of the {reader.seen} rows of {source.path!r} can be used for training ({reasons})",
             "qcft trains on text only: give rows without images and tool calls"
             if unread
             else f"it was read as {format}: {COLUMNS[format or 'alpaca']}",

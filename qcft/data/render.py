@@ -25,7 +25,10 @@ SECONDS = 5.0  # of CPU time for one conversation
 REFILL = 0.05  # seconds that each conversation adds to the time left for the next, up to SECONDS
 MEMORY = 2 << 30  # bytes
 LONGEST, TIMES = 1_000_000, 20  # characters of output, plus so many for each character of the conversation
-LIMITS = f"{SECONDS:.0f} s, {MEMORY >> 30} GB of memory, {LONGEST:,} characters more than {TIMES} times its own"
+LIMITS = (
+    f"{SECONDS:.0f} s of CPU time, {MEMORY >> 30} GB of memory, output of {TIMES} times its length and {LONGEST:,} "
+    "characters more"
+)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each thread would need memory, and has no work
 
 Conversation = tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]  # turns, options

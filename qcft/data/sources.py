@@ -51,7 +51,7 @@ def _shipped(name: str) -> Path:
     if name not in known:
         raise InputError(
             f"data: no data named {SHIPPED + name!r} ships with qcft",
-            nearest(name, known) + f"there is {', '.join(SHIPPED + k for k in known)}",
+            nearest(name, known) + f"available: {', '.join(SHIPPED + k for k in known)}",
         )
     return folder / f"{name}.jsonl"
 

@@ -52,14 +52,14 @@ def recipe_apart(name: str, recipe: Recipe) -> Recipe:
     """A recipe's last phase alone, from the unmodified model, without freezing and replay, on the rows it has in the
     whole recipe.
 
-    With the next seed, as the floor, the difference of two seeds of one training, has two LoRA initialisations too.
+    It has the next seed, so that the two models begin with different LoRA weights, as do the two seeds of the floor.
     """
     last = recipe.phases[-1].name
     others = {phase.name: None for phase in recipe.phases[:-1]}
     plain = {f"{last}.freeze": "none", f"{last}.replay": None, f"{last}.start": "base"}
     alone = recipe_from(
         recipe.model_dump(mode="json"),
-        {**others, **plain, "name": f"{name}-apart", "seed": recipe.seed + 1, "ablation": None},
+        {**others, **plain, "name": f"{name}-apart", "seed": recipe.seed + 1, "ablation": None, "evaluate": {}},
     )
     heldout = recipe.heldout.model_copy(update={"of": recipe.heldout.of or measured_of([recipe])})
     return alone.model_copy(update={"heldout": heldout})

@@ -53,7 +53,7 @@ def compare_stages(asked: Comparing, runs: Path, watch: Watch, to: Path | None =
     for number, what in ((asked.max_new_tokens, "max_new_tokens"), (asked.rows, "held-out rows")):
         if number is not None and number < 1:
             raise InputError(f"{what}: {number} is less than 1", "give a number of at least 1")
-    lines = text_lines(asked.file, "--prompts", "give a file with a prompt a line") if asked.file else []
+    lines = text_lines(asked.file, "--prompts", "give a file with one prompt per line") if asked.file else []
     store, named = Store(runs), read_run(runs, asked.run)
     if asked.other == named.name:
         raise InputError(f"--with {named.name!r} is the run itself", "name another run, or omit --with")
@@ -151,7 +151,9 @@ def _prompts(questions: Sequence[Question], prepared: PreparedModel, most: int) 
         ids = prompt_ids(question, prepared, most)
         if isinstance(ids, str):
             text = " ".join(question.text.split())
-            raise InputError(f"the prompt {text[:40]!r} cannot be used: {ids}", "shorten it, or --max-new-tokens")
+            raise InputError(
+                f"the prompt {text[:40]!r} cannot be used: {ids}", "shorten it, or give a smaller --max-new-tokens"
+            )
         found.append(ids)
     return found
 

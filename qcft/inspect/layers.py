@@ -98,7 +98,11 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
     adapted_in(model, recipe, phase)  # a spec that doesn't fit raises before measuring
     change = None
     if weights.adapters:
-        change = summed_changes(weights.adapters)
+        try:
+            change = summed_changes(weights.adapters)
+        except InputError:  # an adapter of more than plain LoRA
+            if spec.measure == "change":
+                raise
     elif recipe.model.base and len(recipe.phases) == 1:
         base = weights_folder(resolve(Model(name=recipe.model.base)), watch)
         change = change_since(base, weights.folder, model, watch)

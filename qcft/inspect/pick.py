@@ -17,6 +17,7 @@ from qcft.recipe.stages import BASE, PROBES, point_folder
 from qcft.replay.pools import ENGLISH
 from qcft.report.shown import HalfShown, NotPicked, Picked
 from qcft.store.metrics import DeltaAmount, DialMetrics
+from qcft.store.opened import runs_flag
 from qcft.store.results import Run
 
 Amount = float | ByLayer
@@ -87,10 +88,10 @@ def _sentences(found: Pick, amount: Amount | None, share: float, since: str) -> 
     chosen, on = found.chosen, found.reported
     sentences = [
         f"pick: {name}. Of {found.points} points, {found.enough} keep at least {share:.0%} of the other languages' "
-        f"gain, and of these it has the most English: on {chosen.english.rows} English and {chosen.others.rows} other "
-        "held-out rows, which chose it.",
-        f"On the {on.english.rows} English and {on.others.rows} other rows that did not choose it: English "
-        f"{_moved(on.english)} since {since}, the other languages {_moved(on.others)} since the base.",
+        f"gain, and of these it has the lowest English loss. It was chosen on {chosen.english.rows} English and "
+        f"{chosen.others.rows} other held-out rows.",
+        f"On the {on.english.rows} English and {on.others.rows} other rows that were not used to choose it, English "
+        f"loss {_moved(on.english)} since {since}, the loss of the other languages {_moved(on.others)} since the base.",
     ]
     if amount is None:
         return sentences
@@ -103,18 +104,18 @@ def _sentences(found: Pick, amount: Amount | None, share: float, since: str) -> 
                 kept += f", less than the {share:.0%} asked for"
             elif on.kept.low < share:
                 kept += f", so {share:.0%} is not certain"
-    better = "less" if on.against_full.value < 0 else "more"
-    value, interval = abs(on.against_full.value), _interval(on.against_full, 1 if better == "more" else -1)
+    than = "lower" if on.against_full.value < 0 else "higher"
+    value, interval = abs(on.against_full.value), _interval(on.against_full, 1 if than == "higher" else -1)
     return [
         *sentences,
-        f"The full delta, on the same rows: English {_moved(on.full_english)}, so the pick loses {value:.3f} nats "
-        f"{interval} {better}; the other languages {_moved(on.full_others)}, {kept}.",
+        f"With the full delta, on the same rows, the English loss {_moved(on.full_english)}, so with the pick it is "
+        f"{value:.3f} nats {interval} {than}; the loss of the other languages {_moved(on.full_others)}, {kept}.",
     ]
 
 
 def _moved(change: Difference) -> str:
-    """A change of NLL as a loss or a gain, with its 95% interval in the same direction."""
-    word, sign = ("lost", 1) if change.value > 0 else ("gained", -1)
+    """How an NLL changed, with the 95% interval in the same direction."""
+    word, sign = ("rose by", 1) if change.value > 0 else ("fell by", -1)
     return f"{word} {abs(change.value):.3f} nats {_interval(change, sign)}"
 
 
@@ -136,5 +137,4 @@ def _command(run: str, recipe: Recipe, dial: Dial, amount: Amount | None, runs: 
     elif amount is not None:
         words += ["--scale", f"{amount:g}"]
     words += ["--stage", dial.phase] if dial.phase != recipe.phases[-1].name else []
-    words += ["--runs", str(runs)] if runs != Path("runs") else []
-    return f"{shlex.join(words)} --to FOLDER"
+    return f"{shlex.join(words)}{runs_flag(runs)} --to FOLDER"

@@ -106,4 +106,4 @@ def prompt_ids(question: Question, prepared: PreparedModel, max_new_tokens: int)
     positions = positions_of(prepared)
     if isinstance(ids, str) or positions is None or len(ids) + max_new_tokens <= positions:
         return ids
-    return f"it has {len(ids):,} tokens, and the model positions for {positions:,} with its answer"
+    return f"it has {len(ids):,} tokens; with its answer of {max_new_tokens:,} it may have {positions:,} in this model"

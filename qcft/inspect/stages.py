@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qcft.errors import InputError
 from qcft.events import Watch
 from qcft.inspect.versions import Version, weights_folder_of
-from qcft.models.cards import choose_card
+from qcft.models.gpus import choose_gpu
 from qcft.models.load import free_memory, load_model, quiet_libraries
 from qcft.models.switch import Adapters, can_switch
 from qcft.prepare.model import PreparedModel
@@ -56,8 +56,8 @@ class StageLoader:
     def __init__(self, store: Store, watch: Watch) -> None:
         set_environment()
         quiet_libraries()
-        if card := choose_card():
-            watch.note(f"on {card}; QCFT_DEVICE names another")
+        if card := choose_gpu():
+            watch.note(f"running on {card}; to use another, set QCFT_DEVICE, e.g. QCFT_DEVICE=cuda:1")
         self.store, self.watch = store, watch
         self.loads = 0
         self._key: Hashable = None

@@ -93,7 +93,7 @@ def matrix_of(files: dict[str, tuple[Any, str]], module: str, folder: Path) -> A
     if f"{module}.weight" not in files:
         raise InputError(
             f"model: {str(folder)!r} holds no weight of its own for {module}",
-            "measure other modules (lora.targets), or name the frozen layers, as in freeze: layers:0-11",
+            "use a freeze spec that needs no measurement, such as freeze: layers:0-11 or first:0.5",
         )
     file, stored = files[f"{module}.weight"]
     return file.get_slice(stored)

@@ -44,8 +44,9 @@ class Catalog:
     """lm-eval's tasks by name; reads their YAML files, and data only when a task is loaded."""
 
     def __init__(self, evaluate: Evaluate, watch: Watch) -> None:
-        if find_spec("lm_eval") is None or find_spec("rouge_score") is None:
-            raise InputError("evaluate: lm-eval is not installed", INSTALL)
+        for module, package in (("lm_eval", "lm-eval"), ("rouge_score", "rouge-score")):
+            if find_spec(module) is None:
+                raise InputError(f"evaluate: {package} is not installed", INSTALL)
         self.evaluate = evaluate
         self.watch = watch
         self._all: Any = None

@@ -15,7 +15,7 @@ from qcft.measure.score import RowScore
 from qcft.measure.stats import Difference, difference, mean_nll
 
 MINIMUM = 8  # observations of English, and of the other languages, in each half
-Groups = Mapping[str, Sequence[RowScore]]  # one model's scores of the held-out rows, group by group
+RowsByGroup = Mapping[str, Sequence[RowScore]]  # one model's scores of the held-out rows, group by group
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,12 @@ class _Scores:
 
 
 def pick_point(
-    points: Mapping[str, Groups], full: str, base: Groups, since: Groups, english: Collection[str], share: float
+    points: Mapping[str, RowsByGroup],
+    full: str,
+    base: RowsByGroup,
+    since: RowsByGroup,
+    english: Collection[str],
+    share: float,
 ) -> Pick | NoPick:
     """The point with the lowest English NLL among those that keep `share` (0 to 1] of the other languages' gain.
 
@@ -70,7 +75,7 @@ def pick_point(
     """
     keys = halves(base)
 
-    def on(half: int, groups: Groups) -> _Scores:
+    def on(half: int, groups: RowsByGroup) -> _Scores:
         inside = [name for name in groups if name in english], [name for name in groups if name not in english]
         return _Scores(*(observations(groups, names, keys[half]) for names in inside))
 
@@ -95,7 +100,7 @@ def pick_point(
     return Pick(best, len(points), len(enough), *found)
 
 
-def halves(groups: Groups) -> tuple[frozenset[str], frozenset[str]]:
+def halves(groups: RowsByGroup) -> tuple[frozenset[str], frozenset[str]]:
     """The rows' keys in two halves, by a digest of the key: the same on every machine, independent of the scores.
 
     Keys that are in the same groups go to the two halves in turn.
@@ -108,7 +113,7 @@ def halves(groups: Groups) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(order[::2]), frozenset(order[1::2])
 
 
-def observations(groups: Groups, names: Iterable[str], keys: Collection[str]) -> list[RowScore]:
+def observations(groups: RowsByGroup, names: Iterable[str], keys: Collection[str]) -> list[RowScore]:
     """The rows with these groups and keys, those of one key summed; in the order of the keys."""
     found: dict[str, RowScore] = {}
     for name in names:

@@ -29,7 +29,7 @@ OWN = {
 
 
 @dataclass(frozen=True)
-class Side:
+class DataSide:
     """One of the two data sets: its name, and its sources, one per language. `stands_for`: the model whose unknown
     training data it is used for."""
 
@@ -39,7 +39,7 @@ class Side:
     stands_for: str | None = None
 
 
-def instruct_side(recipe: Recipe) -> Side:
+def instruct_side(recipe: Recipe) -> DataSide:
     """The data used for an instruct model that serves as phase 1 unmodified, as qcft cannot know its training data.
 
     It is the data of that model's replay: the phase's replay.data, else the English instructions that ship with qcft.
@@ -47,7 +47,7 @@ def instruct_side(recipe: Recipe) -> Side:
     replay = recipe.phases[0].replay
     data = [source for part in (replay.parts() if replay else ()) for source in part.data]
     sources = [one for source in data for one in source.expanded()] or [Source(path=OWN["similar"][0], lang="en")]
-    return Side(",".join(one.path for one in sources), tuple(sources), stands_for=recipe.model.name)
+    return DataSide(",".join(one.path for one in sources), tuple(sources), stands_for=recipe.model.name)
 
 
 class SimilarityRecord(TypedDict):
@@ -82,7 +82,7 @@ class EncoderOf(TypedDict):
     is_labse: bool
 
 
-class Scale(TypedDict):
+class ReferenceValues(TypedDict):
     """The values to compare with: of the paper's pairs if the encoder is LaBSE, and of those that ship with qcft."""
 
     paper: dict[str, float] | None
@@ -104,7 +104,7 @@ class SimilarityFound(Judged):
     encoder: EncoderOf
     des: SimilarityRecord
     languages: list[LanguageSimilarity]
-    scale: Scale
+    scale: ReferenceValues
 
 
 class PhasesCompared(SimilarityFound):
@@ -161,7 +161,7 @@ class _Embedder:
         return sums
 
 
-def measure_similarity(a: Side, b: Side, encoder: str, watch: Watch) -> SimilarityFound:
+def measure_similarity(a: DataSide, b: DataSide, encoder: str, watch: Watch) -> SimilarityFound:
     """DES of two data sets, of each language where a side has several, and of the pairs that ship with qcft.
 
     Raises InputError before anything is embedded for an encoder that is not available, and for data that cannot be
@@ -207,9 +207,9 @@ def compare_phases(recipe: Recipe, encoder: str | None, watch: Watch) -> list[Ph
         encoder = LABSE
     find_encoder(encoder)  # raises even if there is only one phase, and so nothing to compare
 
-    def side(phase: Phase) -> Side:
+    def side(phase: Phase) -> DataSide:
         first = (one.model_copy(update={"take": min(one.take or FIRST_ROWS, FIRST_ROWS)}) for one in phase.sources())
-        return Side(phase.name, tuple(first))
+        return DataSide(phase.name, tuple(first))
 
     compared: list[PhasesCompared] = []
     for before, phase in pairwise(trained):
@@ -233,20 +233,21 @@ def _remedy(verdict: str, phase: Phase) -> str:
     return f"{word} --set {phase.name}.replay=0.2, or --set {phase.name}.freeze=first:0.5."
 
 
-def _stands_for(side: Side, sums: EmbeddingSums) -> str:
+def _stands_for(side: DataSide, sums: EmbeddingSums) -> str:
     return (
         f"The training data of {side.stands_for} is not known: {sums.rows:,} instructions of {side.name} are used "
-        "instead, the English of replay without a phase 1. The paper's Instruct data is not public either."
+        "instead: the English that replay uses in a recipe without a phase 1. The paper's Instruct data is not public "
+        "either."
     )
 
 
-def _by_language(side: Side, sums: Sequence[EmbeddingSums]) -> Iterator[tuple[str, EmbeddingSums]]:
+def _by_language(side: DataSide, sums: Sequence[EmbeddingSums]) -> Iterator[tuple[str, EmbeddingSums]]:
     langs = [str(source.lang or "?") for source in side.sources]
     for lang in dict.fromkeys(langs):
         yield lang, reduce(add, [one for one, its in zip(sums, langs, strict=True) if its == lang])
 
 
-def _described(side: Side, sums: EmbeddingSums) -> SideOf:
+def _described(side: DataSide, sums: EmbeddingSums) -> SideOf:
     return {"name": side.name, "rows": sums.rows, "langs": [str(source.lang or "?") for source in side.sources]}
 
 

@@ -100,7 +100,7 @@ def changes(arms: Sequence[tuple[Runs, Runs]]) -> list[Difference]:
     return found
 
 
-def pairwise(arms: Mapping[str, Runs]) -> dict[tuple[str, str], Difference]:
+def all_pairs(arms: Mapping[str, Runs]) -> dict[tuple[str, str], Difference]:
     """Mean NLL of the second minus that of the first for every ordered pair of arms, means over their runs.
 
     The 95% intervals of all pairs are simultaneous, so that the best of many arms does not look better than it is:

@@ -166,7 +166,7 @@ def _scored(name: str, found: Mapping[str, Any], loaded: Mapping[str, Any]) -> S
     results = found["results"]
     scores = _numbers(results.get(name) or next(iter(results.values())))
     if not scores:
-        raise QcftError(f"lm-eval has no score for {name}", "list its tasks one by one")
+        raise QcftError(f"lm-eval has no score for {name}", "name the tasks of the group one by one in evaluate.tasks")
     plain = [key for key in scores if key == MAIN.get(name.split("_")[0])]
     metric = (plain or list(scores))[0]
     score, _, filtered = metric.partition(",")

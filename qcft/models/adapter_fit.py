@@ -39,7 +39,9 @@ def check_fit(folder: Path, model: PreTrainedModel) -> None:
             "PEFT would ignore it: save the adapter with PEFT's save_pretrained",
         )
     for name, one in stored.items():
-        if one.dtype not in FLOATS or not bool(torch.isfinite(one.read()).all()):
+        if one.dtype not in FLOATS:
+            raise InputError(f"adapter: {str(folder)!r} holds {name} of type {one.dtype}", "save it in 16 or 32 bits")
+        if not bool(torch.isfinite(one.read()).all()):
             raise InputError(f"adapter: {str(folder)!r} holds {name}, which is not finite", "train it again")
     modules = {name for name, _ in model.named_modules()}
     foreign = sorted(

@@ -14,6 +14,7 @@ from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
 from qcft.models.deltas import Scale, check_factors, read_adapter, scale_of
 from qcft.private import of, private
 from qcft.recipe import Lora
+from qcft.recipe.goal import METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -161,9 +162,10 @@ def combine_live(model: PeftModel, scale: float, method: str, density: float, se
     try:
         model.add_weighted_adapter(names, weights, COMBINED, combination_type=method, density=density)
     except (ValueError, NotImplementedError) as error:
+        by_svd = "svd" if method == "linear" else f"{method}_svd"
+        other = f"use --method {by_svd} for adapters of different ranks, or " if by_svd in METHODS else ""
         raise InputError(
-            f"dial: PEFT cannot combine the adapters by {method}: {short(error)}",
-            f"use --method {method}_svd for adapters of different ranks, or omit --method",
+            f"dial: PEFT cannot combine the adapters by {method}: {short(error)}", f"{other}omit --method"
         ) from None
     model.set_adapter(COMBINED)
     for parameter in model.parameters():

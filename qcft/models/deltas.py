@@ -191,14 +191,17 @@ def scale_of(scale: Scale, weight: str) -> float:
     return scale(weight) if callable(scale) else scale
 
 
-def check_factors(adapter: AdapterChanges) -> None:
+UNMEASURED = "use a freeze spec that does not depend on what it changed, such as snr:0.5 or layers:0-11"
+
+
+def check_factors(adapter: AdapterChanges, hint: str = UNMEASURED) -> None:
     """Check that all changes of an adapter are s B A on linear layers. Raises InputError."""
     for weight, change in adapter.changes.items():
         if not change.plain or change.embedding or change.b is None:
             raise InputError(
                 f"adapter: {str(adapter.folder)!r} holds more than plain LoRA ({weight}), "
                 "whose change is not a product of two factors",
-                "name the frozen layers, as in layers:0-11",
+                hint,
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcft.errors import InputError, QcftError, is_out_of_memory, short
-from qcft.models.cards import asked_device
+from qcft.models.gpus import asked_device
 from qcft.recipe import Model
 
 if TYPE_CHECKING:

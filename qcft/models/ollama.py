@@ -66,7 +66,10 @@ class Pieces:
 def check_name(name: str) -> None:
     """Raise InputError if Ollama does not accept this as the name of a model."""
     if not NAME.fullmatch(name) or len(name) > 200:
-        raise InputError(f"--ollama: {name!r} is not a name of a model", "give one such as spanish or me/spanish:q8_0")
+        raise InputError(
+            f"--ollama: {name!r} is not a valid name of a model in Ollama",
+            "give one such as spanish or me/spanish:q8_0",
+        )
 
 
 def write_modelfile(

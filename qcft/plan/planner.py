@@ -148,8 +148,9 @@ class Planner:
             limits_of(phase),
             self.recipe.phases[0].system,
             self.digests.balance.get(phase.name),
+            2 if generative and asked.filters.refusals else 1,
         )
-        stage = self.numbered("replay", phase.name)
+        stage = self.stage_name("replay", phase.name)
         title = f"{'generate' if generative else 'choose'} replay for {phase.name}"
         weights, stack = (start.weights, start.stack) if generative else (None, ())
         adapter = stack[-1] if stack else None
@@ -171,7 +172,7 @@ class Planner:
         measure = phase.freeze.measure
         if measure is None:
             return None
-        stage = self.numbered("layers", phase.name)
+        stage = self.stage_name("layers", phase.name)
         if measure == "snr":
             title = f"measure signal to noise for {phase.name}"
             return self.add(Layers(self.digests.model, measure), stage, title, phase.name, weights)
@@ -240,8 +241,8 @@ class Planner:
         """The step of a stage."""
         return next(step for step in self.steps if step.stage == stage)
 
-    def numbered(self, word: str, phase: str) -> str:
-        """`merged` the first time, `merged-NAME` later."""
+    def stage_name(self, word: str, phase: str) -> str:
+        """`replay` the first time, `replay-NAME` later."""
         return word if all(step.stage != word for step in self.steps) else f"{word}-{phase}"
 
     def precision(self) -> str:

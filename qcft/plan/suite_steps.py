@@ -27,7 +27,7 @@ def ability_steps(
         if name not in probes:
             raise InputError(
                 f"evaluate.stages: there is no stage {name!r}",
-                nearest(name, list(probes)) + f"there is {', '.join(probes)}",
+                nearest(name, list(probes)) + f"stages: {', '.join(probes)}",
             )
     loads: dict[tuple[str | None, str], list[Step]] = {}
     for name in dict.fromkeys(chosen):

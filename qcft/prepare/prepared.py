@@ -23,7 +23,7 @@ from qcft.prepare.groups import Group, held_out_groups
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.reading import SourceReader, with_languages
 from qcft.prepare.rows import PhaseRows, Rows, order_of
-from qcft.prepare.settings import kept_alive, limits_of
+from qcft.prepare.settings import limits_of, replay_limits
 from qcft.recipe import FIDELITY, TESTS, Model, Phase, Recipe
 from qcft.replay.pools import ENGLISH, HeldOutRows, Pool, make_pools
 from qcft.training.settings import with_optimizers
@@ -112,7 +112,7 @@ class Prepared(PreparedModel):
 
     def replay_encoder(self, phase: Phase) -> Encoder:
         """The encoder for a phase's replay."""
-        return self.for_steps.encoder(kept_alive(limits_of(phase), self.recipe.phases[0].system))
+        return self.for_steps.encoder(replay_limits(limits_of(phase), self.recipe.phases[0].system))
 
     def english_group(self, phase: Phase) -> Group | None:
         """The held-out English rows for a phase's live probe: those of another phase, of `probe`, or the ones that ship

@@ -22,7 +22,8 @@ class SourceReader:
         self.once = once
 
     def load(self, source: Source, phase: str) -> LoadedSource:
-        """A source's rows; if it names no language and is not of a first phase, with the guessed language."""
+        """A source's rows; if it names no language, with the guessed one, unless it is of a first phase (not one named
+        phase2: there the model itself is phase 1)."""
         held_out = self.recipe.heldout
         loaded: LoadedSource = self.once(
             ("source", source.model_dump_json(), held_out.share, held_out.rows),

@@ -73,7 +73,7 @@ class Rows:
     def pool(self, phase: str | None, number: int, digest: str) -> Pool:
         """The pool of one kind of a phase's replay. Raises QcftError if it does not have this digest."""
         found, pool = self.pools(phase or "")[number]
-        return pool if found == digest else _others(f"the replay of {phase}")
+        return pool if found == digest else _others(f"the replay rows of {phase}")
 
     def measured(self, group: Group) -> EncodedSet:
         """A group's rows as tokens. Raises InputError if none is left to measure."""
@@ -112,7 +112,7 @@ class Rows:
             encoded = encoder.encode_all(rows, partial(self._tokenising, source.name, len(rows)))
             if not encoded.rows:
                 raise InputError(
-                    f"data: none of the {len(rows)} rows of {source.source.path!r} can train "
+                    f"data: none of the {len(rows)} rows of {source.source.path!r} can be used for training "
                     f"({_counts(encoded.left_out)})",
                     hint_for(
                         encoded.left_out,

@@ -59,7 +59,7 @@ def limits_of(phase: Phase) -> Limits:
     return Limits(phase.system, train.max_length, train.long_rows, phase.thinking, train.text.min_tokens)
 
 
-def kept_alive(limits: Limits, system: str | None) -> Limits:
+def replay_limits(limits: Limits, system: str | None) -> Limits:
     """How replay becomes tokens beside rows under `limits`: with the `system` prompt of the phase that it replays, and
     with thoughts only in rows that have some, as answers are generated without."""
     return replace(limits, system=system, thinking="off" if limits.thinking == "off" else "auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, Self
@@ -52,8 +53,8 @@ class AblationSpec(Part):
 
     @model_validator(mode="after")
     def _arms_have_own_names(self) -> Self:
-        if self.seeds and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one is given twice | give each once")
+        if twice := [seed for seed, times in Counter(self.seeds or ()).items() if times > 1]:
+            raise ValueError(f"seeds: {twice[0]} is given twice | give each once")
         names = [name for name, *_ in self.variants()]
         if not names:
             raise ValueError("there are no arms | add arms: [{name: plain}], or a grid")

@@ -109,7 +109,7 @@ def frozen_modules(spec: FreezeSpec, snr: Mapping[str, float], type_of: Mapping[
     frozen: set[str] = set()
     for kind, names in by_type.items():
         ranked = sorted(names, key=lambda name: snr[name])
-        frozen.update(ranked[: spec.count(len(names), f"modules {kind}")])
+        frozen.update(ranked[: spec.count(len(names), f"{kind} modules")])
     if len(frozen) == len(type_of):
         raise InputError(
             f"freeze: {spec.text!r} freezes all {len(frozen)} modules: nothing is left to train", "freeze fewer of them"

@@ -53,7 +53,7 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], Path]:
         raise InputError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}", "see `qcft recipes`")
     check_texts(raw)
     raw = _normalised(raw)
-    _anchor_paths(raw, path.parent)
+    _make_paths_absolute(raw, path.parent)
     return raw, path.parent
 
 
@@ -66,7 +66,7 @@ def changed(raw: dict[str, Any], changes: Mapping[str, Any], folder: Path | None
         raw = _normalised(raw)  # the new value may use shorthands too, and the next key may set something inside it
     for place in (folder, Path.cwd()):
         if place is not None:
-            _anchor_paths(raw, place)
+            _make_paths_absolute(raw, place)
     return raw
 
 
@@ -144,7 +144,7 @@ def _normalised(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
+def _make_paths_absolute(raw: dict[str, Any], folder: Path) -> None:
     """Make relative paths of models, data, adapters and local copies absolute if they exist in `folder`."""
 
     def lies_there(value: str, lang: Any) -> bool:
@@ -168,11 +168,10 @@ def _anchor_paths(raw: dict[str, Any], folder: Path) -> None:
                     visit(value)
 
     visit(raw)
-    model = raw.get("model")
-    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"]:
-        beside = folder / model["name"]
-        if exists(beside):
-            model["name"] = str(beside.resolve())
+    model: Any = raw.get("model")
+    for key in ("name", "base") if isinstance(model, dict) else ():
+        if isinstance(model.get(key), str) and model[key] and exists(folder / model[key]):
+            model[key] = str((folder / model[key]).resolve())
 
 
 def _apply(raw: dict[str, Any], key: str, value: Any) -> None:

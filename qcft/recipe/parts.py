@@ -30,6 +30,11 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def instead(of: str) -> str:
+    """The hint for a field that qcft sets itself: the recipe key to use, or why to omit it."""
+    return of if of.startswith("omit it") else f"use {of}"
+
+
 def named(key: str) -> Callable[[Any], Any]:
     """A validator that reads a bare text as `{key: text}`."""
     return lambda value: {key: value} if isinstance(value, str) else value

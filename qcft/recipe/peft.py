@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from qcft.recipe.parts import Count, Name, Number, Part
+from qcft.recipe.parts import Count, Name, Number, Part, instead
 
 # Fields that qcft sets itself, and the recipe key that stands for each.
 OWNED = {
@@ -22,13 +22,13 @@ OWNED = {
     "layers_pattern": "freeze of each phase",
     "base_model_name_or_path": "model.name",
     "revision": "model.revision",
-    "runtime_config": "nothing: adapters stay where the weights are",
-    "inference_mode": "nothing: a phase's adapter trains, those under it do not",
-    "fan_in_fan_out": "nothing: qcft adapts linear modules",
-    "task_type": "nothing: qcft trains causal language models",
-    "peft_type": "nothing: qcft trains LoRA",
-    "peft_version": "nothing: PEFT writes its own",
-    "auto_mapping": "nothing: PEFT finds the model's class itself",
+    "runtime_config": "omit it: adapters stay where the weights are",
+    "inference_mode": "omit it: a phase's adapter trains, those under it do not",
+    "fan_in_fan_out": "omit it: qcft adapts linear modules",
+    "task_type": "omit it: qcft trains causal language models",
+    "peft_type": "omit it: qcft trains LoRA",
+    "peft_version": "omit it: PEFT writes its own",
+    "auto_mapping": "omit it: PEFT finds the model's class itself",
 }
 
 # Fields that qcft cannot use, and why.
@@ -113,7 +113,7 @@ class Peft(Part):
     def _not_owned(cls, value: Any) -> Any:
         for key in value if isinstance(value, dict) else ():
             if key in OWNED:
-                raise ValueError(f"{key} is set by qcft itself | use {OWNED[key]}")
+                raise ValueError(f"{key} is set by qcft itself | {instead(OWNED[key])}")
             if key in REFUSED:
                 raise ValueError(f"{key}: {REFUSED[key]} | omit lora.peft.{key}")
         return value

@@ -13,7 +13,7 @@ from qcft.recipe.ablation import AblationSpec
 from qcft.recipe.anchor import Anchor, check_anchor
 from qcft.recipe.evaluate import Evaluate
 from qcft.recipe.freeze import FreezeSpec, parse_freeze
-from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, named
+from qcft.recipe.parts import NAME, Count, Name, Number, Part, Seed, Source, Sources, instead, named
 from qcft.recipe.peft import Peft
 from qcft.recipe.replay import Replay, ratio_alone
 from qcft.recipe.stages import taken_for
@@ -100,7 +100,7 @@ class Train(Part):
     def _not_owned(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in value:
             if key in OWNED:
-                raise ValueError(f"{key} is set by qcft itself | use {OWNED[key]}")
+                raise ValueError(f"{key} is set by qcft itself | {instead(OWNED[key])}")
         return {key: float(v) if isinstance(v, str) and EXPONENT.fullmatch(v) else v for key, v in value.items()}
 
 
@@ -363,7 +363,7 @@ OWNED = {
     "data_seed": "seed",
     "full_determinism": "seed",
     "gradient_checkpointing_kwargs": "train.gradient_checkpointing (never reentrant)",
-    "ignore_data_skip": "nothing: a killed run resumes exactly where it stopped",
+    "ignore_data_skip": "omit it: a killed run resumes exactly where it stopped",
     "model_init_kwargs": "model",
     "trust_remote_code": "model.trust_remote_code",
     "chat_template_path": "model.chat_template",
@@ -384,14 +384,14 @@ OWNED = {
     "eval_packing": "heldout",
     "eval_strategy": "heldout",
     "eval_steps": "heldout",
-    "resume_from_checkpoint": "nothing: a killed run resumes by itself",
+    "resume_from_checkpoint": "omit it: a killed run resumes by itself",
     "logging_strategy": "train.report_to",
-    "logging_nan_inf_filter": "nothing: a loss that is not finite stops the training",
+    "logging_nan_inf_filter": "omit it: a loss that is not finite stops the training",
     "auto_find_batch_size": "train.micro_batch",
     "logging_steps": "train.report_to (every step is logged)",
     "disable_tqdm": "--quiet",
     "hub_token": "`hf auth login`, or HF_TOKEN in the environment",
-    "push_to_hub": "nothing: qcft writes to the runs folder only",
-    "load_best_model_at_end": "nothing: the last step is the result",
-    "use_liger_kernel": "nothing: TRL's own fused loss is used",
+    "push_to_hub": "omit it: qcft writes to the runs folder only",
+    "load_best_model_at_end": "omit it: the last step is the result",
+    "use_liger_kernel": "omit it: TRL's own fused loss is used",
 }

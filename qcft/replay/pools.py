@@ -103,7 +103,8 @@ class _Finder:
         return Pool(part, tuple(self.ordered(list(free.values()))), reason, dict(left_out), language)
 
     def prompts(self, part: ReplayPart) -> tuple[Drawn, str, dict[str, int]]:
-        """English prompts: those of `data`, else of the phase's own rows, else of the first phase's."""
+        """Prompts of the earlier phase that is named; else English ones: of `data`, of the phase's own rows, of the
+        first phase's, or those that ship with qcft, in this order."""
         if part.phase is not None:
             named = self.asked(_rows(self.named(part.phase)), part.phase)
             return named, f"prompts of {part.phase}", {}
@@ -152,7 +153,7 @@ class _Finder:
             theirs = sum(row.id is not None for row, _ in drawn)
             raise InputError(
                 f"replay: no row of {_names(part.data)} is parallel to {self.phase.name}: {theirs} of its {len(drawn)} "
-                f"rows have an id, and {len(ids)} ids of {self.phase.name}, none of them the same",
+                f"rows have an id, {self.phase.name} has {len(ids)} ids, and no id is in both",
                 "give both the same id column, or set parallel: false to use all rows",
             )
         if len(parallel) < len(drawn):

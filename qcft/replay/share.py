@@ -53,7 +53,7 @@ class ReplayShare:
         """The ratio, and the share in both units."""
         shares = ((self.of_rows, "rows"), (self.of_answer_tokens, "answer tokens"))
         parts = [f"{share:.1%} of the {what}" for share, what in shares if share is not None]
-        parts += [f"{what} known once it is generated" for share, what in shares if share is None]
+        parts += [f"share of {what} known after generation" for share, what in shares if share is None]
         return f"replay {self.ratio:g} of {self.unit}: {', '.join(parts)}"
 
     def warning(self, phase: str) -> str | None:
@@ -64,7 +64,7 @@ class ReplayShare:
         longer = "longer" if tokens > rows else "shorter"
         other, what = ("tokens", "answer tokens") if self.unit == "rows" else ("rows", "rows")
         return (
-            f"{phase}: replay is {rows:.1%} of the rows and {tokens:.1%} of the answer tokens, which have the loss, "
+            f"{phase}: replay is {rows:.1%} of the rows and {tokens:.1%} of the answer tokens, which bear the loss, "
             f"because its answers are {longer}; {phase}.replay.unit={other} (by --set, or in an arm) makes "
             f"{self.ratio:g} a share of the {what}"
         )

@@ -164,16 +164,17 @@ def conclusion(table: StagesTable) -> list[str]:
     if answers:
         sentences.append(_length(answers[since["from"]], answers[since["to"]]))
     for stage, kept in table["kept"].items():
-        share = kept["share"]
+        share, gain = kept["share"], kept["gain"]
         if share is None:
             sentences.append(
-                f"How much of the improvement is left in {stage} cannot be measured: the improvement was only "
-                f"{kept['gain']['value']:+.3f} nats per token."
+                f"How much of the improvement is left in {stage} cannot be measured: an improvement of "
+                f"{gain['value']:.3f} nats per token {bracket(gain['low'], gain['high'], 3)} is below 0.05 or its "
+                "interval includes zero."
             )
         else:
             sentences.append(
-                f"In {stage}, {share:.0%} of the improvement ({kept['gain']['value']:.3f} nats per token, "
-                f"{kept['gain']['rows']} rows) is left after merging; it picks the same token as the adapter in "
+                f"In {stage}, {share:.0%} of the improvement ({gain['value']:.3f} nats per token, "
+                f"{gain['rows']} rows) is left after merging; it picks the same token as the adapter in "
                 f"{kept['agreement']:.0%} of {kept['compared_tokens']} cases (KL {kept['kl']:.3f} nats per token)."
             )
     return sentences

@@ -49,13 +49,13 @@ Compared = TypedDict(
 )
 
 
-def rows_of(prompt: ComparedPrompt) -> list[tuple[str, str, str]]:
+def answer_rows(prompt: ComparedPrompt) -> list[tuple[str, str, str]]:
     """A prompt's answers: the stage, a note on length, end and language, the text; a held-out row's reference last."""
-    rows = [(stage, note(answer), answer["text"] or "(no text)") for stage, answer in prompt["answers"].items()]
+    rows = [(stage, answer_note(answer), answer["text"] or "(no text)") for stage, answer in prompt["answers"].items()]
     return rows if prompt["reference"] is None else [*rows, ("reference", "from the data", prompt["reference"])]
 
 
-def note(answer: ComparedAnswer) -> str:
+def answer_note(answer: ComparedAnswer) -> str:
     """`23 tokens, es`; `64 tokens, cut off, language unclear`."""
     words = [f"{answer['tokens']} token{'s' * (answer['tokens'] != 1)}"]
     words += [] if answer["finished"] else ["cut off"]
@@ -113,7 +113,7 @@ def samples_of(found: Compared) -> tuple[Sample, ...]:
                 StageAnswer(
                     f"{title}: {more}", text, title not in prompt["answers"] or prompt["answers"][title]["finished"]
                 )
-                for title, more, text in rows_of(prompt)
+                for title, more, text in answer_rows(prompt)
             ),
         )
         for prompt in found["prompts"]

@@ -129,7 +129,7 @@ class Document:
 
 
 def with_code(text: str) -> list[tuple[str, bool]]:
-    """The parts of a sentence, each with whether it is code: what stands between two backquotes. A sentence with one
-    more backquote has none."""
+    """The parts of a sentence, each with whether it is code: what stands between two backquotes. A sentence with an
+    odd number of backquotes has none."""
     parts = text.split("`")
     return [(text, False)] if len(parts) % 2 == 0 else [(part, i % 2 == 1) for i, part in enumerate(parts) if part]

@@ -95,7 +95,7 @@ def _floor(floor: SeedFloor | None) -> str:
     return f"Its floor, {what}, is not known: there is no training of plain LoRA to repeat."
 
 
-def note(found: DriftFile) -> str:
+def columns_note(found: DriftFile) -> str:
     """The meaning of the columns."""
     cka = (
         "debiased and linear, 1 where states are equal up to rotation and scale, 0 where they are unrelated"
@@ -179,7 +179,7 @@ def _table(found: DriftFile, name: str, what: str) -> Table:
         )
         own = {"layer": layer["layer"], "frozen": layer["frozen"], "mpd": layer["mpd"]}
         records += [{**own, "lang": lang, **shift} for lang, shift in layer["languages"].items()]
-    meaning = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {note(found)}."
+    meaning = f"MPD: mean over the layer's matrices of the L2 norm of their difference; {columns_note(found)}."
     return Table.of(name, f"Drift {what}", rows, records, meaning)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from qcft.measure.equal_gain import place_of, scores_between
+from qcft.measure.pick import RowsByGroup
 from qcft.measure.score import RowScore, read_scores
-from qcft.measure.stats import Difference, Runs, changes, mean_nll, pairwise
+from qcft.measure.stats import Difference, Runs, all_pairs, changes, mean_nll
 from qcft.recipe import Dial
 from qcft.recipe.stages import dial_stage, point_folder
 from qcft.report.arms import ArmRuns, Evidence
@@ -18,7 +19,6 @@ from qcft.report.standing import Standing, common_groups, standings
 from qcft.store.metrics import DialMetrics
 
 SHARE = 0.95  # of a gain
-Groups = dict[str, list[RowScore]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def equal_gain_tables(arms: Sequence[ArmRuns]) -> list[Table]:
 
 def _pairs(reached: Mapping[str, Runs], of: str) -> Table:
     """The differences of English NLL of all pairs of arms, at the same gain."""
-    pairs = pairwise(reached)
+    pairs = all_pairs(reached)
     several = next(iter(pairs.values()))
     rows = [
         {"arm": other, **{f"than {one}": _cell(pairs[one, other]) if one != other else "-" for one in reached}}
@@ -97,7 +97,7 @@ def _runs(standing: Standing, english: Sequence[str], others: Sequence[str]) -> 
     return [run for run in found if run] if all(found) else []
 
 
-def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequence[str]) -> _Run | None:
+def _dial(run: Evidence, before: RowsByGroup, english: Sequence[str], others: Sequence[str]) -> _Run | None:
     stage = run.run.stages.get(dial_stage(Dial(run.recipe.phases[-1].name, ())))
     if stage is None or run.last is None:
         return None
@@ -106,7 +106,7 @@ def _dial(run: Evidence, before: Groups, english: Sequence[str], others: Sequenc
         return None
     measured = cast("DialMetrics", stage.metrics)["points"]
     scales = sorted(point["scale"] for point in measured if point.get("scale", -1) >= 0)
-    points: dict[float, Groups] = {1.0: read_scores(last)}
+    points: dict[float, RowsByGroup] = {1.0: read_scores(last)}
     points |= {scale: read_scores(step, point_folder(scale)) for scale in scales}
     base = mean_nll(_of(read_scores(run.run.stages["eval/base"].opened), others))
     gains = {scale: base - mean_nll(_of(groups, others)) for scale, groups in points.items()}
@@ -138,7 +138,7 @@ def _changes(arms: Sequence[Sequence[_Run]], there: Sequence[Runs | None]) -> li
     return [next(found) if at else None for at in there]
 
 
-def _of(groups: Groups, names: Sequence[str]) -> list[RowScore]:
+def _of(groups: RowsByGroup, names: Sequence[str]) -> list[RowScore]:
     return [row for name in names for row in groups[name]]
 
 

@@ -25,11 +25,11 @@ def layers_section(arms: Sequence[ArmRuns]) -> Section | None:
     first = arms[0].runs[0]
     if len(arms) == 1:
         columns = {phase: by_layer(modules) for phase, modules in first.changes.items()}
-        frozen = {phase: frozen_layers(first, phase) for phase in columns}
+        frozen = {phase: layers_frozen_in(first, phase) for phase in columns}
     else:
         last = {arm.name: arm.runs[0].recipe.phases[-1].name for arm in arms}
         columns = {arm.name: by_layer(arm.runs[0].changes.get(last[arm.name], {})) for arm in arms}
-        frozen = {arm.name: frozen_layers(arm.runs[0], last[arm.name]) for arm in arms}
+        frozen = {arm.name: layers_frozen_in(arm.runs[0], last[arm.name]) for arm in arms}
     columns = {name: changes for name, changes in columns.items() if changes}
     if not columns:
         return None
@@ -54,7 +54,7 @@ def _of_layers(modules: Mapping[str, float]) -> dict[int, list[float]]:
     return found
 
 
-def frozen_layers(run: Evidence, phase: str) -> list[int]:
+def layers_frozen_in(run: Evidence, phase: str) -> list[int]:
     """The layers without any adapter in a phase."""
     stage = run.run.stages.get(phase)
     return stage.training.get("frozen_layers", []) if stage and stage.training else []

@@ -26,7 +26,9 @@ def question_and_answer(arms: Sequence[ArmRuns]) -> tuple[str, str]:
     if len(arms) == 1:
         question = f"What did {arms[0].name} {gain}, and what English did it forget?"
         if len(arms[0].runs) == 1:
-            answer = " ".join(conclusion(arms[0].runs[0].run.table)[:2])
+            table = arms[0].runs[0].run.table
+            of_english = sum(group["english"] for group in table["groups"])
+            answer = " ".join(conclusion(table)[: of_english + 1])
         else:
             answer = " ".join(f"{became(one)}; means over {len(one.english)} seeds." for one in standings(arms))
         return question, answer or "Not known yet: its last phase is not measured."

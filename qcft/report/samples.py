@@ -70,7 +70,7 @@ def samples_section(arms: Sequence[ArmRuns]) -> Section | None:
     return Section("answers", title, samples) if samples else None
 
 
-def start_of(run: Evidence) -> str:
+def measured_start(run: Evidence) -> str:
     """The measured stage that a run's last phase starts from: `merged`, `phase1`, `base`."""
     *earlier, last = run.recipe.phases
     if not earlier or last.start == "base":
@@ -92,7 +92,7 @@ def _ends(arms: Sequence[ArmRuns]) -> dict[str, tuple[Evidence, str]]:
         for arm in arms
         if (run := arm.runs[0]).last
     }
-    start = start_of(first)
+    start = measured_start(first)
     names = {row["stage"]: row["name"] for row in first.run.table["stages"]}
     before = {f"before: {names[PROBES + start]}": (first, start)} if PROBES + start in names else {}
     return before | after if after else {}

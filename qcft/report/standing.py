@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from qcft.measure.score import read_scores
-from qcft.measure.stats import Difference, Runs, changes, pairwise
+from qcft.measure.stats import Difference, Runs, all_pairs, changes
 from qcft.report.arms import ArmRuns, Evidence
 from qcft.store.results import Stage
 
@@ -139,7 +139,7 @@ def verdict(found: Sequence[Standing]) -> Verdict | None:
 def english_pairs(found: Sequence[Standing]) -> dict[tuple[str, str], Difference]:
     """The English NLL of the second arm minus that of the first, for all pairs of arms; simultaneous intervals."""
     english = common_groups([s.arm for s in found]).english
-    return pairwise({s.arm.name: _last(s.arm, english) for s in found}) if len(found) > 1 else {}
+    return all_pairs({s.arm.name: _last(s.arm, english) for s in found}) if len(found) > 1 else {}
 
 
 def answer_tokens(arm: ArmRuns) -> float:
@@ -156,7 +156,7 @@ def unequal_training(best: ArmRuns, others: Sequence[ArmRuns]) -> dict[str, floa
     return {name: share for name, share in shares.items() if abs(share) > UNEQUAL}
 
 
-class Groups(NamedTuple):
+class NamedGroups(NamedTuple):
     """Names of held-out groups: the English ones that arms are compared on, those of other languages, and, if the first
     have rows unlike those trained on, the other English ones."""
 
@@ -165,7 +165,7 @@ class Groups(NamedTuple):
     trained: list[str]
 
 
-def common_groups(arms: Sequence[ArmRuns]) -> Groups:
+def common_groups(arms: Sequence[ArmRuns]) -> NamedGroups:
     """The groups whose rows, and their tokens, are the same at every arm's last stage.
 
     An arm that trains on more rows of the first phase, by replay or mixed, is better on rows like them. So arms are
@@ -178,14 +178,14 @@ def common_groups(arms: Sequence[ArmRuns]) -> Groups:
         if run.last
     ]
     if not seen:
-        return Groups([], [], [])
+        return NamedGroups([], [], [])
     names = [name for name, rows in seen[0].items() if all(other.get(name) == rows for other in seen)]
     of = {g["name"]: g for g in arms[0].runs[0].run.table["groups"]}
     english = [name for name in names if of[name]["lang"] == ENGLISH]
     others = [name for name in names if of[name]["lang"] != ENGLISH]
     untrained = [name for name in english if not of[name]["trained"]]
     trained = [name for name in english if name not in untrained]
-    return Groups(untrained, others, trained) if untrained else Groups(english, others, [])
+    return NamedGroups(untrained, others, trained) if untrained else NamedGroups(english, others, [])
 
 
 def _level(run: Evidence, groups: Sequence[str]) -> float:

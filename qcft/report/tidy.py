@@ -28,10 +28,10 @@ def tidy_rows(table: RunTable, arm: str, seed: int) -> Iterator[dict[str, Any]]:
         yield dict(zip(COLUMNS, (arm, seed, stage, language, rows_of, measure, value, low, high), strict=True))
 
 
-Row = tuple[str, str | None, str | None, str, float, float | None, float | None]
+TidyRow = tuple[str, str | None, str | None, str, float, float | None, float | None]
 
 
-def _held_out(table: RunTable) -> Iterator[Row]:
+def _held_out(table: RunTable) -> Iterator[TidyRow]:
     langs = {group["name"]: group["lang"] for group in table["groups"]}
     for stage in table["stages"]:
         name = stage["stage"].removeprefix(PROBES)
@@ -55,7 +55,7 @@ def _held_out(table: RunTable) -> Iterator[Row]:
             yield merged, None, None, "kept", kept["share"], None, None
 
 
-def _tasks(abilities: Abilities) -> Iterator[Row]:
+def _tasks(abilities: Abilities) -> Iterator[TidyRow]:
     for table in abilities["tables"]:
         tasks = {task["task"]: task for task in table["tasks"]}
         for stage in table["stages"]:
@@ -76,7 +76,7 @@ def _tasks(abilities: Abilities) -> Iterator[Row]:
 
 def tidy_table(table: Table) -> list[dict[str, object]]:
     """A table's numbers, one per row: COLUMNS first, then other columns that identify the number, and the basis of
-    intervals. Records without numbers are unmodified."""
+    intervals. Records without numbers keep their values, under the names of these columns."""
     rows = table.values or [row for record in table.records for row in _melted(record, table.measure)]
     if not rows:
         return [_named(record) for record in table.records]

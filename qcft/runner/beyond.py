@@ -10,7 +10,7 @@ from pathlib import Path
 from qcft.errors import InputError
 from qcft.events import StepBegun, Watch
 from qcft.measure.results import finished_run
-from qcft.models.cards import choose_card
+from qcft.models.gpus import choose_gpu
 from qcft.plan.beyond import Beyond, plan_beyond
 from qcft.prepare.model import PreparedModel
 from qcft.prepare.prepared import Prepared
@@ -101,7 +101,7 @@ def _prepare(
 
 def _bench(prepared: PreparedModel, plan: Beyond, store: Store, watch: Watch) -> Bench:
     quiet()
-    if card := choose_card():
-        watch.note(f"on {card}; QCFT_DEVICE names another")
+    if card := choose_gpu():
+        watch.note(f"running on {card}; to use another, set QCFT_DEVICE, e.g. QCFT_DEVICE=cuda:1")
     rows = prepared.for_steps if isinstance(prepared, Prepared) else Rows(prepared)
     return Bench(rows.model, rows, prepared.inputs, plan.known, store, watch)

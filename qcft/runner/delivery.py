@@ -27,12 +27,12 @@ def check_place(to: Path) -> None:
     if exists(place) and (not place.is_dir() or {p.name for p in place.iterdir()} - {FOUND}):
         if exists(place / INSIDE):
             raise InputError(f"{str(to)!r} holds an interrupted delivery", f"remove what is in it, or {ELSEWHERE}")
-        raise InputError(f"{str(to)!r} is there already", "name a new folder with --to, or remove it")
+        raise InputError(f"{str(to)!r} already exists", "name a new folder with --to, or remove it")
     parent = place.parent
     while not exists(parent):
         parent = parent.parent
     if not parent.is_dir():
-        raise InputError(f"{str(to)!r} cannot be made: {str(parent)!r} is a file", ELSEWHERE)
+        raise InputError(f"{str(to)!r} cannot be created: {str(parent)!r} is a file", ELSEWHERE)
     with _telling(to):
         if exists(place) and not _is_replaceable(place):
             _try(place / INSIDE)
@@ -42,8 +42,8 @@ def check_place(to: Path) -> None:
 
 @contextmanager
 def whole_folder(to: Path) -> Iterator[Path]:
-    """A folder that is filled, and is at its place when whole; a killed process leaves none there that is taken for
-    whole. Raises InputError."""
+    """A folder to fill, which is renamed to its place when it is complete; a killed process leaves none there that
+    looks complete. Raises InputError."""
     from filelock import FileLock
 
     place = _real(to)
@@ -78,7 +78,8 @@ def _telling(to: Path) -> AbstractContextManager[None]:
 
 
 def _move_into(work: Path, place: Path) -> None:
-    """Move a folder's files to the one that it lies in, those last by which it is taken for whole; all or none."""
+    """Move the files of a folder into `place`, which holds it: all of them or none; last those that mark a complete
+    folder."""
     names = sorted((p.name for p in work.iterdir()), key=lambda name: (name in LAST, name == SEAL, name))
     try:
         for name in names:
@@ -91,7 +92,7 @@ def _move_into(work: Path, place: Path) -> None:
 
 
 def _is_replaceable(place: Path) -> bool:
-    """Whether a new folder can be renamed to an empty one's place: tried with one, which then lies there."""
+    """Whether an empty folder can be replaced by renaming another one: tried, which leaves an empty folder there."""
     work = _beside(place)
     try:
         shutil.rmtree(work, ignore_errors=True)

@@ -78,7 +78,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     """How a phase would be trained on a device with so many free bytes, and its batches; from shapes alone."""
     from qcft.layers import adapted_in, lowest_adapted
     from qcft.training.attention import attend_by_rows
-    from qcft.training.footprint import SecondPass, Shape
+    from qcft.training.footprint import SecondPass, TrainingShape
     from qcft.training.memory import plan_training
     from qcft.training.prefix import cannot_split, worth_storing
     from qcft.training.reference import terms_of
@@ -94,7 +94,7 @@ def plan_phase(prepared: Prepared, phase: Phase, where: str, free: int) -> tuple
     cut = split and worth_storing(phase.train, states, batches.rows > len(rows))
     second = SecondPass(split and not cut, continues) if terms_of(phase) else None
     by_rows = attend_by_rows(copy.deepcopy(model), max(len(row.input_ids) for row in rows))
-    shape = Shape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where, second)
+    shape = TrainingShape(tuple(modules), recipe.lora, recipe.model.quantize, False, cut, where, second)
     under = _numbers_under(prepared, phase)
     planned = plan_training(model, shape, batches, phase.train, by_rows, free, under=under)
     return replace(planned, stored=states if cut else 0), batches
@@ -159,13 +159,15 @@ def forecast(prepared: PlannedRecipe, steps: Sequence[Step], store: Store, watch
             continue
         tokens = batches.tokens_until(batches.steps)
         seconds[step.id] = speed.seconds(planned.cost) * tokens / planned.largest.tokens
+    known = not any(planned.unknown for planned in plans.values())
+    time = f"about {_about(sum(seconds.values()))}" if known else "an unknown time"
     most = max((planned.memory for planned in plans.values()), key=lambda one: one.total)
     bench = prepared.bench(store, watch)
     disk = sum(step.work.written(step, bench, plans.get(step.id)) for step in steps)
     room = disk_free(store.runs)
     watch.note(
-        f"Training needs about {most.total / GIB:.1f} GiB of {name} ({_parts(most)}; {free / GIB:.1f} GiB free) and "
-        f"about {_about(sum(seconds.values()))}; the run writes about {disk / GIB:.1f} GiB to disk "
+        f"Training needs {'about' if known else 'at least'} {most.total / GIB:.1f} GiB of {name} ({_parts(most)}; "
+        f"{free / GIB:.1f} GiB free) and {time}; the run writes about {disk / GIB:.1f} GiB to disk "
         f"({room / GIB:.1f} GiB free)."
     )
     if disk > room:

@@ -137,8 +137,8 @@ def kept_line(kept: KeptMetrics | None, quantize: str) -> str:
     rows = counted(gain["rows"], "held-out row")
     if kept["share"] is None:
         return (
-            f"What the file kept is not measurable: a gain of {gain['value']:.3f} nats on {rows} is too small; its NLL "
-            f"is {loss['value']:+.3f} nats from the live adapter's in {trained}."
+            f"What the file kept is not measurable: a gain of {gain['value']:.3f} nats on {rows} is below 0.05 or its "
+            f"interval includes zero. Its NLL is {loss['value']:+.3f} nats from the live adapter's in {trained}."
         )
     return (
         f"The file kept {kept['share']:.0%} of a gain of {gain['value']:.3f} nats on {rows} (base and live adapter in "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qcft.errors import ChangedInput, InputError, Interrupted, QcftError
 from qcft.events import StepBegun, StepEnded, Watch
 from qcft.measure.results import finished_run
-from qcft.models.cards import choose_card
+from qcft.models.gpus import choose_gpu
 from qcft.prepare.checks import check_prepared, check_tasks
 from qcft.recipe import Recipe
 from qcft.recipe.stages import ABILITIES
@@ -27,7 +27,7 @@ from qcft.store.opened import Record
 from qcft.store.results import Run
 from qcft.store.runs import NamedRun, held_run, link_stage, restore
 from qcft.store.steps import writable
-from qcft.training.distributed.ranks import hear, join, tell, world
+from qcft.training.distributed.ranks import broadcast_step, join, receive_step, world
 from qcft.training.fused import use_triton_where_it_works
 from qcft.words import counted
 
@@ -91,9 +91,9 @@ def run_recipe(
     try:
         done = run_prepared(_planned(recipe, watch, check), Store(runs), watch, up_to)
     except Interrupted:
-        tell(None)
+        broadcast_step(None)
         raise
-    tell(None)
+    broadcast_step(None)
     return done
 
 
@@ -111,7 +111,7 @@ def help_train(recipe: Recipe, runs: Path, watch: Watch) -> None:
     quiet()
     store = Store(runs)
     bench = PlannedRecipe(recipe, watch).bench(store, watch)
-    while (step := hear()) is not None:
+    while (step := receive_step()) is not None:
         bench.do(bench.steps[step], store.folder(step))
 
 
@@ -129,8 +129,8 @@ def run_prepared(
     )
     if finished < len(steps):
         quiet()
-        if world() == 1 and (card := choose_card()):
-            watch.note(f"on {card}; QCFT_DEVICE names another")
+        if world() == 1 and (card := choose_gpu()):
+            watch.note(f"running on {card}; to use another, set QCFT_DEVICE, e.g. QCFT_DEVICE=cuda:1")
         missing = [step for step in steps if not records[step.id]]
         _check(missing, prepared)
         estimated = forecast(prepared, missing, store, watch)
@@ -214,7 +214,7 @@ def do_step(step: Step, position: int, total: int, bench: Bench) -> Record:
             return record
         watch.emit(StepBegun(step.id, step.title, position, total, "resumed" if before == "partial" else "new"))
         if step.kind == "train" and world() > 1:
-            tell(step.id)
+            broadcast_step(step.id)
         begun = time.monotonic()
         _reset_peak()
         exclude_from_gc()

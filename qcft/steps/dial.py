@@ -19,6 +19,7 @@ from qcft.recipe.stages import point_folder
 from qcft.steps.probe import Measuring
 from qcft.steps.step import SCORES, Bench, Step
 from qcft.store.metrics import DeltaAmount, DialMetrics, DialPoint
+from qcft.words import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,7 +70,7 @@ class DialPoints(Measuring[DialMetrics]):
     def summary(self, metrics: DialMetrics) -> str:
         """How many scales were measured, and how many patterns of layers."""
         by_layer = len(self.by)
-        return f"{len(metrics['points']) - by_layer} scales" + (f", {by_layer} by layers" if by_layer else "")
+        return counted(len(metrics["points"]) - by_layer, "scale") + (f", {by_layer} by layers" if by_layer else "")
 
     def written(self, step: Step, bench: Bench, planned: Planned | None) -> int:
         """Scores and answers at each point."""

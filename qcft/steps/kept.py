@@ -77,7 +77,8 @@ class Kept(Work[KeptMetrics]):
         far = f"KL {metrics['kl']:.3f} nats, greedy agreement {metrics['agreement']:.0%}"
         rows = counted(gain["rows"], "row")
         if share is None:
-            return f"not measurable: a gain of {gain['value']:.3f} nats on {rows} is too small; {far}"
+            what = f"a gain of {gain['value']:.3f} nats on {rows} is below 0.05 or its interval includes zero"
+            return f"not measurable: {what}; {far}"
         return f"{share:.0%} of a gain of {gain['value']:.3f} nats, on {rows}; {far}"
 
     def memory(self, step: Step, bench: Bench, free: int) -> dict[str, int]:

@@ -36,7 +36,8 @@ def open_prefix(
     """Cut a model at its lowest adapted layer, `below`, and store the states of `rows`; None without a prefix cache.
 
     `passes`: how many rows are trained, over all epochs. `weights` identifies the weights of the frozen layers. States
-    are stored if they will be read again: in a later epoch, or by another run that trains on the same rows.
+    are stored if the recipe asks for it, if they take at most 1 GB, or if they are read again: in a later epoch, or
+    because some are stored already.
     """
     from qcft.models.load import compute_dtype
     from qcft.training.prefix import SMALL, Prefix, cannot_split, fill_states, row_key, worth_storing

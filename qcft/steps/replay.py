@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, cast
 from qcft.data.encode import Encoder
 from qcft.errors import QcftError
 from qcft.models.load import free_bytes
-from qcft.prepare.settings import ADDED, SPREAD, Limits, ModelSettings, Settings, kept_alive
+from qcft.prepare.settings import ADDED, SPREAD, Limits, ModelSettings, Settings, replay_limits
 from qcft.recipe import Filters, Replay, ReplayPart
 from qcft.replay.amount import replay_amount, rounded
 from qcft.replay.generation import Answering, Generation
@@ -84,6 +84,7 @@ class ReplayRows(Work[ReplayMetrics]):
     limits: Limits
     replay_system: str | None
     balance: Mapping[str, Any] | None = field(default=None, metadata=ADDED)
+    refusals: int = field(default=1, metadata=ADDED)  # 2: the filter of refusals also knows "I'm unable to ..."
 
     def do(self, step: Step, bench: Bench, folder: Path) -> ReplayMetrics:
         """Draw the rows into replay.jsonl."""
@@ -115,7 +116,7 @@ class ReplayRows(Work[ReplayMetrics]):
         share = f"{metrics['share_of_rows']:.1%} of rows, {metrics['share_of_answer_tokens']:.1%} of answer tokens"
         cut = sum(part["cut"]["rows"] for part in metrics["parts"] if "cut" in part)
         text = f"{counted(metrics['rows'], 'row')}: {share}" + (
-            f"; {cut} answers truncated at max_new_tokens" if cut else ""
+            f"; {counted(cut, 'answer')} truncated at max_new_tokens" if cut else ""
         )
         return text + (f"; dropped {dropped}" if dropped else "")
 
@@ -140,7 +141,7 @@ class ReplayRows(Work[ReplayMetrics]):
         return {part.pool: cast("AnswerPool", bench.steps[part.pool].work) for part in self.parts if part.pool}
 
     def _encoder(self, bench: Bench) -> Encoder:
-        return bench.rows.encoder(kept_alive(self.limits, self.replay_system))
+        return bench.rows.encoder(replay_limits(self.limits, self.replay_system))
 
     def _asked(self, how: AnswerPool | None) -> Replay:
         """The recipe's replay section for these settings."""

@@ -1,8 +1,8 @@
 """A step: its place in a run, its dependencies, and its work, whose settings make its id.
 
 A kind of step is one file in this folder with a frozen dataclass: its fields are the settings, and its methods do the
-work, summarise the result, and estimate memory and disk. Nothing else knows the kinds. Work is done on a bench, which
-has the store, a model and rows by their digests, but no recipe, so results depend only on settings.
+work, summarise the result, and estimate memory and disk. Outside this folder few places name a kind. Work is done on a
+bench, which has the store, a model and rows by their digests, but no recipe, so results depend only on settings.
 """
 
 from __future__ import annotations

@@ -148,6 +148,7 @@ class Suite(Work[SuiteMetrics]):
     def _alpaca(self, step: Step, bench: Bench, model: Switched, folder: Path) -> AlpacaMetrics:
         records = alpaca_prompts(bench.rows.local(ALPACA_EVAL))[: self.asked["limit"]]
         rows = [Row((Message("user", str(record["instruction"])),), ()) for record in records]
+        of_row = {id(row): record for row, record in zip(rows, records, strict=True)}
         most = self.asked["max_new_tokens"] or ALPACA_TOKENS
         answers = _answers(bench, model, bench.model.encoder_for(None, None, "drop"), rows, most, step.title)
         name = step.stage.split("/")[1]
@@ -158,7 +159,7 @@ class Suite(Work[SuiteMetrics]):
                 "generator": f"{Path(bench.model.asked.name).name} {name}",
                 "dataset": record.get("dataset", ALPACA_EVAL),
             }
-            for record, (_, answer) in zip(records, answers, strict=True)
+            for record, answer in ((of_row[id(row)], answer) for row, answer in answers)
         ]
         write_json(folder / OUTPUTS, outputs)
         made = [answer for _, answer in answers]

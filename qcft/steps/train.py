@@ -17,7 +17,7 @@ from qcft.models.adapters import add_lora_over, load_stack
 from qcft.models.chat import write_chat
 from qcft.models.load import free_memory, load_model
 from qcft.prepare.rows import PhaseRows, order_of
-from qcft.prepare.settings import ADDED, CIRCUMSTANCE, SPREAD, Limits, ModelSettings, kept_alive
+from qcft.prepare.settings import ADDED, CIRCUMSTANCE, SPREAD, Limits, ModelSettings, replay_limits
 from qcft.recipe import Anchor, Forgetting, FreezeSpec, Lora, Train
 from qcft.replay.rows import read_replay
 from qcft.steps.layers import FILE
@@ -237,12 +237,12 @@ class Training(Work[TrainMetrics]):
     ) -> Fit | None:
         """How passes are made to fit, if qcft decides it: estimated from shapes, with the weights loaded."""
         from qcft.models.load import device, free_bytes
-        from qcft.training.footprint import Shape
+        from qcft.training.footprint import TrainingShape
         from qcft.training.memory import plan_training
 
         if train.micro_batch != "auto" and (train.gradient_checkpointing != "auto" or device() == "cpu"):
             return None
-        shape = Shape(tuple(modules), self.lora, self.quantize, False, cut, device(), second)
+        shape = TrainingShape(tuple(modules), self.lora, self.quantize, False, cut, device(), second)
         meta = bench.model.meta_model
         planned = plan_training(meta, shape, batches, train, by_rows, free_bytes(), loaded=True)
         if planned.unknown:
@@ -256,14 +256,14 @@ class Training(Work[TrainMetrics]):
         made = [parent for parent in step.parents if parent.startswith("replay-")]
         if not made:
             return {}
-        encoder = bench.rows.encoder(kept_alive(self.limits, self.replay_system))
+        encoder = bench.rows.encoder(replay_limits(self.limits, self.replay_system))
         by_kind: dict[str, list[Row]] = {}
         for row, kind in read_replay(bench.store.opened(made[0]).file("replay.jsonl")):
             by_kind.setdefault(f"replay ({kind})", []).append(row)
         sets = {name: encoder.encode_all(rows) for name, rows in by_kind.items()}
         for name, encoded in sets.items():
             if encoded.left_out:
-                raise QcftError(f"{name}: {encoded.left_out} cannot train", "please report this")
+                raise QcftError(f"{name}: {encoded.left_out} cannot be used for training", "please report this")
         return sets
 
     def _english_rows(self, bench: Bench) -> list[EncodedRow]:
@@ -318,7 +318,7 @@ def _replayed(metrics: TrainMetrics) -> str:
     if not replay:
         return ""
     rows, tokens = (sum(e[k] for e in replay) / sum(e[k] for e in fed) for k in ("rows", "answer_tokens"))
-    return f"; of it replay {rows:.1%} of rows, {tokens:.1%} of answer tokens"
+    return f"; replay was {rows:.1%} of the rows and {tokens:.1%} of the answer tokens"
 
 
 def _probed(metrics: TrainMetrics) -> str:

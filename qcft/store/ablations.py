@@ -101,7 +101,7 @@ class AblationIndex:
             raise InputError(
                 f"there is no ablation {self.name!r} in {str(self.runs)!r}",
                 nearest(self.name, known)
-                + (f"there is {', '.join(known[:8])}" if known else "start one with `qcft ablate RECIPE`"),
+                + (f"existing ablations: {', '.join(known[:8])}" if known else "start one with `qcft ablate RECIPE`"),
             )
         return document
 

@@ -200,7 +200,7 @@ class CutAnswers(TypedDict):
 
 
 class ReplayedPart(TypedDict):
-    """One kind of replay in a mix; `pool`: rows that it was drawn from; `cut` is new in steps of later versions."""
+    """One kind of replay in a mix; `pool`: rows that it was drawn from; steps of earlier versions lack `cut`."""
 
     kind: str
     rows: int

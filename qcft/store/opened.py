@@ -168,10 +168,11 @@ def step_id(inputs: StepInputs) -> str:
 
 def run_again(folder: Path) -> str:
     """The command that runs a named run's own recipe."""
-    return f"qcft run {shlex.quote(str(folder / 'recipe.yaml'))}{_flag(folder.parent)}"
+    return f"qcft run {shlex.quote(str(folder / 'recipe.yaml'))}{runs_flag(folder.parent)}"
 
 
-def _flag(runs: Path) -> str:
+def runs_flag(runs: Path) -> str:
+    """The flag that names a runs folder in a command, empty for the default."""
     return "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
 
 
@@ -186,7 +187,7 @@ def _remedy(folder: Path) -> str:
             continue
         kind, run = folder.name.split("-")[0], path.parent.name
         own = REBUILT_BY.get(kind)
-        command = f"{own.format(run)}{_flag(runs)}" if own else run_again(path.parent)
+        command = f"{own.format(run)}{runs_flag(runs)}" if own else run_again(path.parent)
         more = f" (or `qcft merge {run}`, if that made it)" if "merged" in stage else ""
         return f"rebuild it: `{command}`{more}; intact steps are reused"
     return "rebuild it: run again the recipe of the run that made it; intact steps are reused"

@@ -161,7 +161,8 @@ def read_run(runs: Path, name: str | None) -> NamedRun:
         known = [run.name for run in list_runs(runs)]
         raise InputError(
             f"there is no run {name!r} in {str(runs)!r}",
-            nearest(name, known) + (f"there is {', '.join(known[:8])}" if known else "see `qcft recipes` for a start"),
+            nearest(name, known)
+            + (f"existing runs: {', '.join(known[:8])}" if known else "see `qcft recipes` for a start"),
         )
     return NamedRun(name, runs / name, stages)
 

@@ -236,7 +236,7 @@ def writable(runs: Path) -> None:
     if not place.is_dir():
         what = "a link that leads nowhere" if place.is_symlink() else "a file"
         raise InputError(
-            f"the runs folder {str(runs)!r} cannot be made: {str(place)!r} is {what}", "name another with --runs"
+            f"the runs folder {str(runs)!r} cannot be created: {str(place)!r} is {what}", "name another with --runs"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"the runs folder {str(runs)!r} cannot be written", "name another with --runs")

@@ -94,7 +94,7 @@ def remove_run(runs: Path, name: str) -> list[str]:
     with reporting_unwritable(runs, hint=AS_OWNER), runs_lock(runs):
         run, store = read_run(runs, name), Store(runs)
         if who := holders(run.folder):
-            raise InputError(f"{' and '.join(who)} works on the run {name!r}", WAIT)
+            raise InputError(f"{' and '.join(who)} {'work' if len(who) > 1 else 'works'} on the run {name!r}", WAIT)
         for step in run.stages.values():
             with _held_now(store, step) as free:
                 if not free:

@@ -85,7 +85,7 @@ class ArmsReporter(Reporter):
                 self.live.start()
             self.live.update(self.shown())
             return
-        took = f" in {duration(line.seconds)}" if line.seconds is not None else ""
+        took = f" in {duration(line.seconds)}" if line.seconds is not None and event.state != "running" else ""
         text = f"arm {event.position}/{event.total} {event.run}: {event.state}{took}"
         text += f": {event.summary}" if event.summary else ""
         self.console.print_text(text, STYLES[event.state])

@@ -23,7 +23,7 @@ HELP = {
     "/both [NAME]": "let a second stage answer too; again: only the first",
     "/reset": "clear the conversation",
     "/save FILE": "write the conversation as JSON lines",
-    "/help": "this list; start a prompt that begins with a slash with //",
+    "/help": "this list; to send a prompt that begins with a slash, write // instead of /",
     "/quit": "quit, as Ctrl-D does; Ctrl-C stops an answer",
 }
 COMMANDS = [usage.split()[0] for usage in HELP]
@@ -119,7 +119,8 @@ def run_command(line: str, chat: Chat) -> str | None:
     given = given.strip()
     if word not in COMMANDS or (bool(given) and word in {"/reset", "/help", "/quit"}):
         raise InputError(
-            f"there is no command {line[:40]!r}", nearest(word, COMMANDS) + "/help lists them; // starts a prompt"
+            f"there is no command {line[:40]!r}",
+            nearest(word, COMMANDS) + "/help lists them; to send this as a prompt, write // instead of /",
         )
     if not given and word in {"/stage", "/save"}:
         usage = next(usage for usage in HELP if usage.startswith(word))

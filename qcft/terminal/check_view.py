@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PARTS = {
     "weights": "weights in NF4",
     "constants": "quantization constants",
-    "halves": "embeddings, head, norms in 16 bits",
+    "halves": "weights in 16 bits",
     "file": "weights file, memory-mapped",
     "adapters": "adapters",
     "gradients": "gradients",
@@ -49,7 +49,7 @@ def memory_table(found: Checked) -> tuple[list[str], list[list[str]]]:
     return ["memory", *columns], rows
 
 
-def verdict(found: Checked) -> str:
+def fit_line(found: Checked) -> str:
     """In one line: whether it fits, by the phase that needs the most memory."""
     here = {"cuda": "the GPU", "cpu": "in RAM"}[found["device"]]
     where = here if found["here"] else _a_card((found["vram_bytes"] or 0) / 2**30)
@@ -181,7 +181,7 @@ def step_rows(found: Checked) -> list[dict[str, str]]:
 def print_check(found: Checked) -> None:
     """What a recipe needs, and sample rows with the trained text marked: by colour, else by brackets."""
     console = stdout()
-    print_lines([verdict(found)], "bold green" if found["fits"] else "bold red")
+    print_lines([fit_line(found)], "bold green" if found["fits"] else "bold red")
     console.print()
     print_records(step_rows(found))
     console.print()

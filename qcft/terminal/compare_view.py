@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.padding import Padding
 from rich.table import Table
 
-from qcft.report.comparison import LANGUAGE, Compared, about, rows_of, summary_rows
+from qcft.report.comparison import LANGUAGE, Compared, about, answer_rows, summary_rows
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records
 
@@ -19,7 +19,7 @@ def print_comparison(found: Compared) -> None:
         held_out = f", held-out row of {prompt['held_out']}" if prompt["held_out"] else ""
         console.print(said(f"prompt {number} of {len(found['prompts'])}{held_out}", "dim"))
         console.print(said(prompt["prompt"], "bold"))
-        answers = rows_of(prompt)
+        answers = answer_rows(prompt)
         if console.width >= NARROW * len(answers):
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
             for title, note, _ in answers:

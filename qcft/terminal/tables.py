@@ -58,7 +58,7 @@ def grid(
     title: str | None = None,
     no_wrap: Container[str] = (),
 ) -> Table:
-    """A plain table: the columns named in `right` are set right, the rows in `styles` as far as these go."""
+    """A plain table: the columns named in `right` are set right; `styles`: of the first rows, others have none."""
     heading = None if title is None else said(title)
     table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in titles:
@@ -107,7 +107,10 @@ def print_table(table: RunTable) -> None:
 
 def print_terms(terms: Mapping[str, LossTerms]) -> None:
     """The values of the terms of each phase's loss, for phases that have some."""
-    print_lines(f"{name} trained, in nats per answer token: {terms_in_words(one)}" for name, one in terms.items())
+    print_lines(
+        f"{name}, terms of the training loss in nats per answer token: {terms_in_words(one)}"
+        for name, one in terms.items()
+    )
 
 
 def print_abilities(abilities: Abilities) -> None:
@@ -176,7 +179,7 @@ def print_replay(shown: ReplayShown) -> None:
     rows = [
         {
             "kind": part["kind"],
-            "rows": f"{part['rows']:,}" + (f" ({part['repeated']:,} again)" if part["repeated"] else ""),
+            "rows": f"{part['rows']:,}" + (f" ({part['repeated']:,} repeated)" if part["repeated"] else ""),
             "answer tokens": f"{part['answer_tokens']:,}",
             "drawn from": f"{part['pool']:,}: {part['reason']}",
             "dropped": left_out(part["left_out"], "-"),

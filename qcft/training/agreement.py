@@ -39,7 +39,9 @@ LONG, SHORT = 72, 41  # tokens of the two rows
 CLOSE = 0.02  # nats, the mean over a row's tokens; rounding in 16 bits is about a thousandth
 APART = 0.002  # nats, the change of any token if another row is packed before it; 0 if rows are independent
 
-Run = Callable[[Sequence[EncodedRow], bool], "torch.Tensor"]  # rows, packed or padded -> log probabilities of answers
+RunRows = Callable[
+    [Sequence[EncodedRow], bool], "torch.Tensor"
+]  # rows, packed or padded -> log probabilities of answers
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Agree
 
 
 def _packed(
-    model: PreTrainedModel, run: Run, rows: Sequence[EncodedRow], alone: list[torch.Tensor], why: list[str]
+    model: PreTrainedModel, run: RunRows, rows: Sequence[EncodedRow], alone: list[torch.Tensor], why: list[str]
 ) -> bool:
     """Whether the second row has the same loss after the first row, after another, and alone."""
     import torch
@@ -181,7 +183,7 @@ def _close(found: torch.Tensor, wanted: torch.Tensor, what: str, why: list[str])
 
 
 @contextmanager
-def _trained(model: PreTrainedModel) -> Iterator[Run]:
+def _trained(model: PreTrainedModel) -> Iterator[RunRows]:
     """The model as TRL's trainer runs it, with its collator and its head."""
     forward = model.__dict__.get("forward")
     private("trl.trainer.utils:add_fused_lm_head")(model, outputs=("log_probs",))

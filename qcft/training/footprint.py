@@ -77,7 +77,7 @@ class SecondPass:
 
 
 @dataclass(frozen=True)
-class Shape:
+class TrainingShape:
     """The settings of a training that affect the cost of a pass. `modules`: full names of the adapted modules; `cut`:
     the frozen layers under them do not run, as their output is stored; `second`: the pass of the starting model."""
 
@@ -90,7 +90,7 @@ class Shape:
     second: SecondPass | None = None
 
 
-def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
+def footprint(model: PreTrainedModel, shape: TrainingShape, one: Pass) -> Footprint:
     """The cost of one pass through a model without weights (on the meta device), which is not changed.
 
     Layers of one kind cost the same, so only one or two of each kind run; the difference is the cost per layer.
@@ -108,7 +108,7 @@ def footprint(model: PreTrainedModel, shape: Shape, one: Pass) -> Footprint:
     return replace(total, logits=first.logits)
 
 
-def _kinds(model: PreTrainedModel, shape: Shape) -> dict[Any, list[int]]:
+def _kinds(model: PreTrainedModel, shape: TrainingShape) -> dict[Any, list[int]]:
     """The layers that run, grouped by what affects their cost: the shapes of their weights, the modules with adapters,
     whether the backward pass goes through them."""
     prefix, count = decoder_layers(model)
@@ -128,7 +128,7 @@ def _kinds(model: PreTrainedModel, shape: Shape) -> dict[Any, list[int]]:
     return kinds
 
 
-def run_layers(model: PreTrainedModel, shape: Shape, one: Pass, layers: list[int]) -> Footprint:
+def run_layers(model: PreTrainedModel, shape: TrainingShape, one: Pass, layers: list[int]) -> Footprint:
     """Run a pass through these layers of the model, and the head."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -13,7 +13,7 @@ from qcft.models.adapters import trained_numbers
 from qcft.models.size import HALF, weight_bytes
 from qcft.recipe import Train
 from qcft.training.batches import Batches
-from qcft.training.footprint import Footprint, Pass, Shape, footprint
+from qcft.training.footprint import Footprint, Pass, TrainingShape, footprint
 from qcft.training.passes import Fit, divided
 from qcft.training.settings import optimizer_for
 
@@ -73,7 +73,7 @@ class Planned:
 
 def plan_training(
     model: PreTrainedModel,
-    shape: Shape,
+    shape: TrainingShape,
     batches: Batches,
     train: Train,
     by_rows: bool,
@@ -81,8 +81,9 @@ def plan_training(
     loaded: bool = False,
     under: int = 0,
 ) -> Planned:
-    """Choose how passes run: as planned if that fits into `free` bytes, else with activations recomputed and, if
-    `train.micro_batch` is auto, in parts. If the cost cannot be estimated, in the way that needs the least memory.
+    """Choose how passes run: as planned if that fits into `free` bytes, else with activations recomputed (on a GPU, or
+    if `train.micro_batch` is auto; never if `train.gradient_checkpointing` is false) and, if `micro_batch` is auto, in
+    parts. If the cost cannot be estimated, in the way that needs the least memory.
 
     `model` has no weights. `loaded`: the real ones are in memory already, and need no more of it. `under`: the number
     of values in frozen adapters under the trained one.
@@ -142,7 +143,7 @@ def _as_pass(rows: Sequence[EncodedRow], padded: bool, by_rows: bool) -> Pass:
     return Pass(lengths, sum(row.answer_tokens for row in rows), padded, by_rows)
 
 
-def _memory(model: PreTrainedModel, shape: Shape, train: Train, cost: Footprint, under: int) -> Memory:
+def _memory(model: PreTrainedModel, shape: TrainingShape, train: Train, cost: Footprint, under: int) -> Memory:
     below = lowest_adapted(model, list(shape.modules))
     layers: Any = model.get_submodule(decoder_layers(model)[0])
     gone = tuple(layers[:below]) if shape.cut else ()

@@ -123,7 +123,7 @@ class EnglishProbe:
             if step:
                 raise QcftError(
                     f"{FILE} is missing, which holds the English NLL at the start of the phase",
-                    f"remove {self.folder.name} to train the phase again",
+                    f"remove the folder {str(self.folder)!r} to train the phase again",
                 )
             self._measure(model, 0)
 
@@ -158,8 +158,8 @@ class EnglishProbe:
         kept = next(filter(is_whole, newest_first(self.folder / "checkpoints", "kept")), None)
         if kept is None:
             raise QcftError(
-                f"English NLL rose {last['change']:+.0%} by step {last['step']}, the first probe: over forgetting.stop "
-                f"({self.probing.stop:.0%}), so nothing can be kept",
+                f"English NLL rose by {last['change']:.0%} by step {last['step']}, the first probe: over "
+                f"forgetting.stop ({self.probing.stop:.0%}), so nothing can be kept",
                 "lower train.lr, freeze layers, add replay, or set forgetting.every to fewer steps",
             )
         read_trained(model, kept)

@@ -18,7 +18,7 @@ from qcft.store.metrics import FedSource, LiveProbe, LossTerms
 from qcft.training.batches import Batches
 from qcft.training.checkpoints import last_whole, step_of
 from qcft.training.distributed import shards
-from qcft.training.distributed.ranks import rank, sharded, shared_out, world
+from qcft.training.distributed.ranks import rank, sharded, split_over, world
 from qcft.training.passes import Fit, Passes
 from qcft.training.probe import EnglishProbe, Probing, probe_callback
 from qcft.training.reference import NO_TERMS, Terms
@@ -81,13 +81,13 @@ def train_adapter(
     last = last_whole(checkpoints, watch)
     padded = not (batches.packed or shortcuts.by_rows)
     passes = Passes(fit or Fit(None, train.gradient_checkpointing is True), padded, checkpoints, watch)
-    shared = shared_out(batches, world())
-    config = sft_config(train, checkpoints, shared, seed, passes.recompute, shortcuts.by_rows)
+    own = split_over(batches, world())
+    config = sft_config(train, checkpoints, own, seed, passes.recompute, shortcuts.by_rows)
     if sharded():
         shards.allow_on_cpu()
     start = {name: p.data for name, p in model.named_parameters() if carried and p.requires_grad}
     with _tensorboard_in(folder / "tensorboard"):  # read when the trainer creates its callbacks
-        trainer = make_trainer(model, tokenizer, shared, config, shortcuts, passes, terms)
+        trainer = make_trainer(model, tokenizer, own, config, shortcuts, passes, terms)
     if config.gradient_checkpointing:
         model.disable_input_require_grads()  # TRL turned it on; the Trainer does it again at its start (see reporter)
     keep_adapters_in_fp32(model)

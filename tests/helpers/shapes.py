@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qcft.layers import adapted_modules
 from qcft.recipe import Lora, parse_freeze
-from qcft.training.footprint import Shape
+from qcft.training.footprint import TrainingShape
 
 
 def on_meta(config):
@@ -20,4 +20,4 @@ def tiny_meta(**options):
 
 def shape_of(model, freeze="none", checkpointing=False, **options):
     modules = tuple(adapted_modules(model, "all-linear", parse_freeze(freeze), 0))
-    return Shape(modules, Lora(), options.pop("quantize", "nf4"), checkpointing, **options)
+    return TrainingShape(modules, Lora(), options.pop("quantize", "nf4"), checkpointing, **options)

@@ -61,14 +61,14 @@ def _configured(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
 
 
-def tell(message: str | None) -> None:
+def broadcast_step(message: str | None) -> None:
     """Broadcast from rank 0: the step to train next, or None at the end."""
     from torch import distributed
 
     distributed.broadcast_object_list([message], src=0)
 
 
-def hear() -> str | None:
+def receive_step() -> str | None:
     """Receive the broadcast of rank 0."""
     from torch import distributed
 
@@ -90,7 +90,7 @@ def any_stops(stops: bool) -> bool:
     return bool(flag.item())
 
 
-def shared_out(batches: Batches, processes: int) -> Batches:
+def split_over(batches: Batches, processes: int) -> Batches:
     """The same optimizer steps with their passes distributed to `processes`, one pass after the other.
 
     A step with too few passes for all processes is filled up with the shortest row, without loss on its tokens, so that

@@ -24,7 +24,7 @@ INDEX = "https://download.pytorch.org/whl/"
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """An NVIDIA card as its driver lists it; `capability`: its compute capability, if the driver reports it."""
 
     name: str
@@ -45,7 +45,7 @@ def asked_device() -> str | None:
     return asked or None
 
 
-def choose_card() -> str | None:
+def choose_gpu() -> str | None:
     """Make the requested card the current one, the only one this process uses; returns its name if there are several.
 
     Raises InputError if there is no such card, or torch cannot use it.
@@ -55,7 +55,7 @@ def choose_card() -> str | None:
     asked = asked_device()
     if asked == "cpu":
         return None
-    if unusable := unusable_card():
+    if unusable := unusable_gpu():
         raise InputError(unusable[0], f"{unusable[1]}; --cpu trains on the CPU")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     match = CHOICE.fullmatch(asked or "")
@@ -71,7 +71,7 @@ def choose_card() -> str | None:
     return f"cuda:{current} of {count} ({torch.cuda.get_device_name(current)})"
 
 
-def unusable_card() -> tuple[str, str] | None:
+def unusable_gpu() -> tuple[str, str] | None:
     """The reason why torch cannot use this machine's NVIDIA card, and a fix; None if it can, or there is no card.
 
     Cards that CUDA_VISIBLE_DEVICES hides do not count.
@@ -83,7 +83,7 @@ def unusable_card() -> tuple[str, str] | None:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() in {"", "-1"}:
         return None
     try:
-        card = listed_card()
+        card = listed_gpu()
     except RuntimeError as error:
         return f"there is an NVIDIA GPU, but its driver does not work: {error}", "restart the machine"
     if card is None:
@@ -102,7 +102,7 @@ def unusable_card() -> tuple[str, str] | None:
     return f"torch {torch.__version__} (CUDA {cuda}) cannot use the GPU ({has}): {why}", "restart the machine"
 
 
-def listed_card() -> Card | None:
+def listed_gpu() -> Gpu | None:
     """The first card that the driver's nvidia-smi lists; None if there is none.
 
     An entry in /proc alone does not count, as containers show the host's. Raises RuntimeError with nvidia-smi's message
@@ -120,7 +120,7 @@ def listed_card() -> Card | None:
         parts = [part.strip() for part in done.stdout.partition("\n")[0].split(",")]
         if done.returncode == 0 and len(parts) >= 2 and parts[1][:1].isdigit():
             capability = parts[2] if len(parts) > 2 else ""
-            return Card(parts[0], parts[1], float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None)
+            return Gpu(parts[0], parts[1], float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None)
     if PROC.is_dir() and any(PROC.iterdir()):
         raise RuntimeError(" ".join((done.stdout + done.stderr).split())[:160] or f"exit code {done.returncode}")
     return None
@@ -144,7 +144,7 @@ def _too_old() -> tuple[str, str] | None:
 _CPU = "no PyTorch version that qcft supports has kernels for it: use the CPU"
 
 
-def _remedy(card: Card) -> str:
+def _remedy(card: Gpu) -> str:
     """The fix that makes torch usable on a card: another build of torch, a newer driver, or both."""
     if card.capability is not None and card.capability < OLDEST:
         return _CPU
