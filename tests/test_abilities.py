@@ -9,7 +9,7 @@ import yaml
 
 from qcft import Interrupted, api
 from qcft.events import StepBegun, StepEnded, Watch
-from qcft.recipe import load_recipe
+from qcft.recipe import load_recipe, recipe_from
 from qcft.steps import suite
 
 from .helpers.tiny import write_rows
@@ -312,6 +312,22 @@ def test_bad_input_is_two_lines_exit_2_and_nothing_written(qcft, recipe_file, tm
     assert says in lines[0]
     assert hint in lines[1]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_the_template_refuses_has_no_answer(raw_recipe, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "refuses")
+    template = (model / "chat_template.jinja").read_text()
+    refuse = "{% if messages[0]['content'] == 's' %}{{ raise_exception('no s') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuse + template)
+    write_rows(tmp_path / "a.json", [{"instruction": text, "output": "red"} for text in ("s", "what color is the cat")])
+    evaluate = {"tasks": ["alpaca_eval"], "local": {"alpaca_eval": str(tmp_path / "a.json")}, "max_new_tokens": 4}
+    phase = {**raw_recipe["phases"][1], "replay": None, "freeze": "none", "train": {"steps": 1, "batch": 4}}
+    raw = {**raw_recipe, "model": {"name": str(model)}, "phases": [phase], "evaluate": {**evaluate, "stages": ["base"]}}
+    done = api.run(recipe_from(raw), runs=tmp_path / "runs")
+    assert not done.failed
+    (folder,) = (one.folder for stage, one in done.stages.items() if stage.endswith("alpaca_eval"))
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    assert [one["instruction"] for one in outputs] == ["what color is the cat"]
 
 
 def test_copies_of_every_suite_and_the_languages_they_lack(tmp_path):

@@ -67,6 +67,7 @@ Q = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda w: {**w, Q.replace("q_proj", "k_proj"): w[Q].clone()}, "which its config does not mention"),
         (lambda w: {**w, Q.replace("layers.0", "layers.7"): w[Q].clone()}, "which the model lacks"),
         (lambda w: {**w, Q: torch.full_like(w[Q], torch.nan)}, "which is not finite"),
+        (lambda w: {**w, Q: w[Q].to(torch.int8)}, "of type"),
         (lambda w: {**w, Q: w[Q][:, :-1].contiguous()}, WANT),
         (
             lambda w: {k: torch.cat([v, v]) if "lora_A" in k else v for k, v in w.items()},

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 
+from qcft import check_recipe
 from qcft.cli.flags import parse_size
 from qcft.errors import InputError
 from qcft.events import Watch
@@ -186,11 +187,22 @@ def test_the_verdict_comes_first_and_a_run_or_phase_2_is_checked_too(qcft, recip
 
 
 def test_check_measures(qcft, recipe_file, tmp_path):
-    code, out, _ = qcft("check", recipe_file, "--measure", "--json", "--quiet")
+    """Also where the recipe evaluates stages of another phase than the one that is timed."""
+    stages = ("--set", "evaluate={tasks: [fidelity], stages: [base, phase1, phase2]}")
+    code, out, err = qcft("check", recipe_file, "--measure", "--json", "--quiet", *stages)
+    assert code == 0, err
     found = json.loads(out)
-    assert code == 0
     assert all(phase["measured"] and phase["seconds"] > 0 for phase in found["phases"])
     assert not (tmp_path / "runs").exists()
+    code, out, err = qcft("check", recipe_file, "--measure", "--vram", "8GB")
+    assert (code, out) == (2, "")
+    assert "--measure times steps on this machine" in err
+
+
+def test_a_recipe_that_is_loaded_is_checked_with_changes(raw_recipe, tmp_path):
+    found = check_recipe(recipe_from(raw_recipe), set={"phase2.freeze": "first:2"}, runs=tmp_path)
+    plain = check_recipe(recipe_from(raw_recipe), runs=tmp_path)
+    assert found["phases"][1]["adapted_share"] < plain["phases"][1]["adapted_share"]
 
 
 def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):

@@ -266,8 +266,9 @@ def test_phase1_then_phase2_from_flags(qcft, tiny_model, color_data, tmp_path):
 
 
 def test_phase2_with_a_model_can_be_repeated(qcft, tiny_model, color_data, tmp_path):
-    """What an interrupted command's hint says: the same command goes on."""
-    command = ["phase2", "inst", "--model", str(tiny_model), "--data", f"es={color_data / 'es.jsonl'}", "--take", "12"]
+    """What an interrupted command's hint says: the same command resumes, also with the relative path of a model."""
+    (tmp_path / "model").symlink_to(tiny_model)
+    command = ["phase2", "inst", "--model", "model", "--data", f"es={color_data / 'es.jsonl'}", "--take", "12"]
     command += ["--set", "phase2.train={batch: 4, max_length: 64}", "--set", "heldout.share=0.2"]
     for state in ("train phase2\n", "4 steps reused"):
         code, _, err = qcft(*command, "--set", "answers.prompts=0")
@@ -276,7 +277,10 @@ def test_phase2_with_a_model_can_be_repeated(qcft, tiny_model, color_data, tmp_p
     assert [p.name for p in (tmp_path / "runs").glob("*/run.json")] == ["run.json"]
     code, _, err = qcft(*command[:3], "other", *command[4:])
     assert code == 2
-    assert "another model" in two_lines(err)
+    assert "has another model" in two_lines(err)
+    code, _, err = qcft("check", "quickstart", "--freeze", "snr:0.5")
+    assert code == 2
+    assert "'quickstart' is a recipe" in two_lines(err)
 
 
 def test_phase2_on_an_instruct_model(qcft, tiny_model, color_data):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qcft import InputError, Interrupted, api
+from qcft.cli.listings import layers_table
 from qcft.deliveries import dial
 from qcft.events import Progress, Watch
 from qcft.layers import linear_modules
@@ -77,6 +78,9 @@ def test_a_field_is_trained_continued_and_merged_as_peft_merges(kind, raw, tmp_p
     if kind != "ranks":
         with pytest.raises(InputError, match="cannot be scaled"):
             dial(done.name, None, runs, Watch())
+    shown = layers_table(done.name, runs, "first:1", None, [], False, Watch())
+    assert (shown["phase"], [bool(one["adapted"]) for one in shown["layers"]]) == ("phase3", [False, True])
+    assert all((one["change"] is None) == (kind != "ranks") for one in shown["layers"])
     (tmp_path / "out").mkdir()
     merge_adapters(base, [after], tmp_path / "out", Watch(), Target(dtype="float32"))
     for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():

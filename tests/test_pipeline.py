@@ -371,7 +371,9 @@ def test_the_quickstart_on_a_tiny_model(tiny_model, tmp_path):
     assert done.stages["phase2"].metrics["frozen_layers"] == [0, 1]
     nll = {s["stage"]: s["groups"] for s in done.table["stages"]}
     assert nll["eval/phase2"]["phase2 es"]["nll"] < nll["eval/base"]["phase2 es"]["nll"]
-    assert (done.folder / "report" / "report.md").is_file()
+    answer = (done.folder / "report" / "report.md").read_text().split("##")[0]
+    assert "English" in answer
+    assert "Compared with the 4-bit base model" in answer  # the gain, after a sentence for each English group
 
 
 def test_without_quantisation_and_with_another_attention(recipe_file, tmp_path):

@@ -288,7 +288,7 @@ def test_several_runs_are_removed_or_none(store, qcft):
     code, _, err = qcft("rm", "r", "s", "r", "--runs", store.runs)
     assert code == 0, err
     assert "Removed 'r', 's'." in err
-    assert "next: qcft gc --delete" in err
+    assert f"next: qcft gc --delete --runs {store.runs}" in " ".join(err.split())
     assert list_runs(store.runs) == []
 
 
