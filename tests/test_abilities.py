@@ -140,7 +140,7 @@ def test_stages_are_scored_in_one_load_and_alone_the_same(recipe_file, shared_ru
     }
     stages = ["phase2", "phase1", "base", "merged"]
     again = api.run(recipe_file, set={**chosen, "evaluate.stages": stages}, runs=runs)
-    assert len(loads) == 2  # phase2 and merged on the merged weights, phase1 and base on the model as it came
+    assert len(loads) == 2  # phase2 and merged on the merged weights, phase1 and base on the unmodified model
     for stage in ("base", "merged", "phase2"):
         name = f"abilities/{stage}/xquad_es"
         assert again.stages[name].step == done.stages[name].step
@@ -152,7 +152,7 @@ def test_stages_are_scored_in_one_load_and_alone_the_same(recipe_file, shared_ru
     assert not loads
 
 
-def test_a_groups_limit_is_shared_out_and_its_score_is_over_all_items(recipe_file, shared_runs, done, tmp_path):
+def test_a_groups_limit_is_for_all_its_tasks_and_its_score_over_all_items(recipe_file, shared_runs, done, tmp_path):
     import lm_eval.tasks
 
     place = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
@@ -226,7 +226,7 @@ def test_other_settings_are_other_tables_and_earlier_tasks_stay(qcft, done, reci
     assert api.run(recipe_file, runs=shared_runs).table["abilities"] == done.table["abilities"]
 
 
-def test_a_task_that_fails_leaves_the_others_and_exit_code_1(qcft, recipe_file, shared_runs, done, tmp_path):
+def test_a_failing_task_does_not_stop_the_others_and_the_exit_code_is_1(qcft, recipe_file, shared_runs, done, tmp_path):
     rows = xquad_rows(8)
     rows[3]["answers"] = {"text": [], "answer_start": []}
     broken = write_rows(tmp_path / "broken.jsonl", rows)
@@ -239,7 +239,7 @@ def test_a_task_that_fails_leaves_the_others_and_exit_code_1(qcft, recipe_file, 
     assert set(table["stages"][0]["scores"]) >= {"hellaswag", "xquad_es"}
 
 
-def test_a_stopped_evaluation_goes_on_from_the_last_finished_task(recipe_file, shared_runs, done, tmp_path):
+def test_a_stopped_evaluation_resumes_after_the_last_finished_task(recipe_file, shared_runs, done, tmp_path):
     runs = shutil.copytree(shared_runs, tmp_path / "runs", symlinks=True)
     for step in (runs / ".steps").glob("suite-*"):
         shutil.rmtree(step)
@@ -256,11 +256,11 @@ def test_a_stopped_evaluation_goes_on_from_the_last_finished_task(recipe_file, s
         api.run_watched(load_recipe(recipe_file), runs, watch)
     assert len(finished) == 2
 
-    def hear(event):
+    def listen(event):
         if isinstance(event, StepBegun):
             states[event.step] = event.state
 
-    again = api.run(recipe_file, runs=runs, listener=hear)
+    again = api.run(recipe_file, runs=runs, listener=listen)
     assert all(states[step] == "reused" for step in finished)
     for stage, found in done.stages.items():
         if stage.startswith("abilities/") and "scores" in found.metrics:
@@ -331,7 +331,7 @@ def test_a_prompt_that_the_template_refuses_has_no_answer(raw_recipe, tiny_model
 
 
 def test_copies_of_every_suite_and_the_languages_they_lack(tmp_path):
-    """A language of a task is no subject, though its rows have subjects; each language that a task lacks is told."""
+    """A task's language is not a subject, though its rows have subjects; each language that a task lacks is listed."""
     from qcft.measure.catalog import Catalog
     from qcft.recipe import Evaluate
 
@@ -354,7 +354,7 @@ def test_copies_of_every_suite_and_the_languages_they_lack(tmp_path):
     assert sum(len(task.eval_docs) for task in catalog.load("global_mmlu_es")["tasks"].values()) == 6
 
 
-def test_nothing_to_evaluate_is_said(qcft, done, shared_runs, recipe_file):
+def test_nothing_to_evaluate_is_reported(qcft, done, shared_runs, recipe_file):
     raw = yaml.safe_load(recipe_file.read_text()) | {"name": "bare", "evaluate": {}}
     recipe_file.write_text(yaml.safe_dump(raw))
     qcft("run", str(recipe_file), "--runs", shared_runs, "-q")

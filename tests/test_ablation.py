@@ -103,7 +103,7 @@ def test_without_seeds_the_recipes_own_is_taken_and_what_is_set_comes_before_the
     assert {phase.train.lr for phase in by_name.values()} == {1e-3}
 
 
-def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_path):
+def test_paths_in_an_arm_are_relative_to_the_recipe(raw, color_data, tmp_path):
     shutil.copytree(color_data, tmp_path / "there" / "data")
     raw["ablation"] = {"arms": [{"name": "other", "set": {"phase2.data": [{"path": "data/es.jsonl", "lang": "es"}]}}]}
     path = tmp_path / "there" / "recipe.yaml"
@@ -120,7 +120,7 @@ def test_paths_in_an_arm_are_looked_for_beside_the_recipe(raw, color_data, tmp_p
         ({"arms": [{"name": "a"}, {"name": "a"}]}, "two arms are named 'a'"),
         ({"arms": []}, "there are no arms"),
         ({"arms": [{"name": "a/b"}]}, "'a/b' cannot name an arm"),
-        ({"arms": [{"name": "a"}], "seeds": [0, 0]}, "one is given twice"),
+        ({"arms": [{"name": "a"}], "seeds": [0, 0]}, "0 is given twice"),
         ({"arms": [{"name": "a"}], "seeds": [-1]}, "ablation.seeds.0"),
         ({"arms": [{"name": "a", "sett": {}}]}, "unknown key 'ablation.arms.0.sett'"),
         ({"grid": {"phase2.replay": [{"ratio": 0.1}]}}, "not a plain value"),
@@ -373,7 +373,7 @@ def test_the_page_of_an_ablation(done, finished):
 
 
 def test_the_plan_of_an_ablation(qcft, done, finished):
-    """Seed 1 is to do: what it will take goes by seed 0."""
+    """Seed 1 is to do: what it will take is estimated from seed 0."""
     code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", finished / "runs", "--dry-run", "--json")
     assert code == 0
     plan = json.loads(out)
@@ -388,10 +388,10 @@ def test_the_plan_of_an_ablation(qcft, done, finished):
     assert len(base["runs"]) == 10
     assert not (finished / "runs" / "tiny-plain-s1").exists()
     code, out, _ = qcft("ablate", finished / "recipe.yaml", "--runs", "nowhere", "--dry-run")
-    assert "24 steps unknown" in out, "without any done step, only trainings are reckoned"
+    assert "24 steps unknown" in out, "without any done step, only trainings are estimated"
 
 
-def test_what_takes_next_to_no_time_is_no_unknown(capsys):
+def test_a_step_of_almost_no_time_is_not_unknown(capsys):
     for seconds, unknown, says in ((0.004, 3, "0.0 s + 3 steps unknown"), (0.0, 1, "0.0 s + 1 step unknown"),
                                    (None, 2, "time left unknown"), (70, 0, "time left 1 min 10 s, disk")):  # fmt: skip
         total = {"steps": 9, "shared": 2, "done": 1, "seconds": seconds, "bytes": 10, "unknown": unknown}
@@ -411,8 +411,8 @@ def test_processes_that_note_arms_of_one_ablation_at_once_lose_nothing(done, tmp
     assert len(read_json(tmp_path / "tiny" / "ablation.json")["working"]) == 120
 
 
-def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp_path):
-    """An lr at which the loss is not finite; an arm that rests on the same step is not tried in vain."""
+def test_a_failing_arm_does_not_stop_the_others_and_is_retried(qcft, raw, tmp_path):
+    """An lr at which the loss is not finite; another arm that depends on the same step is not tried."""
     raw["ablation"] = {
         "arms": [
             {"name": "wild", "set": {"phase2.train.lr": 1e30, "phase2.replay": None}},
@@ -430,7 +430,7 @@ def test_a_failing_arm_leaves_the_others_going_and_is_tried_again(qcft, raw, tmp
     assert states(ablation) == {"tiny-wild-s0": "failed", "tiny-same-s0": "failed", "tiny-plain-s0": "done"}
     listed = {row["run"]: row["state"] for row in json.loads(qcft("ls", "--json")[1])}
     assert listed == {"tiny": "failed", **states(ablation)}
-    # Mended, the arm is run; what was done is not done again.
+    # With the recipe fixed, the arm is run; steps that are done are reused.
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs" / ".steps").glob("*/done.json")}
     raw["ablation"]["arms"][0]["set"]["phase2.train.lr"] = 1e-3
     path.write_text(yaml.safe_dump(raw))
@@ -450,7 +450,7 @@ def test_other_settings_are_another_ablation_and_other_arms_the_same(done, finis
     assert len(again.states()) == 5
 
 
-def test_run_takes_the_plain_recipe_and_says_so(qcft, recipe_file):
+def test_run_uses_the_plain_recipe_and_says_so(qcft, recipe_file):
     code, out, err = qcft("run", recipe_file, "--dry-run")
     assert code == 0
     assert "`qcft ablate` runs the arms" in err
@@ -527,7 +527,7 @@ def test_the_papers_grid():
     ]
 
 
-def test_the_quick_ablation_is_checked_whole(tiny_model):
+def test_the_quick_ablation_is_checked_completely(tiny_model):
     """As it ships, down to its rows as tokens; only the model and what depends on its depth are others."""
     from qcft.recipe import load_ablation
 

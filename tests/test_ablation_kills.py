@@ -29,7 +29,7 @@ def recipe_file(raw_recipe, tmp_path):
     return path
 
 
-def test_a_killed_ablation_ends_as_one_left_alone(recipe_file, tmp_path):
+def test_a_killed_ablation_ends_like_an_uninterrupted_one(recipe_file, tmp_path):
     """Its process is begun again in a folder with modules of the libraries' names."""
     qcft.ablate(recipe_file, runs=tmp_path / "alone")
     plant(recipe_file.parent)
@@ -38,7 +38,7 @@ def test_a_killed_ablation_ends_as_one_left_alone(recipe_file, tmp_path):
     assert table(tmp_path / "killed", "tiny") == table(tmp_path / "alone", "tiny")
 
 
-def test_an_arm_whose_process_is_killed_leaves_the_others_going(recipe_file, tmp_path):
+def test_an_arm_whose_process_is_killed_does_not_stop_the_others(recipe_file, tmp_path):
     runs = tmp_path / "runs"
     process = start(recipe_file, runs)
     wait_for(lambda: done_steps(runs), process)
@@ -57,7 +57,7 @@ def test_an_arm_whose_process_is_killed_leaves_the_others_going(recipe_file, tmp
     assert json.dumps(table(runs, "tiny"))
 
 
-def test_an_arm_whose_process_ends_itself_with_1_leaves_the_others_going(recipe_file, tmp_path):
+def test_an_arm_whose_process_exits_with_1_does_not_stop_the_others(recipe_file, tmp_path):
     """As bitsandbytes does when CUDA fails; here by a module that Python loads as it starts."""
     runs, places = tmp_path / "runs", tmp_path / "places"
     places.mkdir()

@@ -51,7 +51,7 @@ def check(folder, meta):
     return read_adapter(folder)
 
 
-def test_a_whole_adapter_is_taken(whole, meta):
+def test_a_complete_adapter_is_accepted(whole, meta):
     assert len(check(whole, meta).changes) == 6
 
 
@@ -133,7 +133,7 @@ def test_headers_that_do_not_fit_are_refused(whole, tmp_path, change):
 ODD = [None, "x", "", -1, 0, 1.5, True, [], ["x"], [[]], {}, {"x": 1}, {"(": 2}, {"q_proj": "x"}]
 
 
-def test_whatever_stands_in_a_config_is_taken_or_refused_in_a_line(whole, meta, tmp_path):
+def test_any_value_in_a_config_is_accepted_or_refused_in_one_line(whole, meta, tmp_path):
     """Every key with values of every kind; and what is taken holds all that the file does."""
     keys = json.loads((whole / CONFIG).read_text())
     number = 0

@@ -42,7 +42,7 @@ def loaded(tiny_model):
     return load_model(tiny_model, named), load_tokenizer(tiny_model, named)
 
 
-def test_a_model_that_agrees_is_left_as_it_was(loaded):
+def test_a_model_that_agrees_is_unmodified(loaded):
     model, tokenizer = loaded
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_a_model_that_agrees_is_left_as_it_was(loaded):
     assert not model.base_model._forward_hooks
 
 
-def test_it_is_asked_once(loaded, monkeypatch):
+def test_agreement_is_computed_once(loaded, monkeypatch):
     model, tokenizer = loaded
     first = agreement(model, tokenizer, Watch())
     monkeypatch.setattr("qcft.training.agreement.compare", None)
@@ -116,11 +116,11 @@ def test_every_adapter_learns_and_one_that_does_not_is_named(loaded, monkeypatch
         check_live(adapted, modules, tokenizer, Watch())
 
 
-def test_asking_changes_nothing(raw_recipe, tmp_path, cache):
-    """A training whose model was asked just before comes to the same adapter as one that goes by the cache."""
+def test_computing_agreement_changes_no_training(raw_recipe, tmp_path, cache):
+    """A training right after the comparison gives the same adapter as one that reads the cached result."""
     raw_recipe["lora"]["dropout"] = 0.1
     adapters = []
-    for name in ("asked", "cached"):
+    for name in ("compared", "cached"):
         run = package.run(recipe_from(raw_recipe), runs=tmp_path / name)
         adapters.append(load_file(run.stages["phase2"].folder / "adapter" / "adapter_model.safetensors"))
     assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])

@@ -85,7 +85,7 @@ def train(
     fused=True,
     **given,
 ):
-    """A training from adapters that have moved; its adapter before and after, its log, and what it came to."""
+    """A training from adapters that have moved; its adapter before and after, its log, and its result."""
     tokenizer = load_tokenizer(folder, Model(name="tiny"))
     rows = rows or mixed(tokenizer)
     model, adapted, below = given.pop("made", None) or adapted_on(folder, **given)
@@ -120,7 +120,7 @@ def raw_logits(model, adapted, rows, off):
 
 
 def by_hand(terms, rows, p_logits, q_logits):
-    """The loss and its terms, from raw logits; tensors or arrays alike."""
+    """The loss and its terms, from raw logits, as tensors or as arrays."""
     xp = torch if isinstance(p_logits[0], torch.Tensor) else np
 
     def log_softmax(z):
@@ -203,7 +203,7 @@ PADDED = STEP.model_copy(update={"packing": False})
 
 
 @pytest.mark.parametrize("terms", [BOTH, KL], ids=["both", "kl"])
-def test_packed_padded_and_alone_come_to_the_same(model4, tmp_path, in_fp32, terms):
+def test_packed_padded_and_single_rows_give_the_same_adapter(model4, tmp_path, in_fp32, terms):
     alone = train(model4, tmp_path / "alone", terms, ALONE, by_rows=False)
     ways = {
         "packed": train(model4, tmp_path / "packed", terms),
@@ -229,7 +229,7 @@ def test_from_stored_and_from_shared_states_it_is_the_same_to_the_bit(model4, tm
     assert same(stored, twice)
 
 
-def test_shared_states_spare_the_frozen_layers_a_pass(model4, tmp_path):
+def test_shared_states_save_a_pass_of_the_frozen_layers(model4, tmp_path):
     ran = {}
     for shares in (True, False):
         made = adapted_on(model4)
@@ -261,9 +261,9 @@ def test_passes_that_do_not_fit_are_halved_and_counted_once(model4, tmp_path, in
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     made[0].get_input_embeddings().register_forward_pre_hook(full)
-    told = []
-    halved = train(model4, tmp_path / "halved", BOTH, settings, made=made, watch=Watch(told.append))
-    assert any("are halved" in getattr(event, "text", "") for event in told)
+    events = []
+    halved = train(model4, tmp_path / "halved", BOTH, settings, made=made, watch=Watch(events.append))
+    assert any("are halved" in getattr(event, "text", "") for event in events)
     assert apart(halved, whole) < 1e-5
     assert logged(halved) == pytest.approx(logged(whole), rel=1e-5)
 
@@ -324,7 +324,7 @@ def test_at_the_first_step_nothing_has_moved(model4, tokenizer, tmp_path, start)
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_copy_of_a_continued_adapter_stays_the_one_that_came(model4, tmp_path):
+def test_the_copy_of_a_continued_adapter_is_unmodified(model4, tmp_path):
     settings = STEP.model_copy(update={"steps": 2, "batch": 3, "optimizer": "adamw_torch", "lr": 1e-2})
     made = started(model4, tmp_path, "continue")
     came = load_file(tmp_path / "adapter1" / "adapter_model.safetensors")
@@ -336,7 +336,7 @@ def test_the_copy_of_a_continued_adapter_stays_the_one_that_came(model4, tmp_pat
     assert left.keys() == came.keys(), "the copy is not saved"
 
 
-def test_a_stopped_training_comes_to_the_same_adapter(model4, tmp_path):
+def test_a_stopped_training_resumes_to_the_same_adapter(model4, tmp_path):
     from qcft import Interrupted
     from qcft.events import Progress
 

@@ -81,7 +81,7 @@ def test_english_answers_are_those_of_when_the_stages_were_measured(place, qcft)
     assert err.count("loading the weights of") == 2  # phase 1 is switched on the base's, phase 2 has merged ones
 
 
-def test_a_few_rows_of_every_language_are_asked_by_default_and_prompts_instead_where_given(place, qcft):
+def test_a_few_rows_of_every_language_are_answered_by_default_or_the_given_prompts(place, qcft):
     found, _ = compared(qcft, "--stage", "phase1")
     assert [one["lang"] for one in found["prompts"]] == ["en", "en", "es", "es", "pt", "pt"]
     (place / "prompts.txt").write_text(f"\ufeff{CAT}\n\n  two dogs  \n", encoding="utf-8")
@@ -203,7 +203,7 @@ def test_bad_lines_in_a_pipe(place, qcft, monkeypatch, lines, says):
     check_refused(qcft, place, ["chat", "tiny", "-q"], says)
 
 
-def test_bytes_that_are_no_text_in_a_pipe(place, qcft, monkeypatch):
+def test_bytes_that_are_not_text_in_a_pipe(place, qcft, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
     check_refused(qcft, place, ["chat", "tiny", "-q"], "stdin is not UTF-8 text")
 
@@ -258,7 +258,7 @@ def test_a_chat_in_a_terminal(place):
         seen += terminal.until(f"{CAT}\r\n") + terminal.until("\\x")  # an escaped control character of the answer
         terminal.interrupt()
         seen += terminal.until("stopped") + terminal.until("> ")
-        time.sleep(1)  # a signal between the prompt and the wait for a key is heard with the next key only
+        time.sleep(1)  # a signal between the prompt and the wait for a key is handled only at the next key
         terminal.interrupt()
         assert terminal.process.wait(60) == 0
     assert not steers(seen, moves=True)

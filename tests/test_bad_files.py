@@ -188,19 +188,19 @@ def place(files, raw_recipe, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-")[:60])
-def test_bad_files_are_told_in_two_lines_and_nothing_is_written(qcft, place, case):
+def test_bad_files_give_two_lines_and_nothing_is_written(qcft, place, case):
     check_refused(qcft, place, *CASES[case])
 
 
-def test_a_limit_is_told_with_what_to_do(files):
+def test_a_limit_is_reported_with_what_to_do(files):
     with pytest.raises(InputError) as error:
         list(read_records(Source(path=str(files / "bomb.jsonl.gz"))))
     assert "of 1." in error.value.message
     assert "gzip -d" in error.value.hint
 
 
-def test_what_is_packed_well_is_read(tmp_path):
-    """A repetitive file packs a hundred times smaller, and is no bomb."""
+def test_a_well_compressed_file_is_read(tmp_path):
+    """A repetitive file is compressed to a hundredth, and is not a bomb."""
     text = "".join(json.dumps(row) + "\n" for row in GOOD * 500)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     table = pa.table({key: pa.array([row[key] for row in GOOD * 500]).dictionary_encode() for key in GOOD[0]})
@@ -211,19 +211,19 @@ def test_what_is_packed_well_is_read(tmp_path):
         assert list(read_records(Source(path=str(tmp_path / name)))) == GOOD * 500
 
 
-def test_blank_lines_between_rows_are_read_over(tmp_path):
+def test_blank_lines_between_rows_are_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join("\n" * 5000 + json.dumps(row) + "\n" for row in GOOD))
     assert list(read_records(Source(path=str(tmp_path / "a.jsonl")))) == GOOD
 
 
-def test_blank_lines_without_end_in_a_table(tmp_path, monkeypatch):
+def test_endless_blank_lines_in_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr("qcft.data.streams.BLANKS", 1000)
     (tmp_path / "a.csv").write_text("instruction,output\na,b\n" + "\n" * 1001)
     with pytest.raises(InputError, match="before line 1003"):
         list(read_records(Source(path=str(tmp_path / "a.csv"))))
 
 
-def test_links_that_lead_in_circles_within_a_folder_add_no_rows(tmp_path):
+def test_circular_links_within_a_folder_add_no_rows(tmp_path):
     write_rows(tmp_path / "data" / "a.jsonl", GOOD)
     (tmp_path / "data" / "here").symlink_to(".")
     (tmp_path / "data" / "up").symlink_to("..")

@@ -61,22 +61,22 @@ CASES = {
     "steps too small to count": (command("dial", "tiny", "--scales", "0:1e308:1e-300"), "--scales"),
     "steps beyond counting": (command("dial", "tiny", "--scales", "0:1:1e-320"), "--scales"),
     "scales without end": (command("dial", "tiny", "--scales", "0:inf:1"), "--scales"),
-    "scales that are no numbers": (command("dial", "tiny", "--scales", "0,nan"), "--scales"),
+    "scales that are not numbers": (command("dial", "tiny", "--scales", "0,nan"), "--scales"),
     "scales of nothing": (command("dial", "tiny", "--scales", ","), "--scales"),
     "scales from the end": (command("dial", "tiny", "--scales", "1:0:0.1"), "--scales"),
     "a scale beyond all scales": (command("dial", "tiny", "--scales", "0,1e300"), "--scales"),
-    "a density that is no number": (command("dial", "tiny", "--density", "nan"), "--density"),
-    "a scale to merge at that is no number": (command("dial", "tiny", "--merge-at", "nan"), "--merge-at"),
+    "a density that is not a number": (command("dial", "tiny", "--density", "nan"), "--density"),
+    "a scale to merge at that is not a number": (command("dial", "tiny", "--merge-at", "nan"), "--merge-at"),
     "a scale to merge at without end": (command("dial", "tiny", "--merge-at", "1e300"), "--merge-at"),
     "a pick of more than all": (command("dial", "tiny", "--pick", "1.5"), "--pick 1.5 is outside"),
     "a pick of nothing": (command("dial", "tiny", "--pick", "0"), "--pick 0 is outside"),
-    "a pick that is no number": (command("dial", "tiny", "--pick", "nan"), "--pick nan is outside"),
+    "a pick that is not a number": (command("dial", "tiny", "--pick", "nan"), "--pick nan is outside"),
     "layers that overlap": (by("layers=0-2:0.5,2-3:0"), "0-2 and 2-3 overlap"),
     "a layer named twice": (by("layers=1:0.5,1:0.5"), "1 and 1 overlap"),
     "a layer's scale that is a word": (by("layers=0-2:half"), "'half' is not a scale"),
     "a layer's scale that is missing": (by("layers=0-2:"), "'' is not a scale"),
     "a layer's scale below nothing": (by("layers=0-2:-0.5"), "'-0.5' is not a scale"),
-    "a layer's scale that is no number": (by("layers=0-2:nan"), "'nan' is not a scale"),
+    "a layer's scale that is not a number": (by("layers=0-2:nan"), "'nan' is not a scale"),
     "a layer's scale without end": (by("layers=0-2:inf"), "'inf' is not a scale"),
     "layers without a scale": (by("layers=0-2"), "is not a range of layers and a scale"),
     "layers that are not named so": (by("0-2:0.5"), "does not begin with 'layers='"),
@@ -104,10 +104,10 @@ CASES = {
     "a repository that nobody confirms": (gguf("--push", "me/tiny"), "there is no terminal to confirm"),
     "an upload without a hub": (gguf("--push", "me/tiny", "--yes"), "HF_HUB_OFFLINE is set"),
     "everybody may read nothing": (gguf("--public"), "--public needs --push"),
-    "a ratio that is no number": (command("replay", "tiny", "--ratio", "nan"), "ratio"),
+    "a ratio that is not a number": (command("replay", "tiny", "--ratio", "nan"), "ratio"),
     "a replay below nothing": (command("phase2", "tiny", "--replay", "-0.1", "--data", "es=en.jsonl"), "ratio"),
     "a ratio in percent": (command("phase2", "tiny", "--replay", "20%"), "--replay '20%' is not a number"),
-    "a take in words": (command("phase2", "tiny", "--take", "ten"), "--take 'ten' is not a whole number"),
+    "a number of rows in words": (command("phase2", "tiny", "--take", "ten"), "--take 'ten' is not a whole number"),
     "a base of another kind": (command("merge", "tiny", "--base", "x"), "'--base': 'x' is not one of 'original', "),
     "a take of nothing": (command("phase1", "x", "--model", "tiny", "--data", "en.jsonl", "--take", "0"), "take"),
     "a limit below nothing": (command("eval", "tiny", "--task", "hellaswag", "--limit", "-5"), "limit"),
@@ -127,11 +127,11 @@ CASES = {
     "a short flag of nothing": (command("ls", "-r", ""), "-r: the value given is empty"),
     "a drift of no rows": (command("drift", "tiny", "--rows", "0"), "--rows"),
     "no rows to compare": (command("compare", "tiny", "-n", "0"), "-n"),
-    "rows to compare that are no number": (command("compare", "tiny", "-n", "few"), "-n"),
+    "rows to compare that are not a number": (command("compare", "tiny", "-n", "few"), "-n"),
     "compared answers without a token": (command("compare", "tiny", "--max-new-tokens", "0"), "--max-new-tokens"),
     "answers in a chat without a token": (command("chat", "tiny", "--max-new-tokens", "0"), "--max-new-tokens"),
     "a temperature below nothing": (command("chat", "tiny", "--temperature", "-1"), "temperature: -1"),
-    "a temperature that is no number": (command("chat", "tiny", "--temperature", "nan"), "temperature: nan"),
+    "a temperature that is not a number": (command("chat", "tiny", "--temperature", "nan"), "temperature: nan"),
     "a temperature without end": (command("chat", "tiny", "--temperature", "1e300"), "temperature: 1e+300"),
     "a temperature next to nothing": (command("chat", "tiny", "--temperature", "1e-300"), "temperature: 1e-300"),
     # stages that answer
@@ -148,7 +148,7 @@ CASES = {
     "a file of prompts of zeros": (command("compare", "tiny", "--prompts", "zeros.txt"), "is binary"),
     "a folder of prompts": (command("compare", "tiny", "--prompts", "runs"), "cannot be read as text"),
     "a device of prompts": (command("compare", "tiny", "--prompts", "/dev/zero"), "is a device"),
-    "a page that is no page": (command("compare", "tiny", "--to", "en.jsonl"), "is not an .html file"),
+    "a page that is not a page": (command("compare", "tiny", "--to", "en.jsonl"), "is not an .html file"),
     "a page in no folder": (command("compare", "tiny", "--to", "none/page.html"), "cannot be written"),
     "a page in a file": (command("compare", "tiny", "--to", "en.jsonl/page.html"), "cannot be written"),
     "a page in a folder that is not written to": (command("compare", "tiny", "--to", "/proc/page.html"), "written"),
@@ -172,12 +172,12 @@ def place(raw_recipe, tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))
-def test_bad_flags_are_told_in_two_lines_and_nothing_is_written(qcft, place, case):
+def test_bad_flags_give_two_lines_and_nothing_is_written(qcft, place, case):
     check_refused(qcft, place, *CASES[case])
 
 
 @pytest.mark.parametrize(("name", "flag"), FLAGS, ids=lambda part: part)
-def test_no_flag_takes_nothing_for_an_answer(qcft, place, name, flag):
+def test_no_flag_accepts_an_empty_value(qcft, place, name, flag):
     check_refused(qcft, place, [name, flag, ""], f"{flag}: the value given is empty")
     check_refused(qcft, place, [name, f"{flag}="], f"{flag}: the value given is empty")
 

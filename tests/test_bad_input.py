@@ -113,7 +113,7 @@ CASES = {
     "no such layers": (command("layers", "nothing-here"), "is not an embedded model, a file or a folder"),
     "no such built-in recipe": (command("recipes", "--show", "quikstart"), "no built-in recipe 'quikstart'"),
     "a run name with a slash": (command("run", "recipe.yaml", "--as", "a/b"), "cannot name a run"),
-    "a run name that is no name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
+    "a run name that is not a name": (command("run", "recipe.yaml", "--as", ".."), "cannot name a run"),
     "a run name that is empty": (command("run", "recipe.yaml", "--as", ""), "--as: the value given is empty"),
     "an option without its value": (command("check", "recipe.yaml", "--vram"), "--vram"),
     "a size without its unit": (command("check", "recipe.yaml", "--vram", "8"), "--vram '8' is not a size"),
@@ -142,7 +142,7 @@ CASES = {
     "an unknown key": (setting("phase1.train.lrr=1"), "unknown key 'phase1.train.lrr'"),
     "an unknown phase": (setting("phase9.freeze=none"), "no phase or recipe key 'phase9'"),
     "no value": (setting("seed"), "not KEY=VALUE"),
-    "a value that is no YAML": (setting("seed=[1"), "the value cannot be read"),
+    "a value that is not YAML": (setting("seed=[1"), "the value cannot be read"),
     "a rate that is a word": (setting("phase1.train.lr=fast"), "phase1.train.lr: 'fast'"),
     "a rate that is a truth": (setting("phase1.train.lr=true"), "phase1.train.lr"),
     "an infinite rate": (setting("phase1.train.lr=.inf"), "phase1.train.lr: inf"),
@@ -185,7 +185,7 @@ CASES = {
         setting("lora.peft={modules_to_save: [lm_head]}"),
         "modules_to_save: qcft trains adapters",
     ),
-    "a field of PEFT that is no truth": (setting("lora.peft={use_dora: much}"), "lora.peft.use_dora: 'much'"),
+    "a field of PEFT that is not true or false": (setting("lora.peft={use_dora: much}"), "lora.peft.use_dora: 'much'"),
     "fields of PEFT that are none": (setting("lora.peft=dora"), "lora.peft: 'dora'"),
     "PiSSA on 4 bits": (
         setting("lora.peft={init_lora_weights: pissa_niter_4}"),
@@ -223,7 +223,7 @@ CASES = {
         setting("phase1.replay={ratio: 0.1, kind: phase1, phase: zero}"),
         "not a phase before phase1",
     ),
-    "replay in a language nobody can tell": (
+    "replay in a language that cannot be identified": (
         setting("phase1.replay={ratio: 0.1, filters: {language: xx}}"),
         "not a language that can be identified",
     ),
@@ -238,7 +238,7 @@ CASES = {
         "blank.jsonl": "is empty",
         "odd.jsonl": "no known format",
         "wide.jsonl": "column11 and 2988 more: no known format",
-        "prose.jsonl": "prose.jsonl' are not a JSON object; the first is line 1",
+        "prose.jsonl": "prose.jsonl' are not JSON objects; the first is line 1",
         "numbers.json": "the first is entry 1",
         "object.json": "holds an object, not a list of records",
         "open.json": "not readable as JSON",
@@ -246,7 +246,7 @@ CASES = {
         "unanswered.jsonl": "9 empty answer",
         "roles.jsonl": "unknown role 'wizard'",
         "halves.jsonl": "9 broken Unicode",
-        "utf16.jsonl": "are not a JSON object",
+        "utf16.jsonl": "are not JSON objects",
         "cut.jsonl.gz": "cannot be read",
         "flipped.jsonl.gz": "cannot be read",
         "bad.parquet": "not readable as parquet",
@@ -363,7 +363,7 @@ def adapter(folder, config):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-")[:60])
-def test_bad_input_is_told_in_two_lines_and_nothing_is_written(qcft, place, case):
+def test_bad_input_gives_two_lines_and_nothing_is_written(qcft, place, case):
     check_refused(qcft, place, *CASES[case])
 
 
@@ -374,7 +374,7 @@ def test_there_are_sixty_of_them():
 @pytest.mark.parametrize(
     "case", ["no such command", "the recipe bomb.yaml", "the data halves.jsonl", "a token in a value"]
 )
-def test_the_same_from_a_process_of_its_own(place, case):
+def test_the_same_from_a_separate_process(place, case):
     arguments, says = CASES[case]
     before = listing(place)
     done = subprocess.run(

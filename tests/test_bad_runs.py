@@ -188,11 +188,11 @@ def files_of_steps(place):
     return [(kind, stage, name) for (kind, name), stage in found.items()]
 
 
-def test_a_flipped_bit_of_any_file_is_told_or_changes_nothing(place, qcft):
+def test_a_flipped_bit_of_any_file_is_reported_or_changes_nothing(place, qcft):
     """Whatever file of whatever kind of step: what `show` prints is what it printed, or an error that names it."""
     code, good, _ = qcft("show", "--json")
     assert code == 0
-    told = set()
+    named = set()
     for kind, stage, name in files_of_steps(place):
         path = folder_of(place, stage) / name
         whole = path.read_bytes()
@@ -207,9 +207,9 @@ def test_a_flipped_bit_of_any_file_is_told_or_changes_nothing(place, qcft):
                 assert (code, out) == (2, ""), error
                 assert f"{name} is missing or altered" in error
                 assert len(error.strip().splitlines()) == 2
-                told.add(name)
+                named.add(name)
             path.write_bytes(whole)
-    assert {"done.json", "step.json", "scores.json"} <= told
+    assert {"done.json", "step.json", "scores.json"} <= named
     assert qcft("show", "--json")[1] == good
 
 
@@ -223,11 +223,11 @@ def test_the_hint_rebuilds_what_was_altered(place, qcft):
     code, _, error = qcft(*command[1:])
     assert code == 0, error
     assert "scores.json is missing or altered; the step is rebuilt" in error
-    assert stages_alike(json.loads(qcft("show", "--json")[1]), json.loads(before))
+    assert equal_groups(json.loads(qcft("show", "--json")[1]), json.loads(before))
     assert sorted(p.name for p in (place / "runs").iterdir() if p.name[0] != ".") == ["tiny"]
 
 
-def stages_alike(one, other):
+def equal_groups(one, other):
     return [stage["groups"] for stage in one["stages"]] == [stage["groups"] for stage in other["stages"]]
 
 
@@ -362,9 +362,9 @@ def test_a_new_merge_without_data_is_made_and_not_measured(place, qcft, lose, wh
     lose(place)
     code, out, error = qcft("merge", "tiny", "--dtype", "float32", "--to", "out", "--json")
     assert code == 0, error
-    told = json.loads(out)
-    assert told["stage"] == "merged-phase2-float32"
-    assert told["kept"] is None
+    output = json.loads(out)
+    assert output["stage"] == "merged-phase2-float32"
+    assert output["kept"] is None
     assert "what the merge kept is not measured" in error
     assert why in error
     assert (place / "out/model.safetensors").is_file()
@@ -410,15 +410,15 @@ def test_a_phase_that_is_not_done_is_not_merged(place, qcft):
 # Versions, and other runs
 
 
-def test_resuming_under_other_versions_is_said(tmp_path):
-    store, told = Store(tmp_path), []
+def test_resuming_under_other_versions_is_reported(tmp_path):
+    store, events = Store(tmp_path), []
     with store.claim("train-1", {"a": 1}, Watch()) as folder:
         begun = read_sealed(folder / "step.json")
     begun["versions"] |= {"torch": "1.0", "python": "2.7"}
     write_json(folder / "step.json", begun)
-    with store.claim("train-1", {"a": 1}, Watch(told.append)):
+    with store.claim("train-1", {"a": 1}, Watch(events.append)):
         pass
-    (note,) = told
+    (note,) = events
     assert "train-1 is resumed with other versions than it was started with: python 2.7 -> " in note.text
     assert ", torch 1.0 -> " in note.text
 
@@ -474,7 +474,7 @@ def test_what_cannot_be_read_is_refused_by_name(place, qcft, command, says):
 @pytest.mark.parametrize(
     "text", ["{", '{"version": 1, "runs": 5}', '{"version": 1, "runs": [{"run": "a"}], "working": {}}']
 )
-def test_a_damaged_ablation_is_begun_again(tmp_path, raw_recipe, text):
+def test_a_damaged_ablation_is_started_again(tmp_path, raw_recipe, text):
     plain = recipe_from(raw_recipe)
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/ablation.json").write_text(text)

@@ -44,7 +44,7 @@ def setting(*texts):
 
 
 CASES = {
-    "bytes that are no text": (["similarity", "a", "\udcff"], r"'\udcff' is not UTF-8 text"),
+    "bytes that are not text": (["similarity", "a", "\udcff"], r"'\udcff' is not UTF-8 text"),
     "an escape in a command": ([f"trian{CLEAR}"], r"trian\x1b[2J"),
     "a command that is markup": (["[/]"], "[/]"),
     "an escape in an option": (["run", f"--rep{C1}ly"], r"\x9b2J"),
@@ -85,7 +85,7 @@ def place(raw_recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))
-def test_bad_text_is_told_in_two_lines_that_steer_nothing(qcft, place, case):
+def test_bad_text_gives_two_lines_that_steer_nothing(qcft, place, case):
     def clean(*arguments):
         code, out, err = qcft(*arguments)
         assert not steers(out + err)
@@ -179,7 +179,7 @@ def test_a_code_span_holds_what_it_is_given():
     assert code("a`b\n```") == "```` a`b ``` ````"
 
 
-def test_a_csv_cell_is_no_formula():
+def test_a_csv_cell_is_never_a_formula():
     texts = [
         "=1+1",
         "+cmd|' /C calc'!A0",

@@ -106,7 +106,7 @@ def test_replay_is_sized_beside_the_rows_that_are_drawn(uneven, color_data):
     assert batches.rows == 72
 
 
-def test_ids_depend_on_it_only_where_it_is_asked_for(uneven):
+def test_ids_depend_on_it_only_where_it_is_set(uneven):
     def ids(**changes):
         prepared = prepare(uneven, **changes)
         return {step.stage: step.id for step in make_plan(prepared.recipe, prepared.digests()).steps}
@@ -123,7 +123,7 @@ def test_ids_depend_on_it_only_where_it_is_asked_for(uneven):
 
 
 @pytest.mark.parametrize("value", ["even", 2, None, {"temperature": 0.5}, {"temperature": True}, {"temp": 2}, {}])
-def test_what_is_no_balance(uneven, value):
+def test_bad_values_of_balance(uneven, value):
     with pytest.raises(InputError, match=r"phase2.balance: .* is not none, equal or") as error:
         recipe_from(uneven, {"phase2.balance": value})
     assert error.value.hint == "T is a number of at least 1, as in {temperature: 3}"

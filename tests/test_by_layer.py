@@ -23,7 +23,7 @@ LAYERS = st.lists(st.sampled_from([0.0, 0.25, 1 / 3, 1.0, 2.0]), min_size=1, max
 
 
 @given(LAYERS)
-def test_what_is_written_is_read_again_and_scales_alike(scales):
+def test_what_is_written_is_read_again_with_equal_scales(scales):
     found = ByLayer.of((i, i, scale) for i, scale in enumerate(scales))
     assert [found.scale(i) for i in range(len(scales))] == scales
     assert found.scale(len(scales)) == found.scale(None) == 1

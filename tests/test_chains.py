@@ -91,7 +91,7 @@ def test_a_stack_merges_in_one_go_before_a_merged_phase(chain, shared_runs):
     assert kept["compared_tokens"] > 0
 
 
-def test_continue_goes_on_with_the_same_adapter_and_leaves_frozen_layers_as_they_were(chain, shared_runs):
+def test_continue_trains_the_same_adapter_further_and_keeps_frozen_layers_unmodified(chain, shared_runs):
     done = api.run(chain("continue", **{"phase2.freeze": "first:1"}), runs=shared_runs)
     before, after = weights(done, "phase1"), weights(done, "phase2")
     assert before.keys() == after.keys()
@@ -156,7 +156,7 @@ def test_replay_of_a_stacked_phase_is_answered_by_the_live_model(chain, shared_r
     assert done.stages["replay"].metrics["rows"] > 0
 
 
-def test_an_adapter_made_elsewhere_can_lie_under_a_stack(chain, shared_runs, raw_recipe, color_data):
+def test_an_adapter_made_elsewhere_can_be_under_a_stack(chain, shared_runs, raw_recipe, color_data):
     first = api.run(chain("stacked"), runs=shared_runs)
     raw = chain("stacked").model_dump(mode="json")
     raw["phases"][0] = {"name": "phase1", "adapter": str(first.stages["phase1"].folder / "adapter")}
@@ -166,12 +166,12 @@ def test_an_adapter_made_elsewhere_can_lie_under_a_stack(chain, shared_runs, raw
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_adapter_that_goes_on_has_no_prefix_cache_and_says_why(chain, tmp_path):
-    told = []
+def test_a_continued_adapter_has_no_prefix_cache_and_says_why(chain, tmp_path):
+    events = []
     recipe = chain("continue", **{"phase2.freeze": "first:1", "phase2.train.prefix_cache": True})
-    done = api.run(recipe, runs=tmp_path / "runs", listener=told.append)
+    done = api.run(recipe, runs=tmp_path / "runs", listener=events.append)
     assert not done.stages["phase2"].metrics["prefix_cache"]
-    assert any("a continued adapter" in e.text for e in told if isinstance(e, Note))
+    assert any("a continued adapter" in e.text for e in events if isinstance(e, Note))
 
 
 def test_a_limit_on_kl_refuses_and_names_the_alternative(chain, shared_runs):
@@ -212,7 +212,7 @@ def test_replay_draws_on_all_earlier_phases_by_weight(chain, shared_runs):
     assert fed["replay (phase1, phase2)"] == 12
 
 
-def test_the_prompts_of_an_earlier_phase_are_asked_in_its_language(chain):
+def test_the_prompts_of_an_earlier_phase_are_in_its_language(chain):
     recipe = chain("merged", "merged", **{"phase3.replay": {"ratio": 0.5, "phase": "phase2"}})
     (pool,) = Prepared(recipe, Watch()).pools["phase3"]
     assert (pool.reason, pool.language) == ("prompts of phase2", "es")

@@ -1,4 +1,4 @@
-"""Models and adapters that change while a run works: told in one line, and nothing made of them is kept."""
+"""Models and adapters that change while a run works: reported in one line, and nothing made from them is kept."""
 
 import os
 import shutil
@@ -81,7 +81,7 @@ def test_a_model_changed_between_two_steps_and_while_one_works(model, tiny_model
     assert begun == ["reused", "reused", "new", "new"]
 
 
-def test_a_model_that_is_written_as_it_was_is_the_same(model, color_data, tmp_path):
+def test_a_model_that_is_rewritten_unmodified_is_the_same(model, color_data, tmp_path):
     change = at(lambda e: isinstance(e, StepEnded), lambda: restore(model, model))
     assert len(run(model, color_data, tmp_path / "runs", change).stages) == 4
 
@@ -104,7 +104,7 @@ def test_every_file_of_a_model_is_watched(model, name):
         inputs.check()
 
 
-def test_the_digest_tells_what_the_system_does_not(model, stale):
+def test_the_digest_finds_what_the_system_does_not(model, stale):
     """A disk that keeps no times, or a change within their resolution: the end of a run compares the digests."""
     time.sleep(2 * RECENT / 1e9)  # else it is read again anyway
     inputs = Inputs([resolve(Model(name=str(model)))])
@@ -117,12 +117,12 @@ def test_the_digest_tells_what_the_system_does_not(model, stale):
 @pytest.fixture
 def stale(monkeypatch):
     """A disk that keeps no times: what the system says of weights is what it said before."""
-    told = {}
+    first = {}
     real = os.stat
 
     def before(path, *more, **named):
         found = real(path, *more, **named)
-        return told.setdefault(os.fspath(path), found) if str(path).endswith("model.safetensors") else found
+        return first.setdefault(os.fspath(path), found) if str(path).endswith("model.safetensors") else found
 
     monkeypatch.setattr(os, "stat", before)
 
@@ -135,7 +135,7 @@ def test_a_run_whose_model_changed_unseen_keeps_no_step(model, color_data, tmp_p
     assert done(tmp_path / "runs") == []
 
 
-def test_an_adapter_changed_before_it_is_taken_in(model, color_data, tmp_path):
+def test_an_adapter_changed_before_it_is_imported(model, color_data, tmp_path):
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["q_proj"]))
     tuned.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"

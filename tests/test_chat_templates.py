@@ -135,7 +135,7 @@ def asked(tokenizer, messages, think=False):
 
 
 def spans(encoded):
-    """[start, end) of each stretch of tokens that bear loss."""
+    """[start, end) of each stretch of tokens that have loss."""
     edges = [i for i in range(len(encoded.labels) + 1) if trained(encoded, i) != trained(encoded, i - 1)]
     return list(zip(edges[::2], edges[1::2], strict=True))
 

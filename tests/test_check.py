@@ -29,7 +29,7 @@ def recipe_file(raw_recipe, tmp_path):
     return path
 
 
-def test_check_tells_memory_time_disk_and_rows(qcft, recipe_file, tmp_path):
+def test_check_prints_memory_time_disk_and_rows(qcft, recipe_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = qcft("check", recipe_file, "--set", ANSWERS)
     assert (code, sorted(tmp_path.rglob("*"))) == (0, before)
@@ -111,7 +111,7 @@ def test_check_compares_phases_by_an_encoder_and_suggests_a_remedy(
     assert found["remedy"] == "phase2 has a remedy: replay of 0.2 and freeze first:1."
 
 
-def test_check_counts_what_is_cut_and_left_out(qcft, recipe_file, color_data, tmp_path):
+def test_check_counts_truncated_and_dropped_rows(qcft, recipe_file, color_data, tmp_path):
     long = " ".join(["red"] * 200)
     rows = [{"instruction": f"say {i}", "output": long if i % 4 == 0 else "red"} for i in range(40)]
     data = tmp_path / "long.jsonl"
@@ -205,16 +205,16 @@ def test_a_recipe_that_is_loaded_is_checked_with_changes(raw_recipe, tmp_path):
     assert found["phases"][1]["adapted_share"] < plain["phases"][1]["adapted_share"]
 
 
-def test_a_run_tells_first_what_it_takes(raw_recipe, tmp_path, monkeypatch):
+def test_a_run_first_reports_what_it_needs(raw_recipe, tmp_path, monkeypatch):
     """In a line, by part; and where the disk is too small for it."""
-    told = []
+    events = []
     prepared, store = PlannedRecipe(recipe_from(raw_recipe), Watch()), Store(tmp_path / "runs")
-    forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
-    assert told == []  # so small a model fits anywhere
+    forecast.forecast(prepared, prepared.plan.steps, store, Watch(events.append))
+    assert events == []  # so small a model fits anywhere
     monkeypatch.setattr(forecast, "SMALL", 0)
     monkeypatch.setattr(forecast, "disk_free", lambda place: 1000)
-    forecast.forecast(prepared, prepared.plan.steps, store, Watch(told.append))
-    line, warning = (note.text for note in told)
+    forecast.forecast(prepared, prepared.plan.steps, store, Watch(events.append))
+    line, warning = (note.text for note in events)
     for words in ("GiB of RAM (weights 0.0, adapters 0.0, activations", "and about 1 minute; the run writes about"):
         assert words in line
     assert "has less space than the run needs: `qcft gc`" in warning

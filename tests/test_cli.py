@@ -170,13 +170,13 @@ def test_dry_run_lists_the_steps_and_does_nothing(qcft, recipe_file, tmp_path):
 )
 def test_dry_run_finds_what_the_real_call_refuses(qcft, tiny_model, color_data, tmp_path, setting, says):
     command = ["phase1", "x", "-m", tiny_model, "-d", color_data / "en.jsonl", "--set", setting]
-    told = []
+    printed = []
     for more in ([], ["--dry-run"]):
         code, out, err = qcft(*command, *more)
         assert (code, out) == (2, "")
-        told.append([line for line in err.splitlines() if line.startswith(("error", "hint"))])
-    assert told[0] == told[1]
-    assert says in told[0][0]
+        printed.append([line for line in err.splitlines() if line.startswith(("error", "hint"))])
+    assert printed[0] == printed[1]
+    assert says in printed[0][0]
     assert not (tmp_path / "runs").exists()
 
 
@@ -303,14 +303,14 @@ def test_a_table_too_wide_for_the_terminal_comes_in_blocks():
     assert columns_that_fit(titles, rows, 5) == [[0, i] for i in range(1, 10)]
 
 
-def test_libraries_say_nothing_as_they_are_imported():
+def test_libraries_print_nothing_when_they_are_imported():
     """On CPUs with 16-bit products bitsandbytes names a kernel that it does without."""
     code = "from qcft.runner.libraries import set_environment; set_environment(); import bitsandbytes"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 
 
-def test_what_bitsandbytes_reports_as_it_is_imported_is_not_shown(tmp_path):
+def test_what_bitsandbytes_reports_when_it_is_imported_is_not_shown(tmp_path):
     """Whichever command loads it first: its level is set before any command begins."""
     code = (
         "import logging, sys\nfrom qcft.cli import main\nsys.argv = ['qcft', 'ls']\n"
@@ -351,7 +351,7 @@ def test_nothing_to_show(qcft):
     assert (code, json.loads(out)) == (0, [])
 
 
-def test_sigterm_stops_with_a_checkpoint_exit_143_and_goes_on(recipe_file, tmp_path):
+def test_sigterm_stops_with_a_checkpoint_and_exit_143_and_the_run_resumes(recipe_file, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [
         sys.executable,

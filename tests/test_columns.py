@@ -16,9 +16,9 @@ from .helpers.tiny import write_rows
 HALF = HeldOut(share=0.5, rows=100)
 
 
-def load(folder, records, told=None, **keys):
+def load(folder, records, events=None, **keys):
     path = write_rows(folder / "a.jsonl", records)
-    watch = Watch() if told is None else Watch(told.append)
+    watch = Watch() if events is None else Watch(events.append)
     return load_source(Source(path=str(path), **keys), HALF, watch)
 
 
@@ -39,7 +39,7 @@ def test_the_usual_names(tmp_path, question, answer):
     assert turns(found) == {(("user", f"q{i}"), ("assistant", f"a{i}")) for i in range(20)}
 
 
-def test_the_usual_names_of_what_goes_along(tmp_path):
+def test_the_usual_names_of_further_columns(tmp_path):
     records = [{"ID": i, "system_prompt": "s", "Context": "c", "question": f"q{i}", "answer": "a"} for i in range(20)]
     found = load(tmp_path, records)
     assert turns(found) == {(("system", "s"), ("user", f"q{i}\n\nc"), ("assistant", "a")) for i in range(20)}
@@ -91,15 +91,15 @@ def test_an_unknown_format_names_the_flag(tmp_path):
 
 
 def test_what_nothing_reads_is_named(tmp_path):
-    told = []
+    events = []
     records = [
         {"instruction": f"q{i}", "output": "a", "tools": ["clock"], "topic": "x", "empty": None} for i in range(20)
     ]
-    assert len(turns(load(tmp_path, records, told))) == 20
-    assert [event.text.partition(": ")[2] for event in told] == ["columns that are not used: tools, topic"]
-    told.clear()
-    load(tmp_path, [{"instruction": f"q{i}", "input": "", "output": "a", "id": i} for i in range(20)], told)
-    assert told == []
+    assert len(turns(load(tmp_path, records, events))) == 20
+    assert [event.text.partition(": ")[2] for event in events] == ["columns that are not used: tools, topic"]
+    events.clear()
+    load(tmp_path, [{"instruction": f"q{i}", "input": "", "output": "a", "id": i} for i in range(20)], events)
+    assert events == []
 
 
 def test_records_of_several_formats_in_one_source(tmp_path):
@@ -144,7 +144,7 @@ def test_named_columns_in_a_recipe(tmp_path):
         recipe_from(raw, {"phase1.data.0.columns.anser": "antwort"})
 
 
-def test_renaming_leaves_the_rest_as_it_is():
+def test_renaming_does_not_modify_the_rest():
     columns = Columns(Source(path="x"))
     record = json.loads('{"question": "q", "answer": "a", "topic": 1}')
     assert columns.read(record) == ("alpaca", {"instruction": "q", "output": "a", "topic": 1})

@@ -1,5 +1,5 @@
 """Backward transfer, forgetting, paired intervals, SQuAD's scores and ROUGE-L against independent computations; which
-measurements stand in one table."""
+measurements are in one table."""
 
 import collections
 import json
@@ -144,7 +144,7 @@ SCORES = {"base": [1, 1, 1, 0], "phase2": [1, 0, 0, 0]}  # English, item by item
 
 @pytest.fixture
 def recipe(raw_recipe):
-    """One phase in Spanish: the model as it came is phase 1."""
+    """One phase in Spanish: the unmodified model is phase 1."""
     phase = {**raw_recipe["phases"][1], "data": [{"path": "es.jsonl", "lang": "es-MX"}], "replay": None}
     return recipe_from({**raw_recipe, "phases": [phase]})
 
@@ -160,8 +160,8 @@ def evaluations(folder, changes=None, tasks=("hellaswag", "xquad_es", "fidelity"
             metrics = {"task": task, "lang": lang, "metric": "acc", "score": sum(values) / 4, "scores": {}, "items": 4}
             metrics |= {"paired": True, "higher_is_better": True, "shots": 0, "generates": False, "prompts": "p"}
             if task == "fidelity":
-                told = {"right": 1.0, "told": 3, "rows": 3, "mean_tokens": 9.0, "unfinished": 0.0}
-                metrics = {"task": task, "languages": {"es": told}}
+                answers = {"right": 1.0, "told": 3, "rows": 3, "mean_tokens": 9.0, "unfinished": 0.0}
+                metrics = {"task": task, "languages": {"es": answers}}
             for where, change in (changes or {}).get(task, {}).items() if stage == "phase2" else ():
                 (settings if where in settings and where != "prompts" else metrics)[where] = change
             place = folder / stage / task
@@ -179,7 +179,7 @@ def test_averages_changes_and_transfer_of_a_single_phase(recipe, tmp_path):
     (change,) = table["changes"]
     assert [change[side]["value"] for side in ("EA", "MA", "overall")] == [-0.5, 0.5, 0]
     assert change["overall"]["items"] == 8
-    assert table["continual"] == {"backward_transfer": -0.5, "forgetting": 0.5}  # of English, by the model as it came
+    assert table["continual"] == {"backward_transfer": -0.5, "forgetting": 0.5}  # of English, by the unmodified model
     groups = [{"name": "phase2 es", "phase": "phase2", "english": False}, {"name": "e", "phase": "p", "english": True}]
 
     def nats(nll):
@@ -193,7 +193,7 @@ def test_averages_changes_and_transfer_of_a_single_phase(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"limit": 5}, {"lm_eval": "2"}, {"data": "digest"}, {"prompts": "q"}, {"batch": 2}])
-def test_what_was_measured_otherwise_is_in_another_table(recipe, tmp_path, other):
+def test_scores_measured_in_another_way_are_in_another_table(recipe, tmp_path, other):
     found = abilities_table(recipe, evaluations(tmp_path, {"hellaswag": other}), {})["tables"]
     assert len(found) == 2
     assert all("hellaswag" not in change["tasks"] for table in found for change in table["changes"])
@@ -202,9 +202,9 @@ def test_what_was_measured_otherwise_is_in_another_table(recipe, tmp_path, other
     json.dumps(found)
 
 
-def test_the_language_of_answers_asked_otherwise_is_in_another_table(recipe, tmp_path):
-    alike = abilities_table(recipe, evaluations(tmp_path / "a"), {})["fidelity"]
-    assert [len(cells) for cells in grouped(alike, way_of_asking)] == [2]
+def test_the_language_of_answers_measured_in_another_way_is_in_another_table(recipe, tmp_path):
+    same = abilities_table(recipe, evaluations(tmp_path / "a"), {})["fidelity"]
+    assert [len(cells) for cells in grouped(same, way_of_asking)] == [2]
     apart = abilities_table(recipe, evaluations(tmp_path / "b", {"fidelity": {"data": "other"}}), {})["fidelity"]
     assert [len(cells) for cells in grouped(apart, way_of_asking)] == [1, 1]
 
@@ -229,7 +229,7 @@ def test_a_tasks_language_is_what_its_items_are_in(task, text, lang, family):
     assert family_of(task) == family
 
 
-def test_answers_in_a_language_that_cannot_be_told():
+def test_answers_in_a_language_that_cannot_be_identified():
     row = Row((Message("user", "?"),), (Message("assistant", "Un gato."),))
     answer = Answer("El gato rojo corre por la casa y duerme en el jardín.", 14, True)
     assert [judge_answer(row, answer, lang)["right"] for lang in ("es", "es-MX", "en", "xx")] == [

@@ -1,4 +1,4 @@
-"""Files and formats in, one conversational form out; what is left out is counted; held-out rows."""
+"""Files and formats in, one conversational form out; dropped rows are counted; held-out rows."""
 
 import gzip
 import json
@@ -114,7 +114,7 @@ def test_what_cannot_train_is_counted_by_reason(tmp_path):
     assert load(path).left_out == {"empty answer": 1, "no user turn": 1, "no text": 1, "bad JSON": 3}
 
 
-def test_bytes_that_are_no_utf8_are_bad_json_not_a_crash(tmp_path):
+def test_bytes_that_are_not_utf8_are_bad_json_not_a_crash(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         "".join(json.dumps(r) + "\n" for r in ALPACA).encode() + b'{"instruction": "\xff", "output": "x"}\n'

@@ -87,13 +87,13 @@ def test_the_line_of_damage_counts_lines_within_fields(tmp_path):
     assert "line 6: it has 3 fields" in refusal(table(tmp_path / "a.csv", text))
 
 
-def test_lines_that_are_no_json_are_named(tmp_path):
+def test_lines_that_are_not_json_are_named(tmp_path):
     text = [json.dumps(row) for row in ROWS]
     (tmp_path / "few.jsonl").write_text("\n".join([*text[:4], text[4] + ",", "", *text[5:]]))
-    told = []
-    found = load_source(Source(path=str(tmp_path / "few.jsonl")), HALF, Watch(told.append))
+    events = []
+    found = load_source(Source(path=str(tmp_path / "few.jsonl")), HALF, Watch(events.append))
     assert found.left_out == {"bad JSON": 1}
-    assert any("1 of 12 rows are not a JSON object" in note.text and "line 5 (Extra data" in note.text for note in told)
+    assert any("1 of 12 rows are not JSON objects" in e.text and "line 5 (Extra data" in e.text for e in events)
     (tmp_path / "most.jsonl").write_text("".join(line + ",\n" for line in text[:-1]) + text[-1])
     with pytest.raises(InputError, match=r"11 of the 12 rows .* the first is line 1 \(Extra data, column"):
         load_source(Source(path=str(tmp_path / "most.jsonl")), HALF, Watch())
@@ -197,11 +197,11 @@ def test_the_same_rows_in_two_formats_are_refused(tmp_path):
 
 def test_files_of_no_split_are_named(tmp_path):
     lay_out(tmp_path / "set", ["train.jsonl", "test.jsonl", "more.jsonl"])
-    told = []
-    found = list(read_records(Source(path=str(tmp_path / "set")), Watch(told.append)))
+    events = []
+    found = list(read_records(Source(path=str(tmp_path / "set")), Watch(events.append)))
     assert said(found) == {"TRAIN"}
-    assert [type(event) for event in told] == [Note]
-    assert told[0].text.endswith("belong to no split by their names: more.jsonl")
+    assert [type(event) for event in events] == [Note]
+    assert events[0].text.endswith("belong to no split by their names: more.jsonl")
 
 
 def test_subsets_are_configs_or_folders(tmp_path):

@@ -78,11 +78,11 @@ def test_a_mount_point_is_filled_file_by_file(mounted):
     deliver(mounted)
     assert names(mounted) == sorted([*FILES, SEAL, "lost+found"])
     assert is_whole(mounted)
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="already exists"):
         check_place(mounted)
 
 
-def test_what_fails_on_the_way_leaves_a_mount_point_empty(mounted):
+def test_a_failed_delivery_leaves_a_mount_point_empty(mounted):
     with pytest.raises(FileNotFoundError), whole_folder(mounted) as work:
         (work / "config.json").write_text((work / "nothing").read_text())
     assert names(mounted) == []
@@ -108,7 +108,7 @@ with delivery.whole_folder(place) as work:
 
 
 @pytest.mark.parametrize("last", ["model.safetensors", "tokenizer.json"])
-def test_a_delivery_to_a_mount_point_that_is_killed_is_not_taken_for_whole(tmp_path, last):
+def test_a_killed_delivery_to_a_mount_point_is_not_taken_for_complete(tmp_path, last):
     place = tmp_path / "mounted"
     place.mkdir()
     done = subprocess.run([sys.executable, "-c", KILLED, str(place), last], check=False, timeout=60)
@@ -143,5 +143,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, mon
 
 def test_a_name_too_long_for_the_disk(tmp_path):
     with pytest.raises(InputError, match="cannot be written: File name too long"):
-        check_place(tmp_path / ("x" * 252))  # what lies beside it has a longer name
+        check_place(tmp_path / ("x" * 252))  # what is beside it has a longer name
     assert not (tmp_path / INSIDE).exists()

@@ -28,7 +28,7 @@ def trained(recipe, runs):
     }, seen
 
 
-def test_training_is_deterministic_where_asked_and_on_a_cpu_the_same(raw_recipe, tmp_path, monkeypatch):
+def test_training_is_deterministic_where_set_and_on_a_cpu_the_same(raw_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "x")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     plain, seen = trained(recipe_from(raw_recipe), tmp_path / "runs")

@@ -117,7 +117,7 @@ def test_a_card_that_torch_cannot_use_stops_a_run_before_anything_is_written(
     assert "to fix GPU: " in out
 
 
-def test_nor_does_an_ablation_begin(qcft, driver, raw_recipe, tmp_path, monkeypatch):
+def test_nor_does_an_ablation_start(qcft, driver, raw_recipe, tmp_path, monkeypatch):
     driver()
     monkeypatch.setattr(torch.version, "cuda", None)
     path = tmp_path / "recipe.yaml"
@@ -129,7 +129,7 @@ def test_nor_does_an_ablation_begin(qcft, driver, raw_recipe, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_cards_that_are_hidden_are_no_cards(driver, monkeypatch, hidden):
+def test_hidden_cards_do_not_count(driver, monkeypatch, hidden):
     driver()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert gpus.unusable_gpu() is None
@@ -137,7 +137,7 @@ def test_cards_that_are_hidden_are_no_cards(driver, monkeypatch, hidden):
     assert gpus.unusable_gpu()
 
 
-def test_proc_alone_is_no_card_but_with_a_driver_that_fails_it_is(driver, tmp_path):
+def test_a_card_in_proc_counts_only_with_a_driver_that_fails(driver, tmp_path):
     driver(fails="Failed to initialize NVML: Driver/library version mismatch")
     assert gpus.unusable_gpu() is None
     (tmp_path / "proc" / "0000:01:00.0").mkdir(parents=True)
@@ -241,7 +241,7 @@ print(made.n_gpu, made.device, made.parallel_mode.name, current[0])
 """
 
 
-def test_what_auto_comes_to_is_part_of_a_step_on_cuda_only(raw_recipe, monkeypatch):
+def test_what_auto_resolves_to_is_part_of_a_step_on_cuda_only(raw_recipe, monkeypatch):
     """And stays so where the run is looked at later, on a machine without a card."""
 
     def train_steps(recipe):
@@ -263,7 +263,7 @@ def test_what_auto_comes_to_is_part_of_a_step_on_cuda_only(raw_recipe, monkeypat
     assert optimizer_for(Train(optimizer="paged_adamw_8bit"), "cuda") == "paged_adamw_8bit"
 
 
-def test_a_card_that_takes_long_to_wait_for_is_timed_by_sequences(monkeypatch):
+def test_a_card_that_is_slow_to_synchronize_is_timed_by_sequences(monkeypatch):
     """Five milliseconds for each synchronisation, which would hide what a product takes."""
     waited = []
 

@@ -55,19 +55,19 @@ def test_the_ends_of_the_dial_are_the_phases_and_a_point_is_merged(stack, qcft, 
     command = ("dial", "stack", "--scales", "0:1:0.5", "--merge-at", "0.5", "--to", tmp_path / "half", "--runs", runs)
     code, out, error = qcft(*command, "--json", "-q")
     assert code == 0, error
-    told = json.loads(out)
-    points = told["points"]
+    output = json.loads(out)
+    points = output["points"]
     assert [p["scale"] for p in points] == [0, 0.5, 1]
     for point, stage in ((points[0], "eval/phase1"), (points[2], "eval/phase2")):
         assert point["groups"] == pytest.approx({name: g["nll"] for name, g in stages[stage].items()}, abs=1e-6)
     assert points[0]["MA"] > points[1]["MA"] > points[2]["MA"]
-    assert told["merged"]["stage"] == "merged-phase2-at-0.5"
+    assert output["merged"]["stage"] == "merged-phase2-at-0.5"
     assert (tmp_path / "half" / "model.safetensors").is_file()
     assert "0.5 of its delta" in (tmp_path / "half" / "README.md").read_text()
     code, _, error = qcft(*(tmp_path / "again" if part == tmp_path / "half" else part for part in command))
     assert code == 0, error
     assert f"next: load it as {tmp_path / 'again' / 'README.md'} shows" in error.replace("\n", " ")
-    ET.parse(told["drawing"])
+    ET.parse(output["drawing"])
     code, out, _ = qcft("dial", "stack", "--scales", "0:1:0.5", "--runs", runs, "-q")
     assert code == 0
     assert "EA" in out
@@ -82,11 +82,11 @@ def test_methods_beyond_scaling_are_pefts(stack, qcft, method, tmp_path):
     command = ("dial", "stack", "--scales", "1", "--method", method, "--density", "0.7", "--runs", runs)
     code, out, error = qcft(*command, "--merge-at", "1", "--to", tmp_path / "out", "--json", "-q")
     assert code == 0, error
-    told = json.loads(out)
-    assert told["merged"]["stage"] == f"merged-phase2-at-1-{method}-0.7"
+    output = json.loads(out)
+    assert output["merged"]["stage"] == f"merged-phase2-at-1-{method}-0.7"
     shown = json.loads(qcft("show", "stack", "--runs", runs, "--json")[1])
-    merged = next(s for s in shown["stages"] if s["stage"] == f"eval/{told['merged']['stage']}")
-    assert abs(merged["groups"]["phase2 es"]["nll"] - told["points"][0]["groups"]["phase2 es"]) < 0.3
+    merged = next(s for s in shown["stages"] if s["stage"] == f"eval/{output['merged']['stage']}")
+    assert abs(merged["groups"]["phase2 es"]["nll"] - output["points"][0]["groups"]["phase2 es"]) < 0.3
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_new_scales_join_those_that_were_measured(stack, qcft):
 
 
 @pytest.mark.parametrize("flags", [["--scale", "0.5"], ["--by", "layers=0-1:0.5"]])
-def test_a_part_of_the_delta_is_delivered_whole_and_as_an_adapter(stack, qcft, tmp_path, flags):
+def test_a_part_of_the_delta_is_delivered_as_a_model_and_as_an_adapter(stack, qcft, tmp_path, flags):
     runs, _ = stack
     for to, more in (("model", []), ("adapter", ["--adapter-only"])):
         code, _, error = qcft("export", "stack", *flags, *more, "--to", tmp_path / to, "--runs", runs, "-q")
@@ -225,10 +225,10 @@ def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path):
         "dial", "stack", "--scales", "0:1:0.25", "--by", "layers=0:0", "--pick", "0.6", "--runs", runs, "--json", "-q"
     )
     assert code == 0, error
-    told = json.loads(out)["pick"]
-    assert misfit(told, Picked) is None
-    assert told["points"] == 6
-    chosen, reported = told["chosen"], told["reported"]
+    pick = json.loads(out)["pick"]
+    assert misfit(pick, Picked) is None
+    assert pick["points"] == 6
+    chosen, reported = pick["chosen"], pick["reported"]
     assert chosen["english"]["rows"] + reported["english"]["rows"] == 18
     assert chosen["others"]["rows"] + reported["others"]["rows"] == 18  # of es and pt, which are parallel
     assert chosen["kept"]["value"] >= 0.6
@@ -244,7 +244,7 @@ def test_a_point_is_picked_and_can_be_delivered(stack, qcft, tmp_path):
     assert (tmp_path / "picked" / "model.safetensors").is_file()
 
 
-def test_a_pick_goes_by_english_that_nothing_trains_on(stack, raw_recipe, qcft, tmp_path):
+def test_a_pick_uses_english_that_nothing_trains_on(stack, raw_recipe, qcft, tmp_path):
     """`stack` has made `raw_recipe` its own; here it has 20 English rows of another kind besides."""
     runs, _ = stack
     rows = [json.dumps({"instruction": f"what follows {n}", "output": f"{n + 1} is blue"}) for n in range(20)]
@@ -254,9 +254,9 @@ def test_a_pick_goes_by_english_that_nothing_trains_on(stack, raw_recipe, qcft, 
     assert qcft("run", tmp_path / "other.yaml", "--runs", runs, "-q")[0] == 0
     code, out, error = qcft("dial", "other", "--scales", "0,0.5,1", "--pick", "0.5", "--runs", runs, "--json", "-q")
     assert code == 0, error
-    told = json.loads(out)["pick"]
-    assert told["chosen"]["english"]["rows"] + told["reported"]["english"]["rows"] == 20
-    assert told["chosen"]["others"]["rows"] + told["reported"]["others"]["rows"] == 18
+    pick = json.loads(out)["pick"]
+    assert pick["chosen"]["english"]["rows"] + pick["reported"]["english"]["rows"] == 20
+    assert pick["chosen"]["others"]["rows"] + pick["reported"]["others"]["rows"] == 18
 
 
 @given(st.integers(0, 20), st.integers(1, 20))

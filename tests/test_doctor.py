@@ -19,7 +19,7 @@ def test_doctor_tries_everything(qcft):
     }  # fmt: skip
     assert found["bitsandbytes"]["ok"]
     assert "transformers" in found["packages"]["found"]
-    hub = found["model hub"]  # offline in tests, which is no error
+    hub = found["model hub"]  # offline in tests, which is not an error
     assert not hub["ok"]
     assert not hub["needed"]
     assert hub["mend"] == "unset HF_HUB_OFFLINE"
@@ -38,7 +38,7 @@ def test_a_wrong_product_is_broken(qcft, monkeypatch):
     assert out.splitlines()[-1] == "to fix model hub: unset HF_HUB_OFFLINE"
 
 
-def test_an_import_that_fails_is_told(monkeypatch, tmp_path):
+def test_an_import_that_fails_is_reported(monkeypatch, tmp_path):
     import bitsandbytes as bnb
 
     def broken(*arguments, **options):
@@ -71,7 +71,7 @@ def test_a_package_that_is_missing_or_too_old(monkeypatch, tmp_path):
     assert "trl" not in found.mend
 
 
-def test_what_cannot_be_imported_is_told_and_the_rest_is_tried(qcft, monkeypatch):
+def test_what_cannot_be_imported_is_reported_and_the_rest_is_tried(qcft, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     code, out, _ = qcft("doctor", "--json")

@@ -1,4 +1,4 @@
-"""The command lines of README.md and recipes/README.md, run in their order as they stand, in a folder where their files
+"""The command lines of README.md and recipes/README.md, run as they are, in order, in a folder where their files
 are, and where folders with a tiny model and a tiny encoder have the names of those on the hub."""
 
 import io

@@ -36,7 +36,7 @@ def test_the_norm_of_a_sum_of_deltas_is_that_of_the_dense_sum(shape, parts, seed
     assert found == pytest.approx(np.linalg.norm(dense) ** 2, rel=1e-9, abs=1e-12 * (1 + size))
 
 
-def test_a_delta_less_itself_is_nothing():
+def test_a_delta_minus_itself_is_zero():
     a, b = torch.randn(4, 30), torch.randn(20, 4)
     assert squared_norm([(a, b, 2.0), (a, b, -2.0)]) ** 0.5 < 1e-6 * float(torch.linalg.norm(b @ a))
 
@@ -70,7 +70,7 @@ def moments(x, y, parts=1):
     parts=st.integers(1, 5),
     seed=st.integers(0, 2**31),
 )
-def test_moments_are_those_of_numpy_however_the_tokens_come(tokens, width, offset, parts, seed):
+def test_moments_are_those_of_numpy_however_the_tokens_are_split(tokens, width, offset, parts, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, width)) + offset
     y = x @ rng.normal(size=(width, width)) + 0.3 * rng.normal(size=(tokens, width))
@@ -82,7 +82,7 @@ def test_moments_are_those_of_numpy_however_the_tokens_come(tokens, width, offse
     assert found.cka == pytest.approx(cka(x, y), rel=1e-6, abs=1e-6)
 
 
-def test_cka_sees_no_rotation_and_no_scale():
+def test_cka_does_not_depend_on_rotation_and_scale():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 16)) * np.arange(1, 17)
     turned = 3 * x @ np.linalg.qr(rng.normal(size=(16, 16)))[0] + 7
@@ -90,7 +90,7 @@ def test_cka_sees_no_rotation_and_no_scale():
 
 
 @pytest.mark.parametrize("tokens", [40, 300])
-def test_cka_of_independent_states_is_nothing_however_few_the_tokens(tokens):
+def test_cka_of_independent_states_is_zero_however_few_the_tokens(tokens):
     """The plain estimate is 0.6 to 0.9 here; the mean over several draws, as one draw of few tokens is noisy."""
     rng = np.random.default_rng(1)
     draws = [moments(rng.normal(size=(tokens, 256)), rng.normal(size=(tokens, 256))).cka for _ in range(8)]
@@ -104,7 +104,7 @@ def test_cka_of_three_tokens_is_not_defined():
         moments(np.eye(3), np.eye(3))
 
 
-def test_states_that_are_not_finite_are_told():
+def test_states_that_are_not_finite_are_an_error():
     sums = Moments(2)
     sums.add(torch.tensor([[1.0, 2.0], [3.0, float("nan")]] * 2), torch.ones(4, 2))
     with pytest.raises(QcftError, match="not finite"):
@@ -225,7 +225,7 @@ def test_it_is_kept_shown_and_reported(done, qcft):
     assert "](plots/drift-merged-phase2.svg)" in report
     stages = json.loads((done / "two" / "run.json").read_text())["stages"]
     assert stages["drift/merged-phase2"].startswith("drift-")
-    # A run that goes on keeps what was compared.
+    # A run that is resumed keeps its comparisons.
     code, _, error = qcft("run", done / "two" / "recipe.yaml", "--runs", done, "-q")
     assert code == 0, error
     assert json.loads((done / "two" / "run.json").read_text())["stages"] == stages
@@ -284,7 +284,7 @@ def apart(one, other):
     return total / 21
 
 
-def test_mpd_stands_beside_its_floor_and_the_papers_form_is_one_command(done, qcft):
+def test_mpd_is_beside_its_floor_and_the_papers_form_is_one_command(done, qcft):
     """Two seeds of one training are the floor: not measured, then by the command that is given."""
     command = f"qcft run {done}/two/recipe.yaml --runs {done} --set seed=1 --as two-seed1"
     found = drift_of(qcft, done, "--rows", "1")

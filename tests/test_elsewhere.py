@@ -57,7 +57,7 @@ def tools(tmp_path, monkeypatch):
     return add
 
 
-def test_a_gguf_file_stands_in_its_folder_with_a_card_that_says_what_it_kept(runs, qcft, tmp_path):
+def test_a_gguf_file_is_in_its_folder_with_a_card_that_says_what_it_kept(runs, qcft, tmp_path):
     code, out, error = qcft(
         "export", "tiny", "--runs", runs, "--to", tmp_path / "out", "--gguf", "q8_0", "--ollama", "me/tiny", "--json"
     )
@@ -155,7 +155,7 @@ def test_a_tool_that_fails_leaves_nothing(runs, qcft, tools, tmp_path):
     assert "hint: pip install no_such_module, which it needs, or export without --gguf" in error
 
 
-def test_tools_on_a_relative_path_are_not_taken(tmp_path, monkeypatch):
+def test_tools_on_a_relative_path_are_not_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "convert_hf_to_gguf.py").write_text("")
     monkeypatch.setenv("PATH", ".")
@@ -218,7 +218,7 @@ def test_a_chat_template_becomes_gos(name, tokenizer_folder):
     assert '"""' not in go_template(pieces)
 
 
-def test_a_template_that_does_more_is_left_out(tokenizer, monkeypatch):
+def test_a_template_that_does_more_is_dropped(tokenizer, monkeypatch):
     counting = "{% for m in messages %}{{ loop.index ~ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}assistant:"
     monkeypatch.setattr(tokenizer, "chat_template", counting)
     assert find_pieces(tokenizer) is None
@@ -241,7 +241,7 @@ def hub(tmp_path):
     hub.close()
 
 
-def test_a_folder_is_uploaded_private_once_it_is_whole(hub, runs, tmp_path):
+def test_a_folder_is_uploaded_private_once_it_is_complete(hub, runs, tmp_path):
     flags = ("--adapter-only", "--push", "me/tiny", "--yes")
     done = hub.run("-m", "qcft", "export", "tiny", "--runs", str(runs), "--to", "out", *flags)
     assert done.returncode == 0, done.stderr
@@ -274,7 +274,7 @@ for repo, public in (("me/new", True), ("me/new", False), ("me/more", False), ("
 """
 
 
-def test_what_others_can_read_is_not_uploaded_to_unasked(hub, tmp_path):
+def test_nothing_is_uploaded_to_a_public_repository_without_a_flag(hub, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "README.md").write_text("hello")
     hub.faults["commit"] = [None] + [500] * 40

@@ -40,14 +40,14 @@ def test_every_assistant_turn_is_trained(tokenizer):
     assert trained_text(tokenizer, encoded) == "red<|im_end|>blue<|im_end|>"
 
 
-def test_an_answer_that_was_cut_bears_no_loss_on_an_end_of_turn(tokenizer):
+def test_an_answer_that_was_cut_has_no_loss_on_an_end_of_turn(tokenizer):
     cut = Row((Message("user", "the cat"),), (Message("assistant", "a red dog", finished=False),))
     whole = row(("user", "the cat"), ("assistant", "a red dog"))
     encoded = Encoder(tokenizer).encode_all([cut, whole]).encoded
     assert [trained_text(tokenizer, one) for one in encoded] == ["a red dog", "a red dog<|im_end|>"]
     assert tokenizer.decode(encoded[0].input_ids).endswith("assistant\na red dog")
     assert encoded[0].input_ids == encoded[1].input_ids[:-1]
-    # Before later turns its end stands in the text, as the template has it, and bears no loss either.
+    # Before later turns its end is in the text, as the template has it, and has no loss either.
     more = Row(cut.prompt, (*cut.completion, Message("user", "the dog"), Message("assistant", "blue")))
     later = only(Encoder(tokenizer).encode(more))
     assert trained_text(tokenizer, later) == "a red dogblue<|im_end|>"
@@ -86,7 +86,7 @@ def test_the_rows_own_system_prompt_wins(tokenizer):
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=30))
-def test_any_answer_comes_back_whole(tokenizer, text):
+def test_the_labels_decode_to_any_answer(tokenizer, text):
     """Characters of several tokens, blanks and newlines at the ends: the labels decode to the answer."""
     encoded = only(Encoder(tokenizer).encode(row(("user", "q"), ("assistant", text))))
     assert trained_text(tokenizer, encoded) == tokenizer.decode(

@@ -55,10 +55,10 @@ def of(folder, dtype=torch.float32):
 def test_a_merged_phase_is_measured_and_loads_elsewhere(runs, qcft, tiny_model, name, tmp_path):
     code, out, error = qcft("merge", name, "--runs", runs, "--to", tmp_path / "out", "--json", "-q")
     assert code == 0, error
-    told = json.loads(out)
-    assert told["stage"] == "merged-phase2"
-    assert told["kept"]["share"] is None or told["kept"]["share"] > 0.4
-    assert read_json(runs / name / "kept-merged-phase2" / "done.json")["metrics"]["kl"] == told["kept"]["kl"]
+    output = json.loads(out)
+    assert output["stage"] == "merged-phase2"
+    assert output["kept"]["share"] is None or output["kept"]["share"] > 0.4
+    assert read_json(runs / name / "kept-merged-phase2" / "done.json")["metrics"]["kl"] == output["kept"]["kl"]
     assert "phase2 merged, NF4" in (runs / name / "report" / "report.md").read_text()
     out = tmp_path / "out"
     model, tokenizer = of(out), AutoTokenizer.from_pretrained(out)
@@ -104,7 +104,7 @@ def no_local_path(folder, model):
 
 
 @pytest.mark.parametrize("name", ["tiny", "stack"])
-def test_one_adapter_holds_all_phases_for_the_model_as_it_came(runs, qcft, tiny_model, name, tmp_path):
+def test_one_adapter_holds_all_phases_for_the_unmodified_model(runs, qcft, tiny_model, name, tmp_path):
     code, _, error = qcft("export", name, "--runs", runs, "--to", tmp_path / "adapter", "--adapter-only", "-q")
     assert code == 0, error
     assert qcft("export", name, "--runs", runs, "--to", tmp_path / "model", "-q")[0] == 0
@@ -146,7 +146,7 @@ def test_a_dequantised_base_gives_the_live_model_in_16_bits_and_is_refused_in_4(
     ("arguments", "says"),
     [
         (["merge", "tiny", "--stage", "phase3", "--to", "x"], "no phase 'phase3'"),
-        (["merge", "tiny", "--to", "full"], "there already"),
+        (["merge", "tiny", "--to", "full"], "already exists"),
         (["export", "tiny", "--to", "file/x"], "is a file"),
         (["merge", "tiny", "--base", "nf4", "--to", "x"], "nf4"),
         (["export", "tiny"], "--to"),
@@ -163,13 +163,13 @@ def test_bad_input_is_refused_before_any_work(runs, qcft, arguments, says, tmp_p
     assert sorted(p.name for p in (runs / ".steps").iterdir()) == before
 
 
-def test_a_merge_killed_at_random_is_whole_or_not_there(runs, tiny_model, tmp_path):
+def test_a_merge_killed_at_random_is_complete_or_absent(runs, tiny_model, tmp_path):
     adapter = (runs / "tiny" / "phase1").resolve() / "adapter"
     assert kill_merges(tiny_model, adapter, tmp_path / "out", 3, seed=0, shard=40_000, block=64)
     assert torch.isfinite(logits(of(tmp_path / "out"))).all()
 
 
-def test_a_merge_step_killed_on_the_way_is_done_again_whole(runs, qcft, tmp_path):
+def test_a_killed_merge_step_is_rerun_from_the_start(runs, qcft, tmp_path):
     """The step's own folder: a model folder without done.json is not taken for a model."""
     shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     step = (tmp_path / "runs" / "tiny" / "merged").resolve()
@@ -238,7 +238,7 @@ def test_an_exported_chatml_model_stops(chatml_run, qcft, tmp_path, base_model):
     assert read_json(base_model / "generation_config.json")["eos_token_id"] == old
 
 
-def test_an_adapter_carries_what_it_was_trained_with(chatml_run, qcft, tmp_path, base_model):
+def test_an_adapter_is_exported_with_the_template_and_eos_of_its_training(chatml_run, qcft, tmp_path, base_model):
     assert qcft("export", "tiny", "--runs", chatml_run, "--to", tmp_path / "adapter", "--adapter-only", "-q")[0] == 0
     for folder in (tmp_path / "adapter", (chatml_run / "tiny" / "phase1").resolve() / "adapter"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -249,7 +249,7 @@ def test_an_adapter_carries_what_it_was_trained_with(chatml_run, qcft, tmp_path,
         assert answered(model, tokenizer).endswith("<|im_end|>")
 
 
-def test_a_model_whose_template_ends_turns_with_its_eos_is_exported_as_it_was(runs, tiny_model, qcft, tmp_path):
+def test_a_model_whose_template_ends_turns_with_its_eos_is_exported_unmodified(runs, tiny_model, qcft, tmp_path):
     assert qcft("export", "tiny", "--runs", runs, "--to", tmp_path / "out", "-q")[0] == 0
     for name in ("generation_config.json", "config.json"):
         assert read_json(tmp_path / "out" / name) == read_json(tiny_model / name)

@@ -66,10 +66,10 @@ def runs(made, raw):
 
 
 def go(recipe_file, runs):
-    told = []
-    done = api.run_watched(load_recipe(recipe_file), runs, Watch(told.append))
-    warnings = [e.text for e in told if isinstance(e, Note) and e.level == "warning"]
-    return done, warnings, {e.title for e in told if isinstance(e, StepBegun) and e.state != "reused"}
+    events = []
+    done = api.run_watched(load_recipe(recipe_file), runs, Watch(events.append))
+    warnings = [e.text for e in events if isinstance(e, Note) and e.level == "warning"]
+    return done, warnings, {e.title for e in events if isinstance(e, StepBegun) and e.state != "reused"}
 
 
 def flip(file, where=0.5):
@@ -93,8 +93,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", [flip, cut])
-def test_damaged_files_are_named_and_made_anew(raw, made, runs, tmp_path, damage):
-    """All at once: each step is found by its digests, told by name, and comes out as it was."""
+def test_damaged_files_are_named_and_rebuilt(raw, made, runs, tmp_path, damage):
+    """All at once: each step is found by its digests, named, and rebuilt as it was."""
     copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     stages = read_json(copy / "tiny" / "run.json")["stages"]
     for stage, (name, _) in DAMAGED.items():
@@ -121,7 +121,7 @@ def test_any_flipped_bit_of_done_json_is_found(made, runs, tmp_path):
         assert record is None or key <= i < key + 6 or record == same, whole[max(0, i - 20) : i + 20]
 
 
-def test_a_sealed_object_without_its_seal_is_taken(made, runs, tmp_path):
+def test_a_sealed_object_without_its_seal_is_accepted(made, runs, tmp_path):
     """As an older version wrote it."""
     copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     for done in copy.glob(".steps/*/done.json"):
@@ -175,10 +175,10 @@ def test_a_recipe_of_another_version_is_refused_in_words_and_hides_no_other_run(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tiny_model, tmp_path, stopped, damage, name):
     step = shutil.copytree(stopped, tmp_path / "step")
     damage(step / "checkpoints" / "checkpoint-8" / name)
-    told = []
-    trained, _ = train(tiny_model, step, Watch(told.append))
+    events = []
+    trained, _ = train(tiny_model, step, Watch(events.append))
     assert trained.resumed_from == 6
-    assert "checkpoint-8 is altered" in next(e.text for e in told if isinstance(e, Note))
+    assert "checkpoint-8 is altered" in next(e.text for e in events if isinstance(e, Note))
     assert same(adapter_of(step), adapter_of(stopped.parent / "whole"))
 
 
@@ -206,7 +206,7 @@ def poisoned(folder, tiny_tokenizer, weight, value):
     return folder
 
 
-def train_poisoned(folder, step, tokenizer, told, **changes):
+def train_poisoned(folder, step, tokenizer, events, **changes):
     """24 rows, of which the one whose id is r13 has the rare word; trained in the order they come, 4 a step."""
     words = [RARE if i == 13 else "cat" for i in range(24)]
     rows = [
@@ -223,21 +223,21 @@ def train_poisoned(folder, step, tokenizer, told, **changes):
     torch.manual_seed(0)
     adapted = add_lora(model, adapted_modules(model, "all-linear", parse_freeze("none"), 0), Lora(r=4))
     step.mkdir(exist_ok=True)
-    return train_adapter(adapted, tokenizer, batches, settings, 0, step, Watch(told.append), "training")
+    return train_adapter(adapted, tokenizer, batches, settings, 0, step, Watch(events.append), "training")
 
 
-def test_a_loss_that_is_no_number_names_step_and_rows_and_keeps_the_last_good_checkpoint(tokenizer, tmp_path):
+def test_a_loss_that_is_not_finite_names_step_and_rows_and_keeps_the_last_good_checkpoint(tokenizer, tmp_path):
     folder, step = poisoned(tmp_path / "model", tokenizer, "model.embed_tokens.weight", float("nan")), tmp_path / "step"
-    for attempt in range(2):  # the second goes on from the checkpoint, and says the same instead of looping
-        told = []
+    for attempt in range(2):  # the second resumes from the checkpoint, and says the same instead of looping
+        events = []
         with pytest.raises(QcftError) as stopped:
-            train_poisoned(folder, step, tokenizer, told)
+            train_poisoned(folder, step, tokenizer, events)
         assert stopped.value.message == (
             "the loss is nan at step 4 of 6, on 4 rows (rows.jsonl: 'r12', 'r13', 'r14', 'r15')"
         )
         assert "lower train.lr" in stopped.value.hint
         assert stopped.value.exit_code == 1
-        assert [e.done for e in told if isinstance(e, Progress)] == ([1, 2, 3] if not attempt else [])
+        assert [e.done for e in events if isinstance(e, Progress)] == ([1, 2, 3] if not attempt else [])
         assert sorted(p.name for p in (step / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-3"]
         kept = load_file(step / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors")
         assert all(torch.isfinite(tensor).all() for tensor in kept.values())
@@ -281,7 +281,7 @@ def test_a_kill_just_before_a_training_is_marked_done_costs_no_training(tiny_mod
     assert sorted(record["files"]) == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
 
-def test_a_moved_runs_folder_goes_on_elsewhere(raw, made, runs, tmp_path):
+def test_a_moved_runs_folder_resumes_elsewhere(raw, made, runs, tmp_path):
     """Half done, then all of it moved: runs, recipe, data and model; into a place with spaces and other letters."""
     here, there = tmp_path / "here", tmp_path / "там далеко, 言語"
     for name in ("model", "data"):
@@ -293,7 +293,7 @@ def test_a_moved_runs_folder_goes_on_elsewhere(raw, made, runs, tmp_path):
     with pytest.raises(QcftError, match="stopped"):
         api.run_watched(load_recipe(here / "recipe.yaml"), here / "runs", watch)
     here.rename(there)
-    assert (there / "runs" / "tiny" / "phase1" / "done.json").is_file()  # as it lies, before anything is made anew
+    assert (there / "runs" / "tiny" / "phase1" / "done.json").is_file()  # at its new place, before anything is rerun
     _, warnings, begun = go(there / "recipe.yaml", there / "runs")
     assert warnings == []
     assert begun == {"train phase2", "measure phase2"}

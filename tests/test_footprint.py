@@ -75,7 +75,7 @@ ROWS = Pass((90, 60, 50), 80, by_rows=True)
 
 @pytest.mark.parametrize("freeze", ["none", "first:2", "every:2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_layer_of_each_kind_tells_what_all_take(freeze, checkpointing):
+def test_one_layer_of_each_kind_gives_what_all_take(freeze, checkpointing):
     model = tiny_meta()
     shape = shape_of(model, freeze, checkpointing)
     whole = room.run_layers(model, shape, ROWS, list(range(6)))
@@ -96,7 +96,7 @@ def test_attention_is_counted_by_its_query_heads(shared):
         assert room.attention_flops(*shapes) == sdpa_flop_count(*shapes)
 
 
-def test_a_counter_that_knows_no_shared_heads_is_not_asked(monkeypatch):
+def test_a_counter_that_knows_no_shared_heads_is_not_used(monkeypatch):
     """As torch 2.11's, which raises."""
     from torch.utils import flop_counter
 

@@ -67,7 +67,7 @@ def test_two_phases_with_replay_frozen_layers_and_the_live_probe(raw_recipe, tmp
     assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
 
 
-def test_steps_that_overflow_are_left_out_and_resuming_keeps_the_scale(raw_recipe, tmp_path, scalers):
+def test_steps_that_overflow_are_skipped_and_resuming_keeps_the_scale(raw_recipe, tmp_path, scalers):
     """A scale so large that the first steps overflow; stopped and resumed, to the bit of one that was not."""
     made, made_with = scalers
     made_with["scale"] = 2.0**26

@@ -1,5 +1,5 @@
 """A disk that is really full (a small tmpfs in namespaces of its own), in every kind of step: one clear line, nothing
-marked done, and once there is room the run goes on to the result it would have had."""
+marked done, and once there is room the run resumes to the result it would have had."""
 
 import json
 import os
@@ -37,8 +37,8 @@ def fill(ballast, left):
 
 
 def go_through(recipe_file, runs):
-    """Run in `runs` with the disk filled as each step begins and as the last has ended; what was told is printed."""
-    ballast, told = runs.parent / "ballast", []
+    """Run in `runs` with the disk filled as each step begins and as the last has ended; the errors are printed."""
+    ballast, errors = runs.parent / "ballast", []
     for left, wanted in MOMENTS:
         if left:
             shutil.rmtree(runs / ".steps")
@@ -54,11 +54,11 @@ def go_through(recipe_file, runs):
             done = [p.parent.name for p in runs.glob(".steps/*/done.json")]
             whole = all(read_json(runs / ".steps" / step / "done.json") for step in done)
             litter = [str(p) for p in runs.rglob(".*.partial")]
-            told.append([left, wanted, error.message, error.hint, error.exit_code, len(done), whole, litter])
+            errors.append([left, wanted, error.message, error.hint, error.exit_code, len(done), whole, litter])
         finally:
             ballast.unlink(missing_ok=True)
     api.run_watched(load_recipe(recipe_file), runs, Watch())
-    print(json.dumps({"told": told, "results": results(runs)}))
+    print(json.dumps({"errors": errors, "results": results(runs)}))
 
 
 def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
@@ -81,7 +81,7 @@ def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
-    for left, wanted, message, hint, exit_code, finished, whole, litter in said["told"]:
+    for left, wanted, message, hint, exit_code, finished, whole, litter in said["errors"]:
         assert message == f"the disk that holds '{small / 'runs'}' is full", (left, wanted)
         assert "qcft gc" in hint
         assert "resumes where it stopped" in hint
@@ -89,6 +89,6 @@ def test_every_step_meets_a_full_disk(raw_recipe, tmp_path):
         assert finished == STEPS.index(wanted)
         assert whole
         assert not litter
-    assert [(left, wanted) for left, wanted, *_ in said["told"]] == MOMENTS
+    assert [(left, wanted) for left, wanted, *_ in said["errors"]] == MOMENTS
     api.run_watched(load_recipe(recipe_file), tmp_path / "runs", Watch())
     assert said["results"] == results(tmp_path / "runs")

@@ -58,7 +58,7 @@ def test_what_is_missing_is_named_by_the_systems_packages(card, tmp_path):
     assert fused.what_is_missing() == ""
 
 
-def test_training_does_without_triton_where_it_fails(card, watch, notes, monkeypatch):
+def test_training_runs_without_triton_where_it_fails(card, watch, notes, monkeypatch):
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *size, device=None, **rest: ones(*size, **rest))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -73,7 +73,7 @@ def test_training_does_without_triton_where_it_fails(card, watch, notes, monkeyp
     assert fused.fused_step() is None
 
 
-def test_doctor_names_it_as_something_to_do_without(card, tmp_path):
+def test_doctor_names_it_as_not_needed(card, tmp_path):
     found = next(one for one in doctor.examine(tmp_path) if one.name == "fused head")
     assert not found.ok
     assert not found.needed

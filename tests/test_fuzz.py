@@ -16,7 +16,7 @@ from qcft.data.load import load_source
 from qcft.events import Watch
 from qcft.recipe import HeldOut, Source, load_recipe, parse_assignments, recipe_from
 
-from .helpers.fuzz import many, told
+from .helpers.fuzz import many, refused_or_accepted
 
 RAW = {
     "version": 1,
@@ -86,16 +86,16 @@ def test_recipes_with_anything_anywhere(path, value):
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    with told():
+    with refused_or_accepted():
         recipe_from(raw)
 
 
 @many
 @given(st.lists(st.sampled_from(WORDS), max_size=5), values, st.text(max_size=20))
 def test_anything_set(path, value, text):
-    with told():
+    with refused_or_accepted():
         recipe_from(copy.deepcopy(RAW), {".".join(path): value})
-    with told():
+    with refused_or_accepted():
         parse_assignments([text, f"seed={text}"])
 
 
@@ -111,7 +111,7 @@ def folder(tmp_path_factory):
 @given(st.binary(max_size=60) | SYMBOLS.map(str.encode) | values.map(lambda v: json.dumps(v, default=str).encode()))
 def test_recipe_files_of_any_bytes(folder, content):
     (folder / "r.yaml").write_bytes(content)
-    with told():
+    with refused_or_accepted():
         load_recipe(folder / "r.yaml")
 
 
@@ -148,7 +148,7 @@ def test_data_of_any_kind(folder, tokenizer, content, good, suffix, format):
     data = b"\n".join([*(GOOD if good else []), *content])
     file = folder / f"data{suffix}"
     file.write_bytes(gzip.compress(data) if suffix == ".jsonl.gz" else data)
-    with told():
+    with refused_or_accepted():
         found = load_source(Source(path=str(file), format=format), HeldOut(share=0.3, rows=3), Watch())
         encoded = Encoder(tokenizer, None, 64, "cut").encode_all(found.rows + found.held_out)
         assert len(encoded.rows) + sum(encoded.left_out.values()) == len(found.rows) + len(found.held_out)
@@ -177,7 +177,7 @@ def test_data_of_any_kind(folder, tokenizer, content, good, suffix, format):
 def test_lines_that_break_readers(tmp_path, line, reason):
     """Each among good lines: taken, or counted under its reason; the good ones are all there."""
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*GOOD, line, *GOOD]) + b"\n")
-    with told():
+    with refused_or_accepted():
         found = load_source(Source(path=str(tmp_path / "a.jsonl")), HeldOut(share=0.3, rows=100), Watch())
     assert len(found.rows) + len(found.held_out) == 24 + (reason is None)
     assert found.left_out == ({} if reason is None else {reason: 1})

@@ -23,7 +23,7 @@ from qcft.prepare.checks import check_adapter
 from qcft.prepare.prepared import Prepared
 from qcft.recipe import recipe_from
 
-from .test_fuzz import told
+from .test_fuzz import refused_or_accepted
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 some = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -117,7 +117,7 @@ def test_adapters(prepared, whole, tmp_path_factory, data):
         for place, byte in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)))):
             content[place if byte % 2 else place % 900] = byte
         file.write_bytes(content[: data.draw(st.sampled_from([None, None, -1, 8, 0]))])
-    with told():
+    with refused_or_accepted():
         read_adapter_config(folder)
         check_adapter(prepared, folder)
     shutil.rmtree(folder)
@@ -196,7 +196,7 @@ def test_templates(tokenizer, template):
     own = tokenizer.chat_template
     tokenizer.chat_template = template
     try:
-        with told():
+        with refused_or_accepted():
             signal.alarm(PATIENCE)
             encoder = Encoder(tokenizer, max_length=200)
             encoded = encoder.encode_all(ROWS)

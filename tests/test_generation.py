@@ -116,7 +116,7 @@ def test_a_larger_ratio_adds_chunks_and_begins_with_the_same_rows(taught, tmp_pa
     assert {"prompt", "pool", "chunk", "seed", "temperature", "top_p", "max_new_tokens"} <= row["provenance"].keys()
 
 
-def test_a_chunk_that_was_altered_is_made_anew(taught, tmp_path):
+def test_a_chunk_that_was_altered_is_generated_again(taught, tmp_path):
     draw(tmp_path / "one", taught, 9)
     file = tmp_path / "pool" / "chunks" / "000001.json"
     chunk = json.loads(file.read_text())
@@ -141,7 +141,7 @@ def answers_of(loaded, batch, temperature=0.0, count=13):
 
 
 def test_the_batch_is_halved_until_it_fits(loaded):
-    """A forward pass of more than three rows runs out of memory, as a GPU would tell it."""
+    """A forward pass of more than three rows runs out of memory, as a GPU would report it."""
 
     def refuse(module, args, kwargs):
         if kwargs["input_ids"].shape[0] > 3:
@@ -215,7 +215,7 @@ def test_the_nucleus_is_that_of_transformers_and_its_draws_follow_the_probabilit
     assert (counts - expected).abs().max() < 0.04
 
 
-def test_more_than_the_likeliest_are_looked_at_where_the_mass_is_spread():
+def test_more_than_the_likeliest_tokens_are_considered_where_the_mass_is_spread():
     scores = torch.zeros(4, 5000)
     found = Nucleus(Sampling(1, 1.0, 0.9), [0, 1, 2, 3])(torch.zeros(4, 1), scores)
     assert len(set(found.argmax(1).tolist())) == 4
@@ -283,7 +283,7 @@ def test_from_the_command_line(qcft, recipe_file, tmp_path):
     assert {s["provenance"]["kind"] for s in given["samples"]} == {"file"}
 
 
-def test_generation_begins_at_what_fits(qcft, recipe_file, tmp_path, monkeypatch):
+def test_generation_starts_with_a_batch_that_fits(qcft, recipe_file, tmp_path, monkeypatch):
     """With room for the answers to two prompts, as the estimate has it, instead of a whole chunk of four."""
     runs = ["--runs", tmp_path / "runs"]
     code, out, _ = qcft("check", recipe_file, "--json", "--rows", 0, *runs)
@@ -318,9 +318,9 @@ def test_a_ratio_of_0_generates_nothing(recipe_file, tmp_path):
 
 
 def qcft_run(recipe_file, runs, changes):
-    heard = []
-    done = qcft.run(recipe_file, set=changes, runs=runs, listener=heard.append)
-    assert not any(isinstance(e, Note) and "replay" in e.text for e in heard)
+    events = []
+    done = qcft.run(recipe_file, set=changes, runs=runs, listener=events.append)
+    assert not any(isinstance(e, Note) and "replay" in e.text for e in events)
     return done
 
 
@@ -351,7 +351,7 @@ def test_unfinished_answers_are_kept_up_to_where_they_were_cut(taught, tmp_path)
     assert cut_in_words({key: value for key, value in part.items() if key != "cut"}) == "", "of an earlier version"
 
 
-def test_half_a_character_is_no_part_of_an_answer(tokenizer):
+def test_half_a_character_is_not_part_of_an_answer(tokenizer):
     """What cuts an answer may cut a character of several tokens: decoding leaves a mark, which nobody wrote."""
     encoder = Encoder(tokenizer)
     drawing = Drawing(Pool(ReplayPart(), (), "t", {}), encoder, set())

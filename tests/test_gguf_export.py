@@ -150,7 +150,7 @@ def test_each_type_reads_back_within_its_rounding(kind, tmp_path):
     assert (expected - found).std() < 0.05 * expected.std()
 
 
-def test_rows_that_are_no_multiple_of_a_block_stay_in_16_bits(tmp_path):
+def test_rows_that_are_not_a_multiple_of_a_block_stay_in_16_bits(tmp_path):
     folder = make(tmp_path / "model", "llama", intermediate_size=40)
     file = write(folder, tmp_path / "out" / "tiny.gguf", "q8_0")
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
@@ -175,9 +175,9 @@ def test_scaled_rotary_embeddings_are_in_the_file(tmp_path):
     ids = torch.arange(3, 203)[None]
     before = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), ids)
     assert torch.allclose(logits(load_gguf(file, folder, Model(name=str(folder))), ids), before, atol=0.1)
-    told = []
-    weights_folder(resolve(Model(name=str(file))), Watch(told.append))
-    assert any("does not read how it scales its rotary embeddings" in event.text for event in told)
+    events = []
+    weights_folder(resolve(Model(name=str(file))), Watch(events.append))
+    assert any("does not read how it scales its rotary embeddings" in event.text for event in events)
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     found = fields(write(make(tmp_path / "linear", "qwen2", rope_parameters=rope), tmp_path / "out" / "two.gguf"))
     assert (found["qwen2.rope.scaling.type"], found["qwen2.rope.scaling.factor"]) == ("linear", 4.0)
@@ -259,15 +259,15 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused(tmp_path):
             check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=made))
 
 
-def test_a_number_beyond_16_bits_is_refused_and_a_window_is_told(tmp_path):
+def test_a_number_beyond_16_bits_is_refused_and_a_window_is_reported(tmp_path):
     folder = make(tmp_path / "model", "mistral", sliding_window=64)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"][5, 5] = 1e5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    told = []
+    events = []
     with pytest.raises(QcftError, match=r"blk.3.ffn_up.weight has values beyond 65,504"):
-        write_gguf(folder, tmp_path / "x.gguf", "f16", "x", Model(name=str(folder)), Watch(told.append))
-    assert "the last 64 only" in told[0].text
+        write_gguf(folder, tmp_path / "x.gguf", "f16", "x", Model(name=str(folder)), Watch(events.append))
+    assert "the last 64 only" in events[0].text
     write(folder, tmp_path / "out" / "x.gguf", "bf16")
 
 

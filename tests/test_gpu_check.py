@@ -82,7 +82,7 @@ def test_a_killed_training_resumes_to_the_same_adapter(lines):
     assert 12 <= resumed["resumed_from"] < resumed["steps"] == 24
 
 
-def test_a_part_that_dies_fails_or_hangs_leaves_a_line_and_the_next_one_runs(tmp_path):
+def test_a_part_that_dies_fails_or_hangs_prints_a_line_and_the_next_one_runs(tmp_path):
     done, lines = run_check(tmp_path, "selftest:die,selftest:fail,selftest:hang,selftest:fail")
     assert done.returncode == 0
     ends = [line for line in lines if line["what"] == "end"]
@@ -94,7 +94,7 @@ def test_a_part_that_dies_fails_or_hangs_leaves_a_line_and_the_next_one_runs(tmp
     assert is_gone(found(lines, "selftest:hang", "child")["pid"])  # what the hanging part had started ends with it
 
 
-def test_what_there_is_no_part_for_is_refused_in_two_lines(tmp_path):
+def test_an_unknown_part_is_refused_in_two_lines(tmp_path):
     for parts in ("env,memory:2B", "memory", "nonsense", ""):
         done, lines = run_check(tmp_path, parts)
         assert (done.returncode, done.stdout, lines) == (2, "", [])

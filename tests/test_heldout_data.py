@@ -13,8 +13,8 @@ from qcft.recipe import recipe_from
 from .helpers.tiny import ASK, write_rows
 
 
-def prepare(raw, told=None, **changes):
-    return Prepared(recipe_from(raw, changes), Watch() if told is None else Watch(told.append))
+def prepare(raw, events=None, **changes):
+    return Prepared(recipe_from(raw, changes), Watch() if events is None else Watch(events.append))
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def test_every_row_is_measured_once_under_the_phases_system(raw_recipe, own_rows
 
 
 def test_nothing_of_it_is_trained_or_replayed(raw_recipe, own_rows):
-    told = []
+    events = []
     raw_recipe["phases"][1]["data"] = [{**raw_recipe["phases"][1]["data"][0], "take": None}]
     raw_recipe["phases"][0]["data"][0]["take"] = None
-    with_test = prepare(raw_recipe, told, **{"heldout.data": [{"path": own_rows, "lang": "es"}]})
+    with_test = prepare(raw_recipe, events, **{"heldout.data": [{"path": own_rows, "lang": "es"}]})
     without = prepare(raw_recipe)
     keys = {row.key for row in by_name(with_test)["test es"].rows}
     prompts = {row.prompt_digest for row in by_name(with_test)["test es"].rows}
@@ -58,7 +58,7 @@ def test_nothing_of_it_is_trained_or_replayed(raw_recipe, own_rows):
         assert not {row.prompt_digest for row in after} & prompts
         assert after == [row for row in before if row.key not in keys and row.prompt_digest not in prompts]
     assert not {row.key for pool in with_test.pools["phase2"] for row in pool.rows} & keys
-    notes = [event.text for event in told if isinstance(event, Note)]
+    notes = [event.text for event in events if isinstance(event, Note)]
     assert any("rows of es.jsonl are not trained on, as they have the prompt or the id of a row of heldout.data" in n
                for n in notes)  # fmt: skip
 
@@ -151,7 +151,7 @@ def test_a_run_shows_it_at_every_stage(qcft, raw_recipe, own_rows, tmp_path):
     names = {group["name"] for group in table["groups"]}
     assert "test es" in names
     assert all("test es" in stage["groups"] for stage in table["stages"])
-    # Neither source has a language: both are guessed, told, and kept with the run.
+    # Neither source has a language: both are guessed, reported, and kept with the run.
     assert "pt.jsonl has no lang: taken as pt" in err
     kept = yaml.safe_load((tmp_path / "runs/tiny/recipe.yaml").read_text())
     assert [source["lang"] for source in kept["phases"][1]["data"]] == ["es", "pt"]

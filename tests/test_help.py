@@ -44,8 +44,8 @@ def test_every_default_is_shown_and_every_text_says_something(qcft, name, monkey
     assert "Name of the run ." not in out
 
 
-def test_defaults_are_looked_for():
-    """The test above is no test unless there are some: of words, numbers and paths."""
+def test_there_are_defaults_of_each_kind():
+    """The test above tests nothing unless there are some: words, numbers and paths."""
     found = {default_of(param) for command in COMMANDS.values() for param in command.params} - {None}
     assert {"(the latest)", "(the last phase)", "(LaBSE)", "runs", "0.5", "original", "16"} <= found
 

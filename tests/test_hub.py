@@ -1,4 +1,4 @@
-"""A hub that fails midway, on this machine: tried again, gone on with, then told; nothing half-fetched is used."""
+"""A hub that fails midway, on this machine: retried, resumed, then reported; no incomplete download is used."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from qcft.recipe import Model
 hub.WAIT = 0.1
 constants.DOWNLOAD_CHUNK_SIZE = 4096  # of 10 MB, in which a tiny model is fetched whole or not at all
 try:
-    folder = weights_folder(resolve(Model(name="someone/tiny")), Watch(lambda event: print("told:", event.text)))
+    folder = weights_folder(resolve(Model(name="someone/tiny")), Watch(lambda event: print("note:", event.text)))
     print("folder:", folder)
 except QcftError as error:
     print("error:", error.message, "| hint:", error.hint, "|", error.exit_code)
@@ -52,7 +52,7 @@ def blobs(tmp_path):
     return list((tmp_path / "hf").glob("hub/models--someone--tiny/blobs/*"))
 
 
-def test_a_model_is_fetched_once_pinned_and_whole(fetch, tiny_model, tmp_path):
+def test_a_model_is_fetched_once_pinned_and_complete(fetch, tiny_model, tmp_path):
     folder = Path(fetch().removeprefix("folder: ").strip())
     assert folder.name == COMMIT
     assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
@@ -64,7 +64,7 @@ def test_a_model_is_fetched_once_pinned_and_whole(fetch, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("faults", [[503, 503], ["cut"], ["stall", "cut", 500]])
-def test_a_hub_that_fails_midway_is_tried_again_and_gone_on_with(fetch, tiny_model, faults):
+def test_a_download_that_fails_midway_is_retried_and_resumed(fetch, tiny_model, faults):
     fetch.hub.faults["model.safetensors"] = list(faults)
     said = fetch()
     folder = Path(said.splitlines()[-1].removeprefix("folder: "))
@@ -72,16 +72,16 @@ def test_a_hub_that_fails_midway_is_tried_again_and_gone_on_with(fetch, tiny_mod
     if "cut" in faults:
         assert any("resolve" in one and "bytes=" in one for one in fetch.hub.asked)  # not from the beginning
     if 503 in faults:
-        assert said.count("told: someone/tiny: the hub fails (") == 2
+        assert said.count("note: someone/tiny: the hub fails (") == 2
 
 
-def test_a_hub_that_keeps_failing_is_told_and_half_a_model_is_never_used(fetch, tiny_model):
+def test_a_hub_that_keeps_failing_is_reported_and_half_a_model_is_never_used(fetch, tiny_model):
     fetch.hub.faults["model.safetensors"] = [500] * 50
     said = fetch().splitlines()
     assert said[-1].startswith("error: model: 'someone/tiny' could not be loaded from the hub: ")
     assert "500" in said[-1]
-    assert len(said) == 4  # three more tries were told
-    # Config and tokenizer are in the cache by now: with no hub to ask, that is no model.
+    assert len(said) == 4  # three more tries were reported
+    # Config and tokenizer are in the cache by now: without a hub, that is not a model.
     offline = fetch(HF_HUB_OFFLINE="1")
     assert "error: model: 'someone/tiny' is not (completely) in the local cache, and " in offline
     fetch.hub.faults.clear()
@@ -107,7 +107,7 @@ def test_an_altered_file_in_the_hubs_cache_is_named_and_fetched_again(fetch, tin
     else:
         blob.write_bytes(data[:-9] if damage == "cut" else data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     said = fetch()
-    assert "told: someone/tiny: model.safetensors in the hub's cache is missing or altered; it is fetched again" in said
+    assert "note: someone/tiny: model.safetensors in the hub's cache is missing or altered; it is fetched again" in said
     assert (folder / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
 
 
@@ -134,7 +134,7 @@ except QcftError as error:
 """
 
 
-def test_a_data_set_is_read_from_the_hub_whole_or_not_at_all(fetch, tmp_path):
+def test_a_data_set_is_read_from_the_hub_completely_or_not_at_all(fetch, tmp_path):
     rows = [{"instruction": f"q {i}", "output": f"a {i}"} for i in range(200)]
     write_rows(tmp_path / "rows" / "train.jsonl", rows)
     fetch.hub.repos[("datasets", "someone/rows")] = tmp_path / "rows"

@@ -61,7 +61,7 @@ def test_what_is_written_passes_check_and_says_what_each_key_is(place, qcft):
     assert len(expand_ablation(raw, folder=folder)[1]) == 3 * 5
 
 
-def test_a_model_as_it_came_and_a_file_that_is_there(place, qcft):
+def test_an_unmodified_model_and_a_recipe_that_already_exists(place, qcft):
     code, _, err = qcft("init", "--model", "tiny", "--data", "no=es.jsonl")
     assert code == 0, err
     raw = yaml.safe_load((place / "recipe.yaml").read_text())
@@ -125,7 +125,7 @@ BAD = {
     "data that does not ship": (given(data=("--data", "es=qcft:passages/xx")), "no data named"),
     "a phase 1 on nothing": (given("--phase1", "nowhere.jsonl"), "there is no file 'nowhere.jsonl'"),
     "more replay than the mix": (given("--replay", "1"), "outside [0, 0.9]"),
-    "replay that is no number": (given("--replay", "nan"), "replay"),
+    "replay that is not a number": (given("--replay", "nan"), "replay"),
     "a freeze spec nobody has": (given("--freeze", "frist:2"), "'frist:2'"),
     "a card without a unit": (given("--vram", "8"), "--vram '8' is not a size"),
     "a name with a slash": (given("--name", "a/b"), "cannot name a run"),
@@ -141,6 +141,6 @@ def test_what_is_wrong_is_refused_before_anything_is_written(case, place, qcft):
     check_refused(qcft, place, arguments, says)
 
 
-def test_rows_that_no_one_can_be_measured_on_are_told_at_once(place, qcft):
+def test_rows_of_which_none_can_be_held_out_are_reported_at_once(place, qcft):
     write_rows(place / "one.jsonl", [{"instruction": "a", "output": "b"}])
     check_refused(qcft, place, given(data=("--data", "es=one.jsonl")), "held-out share")

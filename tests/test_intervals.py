@@ -89,8 +89,8 @@ def test_an_arm_that_is_better_by_a_twentieth_of_a_nat_is_named():
     assert winners(48, gap=0.05)[1] >= 0.8
 
 
-def test_two_runs_of_one_arm_are_not_told_apart_where_seeds_are_measured():
-    """Rows that agree on a small difference tell two runs apart; the seeds' noise says that it is nothing."""
+def test_two_runs_of_one_arm_are_not_distinguished_where_seeds_are_measured():
+    """Rows that agree on a small difference distinguish two runs; with the noise of the seeds it is not clear."""
     generator = np.random.default_rng(3)
     shared = generator.normal(0, 0.15, 48)
     runs = [shared + generator.normal(0, 0.005, 48) + shift for shift in (0.0, 0.01, 0.012, -0.002)]
@@ -103,7 +103,7 @@ def test_two_runs_of_one_arm_are_not_told_apart_where_seeds_are_measured():
     assert (both.seeds, both.compared, both.method) == (2, 1, "bootstrap-t over rows, Student's t over seeds (1 df)")
 
 
-def test_what_a_seed_does_to_all_arms_is_no_noise_where_they_are_paired():
+def test_what_a_seed_does_to_all_arms_is_not_noise_where_they_are_paired():
     means = [np.array([0.0, 0.5, -0.5]), np.array([0.1, 0.61, -0.41])]
     none = Bounds(np.zeros(1), np.zeros(1), "")
     contrast = np.array([[-1.0, 1.0]])
@@ -197,7 +197,7 @@ def test_a_star_is_as_rare_among_many_tasks_as_with_one(tasks):
     assert starred / 200 <= 0.075
 
 
-def test_an_average_over_translations_is_no_surer_than_one_language():
+def test_an_average_over_translations_is_not_more_certain_than_one_language():
     generator = np.random.default_rng(7)
     before, after = generator.random(50), generator.random(50)
     keys = [f"question {i}" for i in range(50)]
@@ -208,7 +208,7 @@ def test_an_average_over_translations_is_no_surer_than_one_language():
     assert apart[3].high - apart[3].low < same[3].high - same[3].low
 
 
-def test_a_task_of_one_item_has_no_interval_and_takes_none_from_the_others():
+def test_a_task_of_one_item_has_no_interval_and_the_others_keep_theirs():
     generator = np.random.default_rng(8)
     one, many = Items([0.0], [1.0], ["a"]), Items(generator.random(20), generator.random(20), [*range(20)])
     found = paired_changes([one, many], [[0.5, 0.5]])

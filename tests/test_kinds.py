@@ -62,15 +62,15 @@ def counted(monkeypatch):
 def test_it_runs_resumes_is_listed_and_summed_up(counted, qcft, raw_recipe, tmp_path):
     from qcft import Interrupted
 
-    recipe, runs, heard = recipe_from(raw_recipe), tmp_path / "runs", []
+    recipe, runs, events = recipe_from(raw_recipe), tmp_path / "runs", []
     counted(stop_after=1)
     with pytest.raises(Interrupted):
         run_recipe(recipe, runs, Watch())
     counted()
-    done = run_recipe(recipe, runs, Watch(heard.append))
+    done = run_recipe(recipe, runs, Watch(events.append))
     (step,) = (one.step for one in done.stages.values())
     assert {file.name for file in (runs / ".steps" / step).glob("*.txt")} >= {"0.txt", "1.txt"}
-    (ended,) = (event for event in heard if isinstance(event, StepEnded))
+    (ended,) = (event for event in events if isinstance(event, StepEnded))
     assert ended.summary == f"{done.stages['count'].metrics['groups']} groups"
     assert "tiny" in qcft("ls")[1]
     before = (runs / ".steps" / step / "done.json").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Languages of data: codes in flags are explained, and data without one is guessed, told and kept."""
+"""Languages of data: codes in flags are explained; where a source has none, it is guessed, reported and kept."""
 
 import json
 
@@ -20,8 +20,8 @@ def data(path, texts):
     return str(write_rows(path, [{"instruction": text, "output": "12"} for text in texts]))
 
 
-def prepared(raw, told):
-    return Prepared(recipe_from(raw), Watch(told.append))
+def prepared(raw, events):
+    return Prepared(recipe_from(raw), Watch(events.append))
 
 
 def phases(raw_recipe, first, second):
@@ -29,16 +29,16 @@ def phases(raw_recipe, first, second):
     return {**raw_recipe, "phases": [{**one, "data": [first]}, {**two, "data": [second], "replay": None}]}
 
 
-def warnings(told):
-    return [event.text for event in told if isinstance(event, Note) and event.level == "warning"]
+def warnings(events):
+    return [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
 
 
-def test_a_second_phase_without_a_language_is_guessed_and_told(raw_recipe, tmp_path):
-    told = []
+def test_the_language_of_a_second_phase_is_guessed_and_reported(raw_recipe, tmp_path):
+    events = []
     german, spanish = data(tmp_path / "de.jsonl", GERMAN), data(tmp_path / "es.jsonl", SPANISH)
-    found = prepared(phases(raw_recipe, german, spanish), told)
+    found = prepared(phases(raw_recipe, german, spanish), events)
     assert [group.name for group in found.groups][:2] == ["phase1 ?", "phase2 es"]  # a first phase is as it was
-    (text,) = warnings(told)
+    (text,) = warnings(events)
     assert text.startswith(f"data: {spanish} has no lang: taken as es (100% of ")
     assert text.endswith("set it with lang: es, or --data es=PATH")
     assert [source.lang for source in found.recipe.phases[1].data] == ["es"]
@@ -51,28 +51,28 @@ def test_a_second_phase_without_a_language_is_guessed_and_told(raw_recipe, tmp_p
 
 @pytest.mark.parametrize("texts", [[x for pair in zip(SPANISH, GERMAN, strict=True) for x in pair], ["12"] * 40])
 def test_what_is_not_clear_stays_unknown(raw_recipe, tmp_path, texts):
-    told = []
+    events = []
     texts = [f"{text} {i}" for i, text in enumerate(texts)]
     german = {"path": data(tmp_path / "de.jsonl", GERMAN), "lang": "de"}
-    found = prepared(phases(raw_recipe, german, data(tmp_path / "mixed.jsonl", texts)), told)
+    found = prepared(phases(raw_recipe, german, data(tmp_path / "mixed.jsonl", texts)), events)
     assert [group.name for group in found.groups][:2] == ["phase1 de", "phase2 ?"]
-    assert "its language is not clear, so tables show it as ?" in warnings(told)[0]
+    assert "its language is not clear, so tables show it as ?" in warnings(events)[0]
 
 
-def test_one_phase_on_a_model_as_it_came_and_a_test_set(raw_recipe, tmp_path):
-    told = []
+def test_one_phase_on_an_unmodified_model_and_a_test_set(raw_recipe, tmp_path):
+    events = []
     raw = {**raw_recipe, "phases": [{"name": "phase2", "data": data(tmp_path / "es.jsonl", SPANISH)}]}
     raw["heldout"] = {"share": 0.3, "rows": 5, "data": data(tmp_path / "test.jsonl", GERMAN)}
-    found = prepared(raw, told)
+    found = prepared(raw, events)
     assert [group.name for group in found.groups] == ["phase2 es", "test de", "probe en"]
-    assert len(warnings(told)) == 2
+    assert len(warnings(events)) == 2
 
 
-def test_languages_that_are_named_are_believed(raw_recipe, tmp_path):
-    told = []
+def test_languages_that_are_named_are_used(raw_recipe, tmp_path):
+    events = []
     german = {"path": data(tmp_path / "de.jsonl", GERMAN), "lang": "de"}
-    prepared(phases(raw_recipe, german, {**german, "path": data(tmp_path / "x.jsonl", SPANISH)}), told)
-    assert warnings(told) == []
+    prepared(phases(raw_recipe, german, {**german, "path": data(tmp_path / "x.jsonl", SPANISH)}), events)
+    assert warnings(events) == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_language_codes_are_explained(given, says, hint):
     assert error.value.hint.startswith(hint)
 
 
-def test_what_a_path_may_say(tmp_path, monkeypatch):
+def test_languages_and_splits_in_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set" / "lang=es").mkdir(parents=True)
     (tmp_path / "set" / "a=b.jsonl").write_text("")

@@ -231,7 +231,7 @@ def metrics_of(tmp_path, run="tiny", stage="phase2"):
     return json.loads((tmp_path / "runs" / run / stage / "done.json").read_text())["metrics"]
 
 
-def test_a_run_freezes_by_change_and_by_snr_and_layers_tells_the_same(qcft, raw_recipe, tmp_path, monkeypatch):
+def test_a_run_freezes_by_change_and_by_snr_and_layers_prints_the_same(qcft, raw_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
     code, _, err = run_small(qcft, raw_recipe, tmp_path, "most-changed:1")
     assert code == 0, err

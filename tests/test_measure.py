@@ -43,7 +43,7 @@ def test_scores_equal_those_computed_by_hand(tiny_model, rows, kind, near):
     assert mean_nll(scores) == pytest.approx(total, rel=near)
 
 
-def test_an_nll_that_is_no_number_is_an_error(tiny_model, rows):
+def test_an_nll_that_is_not_finite_is_an_error(tiny_model, rows):
     model = load_model(tiny_model, Model(name="tiny"), "none")
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(QcftError, match="held-out: the NLL is nan"):
@@ -79,7 +79,7 @@ def scores(*nlls, tokens=10):
 
 @settings(deadline=None)  # libraries load in the first example
 @given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9), st.integers(1, 50)), min_size=2, max_size=30))
-def test_a_difference_is_that_of_the_means_and_lies_in_its_interval(rows):
+def test_a_difference_is_that_of_the_means_and_is_in_its_interval(rows):
     a = [RowScore(x * n, n, 0) for x, _, n in rows]
     b = [RowScore(y * n, n, 0) for _, y, n in rows]
     found = difference(a, b)
@@ -91,7 +91,7 @@ def test_a_difference_is_that_of_the_means_and_lies_in_its_interval(rows):
 
 
 def test_the_interval_is_a_bootstrap_t_drawn_in_another_way():
-    """Rows of unlike lengths, drawn for both models alike, one resample at a time."""
+    """Rows of different lengths; each resample draws the same rows for both models."""
     generator = np.random.default_rng(1)
     tokens = generator.integers(1, 40, 30)
     before = generator.gamma(2, 1, 30) * tokens

@@ -68,7 +68,7 @@ def test_out_of_memory_is_known_by_its_many_names(error):
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=lambda error: str(error)[:40])
-def test_other_errors_are_no_lack_of_memory(error):
+def test_other_errors_are_not_out_of_memory(error):
     assert not is_out_of_memory(error)
 
 

@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(change, says, t
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_another_dtype_is_told_to_the_config(tmp_path):
+def test_another_dtype_is_written_to_the_config(tmp_path):
     base = llama(tmp_path / "base")
     adapt(base, tmp_path / "adapter", target_modules=LINEAR)
     out = merged(base, [tmp_path / "adapter"], tmp_path / "out", Target(dtype="bfloat16"))

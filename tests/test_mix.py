@@ -47,7 +47,7 @@ def test_replay_is_spread_evenly(new, replay):
     assert min(counts) >= 10
 
 
-def test_epochs_are_shuffled_anew():
+def test_each_epoch_is_shuffled_in_another_order():
     assert mixed_order(50, 10, "0:0") != mixed_order(50, 10, "0:1")
 
 
@@ -120,7 +120,7 @@ def test_steps_and_batch_are_kept_for_rows_of_any_length(lengths, batch, steps, 
         assert batches.rows == steps * batch
 
 
-def test_a_long_row_among_short_ones_does_not_swell_the_steps():
+def test_a_long_row_among_short_ones_does_not_enlarge_the_steps():
     rows = rows_of([80] * 99 + [1000])
     batches = make_batches(rows, lambda e: list(range(100)), Train(batch=4, max_length=1024))
     assert 3 <= batches.rows / batches.steps <= 4

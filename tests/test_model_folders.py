@@ -114,7 +114,7 @@ def test_the_encoders_of_a_wrapper_are_carried_over_unchanged(tmp_path):
     assert all("language_model.layers" in key for key in changed)
 
 
-def test_experts_are_said_to_stay_in_16_bits(tmp_path):
+def test_experts_are_reported_to_stay_in_16_bits(tmp_path):
     folder = make_family("qwen3_moe", tmp_path / "model")
     named = Model(name=str(folder))
     meta, loaded = model_without_weights(folder, named), load_model(folder, named)
@@ -151,7 +151,7 @@ def test_what_cannot_be_estimated_is_a_warning(tmp_path):
 
 @pytest.mark.parametrize(("family", "attention"), [(None, "eager"), (None, "sdpa"), ("mistral_window", "sdpa")])
 def test_padded_rows_train_from_stored_states_as_without(raw_recipe, tmp_path, family, attention):
-    """`packing: false` and frozen layers, where attention goes by a mask, too, as for rows past a sliding window:
+    """`packing: false` and frozen layers, where attention uses a mask, too, as for rows past a sliding window:
     the rows' states are padded as the rows are."""
     raw_recipe["model"]["attn_implementation"] = attention
     if family:

@@ -62,7 +62,7 @@ def test_a_hub_id_that_cannot_be_reached_names_the_offline_choices():
 
 
 @pytest.mark.parametrize("given", ["model.name=nobody/nothing", "phase2.data=[{path: nobody/nothing, take: 3}]"])
-def test_a_hub_that_does_not_answer_is_told_at_once(given, tmp_path):
+def test_a_hub_that_does_not_answer_is_reported_at_once(given, tmp_path):
     """Not offline by setting, but with nobody there: a port nothing listens on."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(Path(__file__).parents[1])}
     del environment["HF_HUB_OFFLINE"]
@@ -75,7 +75,7 @@ def test_a_hub_that_does_not_answer_is_told_at_once(given, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_no_pip_is_said_with_what_to_do(tmp_path, monkeypatch):
+def test_no_pip_is_reported_with_what_to_do(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
     monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
@@ -85,7 +85,7 @@ def test_no_pip_is_said_with_what_to_do(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "embedded").glob("smollm2-135m-instruct/*"))
 
 
-def test_folders_that_are_no_model(tmp_path, tiny_model):
+def test_folders_that_are_not_models(tmp_path, tiny_model):
     with pytest.raises(InputError, match=r"no config\.json"):
         found(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -150,7 +150,7 @@ def announcing(kind, *numbers):
     ],
 )
 def test_lengths_that_a_gguf_file_makes_up_are_refused_at_once(tmp_path, content, reason):
-    """The gguf package's reader takes them at their word: it goes on for ever, and memory fills."""
+    """The gguf package's reader trusts them: it never ends, and memory fills."""
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(content)
     with pytest.raises(InputError, match=reason):
@@ -198,10 +198,10 @@ def test_a_cached_folder_is_made_once_and_again_when_damaged(tmp_path, monkeypat
     place = cached_folder("x/y", make)
     assert cached_folder("x/y", make) == place
     assert len(made) == 1
-    told = []
+    events = []
     (place / "a").write_text("hellO")
-    cached_folder("x/y", make, Watch(told.append))
-    assert told[0].text == f"a in the cache ({place}) is missing or altered; it is rebuilt"
+    cached_folder("x/y", make, Watch(events.append))
+    assert events[0].text == f"a in the cache ({place}) is missing or altered; it is rebuilt"
     assert len(made) == 2
     assert (place / "a").read_text() == "hello"
 
@@ -209,7 +209,7 @@ def test_a_cached_folder_is_made_once_and_again_when_damaged(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("freeze", "layers"), [("none", {0, 1, 2}), ("first:1", {1, 2}), ("last:2", {0}), ("layers:1", {0, 2})]
 )
-def test_adapters_lie_on_the_layers_left_free_and_nowhere_else(tiny_model, freeze, layers):
+def test_adapters_are_on_the_layers_that_are_not_frozen_only(tiny_model, freeze, layers):
     model = load_model(tiny_model, Model(name="tiny"))
     modules = adapted_modules(model, "all-linear", parse_freeze(freeze), 0)
     adapted = add_lora(model, modules, Lora(r=4))
@@ -266,7 +266,7 @@ def test_the_4_bit_base_is_nf4_with_double_quantisation_and_not_packed(tiny_mode
     assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in linear)
 
 
-def test_a_probe_leaves_training_as_it_was(tiny_model):
+def test_a_probe_does_not_change_the_training(tiny_model):
     """On some CPUs an evaluation forward repacks 4-bit weights and the gradients are lost (bitsandbytes)."""
     import torch
 
@@ -302,7 +302,7 @@ def _plain(folder):
     return load_model(folder, Model(name="tiny"), quantize="none")
 
 
-def test_adapters_are_trained_in_fp32_and_come_back_the_same(tiny_model, tmp_path):
+def test_adapters_are_trained_in_fp32_and_loaded_as_they_were_saved(tiny_model, tmp_path):
     import torch
 
     model = _plain(tiny_model)

@@ -23,7 +23,7 @@ KNOWN = (make_plan, plan_beyond, Drift)  # imported so that all kinds are known
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
-    """The archive's content, its run's recipes pointing at the folder it lies in now."""
+    """The archive's content, its run's recipes pointing at the folder it is in now."""
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
     for recipe in folder.glob("runs/*/recipe.yaml"):
@@ -38,7 +38,7 @@ def records(runs: Path) -> dict[str, bytes]:
 
 
 def outdated(runs: Path) -> set[str]:
-    """Steps of a kind that results in something else by now (its format was raised), and all that rest on
+    """Steps of a kind that results in something else by now (its format was raised), and all that depend on
     such a step."""
     inputs = {file.parent.name: read_json(file)["inputs"] for file in runs.glob(".steps/*/step.json")}
     found = {step for step, one in inputs.items() if one["format"] != Work.kinds[one["kind"]].format}

@@ -96,7 +96,7 @@ def test_passes_that_do_not_fit_are_halved(tiny_model, tmp_path, packing):
 
 
 def test_gradients_of_a_pass_that_failed_half_way_are_not_counted(tiny_model, tmp_path):
-    """In the backward pass, with the upper layers' gradients there already, and a pass of the step done before."""
+    """In the backward pass, with the upper layers' gradients there already, and another pass of the step finished."""
     settings = TRAIN.model_copy(update={"packing": False, "micro_batch": 4})
     train(tiny_model, tmp_path / "plain", settings)
     _, card = train(tiny_model, tmp_path / "fell", settings, backward=6)
@@ -104,8 +104,8 @@ def test_gradients_of_a_pass_that_failed_half_way_are_not_counted(tiny_model, tm
     assert close(tmp_path / "fell", tmp_path / "plain")
 
 
-def test_going_on_begins_with_what_was_found_to_fit(tiny_model, tmp_path, whole):
-    """Later in the training, then stopped, then gone on with."""
+def test_resuming_starts_with_the_passes_that_fitted(tiny_model, tmp_path, whole):
+    """Later in the training, then stopped, then resumed."""
     from qcft import Interrupted
     from qcft.events import Progress
 
@@ -124,7 +124,7 @@ def test_going_on_begins_with_what_was_found_to_fit(tiny_model, tmp_path, whole)
     assert close(tmp_path, whole)
 
 
-def test_one_row_that_does_not_fit_is_recomputed_then_said(tiny_model, tmp_path):
+def test_one_row_that_does_not_fit_is_recomputed_then_reported(tiny_model, tmp_path):
     notes = []
     watch = Watch(lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     with pytest.raises(QcftError, match="one row of") as error:

@@ -138,7 +138,7 @@ def test_every_field_of_loraconfig_is_passed_on_or_refused_by_name():
     assert known == (set(Peft.model_fields) | OWNED.keys() | REFUSED.keys())
 
 
-def test_defaults_of_peft_are_no_other_step(raw):
+def test_defaults_of_peft_do_not_make_another_step(raw):
     plain, same_, dora = (recipe_from(raw, {"lora.peft": fields}) for fields in (
         {}, {"use_dora": False, "init_lora_weights": True}, {"use_dora": True}
     ))  # fmt: skip

@@ -96,7 +96,7 @@ def test_what_others_loaded_before_stays_with_the_collector():
     assert done.stdout.strip() == "0"
 
 
-def test_the_mix_is_exact_and_told_before_training(recipe_file, shared_runs, tmp_path):
+def test_the_mix_is_exact_and_shown_before_training(recipe_file, shared_runs, tmp_path):
     _, events = run(recipe_file, tmp_path / "runs", {"phase1": None, "heldout.rows": 5})
     mixed = next(e for e in events if isinstance(e, Mixed))
     rows = {s.source: s.rows for s in mixed.shares}
@@ -237,7 +237,7 @@ def test_generative_replay_answers_english_prompts(recipe_file, tmp_path, monkey
         )
 
 
-def test_a_killed_generation_goes_on_at_the_next_chunk(recipe_file, tmp_path):
+def test_a_killed_generation_resumes_at_the_next_chunk(recipe_file, tmp_path):
     changes = {
         "phase2.replay": {"ratio": 0.2, "max_new_tokens": 24, "temperature": 1.0, "chunk": 2},
         "phase1.train.epochs": 12,
@@ -272,7 +272,7 @@ def test_a_loaded_recipe_can_be_changed_too(raw_recipe, tmp_path):
         qcft.run(recipe_from(raw_recipe), set={"phase2.train.lrr": 1}, runs=tmp_path)
 
 
-def test_a_prompt_the_template_refuses_is_left_out_of_answers_and_replay(raw_recipe, tiny_model, tmp_path):
+def test_a_prompt_the_template_refuses_is_dropped_from_answers_and_replay(raw_recipe, tiny_model, tmp_path):
     """Rows that a template raises on: counted, not a crash in the middle."""
     model = shutil.copytree(tiny_model, tmp_path / "refuses")
     template = (model / "chat_template.jinja").read_text()
@@ -303,7 +303,7 @@ def test_an_instruct_model_needs_no_phase_1(recipe_file, tmp_path):
     assert done.table["changes"][0]["from"] == "eval/base"
 
 
-def test_an_adapter_one_brings_is_phase_1(recipe_file, raw_recipe, shared_runs, tmp_path, color_data):
+def test_an_imported_adapter_is_phase_1(recipe_file, raw_recipe, shared_runs, tmp_path, color_data):
     first, _ = run(recipe_file, shared_runs)
     brought = {"name": "phase1", "adapter": str(first.stages["phase1"].folder / "adapter")}
     probe = [{"path": str(color_data / "en.jsonl"), "lang": "en"}]
@@ -323,15 +323,16 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
     with pytest.raises(qcft.InputError, match="but its config and the model need"):
         api.run(recipe_from(raw), runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
-    # One that fits the shapes may be of the same model under another name: it is told.
+    # One that fits the shapes may be of the same model under another name: a warning.
     copied = shutil.copytree(brought["adapter"], tmp_path / "copied")
     config = read_json(copied / "adapter_config.json")
-    for base, told in ((f"somebody/{Path(raw_recipe['model']['name']).name}", 0), ("somebody/else", 1)):
+    for base, warned in ((f"somebody/{Path(raw_recipe['model']['name']).name}", 0), ("somebody/else", 1)):
         write_json(copied / "adapter_config.json", config | {"base_model_name_or_path": base})
-        heard = []
+        events = []
         recipe = recipe_from({**raw, "model": raw_recipe["model"], "phases": [{**brought, "adapter": str(copied)}]})
-        check_prepared(Prepared(recipe, Watch(heard.append)))
-        assert sum("was made for 'somebody/else'" in event.text for event in heard if isinstance(event, Note)) == told
+        check_prepared(Prepared(recipe, Watch(events.append)))
+        notes = [event.text for event in events if isinstance(event, Note)]
+        assert sum("was made for 'somebody/else'" in text for text in notes) == warned
 
 
 def test_phase_1_alone_then_phase_2_is_the_same_as_both(raw_recipe, shared_runs, tmp_path):

@@ -63,7 +63,7 @@ def test_merged_means_every_earlier_delta():
     assert stages["merged-phase2"].weights == stages["merged"].id
     assert stages["merged-phase2"].adapter == stages["phase2"].id
     assert stages["phase3"].weights == stages["merged-phase2"].id
-    # Phase 2's adapter meets other weights than its own there: what that kept can't be told from its probes.
+    # Phase 2's adapter meets other weights than its own there: what that kept can't be computed from its probes.
     assert "kept-merged" in stages
     assert "kept-merged-phase2" not in stages
 
@@ -143,7 +143,7 @@ def test_a_pool_depends_on_what_is_generated_not_on_how_much_is_drawn(change, sa
     assert pool.weights == after.step("replay").weights == after.step("merged").id
 
 
-def test_up_to_a_stage_takes_what_it_rests_on():
+def test_a_plan_up_to_a_stage_has_what_it_depends_on():
     assert [s.stage for s in plan().up_to("replay")] == ["phase1", "merged", "replay"]
     assert [s.stage for s in plan({"phase2.replay.kind": "phase1"}).up_to("replay")] == ["replay"]
 
@@ -164,7 +164,7 @@ def beyond(made, goal, seed=0):
     return plan_beyond(recipe_from({**RAW, "phases": phases, "seed": seed}), stored, goal)
 
 
-def test_a_stack_lies_on_one_base_and_a_continued_adapter_takes_the_place_of_its_start():
+def test_a_stack_has_one_base_and_a_continued_adapter_replaces_its_start():
     made = chained("stacked", "continue", "stacked")
     steps = {s.stage: s for s in made.steps}
     p0, p1, p2, p3 = (steps[f"p{i}"].id for i in range(4))
@@ -225,7 +225,7 @@ def test_a_merge_that_is_drawn_depends_on_the_seed():
     assert beyond(made, Goal("p1", scale=0.5), 0).steps[0].id == beyond(made, Goal("p1", scale=0.5), 1).steps[0].id
 
 
-def test_a_stack_is_merged_at_once_and_a_stage_that_lacks_is_named():
+def test_a_stack_is_merged_at_once_and_a_missing_stage_is_named():
     merged, _, kept = beyond(chained("stacked", "stacked"), Goal("p2")).steps
     assert len(merged.under) == 2
     assert kept.settings["phases"] == ["p0", "p1", "p2"]
@@ -275,7 +275,7 @@ def test_no_phase_can_have_the_name_of_another_stage():
             recipe_from(with_phases("a", name, "c"))
 
 
-def test_phases_named_alike_have_stages_of_their_own():
+def test_phases_with_similar_names_have_separate_stages():
     names = ["es", "es-run-2", "mergedly", "keptsake", "dialect", "based"]
     stages = every_stage(with_phases(*names))
     assert {*names} <= stages

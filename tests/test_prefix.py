@@ -97,19 +97,19 @@ def test_a_sliding_window_shorter_than_a_row_keeps_the_masked_attention(tmp_path
 
 
 def test_other_arms_share_the_rows(model5, tmp_path):
-    """The second arm adds its replay rows and computes nothing else; what it comes to does not depend on the first."""
-    store, told = Store(tmp_path / "shared"), []
+    """The second arm adds its replay rows and computes nothing else; its result does not depend on the first."""
+    store, events = Store(tmp_path / "shared"), []
     train(model5, tmp_path / "a", store, extra=0)
-    watch = Watch(told.append)
+    watch = Watch(events.append)
     losses, adapter, _ = train(model5, tmp_path / "b", store, extra=4, watch=watch)
-    assert any("18 of 22 rows stored so far" in e.text for e in told if isinstance(e, Note))
-    assert max(e.total for e in told if isinstance(e, Progress) and "caching" in e.label) == 4
+    assert any("18 of 22 rows stored so far" in e.text for e in events if isinstance(e, Note))
+    assert max(e.total for e in events if isinstance(e, Progress) and "caching" in e.label) == 4
     alone, same, _ = train(model5, tmp_path / "c", Store(tmp_path / "alone"), extra=4)
     assert losses == alone
     assert all(torch.equal(adapter[k], same[k]) for k in adapter)
 
 
-def test_an_altered_or_cut_cache_is_found_and_made_again(model5, tmp_path):
+def test_an_altered_or_cut_cache_is_found_and_rebuilt(model5, tmp_path):
     store = Store(tmp_path / "store")
     losses, _, prefix = train(model5, tmp_path / "a", store)
     place = prefix.states.folder
@@ -118,10 +118,10 @@ def test_an_altered_or_cut_cache_is_found_and_made_again(model5, tmp_path):
     (place / STATES).write_bytes(data[:-40])
     lines = (place / INDEX).read_text()
     (place / INDEX).write_text(lines[:-9])
-    told = []
-    again, _, _ = train(model5, tmp_path / "b", store, watch=Watch(told.append))
+    events = []
+    again, _, _ = train(model5, tmp_path / "b", store, watch=Watch(events.append))
     assert again == losses
-    remade = max(e.total for e in told if isinstance(e, Progress) and "caching" in e.label)
+    remade = max(e.total for e in events if isinstance(e, Progress) and "caching" in e.label)
     assert remade == 2  # the flipped row and the last, which lost its end
 
 
@@ -180,26 +180,26 @@ def test_nothing_is_saved_or_recomputed_under_the_boundary(model5, tmp_path):
     ],
 )
 def test_where_it_cannot_be_the_plain_path_says_so(model5, tmp_path, change, freeze, says):
-    told = []
+    events = []
     settings = set_to(TRAIN, steps=1, **change)
     _, _, prefix = train(
-        model5, tmp_path / "a", Store(tmp_path / "s"), settings, watch=Watch(told.append), freeze=freeze
+        model5, tmp_path / "a", Store(tmp_path / "s"), settings, watch=Watch(events.append), freeze=freeze
     )
     assert prefix is None
-    assert any(says in e.text for e in told if isinstance(e, Note))
+    assert any(says in e.text for e in events if isinstance(e, Note))
 
 
-def test_too_little_disk_is_told_and_the_plain_path_taken(model5, tmp_path, monkeypatch):
+def test_too_little_disk_is_reported_and_the_plain_path_used(model5, tmp_path, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    told = []
-    _, _, prefix = train(model5, tmp_path / "a", Store(tmp_path / "s"), watch=Watch(told.append))
+    events = []
+    _, _, prefix = train(model5, tmp_path / "a", Store(tmp_path / "s"), watch=Watch(events.append))
     assert prefix is None
-    assert any("it needs" in e.text and e.level == "warning" for e in told if isinstance(e, Note))
+    assert any("it needs" in e.text and e.level == "warning" for e in events if isinstance(e, Note))
 
 
-def test_a_killed_fill_goes_on(model5, tmp_path, tokenizer, monkeypatch):
+def test_a_killed_fill_resumes(model5, tmp_path, tokenizer, monkeypatch):
     """Stopped in the middle, what is listed stays, and the rest is as if nothing had happened."""
     monkeypatch.setattr("qcft.training.prefix.PASS_TOKENS", 64)
     model = load_model(model5, Model(name="tiny"))
@@ -222,7 +222,7 @@ def test_a_killed_fill_goes_on(model5, tmp_path, tokenizer, monkeypatch):
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6), st.sampled_from([2, 4]))
-def test_rows_come_back_as_they_were_stored(tmp_path_factory, groups, itemsize):
+def test_rows_are_read_as_they_were_stored(tmp_path_factory, groups, itemsize):
     folder = tmp_path_factory.mktemp("states")
     stored = {}
     for i, lengths in enumerate(groups):
@@ -263,7 +263,7 @@ def test_gradients_are_the_plain_ones_though_the_backward_pass_ends_earlier(mode
     assert all(torch.equal(seen[True][name], seen[False][name]) for name in seen[True])
 
 
-def test_a_training_from_stored_states_goes_on_after_a_stop(model5, tmp_path):
+def test_a_training_from_stored_states_resumes_after_a_stop(model5, tmp_path):
     losses, whole, _ = train(model5, tmp_path / "whole", Store(tmp_path / "s"))
     watch = Watch(
         lambda event: (
@@ -287,10 +287,10 @@ def test_a_family_that_cannot_be_split_trains_the_plain_way_and_says_so(tmp_path
     config = AutoConfig.for_model("gemma3_text", num_hidden_layers=3, vocab_size=len(tokenizer), head_dim=16, **sizes)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    told = []
-    settings = set_to(TRAIN, steps=2, epochs=1)
+    events = []
+    settings, watch = set_to(TRAIN, steps=2, epochs=1), Watch(events.append)
     losses, _, prefix = train(
-        tmp_path / "model", tmp_path / "a", Store(tmp_path / "s"), settings, watch=Watch(told.append), freeze="first:1"
+        tmp_path / "model", tmp_path / "a", Store(tmp_path / "s"), settings, watch=watch, freeze="first:1"
     )
     assert (len(losses), prefix) == (2, None)
-    assert any("does not know how to split gemma3_text" in e.text for e in told if isinstance(e, Note))
+    assert any("does not know how to split gemma3_text" in e.text for e in events if isinstance(e, Note))

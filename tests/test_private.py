@@ -25,7 +25,7 @@ DOCUMENTED = {
 
 
 @pytest.mark.parametrize("path", NAMES)
-def test_a_name_is_there_and_its_absence_is_told(path, monkeypatch):
+def test_a_name_exists_and_its_absence_is_reported(path, monkeypatch):
     pytest.importorskip(path.partition(":")[0].partition(".")[0])
     assert private(path) is not None
     library = path.partition(":")[0].partition(".")[0].replace("_", "-")
@@ -35,17 +35,17 @@ def test_a_name_is_there_and_its_absence_is_told(path, monkeypatch):
     for one in (holder, *getattr(holder, "__mro__", ())):  # a subclass may have it from another
         if last in vars(one):
             monkeypatch.delattr(one, last)
-    with pytest.raises(QcftError) as told:
+    with pytest.raises(QcftError) as error:
         private(path)
-    assert f"{library} {version(library)} has no {names}" in told.value.message
-    assert f"pip install '{library}" in told.value.hint
+    assert f"{library} {version(library)} has no {names}" in error.value.message
+    assert f"pip install '{library}" in error.value.hint
     if path in TRAINING:
         with pytest.raises(QcftError, match=f"has no {names}"):
             check_training()
 
 
 @pytest.mark.parametrize("path", ATTRIBUTES)
-def test_an_attribute_that_is_gone_is_told(path):
+def test_a_missing_attribute_is_reported(path):
     with pytest.raises(QcftError, match=f"has no {path.partition(':')[2]}"):
         of(object(), path)
 
@@ -72,10 +72,10 @@ def recipe_file(raw_recipe, tmp_path):
 
 
 def train(recipe_file):
-    told = []
-    watch = Watch(lambda event: told.append(event.text) if isinstance(event, Note) else None)
+    notes = []
+    watch = Watch(lambda event: notes.append(event.text) if isinstance(event, Note) else None)
     api.run_watched(load_recipe(recipe_file), recipe_file.parent / "runs", watch)
-    return told
+    return notes
 
 
 def test_row_lengths_that_do_not_arrive_end_a_training(recipe_file, monkeypatch):
@@ -91,7 +91,7 @@ def test_row_lengths_that_do_not_arrive_end_a_training(recipe_file, monkeypatch)
         train(recipe_file)
 
 
-def test_a_method_that_a_training_overrides_and_that_is_gone_ends_it(recipe_file, monkeypatch):
+def test_a_missing_method_that_a_training_overrides_ends_it(recipe_file, monkeypatch):
     """Else the Trainer would resume with one of several adapters."""
     from transformers import Trainer
 
@@ -113,8 +113,8 @@ def test_a_head_with_other_arguments_ends_no_run(recipe_file, monkeypatch):
 
     monkeypatch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
     monkeypatch.setattr(forecast, "SMALL", 0)
-    told = train(recipe_file)
-    assert any("cannot be estimated, as trl" in line and "has no ChunkedLogProbFunction" in line for line in told)
+    notes = train(recipe_file)
+    assert any("cannot be estimated, as trl" in line and "has no ChunkedLogProbFunction" in line for line in notes)
 
 
 def test_weights_that_are_repacked_in_evaluation_end_the_run(tiny_model):

@@ -86,7 +86,7 @@ def probed(tiny_model, tmp_path_factory):
     return folder, train(tiny_model, folder, Probing((), 2, None, None))[0]
 
 
-def test_a_probed_training_comes_to_the_same_adapter_to_the_bit(plain, probed):
+def test_a_probed_training_has_the_same_adapter_to_the_bit(plain, probed):
     folder, trained = probed
     assert len(trained.forgetting["probes"]) == 1 + 12 // 2
     assert same(adapter_of(folder), adapter_of(plain))
@@ -159,7 +159,7 @@ def test_gradients_before_and_after_a_probe_are_equal(tiny_model, tmp_path, monk
         assert same(before, after)
 
 
-def test_a_stopped_process_goes_on_with_the_same_probes(tiny_model, tmp_path, probed):
+def test_a_stopped_process_resumes_with_the_same_probes(tiny_model, tmp_path, probed):
     probing = Probing((), 2, None, None)
     watch = Watch(lambda event: watch.ask_to_stop(143) if isinstance(event, Progress) and event.done == 5 else None)
     with pytest.raises(Interrupted, match="step 6 of 12"):
@@ -188,13 +188,13 @@ def stopping(probed):
 
 def test_it_stops_at_the_limit_and_keeps_the_adapter_of_the_probe_before(tiny_model, tmp_path, stopping):
     limit, at, kept = stopping
-    told = []
-    trained, model = train(tiny_model, tmp_path / "step", Probing((), 2, limit, limit), Watch(told.append))
+    events = []
+    trained, model = train(tiny_model, tmp_path / "step", Probing((), 2, limit, limit), Watch(events.append))
     assert trained.forgetting["stopped_at"] == at
     assert trained.steps == kept
     assert sum(entry["rows"] for entry in trained.exposure) == trained.rows == 4 * kept
     assert not (tmp_path / "step" / "checkpoints" / f"checkpoint-{at}").exists()
-    notes = [event.text for event in told if isinstance(event, Note) and event.level == "warning"]
+    notes = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
     assert len(notes) == 2
     assert f"at step {at} of 12" in notes[0]
     assert f"the adapter of step {kept} is kept" in notes[1]
@@ -211,7 +211,7 @@ def test_it_stops_at_the_limit_and_keeps_the_adapter_of_the_probe_before(tiny_mo
     assert all(torch.equal(live[name], weight) for name, weight in found.items())
 
 
-def test_stopped_while_watched_and_gone_on_with_it_decides_the_same(tiny_model, tmp_path, stopping):
+def test_a_training_stopped_while_probed_and_resumed_decides_the_same(tiny_model, tmp_path, stopping):
     limit, at, kept = stopping
     probing = Probing((), 2, None, limit)
     watch = Watch(lambda event: watch.ask_to_stop() if isinstance(event, Progress) and event.done == kept - 1 else None)
@@ -234,7 +234,7 @@ def test_a_probe_that_is_not_finite_ends_the_training(tiny_model, tmp_path):
     assert "train.lr" in error.value.hint
 
 
-def test_a_lost_record_of_the_start_is_told(tiny_model, tmp_path):
+def test_a_lost_record_of_the_start_is_reported(tiny_model, tmp_path):
     probing = Probing((), 2, None, None)
     watch = Watch(lambda event: watch.ask_to_stop() if isinstance(event, Progress) else None)
     with pytest.raises(Interrupted):
@@ -266,7 +266,7 @@ def test_probes_stay_within_their_share_of_the_tokens(lengths, trained, frozen, 
     assert min(4, len(rows)) <= len(found.rows) <= min(16, len(rows))
 
 
-def test_only_stopping_is_part_of_what_a_training_comes_to(raw_recipe):
+def test_only_stopping_is_part_of_a_trainings_id(raw_recipe):
     digests = Digests("m", {"phase1": "a", "phase2": "b"}, {"phase2": ("c",)}, "h", english={"phase2": "e"})
 
     def plan(**forgetting):

@@ -50,7 +50,7 @@ def test_english_is_seen_at_usual_widths_and_nothing_is_cut(bar, width):
 
 
 @pytest.mark.parametrize("width", range(30, 200, 7))
-def test_a_part_is_shown_whole_or_not(bar, width):
+def test_a_part_is_shown_completely_or_not_at_all(bar, width):
     line = painted(bar, width)
     assert "\n" not in line
     known = {"training phase2", "312/1,250 steps", "4 min left", "3.9 steps/s", "loss 5.346", "peak 11.1 GiB cuda"}
@@ -77,13 +77,13 @@ def test_the_view_of_an_ablation_shows_english_too(width, monkeypatch):
     view = ArmsReporter()
     view.console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True)
     name = "add-spanish-freeze-gr20-s0"
-    for told in (
+    for one in (
         *(ArmChanged(f"{name[:-1]}{i}", "gr20", i, i + 1, 3, "to do") for i in range(3)),
         ArmChanged(name, "gr20", 0, 1, 3, "running"),
         StepBegun("train-1", "train phase2", 9, 10, "new"),
         event(312),
     ):
-        view(told)
+        view(one)
     shown = painted(view.shown(), width)
     view.close()
     assert re.search(r"━{3}.*English NLL 2\.816 \(\+0\.3%\)", shown.splitlines()[-1])
@@ -95,7 +95,7 @@ def test_the_view_of_an_ablation_shows_english_too(width, monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "says"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (3500, "58 min"), (7500, "2 h 5 min")]
 )
-def test_time_left_is_no_more_exact_than_it_is_known(seconds, says):
+def test_time_left_is_not_more_exact_than_it_is_known(seconds, says):
     assert remaining(seconds) == says
 
 
@@ -105,15 +105,15 @@ def reused(position, total=10, title="train phase2"):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_steps_that_are_reused_are_one_line(terminal, capsys):
-    told = Reporter()
-    told.console = CleanConsole(sys.stderr)
-    told.console._force_terminal = terminal
+    reporter = Reporter()
+    reporter.console = CleanConsole(sys.stderr)
+    reporter.console._force_terminal = terminal
     for position in range(1, 10):
-        told(reused(position))
-    told(StepBegun("probe-1", "measure phase2", 10, 10, "resumed"))
-    told(reused(1, 1))
-    told.close()
-    told.close()
+        reporter(reused(position))
+    reporter(StepBegun("probe-1", "measure phase2", 10, 10, "resumed"))
+    reporter(reused(1, 1))
+    reporter.close()
+    reporter.close()
     shown = capsys.readouterr().err
     assert re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines() == [
         "9 steps reused",

@@ -30,31 +30,31 @@ ROOT = Path(__file__).parents[1]
 @given(
     st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.integers(2, 5), st.lists(st.integers(2, 9), min_size=1)
 )
-def test_passes_are_dealt_out_so_that_every_step_keeps_its_rows(count, per_pass, accumulation, processes, lengths):
+def test_passes_are_sharded_so_that_every_step_keeps_its_rows(count, per_pass, accumulation, processes, lengths):
     items = [[EncodedRow([i] * lengths[i % len(lengths)], [IGNORED, i + 1], "data")] for i in range(count)]
     batches = Batches(items, per_pass, accumulation, packed=per_pass == 1)
-    dealt = split_over(batches, processes)
-    assert dealt.steps == batches.steps
-    size, dealt_size = per_pass * accumulation, per_pass * dealt.accumulation
-    assert dealt.accumulation % processes == 0
-    assert len(dealt.items) % (per_pass * processes) == 0
+    sharded = split_over(batches, processes)
+    assert sharded.steps == batches.steps
+    size, own_size = per_pass * accumulation, per_pass * sharded.accumulation
+    assert sharded.accumulation % processes == 0
+    assert len(sharded.items) % (per_pass * processes) == 0
     for step in range(batches.steps):
-        real = [item for item in dealt.items[step * dealt_size : (step + 1) * dealt_size] if item[0].source != FILLER]
+        real = [item for item in sharded.items[step * own_size : (step + 1) * own_size] if item[0].source != FILLER]
         assert real == items[step * size : (step + 1) * size]
-    assert all(row.answer_tokens == 0 for item in dealt.items for row in item if row.source == FILLER)
+    assert all(row.answer_tokens == 0 for item in sharded.items for row in item if row.source == FILLER)
     # Every rank's passes together are all passes, once each, and what is counted is the rows of one process.
-    fed = [Fed(dealt, rank, processes) for rank in range(processes)]
+    fed = [Fed(sharded, rank, processes) for rank in range(processes)]
     taken = []
-    for step in range(dealt.steps):
-        passes = len(dealt.items[step * dealt_size : (step + 1) * dealt_size]) // (per_pass * processes)
+    for step in range(sharded.steps):
+        passes = len(sharded.items[step * own_size : (step + 1) * own_size]) // (per_pass * processes)
         for _ in range(passes):
             for rank, one in enumerate(fed):
-                first = one.items if one.items >= step * dealt_size else step * dealt_size
-                own = dealt.items[first + rank * per_pass :][:per_pass]
+                first = one.items if one.items >= step * own_size else step * own_size
+                own = sharded.items[first + rank * per_pass :][:per_pass]
                 one.take(step, range(first + rank * per_pass, first + rank * per_pass + len(own)))
                 taken += own
-    assert sorted(map(id, taken)) == sorted(map(id, dealt.items))
-    (exposure,) = fed[0].exposure(dealt.steps)
+    assert sorted(map(id, taken)) == sorted(map(id, sharded.items))
+    (exposure,) = fed[0].exposure(sharded.steps)
     assert exposure["rows"] == count
 
 
@@ -80,7 +80,7 @@ def launch(recipe: Path, runs: Path, way: str) -> subprocess.CompletedProcess:
 def test_two_processes_train_what_one_does(raw_recipe, tmp_path, way, packing):
     """Both start from weights drawn with one seed; sums of gradients differ in their order only.
 
-    With FSDP each holds half of every weight, and they go on from where one process was stopped.
+    With FSDP each holds half of every weight, and they resume where one process was stopped.
     """
     phase = {**raw_recipe["phases"][1], "replay": None, "anchor": "target-masked:3"}
     phase["train"] = {**phase["train"], "batch": 6, "packing": packing, "lr": 1e-3, "epochs": 1.3}

@@ -56,7 +56,7 @@ def test_a_key_may_lead_into_what_was_just_set_in_short():
     assert (phase.data[0].path, phase.data[0].take) == ("x.jsonl", 5)
 
 
-def test_a_model_and_its_base_are_looked_for_beside_the_recipe(tmp_path, monkeypatch):
+def test_paths_of_a_model_and_its_base_are_relative_to_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "sub" / "m").mkdir(parents=True)
     (tmp_path / "sub" / "b").mkdir()
     (tmp_path / "sub" / "r.yaml").write_text("{name: x, model: {name: m, base: b}, phases: [{name: phase2, data: a}]}")

@@ -5,7 +5,7 @@ from qcft.store import metrics
 from .helpers.typed import misfit
 
 
-def test_a_misfit_is_seen():
+def test_a_misfit_is_found():
     point = {"rows": 1, "mean_tokens": 2.0, "finished": 1}
     assert misfit(point, metrics.AnswerLengths) is None
     assert misfit({**point, "rows": 1.5}, metrics.AnswerLengths)

@@ -74,7 +74,7 @@ def test_what_a_template_may_do_is_limited(templated, template, says):
     assert time.monotonic() - began < 60
 
 
-def test_a_row_that_sets_off_what_has_no_end_is_limited_too(templated):
+def test_a_row_that_starts_an_endless_loop_is_limited_too(templated):
     encoder = Encoder(templated(LONG.replace("PART", ENDLESS) + PLAIN))
     assert len(encoder.encode_all([row("what color")]).rows) == 1
     with pytest.raises(InputError, match="exceeds the limits"):
@@ -110,7 +110,7 @@ def test_one_process_renders_and_is_started_again(tokenizer):
     assert render.render(tokenizer, turns) == first
 
 
-def test_an_answer_that_was_not_waited_for_is_no_answer_to_the_next(templated):
+def test_an_answer_that_was_not_awaited_is_not_given_to_the_next_request(templated):
     tokenizer = templated(ENDLESS.replace("// 5", "// 4") + "{{ messages[0].content }}")
 
     def late(*_):

@@ -1,4 +1,4 @@
-"""Replay: how much of which kind, from which rows, what is left out; exact, seeded, refused where it cannot be."""
+"""Replay: how much of which kind, from which rows, which are dropped; exact, seeded, refused where it cannot be."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_no_other_first_part_comes_nearer(weights, amount):
     assert missing == 0 or (missing == amount - sum(weights) and len(taken) == len(weights))
 
 
-def test_halves_are_rounded_up_and_nothing_is_made_in_vain():
+def test_halves_are_rounded_up_and_nothing_is_made_needlessly():
     asked = []
 
     def rows():
@@ -168,7 +168,7 @@ def test_replay_is_spread_evenly_over_what_is_trained(new, replay, packing):
 @pytest.mark.parametrize("shortfall", ["error", "repeat", "shrink"])
 def test_a_pool_that_is_too_small(encoder, tmp_path, shortfall):
     new = encoder.encode_all(row_of(i, 5, "new") for i in range(30))
-    pools, heard = [pool_of([row_of(i, 5, "old") for i in range(4)])], []
+    pools, events = [pool_of([row_of(i, 5, "old") for i in range(4)])], []
     settings = {"ratio": 0.25, "kind": "phase1", "on_shortfall": shortfall}
     if shortfall == "error":
         with pytest.raises(InputError, match="needs 10 replay rows, but only 4 can be made"):
@@ -177,12 +177,12 @@ def test_a_pool_that_is_too_small(encoder, tmp_path, shortfall):
             chosen(encoder, pools, new, tmp_path, **settings)
         return
     check_replay(phase_with(**settings), pools, [new], encoder)
-    metrics, drawn = chosen(encoder, pools, new, tmp_path, Watch(heard.append), **settings)
+    metrics, drawn = chosen(encoder, pools, new, tmp_path, Watch(events.append), **settings)
     counts = Counter(row.id for row, _ in drawn)
     assert sorted(counts.values()) == ([2, 2, 3, 3] if shortfall == "repeat" else [1, 1, 1, 1])
     assert metrics["parts"][0]["repeated"] == (6 if shortfall == "repeat" else 0)
     assert metrics["share_of_rows"] == (10 / 40 if shortfall == "repeat" else 4 / 34)
-    assert any(isinstance(e, Note) and "6 rows too few" in e.text for e in heard)
+    assert any(isinstance(e, Note) and "6 rows too few" in e.text for e in events)
 
 
 def test_rows_that_cannot_train_are_refused_before_and_kept_with_the_reason(encoder, tmp_path):
@@ -224,7 +224,7 @@ def test_no_row_is_drawn_as_two_kinds(encoder, tmp_path):
         ("the cat sat on the mat. " * 6, True, "loop"),
         ("ははははははははははははははははははは", True, "loop"),
         ("El gato está en la casa y no quiere salir porque hace mucho frío afuera.", True, "wrong language"),
-        ("Sí", True, None),  # too short to tell
+        ("Sí", True, None),  # too short to judge
         ("Paris", True, None),
         ("I'm sorry, but I cannot help with that request.", True, "refusal"),
         ("As an AI language model, I have no feelings.", True, "refusal"),
@@ -235,7 +235,7 @@ def test_no_row_is_drawn_as_two_kinds(encoder, tmp_path):
         ("1. Eat fruit.\n2. Drink water.\n3. Sleep eight hours.\n4. Walk every day.", True, None),
     ],
 )
-def test_answers_are_left_out_for_a_reason(text, finished, reason):
+def test_answers_are_dropped_for_a_reason(text, finished, reason):
     assert AnswerFilter(Filters(refusals=True)).reason(text, finished) == reason
 
 
@@ -288,7 +288,7 @@ def test_shorthands(raw_recipe):
     assert recipe_from(recipe.model_dump(mode="json")) == recipe
 
 
-def test_relative_paths_are_looked_for_beside_the_recipe(raw_recipe, tmp_path):
+def test_paths_of_replay_are_relative_to_the_recipe(raw_recipe, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [])
     mix = [{"kind": "english", "data": "rows.jsonl"}, {"kind": "file", "path": "rows.jsonl"}]
     raw_recipe["phases"][1]["replay"] = {"ratio": 0.2, "mix": mix}
@@ -362,7 +362,7 @@ def test_pools_that_cannot_be_used_are_refused(raw_recipe, tmp_path, replay, mes
         _ = prepared(raw_recipe, {"ratio": 0.2, **replay}).pools
 
 
-def test_rows_that_are_not_parallel_can_be_asked_for(raw_recipe, tmp_path):
+def test_rows_that_are_not_parallel_can_be_requested(raw_recipe, tmp_path):
     file = write_rows(tmp_path / "any.jsonl", [{"instruction": f"say {i}", "output": "red"} for i in range(40)])
     replay = {"ratio": 0.2, "kind": "english", "data": str(file), "parallel": False}
     assert prepared(raw_recipe, replay).pools["phase2"][0].reason.endswith("not parallel to phase2")
@@ -442,8 +442,8 @@ def test_a_run_warns_once_before_any_weights_are_loaded(raw_recipe, tmp_path):
         "parallel": False,
     }
     raw_recipe["phases"][1] |= {"replay": replay}
-    told, memo = [], {}
+    events, memo = [], {}
     for _ in range(2):  # two arms
-        check_prepared(Prepared(recipe_from(raw_recipe), Watch(told.append), memo), weights=False)
-    warnings = [event.text for event in told if isinstance(event, Note) and event.level == "warning"]
+        check_prepared(Prepared(recipe_from(raw_recipe), Watch(events.append), memo), weights=False)
+    warnings = [event.text for event in events if isinstance(event, Note) and event.level == "warning"]
     assert [("phase2: replay is 20.0% of the rows and" in text) for text in warnings] == [True]

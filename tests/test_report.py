@@ -1,4 +1,4 @@
-"""The report on real tiny runs: one run, arms with seeds, what stands in it, and that nothing in it can do harm."""
+"""The report on real tiny runs: one run, arms with seeds, what is in it, and that nothing in it can do harm."""
 
 import csv
 import json
@@ -195,7 +195,7 @@ def test_old_answers_have_no_reference(arms, runs, tmp_path):
     assert [[answer.stage for answer in sample.answers] for sample in english.samples] == [titles] * 2
 
 
-def test_numbers_stand_unrounded_in_the_tables(arms, runs):
+def test_numbers_are_unrounded_in_the_tables(arms, runs):
     done = api.read("replayed", runs)
     folder = runs / "replayed" / "report" / "tables"
     rows = list(csv.DictReader((folder / "stages.csv").open()))
@@ -254,10 +254,10 @@ def test_the_same_run_gives_the_same_bytes(arms, runs, tmp_path):
 def test_runs_are_compared_as_arms_with_their_seeds(arms, runs, qcft, tmp_path):
     code, out, error = qcft("report", *arms, "--runs", runs, "--json")
     assert code == 0, error
-    told = json.loads(out)
-    assert told["page"] == "report/report.html"
-    assert told["question"] == "Which of 3 arms kept the most English for the most gain in es and pt?"
-    found = {(row["arm"], row["seed"]): row for row in told["tables"]["abilities"]}
+    summary = json.loads(out)
+    assert summary["page"] == "report/report.html"
+    assert summary["question"] == "Which of 3 arms kept the most English for the most gain in es and pt?"
+    found = {(row["arm"], row["seed"]): row for row in summary["tables"]["abilities"]}
     assert list(found) == [("plain", 0), ("plain", 1), ("frozen", 0), ("replayed", 0)]
     last = api.read("frozen", runs).table["stages"][-1]["groups"]
     others = [last["phase2 es"], last["phase2 pt"]]
@@ -267,8 +267,8 @@ def test_runs_are_compared_as_arms_with_their_seeds(arms, runs, qcft, tmp_path):
     page, text = pages(tmp_path / "report")
     parsed(page)
     assert text.startswith("# 3 arms: plain, frozen, replayed\n")
-    # Steps that runs share stand once, and are counted once.
-    cost = told["tables"]["cost"]
+    # Steps that runs share are listed once, and counted once.
+    cost = summary["tables"]["cost"]
     assert len({row["step"] for row in cost}) == len(cost)
     shared = next(row for row in cost if row["stage"] == "eval/base")
     assert shared["runs"] == "plain-s0; plain-s1; frozen; replayed"
@@ -296,20 +296,20 @@ def test_the_answer_is_about_the_arm_with_the_most_english_among_those_near_the_
     near = [arm for arm in gains if gains[arm] >= 0.9 * max(gains.values())]
     english = {arm: level(members[arm], "phase2", ["phase1 en"]) for arm in gains}
     best = min(near, key=english.get)
-    told = api.report(arms, runs, Watch(), tmp_path / "out")
-    if len(near) > 1:  # one degree of freedom for the seeds tells nothing apart here
-        assert told["answer"].startswith(f"No winner: of the {len(near)} of 3 arms with at least 90%")
-        assert f"{best} has the least English loss" in told["answer"]
+    summary = api.report(arms, runs, Watch(), tmp_path / "out")
+    if len(near) > 1:  # with one degree of freedom for the seeds nothing differs clearly here
+        assert summary["answer"].startswith(f"No winner: of the {len(near)} of 3 arms with at least 90%")
+        assert f"{best} has the least English loss" in summary["answer"]
     else:
-        assert told["answer"].startswith(f"Only {best}, of 3 arms, has at least 90% of the largest gain")
-    pairs = {(row["against"], row["arm"]): row for row in told["tables"]["comparisons"]}
+        assert summary["answer"].startswith(f"Only {best}, of 3 arms, has at least 90% of the largest gain")
+    pairs = {(row["against"], row["arm"]): row for row in summary["tables"]["comparisons"]}
     assert [*pairs] == [("plain", "frozen"), ("plain", "replayed"), ("frozen", "replayed")]
     for (one, other), row in pairs.items():
         assert row["value"] == pytest.approx(english[other] - english[one])
         assert row["low"] < row["value"] < row["high"]
         assert (row["level"], row["compared"], row["clusters"]) == (0.95, 3, row["rows"])
         assert row["method"].endswith("over seeds (1 df)")
-    lost = {row["arm"]: row for row in told["tables"]["abilities"]}
+    lost = {row["arm"]: row for row in summary["tables"]["abilities"]}
     for arm, row in lost.items():
         change = english[arm] - level(members[arm], "phase1", ["phase1 en"])
         assert row["english_value"] == pytest.approx(change)
@@ -318,35 +318,35 @@ def test_the_answer_is_about_the_arm_with_the_most_english_among_those_near_the_
 
 
 def test_one_run_each_names_no_winner_and_gives_the_command(arms, runs, tmp_path):
-    told = api.report(["plain-s0", "frozen", "replayed"], runs, Watch(), tmp_path / "out")
-    assert told["answer"].startswith("No winner is named. One run each")
-    assert "qcft ablate RECIPE --seeds 0,1,2" in told["answer"]
-    assert {row["seeds"] for row in told["tables"]["comparisons"]} == {1}
+    summary = api.report(["plain-s0", "frozen", "replayed"], runs, Watch(), tmp_path / "out")
+    assert summary["answer"].startswith("No winner is named. One run each")
+    assert "qcft ablate RECIPE --seeds 0,1,2" in summary["answer"]
+    assert {row["seeds"] for row in summary["tables"]["comparisons"]} == {1}
     page, _ = pages(tmp_path / "out")
     assert "not tested" in page
     assert "differences between runs of one arm were not measured" in page
 
 
-def test_seeds_of_one_arm_are_told_by_their_mean(arms, runs, tmp_path):
-    told = api.report(["plain-s0", "plain-s1"], runs, Watch(), tmp_path / "out")
-    assert told["question"].startswith("What did plain gain in es and pt")
-    rows = told["tables"]["abilities"]
+def test_seeds_of_one_arm_are_reported_by_their_mean(arms, runs, tmp_path):
+    summary = api.report(["plain-s0", "plain-s1"], runs, Watch(), tmp_path / "out")
+    assert summary["question"].startswith("What did plain gain in es and pt")
+    rows = summary["tables"]["abilities"]
     mean = sum(row["ea_nll"] for row in rows) / 2
     before = [
         api.read(name, runs).table["stages"][2]["groups"]["phase1 en"]["nll"] for name in ("plain-s0", "plain-s1")
     ]
     change = mean - sum(before) / 2
     word = "rose" if change > 0 else "fell"
-    assert told["answer"].startswith(f"English loss {word} by {abs(change):.3f} nats per token (95% interval")
-    assert told["answer"].endswith("means over 2 seeds.")
+    assert summary["answer"].startswith(f"English loss {word} by {abs(change):.3f} nats per token (95% interval")
+    assert summary["answer"].endswith("means over 2 seeds.")
 
 
-def test_an_arm_that_is_not_done_is_left_out_of_the_comparison(arms, runs, tmp_path):
+def test_an_arm_that_is_not_done_is_not_compared(arms, runs, tmp_path):
     half = shutil.copytree(runs, tmp_path / "half", symlinks=True)
     step = read_json(half / "replayed" / "run.json")["stages"]["eval/phase2"]
     shutil.rmtree(half / ".steps" / step)
-    told = api.report(["plain-s0", "frozen", "replayed"], half, Watch(), tmp_path / "out")
-    assert {row["arm"] for row in told["tables"]["abilities"]} == {"plain-s0", "frozen"}
+    summary = api.report(["plain-s0", "frozen", "replayed"], half, Watch(), tmp_path / "out")
+    assert {row["arm"] for row in summary["tables"]["abilities"]} == {"plain-s0", "frozen"}
     alone = api.report(["replayed"], half, Watch(), tmp_path / "alone")
     assert "not measured" in alone["answer"]
     shutil.rmtree(half / ".steps")
@@ -354,13 +354,13 @@ def test_an_arm_that_is_not_done_is_left_out_of_the_comparison(arms, runs, tmp_p
     assert list(nothing["tables"]) == []
 
 
-def test_runs_on_other_rows_stand_in_tables_of_their_own(arms, runs, raw_recipe, tmp_path):
+def test_runs_on_other_rows_are_in_separate_tables(arms, runs, raw_recipe, tmp_path):
     if not (runs / "apart").exists():
         api.run(recipe_from({**raw_recipe, "name": "apart", "heldout": {"share": 0.2, "rows": 5}}), runs=runs)
-    told = api.report(["frozen", "apart"], runs, Watch(), tmp_path / "out")
-    assert {"stages", "stages-2"} <= told["tables"].keys()
-    assert "abilities" not in told["tables"]
-    assert told["answer"].startswith("None can be named")
+    summary = api.report(["frozen", "apart"], runs, Watch(), tmp_path / "out")
+    assert {"stages", "stages-2"} <= summary["tables"].keys()
+    assert "abilities" not in summary["tables"]
+    assert summary["answer"].startswith("None can be named")
     # Nor what is counted in other tokens, or attended to in another way.
     plain, other = (api.evidence(name, runs) for name in ("plain-s0", "frozen"))
     assert "stages-2" not in {table.name for table in build_report(arms_of([plain, other])).tables()}
@@ -371,7 +371,7 @@ def test_runs_on_other_rows_stand_in_tables_of_their_own(arms, runs, raw_recipe,
 
 
 def test_arms_are_compared_on_english_that_none_trains_on(arms, runs):
-    """Spanish stands for English of another kind: what is compared are the scores of its rows."""
+    """Spanish is used as English of another kind: what is compared are the scores of its rows."""
     found = []
     for name in ("plain-s0", "frozen"):
         whole = api.evidence(name, runs)
@@ -400,7 +400,7 @@ def test_the_commands_make_the_first_recipe_into_every_arms(arms, runs):
         assert made == recipe
 
 
-def test_a_phase_that_is_gone_or_new_is_told_as_set_takes_it(raw_recipe):
+def test_a_removed_or_new_phase_is_printed_as_set_accepts_it(raw_recipe):
     first = recipe_from(raw_recipe)
     single = recipe_from(raw_recipe, {"phase1": None})
     assert differences(first, single) == {"phase1": None}
@@ -409,7 +409,7 @@ def test_a_phase_that_is_gone_or_new_is_told_as_set_takes_it(raw_recipe):
         assert recipe_from(a.model_dump(mode="json"), sets) == b
 
 
-def test_a_remedy_with_its_defaults_is_told_by_its_kind(raw_recipe):
+def test_a_remedy_with_its_defaults_is_printed_by_its_kind(raw_recipe):
     first = recipe_from(raw_recipe)
     found = differences(first, recipe_from(raw_recipe, {"phase2.anchor": "target-masked"}))
     assert found == {"phase2.anchor": {"kind": "target-masked"}}
@@ -452,7 +452,7 @@ def test_what_a_model_says_stays_text(arms, runs, tmp_path):
     ET.parse(tmp_path / "out" / "plots" / "mix.svg")
 
 
-def test_an_ablation_stands_for_its_runs(arms, runs, qcft):
+def test_the_name_of_an_ablation_means_its_runs(arms, runs, qcft):
     entries = [
         {"arm": "one", "seed": s, "run": f"plain-s{s}", "set": {}, "mixed": False, "error": None} for s in (0, 1)
     ]
@@ -463,12 +463,12 @@ def test_an_ablation_stands_for_its_runs(arms, runs, qcft):
     write_json(runs / "study" / "ablation.json", {"version": 1, "name": "study", "runs": entries})
     code, out, error = qcft("report", "study", "--runs", runs, "--json")
     assert code == 0, error
-    told = json.loads(out)
-    assert told["page"] == str(runs / "study" / "report" / "report.html")
-    assert {row["arm"] for row in told["tables"]["abilities"]} == {"one", "two"}
+    summary = json.loads(out)
+    assert summary["page"] == str(runs / "study" / "report" / "report.html")
+    assert {row["arm"] for row in summary["tables"]["abilities"]} == {"one", "two"}
 
 
-def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
+def test_drift_and_similarity_have_their_own_sections(arms, runs, tmp_path):
     """In the form that `qcft drift` and `qcft similarity` leave."""
     copy = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
     layer = {"mean_shift": 0.1, "covariance_shift": 0.2, "cka": 0.99}
@@ -500,15 +500,15 @@ def test_drift_and_similarity_have_sections_of_their_own(arms, runs, tmp_path):
     write_json(copy / "frozen" / "run.json", run)
     des = {"value": 0.9, "low": 0.8, "high": 0.95, "rows": [24, 24]}
     sides = {"a": {"name": "phase1"}, "b": {"name": "phase2"}, "encoder": {"name": "LaBSE"}}
-    more = {"languages": [], "scale": {"paper": None, "qcft": {}}, "says": ["Much alike."]}
+    more = {"languages": [], "scale": {"paper": None, "qcft": {}}, "says": ["Very similar."]}
     write_json(copy / "frozen" / "report" / "similarity.json", {**sides, "des": des, **more})
-    told = api.report(["frozen"], copy, Watch(), tmp_path / "out")
-    assert [(r["layer"], r["lang"]) for r in told["tables"]["drift-merged-phase2"]] == [
+    summary = api.report(["frozen"], copy, Watch(), tmp_path / "out")
+    assert [(r["layer"], r["lang"]) for r in summary["tables"]["drift-merged-phase2"]] == [
         (i, g) for i in range(3) for g in ("en", "es")
     ]
     page, text = pages(tmp_path / "out")
     assert "<td>[0.800, 0.950]</td>" in page
-    assert "- Much alike." in text
+    assert "- Very similar." in text
     assert (tmp_path / "out" / "plots" / "drift-merged-phase2.png").is_file()
 
 
@@ -562,7 +562,7 @@ def evaluated(evidence, ea, ma, limit=10):
     )
 
 
-def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, runs):
+def test_tasks_that_stages_were_evaluated_on_are_in_a_matrix_and_a_plot(arms, runs):
     averages = {"plain-s0": (0.3, 0.4), "plain-s1": (0.5, 0.2), "frozen": (0.45, 0.25), "replayed": (0.2, 0.1)}
     found = [evaluated(api.evidence(name, runs), *averages[name]) for name in arms]
     assert last_averages(arms_of(found)) == {
@@ -587,7 +587,7 @@ def test_tasks_that_stages_were_evaluated_on_stand_in_a_matrix_and_a_plot(arms, 
         (arm, "es", "acc") for arm in ("plain", "frozen", "replayed")
     }
     assert in_spanish[0]["value"] == 0.1
-    # Other settings stand in a table of their own, and no plot is made of both.
+    # Other settings have a table of their own, and no plot is made of both.
     found[-1] = evaluated(api.evidence("replayed", runs), 0.2, 0.1, limit=20)
     document = build_report(arms_of(found))
     assert {"tasks", "tasks-2", "fidelity", "fidelity-2"} <= {table.name for table in document.tables()}
@@ -615,7 +615,7 @@ def test_the_live_probe_is_drawn(arms, runs, tmp_path):
     assert (tmp_path / "out" / "plots" / "english-phase2.svg").is_file()
 
 
-def test_show_tells_the_cost(arms, runs, qcft):
+def test_show_prints_the_cost(arms, runs, qcft):
     code, out, _ = qcft("show", "frozen", "--runs", runs)
     assert code == 0
     assert re.search(r"^9 steps done in .*peak memory .* GiB; .* MB on disk\.$", out, re.MULTILINE)
@@ -629,7 +629,7 @@ echo noise
 
 
 def test_report_opens_the_page_in_the_browser(arms, runs, tmp_path):
-    """What the browser prints is no data."""
+    """What the browser prints is not part of the output."""
     browser = tmp_path / "browser"
     browser.write_text(BROWSER)
     browser.chmod(0o755)

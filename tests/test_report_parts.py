@@ -1,4 +1,4 @@
-"""Parts of the report on their own: the answer's words, the looks of plots, text that is no text."""
+"""Parts of the report on their own: the answer's words, the looks of plots, text that is not text."""
 
 import re
 from dataclasses import asdict
@@ -36,7 +36,7 @@ def standing(name, english, gained, tokens=1000, seeds=3):
     return Standing(ArmRuns(name, (run,), {}), (english,) * seeds, (4.0,) * seeds, lost, gained, (measured,))
 
 
-def test_the_answer_says_what_was_compared_and_what_was_told_apart():
+def test_the_answer_says_what_was_compared_and_what_was_distinguished():
     gain = nats(-2.0, -2.1, -1.9)
     best, other, third = standing("mixed", 3.9, gain, 1420), standing("plain", 4.0, gain), standing("gr", 3.95, gain)
     near = (best, other, third)
@@ -64,8 +64,8 @@ def test_the_answer_says_what_was_compared_and_what_was_told_apart():
 def test_no_winner_is_named_where_every_arm_has_one_run():
     gain = nats(-2.0, -2.1, -1.9, 1, 16)
     near = tuple(standing(name, english, gain, seeds=1) for name, english in (("a", 3.5), ("b", 3.25)))
-    told = verdict_in_words(Verdict(near[1], near, {"a": nats(0.25, 0.2, 0.3, 1)}, None, tested=False), 3)
-    assert told == (
+    words = verdict_in_words(Verdict(near[1], near, {"a": nats(0.25, 0.2, 0.3, 1)}, None, tested=False), 3)
+    assert words == (
         "No winner is named. One run each: differences between runs of one arm were not measured. `qcft ablate RECIPE "
         "--seeds 0,1,2` adds seeds. How English NLL changed in the 2 of 3 arms with at least 90% of the largest gain "
         "(nats per answer token, 48 rows) since phase1: a +0.100, b -0.150."
@@ -74,11 +74,11 @@ def test_no_winner_is_named_where_every_arm_has_one_run():
 
 def test_an_arm_that_gained_less_for_more_english_is_named_too():
     best, other = standing("mixed", 3.9, nats(-2.0, -2.1, -1.9)), standing("replayed", 2.9, nats(-1.6, -1.7, -1.5))
-    told = verdict_in_words(Verdict(best, (best,), {}, (other, 0.8, nats(-1.0, -1.2, -0.9))), 2)
-    assert told.startswith(
+    words = verdict_in_words(Verdict(best, (best,), {}, (other, 0.8, nats(-1.0, -1.2, -0.9))), 2)
+    assert words.startswith(
         "Only mixed, of 2 arms, has at least 90% of the largest gain: English loss rose by 0.500 nats"
     )
-    assert told.endswith("replayed gained less (80% of the most) and has more English: 1.000 nats, 0.900 to 1.200.")
+    assert words.endswith("replayed gained less (80% of the most) and has more English: 1.000 nats, 0.900 to 1.200.")
     unclear = verdict_in_words(Verdict(best, (best,), {}, (other, 0.8, nats(-1.0, -2.2, 0.2))), 2)
     assert "replayed" not in unclear
 
@@ -134,11 +134,11 @@ def test_the_headline_of_english(value, low, high, words):
     assert second == words.replace(":", " (test en, unlike anything trained on):", 1)
 
 
-def test_languages_have_names_and_unknown_codes_stand_for_themselves():
+def test_languages_have_names_and_unknown_codes_are_unmodified():
     assert [language_name(code) for code in ("es", "pt-BR", "xx")] == ["Spanish", "Portuguese (pt-BR)", "xx"]
 
 
-def test_series_of_a_plot_are_told_apart_beyond_the_colours():
+def test_series_of_a_plot_differ_in_more_than_colour():
     looks = [look(i) for i in range(24)]
     for pair in ("line", "marker", "hatch"):
         assert len({(one.colour, getattr(one, pair)) for one in looks}) == 24
@@ -208,7 +208,7 @@ def test_a_tidy_table_has_one_number_a_row():
 
 
 @pytest.mark.parametrize("width", [WIDTH, WIDE])
-def test_the_titles_and_names_of_axes_are_whole(width):
+def test_the_titles_and_names_of_axes_are_complete(width):
     """However long: within the figure, and none on another."""
 
     def body(axes):
@@ -231,7 +231,7 @@ def test_the_titles_and_names_of_axes_are_whole(width):
     assert middle.y1 <= upper.y0
 
 
-def test_a_legend_stands_beside_a_wide_plot_and_close_under_a_narrow_one():
+def test_a_legend_is_beside_a_wide_plot_and_close_under_a_narrow_one():
     """No mark outside the axes takes room between them: a phase without frozen layers once did."""
     changes = {"phase1": {0: 1.0, 1: 1.0}, "phase2": {1: 1.0}}
     figure = change_bars(changes, {"phase1": [], "phase2": [0]}, 2)
@@ -242,7 +242,7 @@ def test_a_legend_stands_beside_a_wide_plot_and_close_under_a_narrow_one():
         assert height - float(axis.search(svg)[1]) < most
 
 
-def test_a_table_takes_its_head_from_its_rows_and_knows_which_columns_are_text():
+def test_a_table_has_the_head_of_its_rows_and_knows_which_columns_are_text():
     rows = [
         {"stage": "base", "of": "all", "NLL": "1.23", "why": "so"},
         {"stage": "in all", "of": "", "NLL": "", "why": ""},

@@ -127,7 +127,7 @@ def test_a_models_own_code_is_not_run(tiny_model, raw_recipe, tmp_path):
 
 
 def test_tokens_are_written_nowhere(raw_recipe, tmp_path):
-    """In the environment while a run works, goes on, is shown and fails: in no file, on no line."""
+    """In the environment while a run works, is resumed, is shown and fails: in no file, on no line."""
     raw_recipe["phases"] = raw_recipe["phases"][:1]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw_recipe))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": HF, "WANDB_API_KEY": WANDB}

@@ -148,7 +148,7 @@ def test_a_run_its_retries_its_report_and_its_errors_hold_no_secret(place, tiny_
     check_clean(place, printed)
 
 
-def test_a_hub_and_a_proxy_that_cannot_be_reached_are_told_without_their_passwords(place):
+def test_a_hub_and_a_proxy_that_cannot_be_reached_are_reported_without_their_passwords(place):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -176,7 +176,7 @@ def test_each_kind_is_redacted(place, monkeypatch, number):
         assert without_tokens(f"a {secret(number)} b") == "a *** b"
 
 
-def test_what_is_no_secret_stays(monkeypatch):
+def test_what_is_not_a_secret_stays(monkeypatch):
     monkeypatch.setenv("EMAIL", "someone.long@example.org")
     monkeypatch.setenv("SHORT_TOKEN", "word")
     for text in (

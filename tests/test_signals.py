@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in every part of a run: exit 130 or 143, a line that says how to go on, and then it does."""
+"""Ctrl-C and SIGTERM in every part of a run: exit 130 or 143, a line that says how to resume, and it does."""
 
 import os
 import pty
@@ -51,7 +51,7 @@ def signalled(recipe_file, label, number, times="once"):
 
 
 def test_one_signal_after_the_other_and_the_result_is_the_same(recipe_file, tmp_path):
-    """Training, merging, generating: each stopped once, the run goes on in between."""
+    """Training, merging, generating: each stopped once; the run is resumed in between."""
     from qcft import api
     from qcft.events import Watch
     from qcft.recipe import load_recipe

@@ -37,7 +37,7 @@ def clouds(rng, rows, width=8):
     return (*made, 1 / np.sqrt(1 + 0.7**2))
 
 
-def test_it_is_the_cosine_of_the_means_however_the_rows_come():
+def test_it_is_the_cosine_of_the_means_however_the_rows_are_split():
     a, b, _ = clouds(np.random.default_rng(0), 200)
     found = similarity(sums_of(a, 1), sums_of(b[:150], 2, parts=7))
     assert found.value == pytest.approx(cosine(a, b[:150]), rel=1e-12)
@@ -52,7 +52,7 @@ def test_of_a_set_with_itself_it_is_one():
 
 
 def test_the_interval_is_scipys():
-    """Poisson resamples and drawing with replacement come to the same, up to the resamples' noise."""
+    """Poisson resamples and drawing with replacement give the same interval, up to the resamples' noise."""
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(3)
     a, b, _ = clouds(rng, 120)
@@ -154,7 +154,7 @@ def test_phases_of_a_recipe_and_a_run_by_name(qcft, encoder, raw_recipe, cache, 
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_an_instruct_model_as_it_came_has_data_taken_for_it(
+def test_an_unmodified_instruct_model_is_compared_by_default_data(
     qcft, encoder, raw_recipe, color_data, cache, tmp_path, own
 ):
     """What ships with qcft, or the English that its phase replays; and it is said so, with the number of rows."""
@@ -210,7 +210,7 @@ def test_instructions_need_no_answers_and_may_be_any_column(tmp_path, qcft, enco
         (["nobody"], "no run 'nobody'", ""),
     ],
 )
-def test_what_cannot_be_compared_is_told(qcft, encoder, cache, arguments, says, hint, monkeypatch):
+def test_what_cannot_be_compared_is_reported(qcft, encoder, cache, arguments, says, hint, monkeypatch):
     if "--encoder" not in arguments and says.startswith("'sentence"):
         pytest.importorskip("sentence_transformers")
     given = [str(encoder) if argument == "ENCODER" else argument for argument in arguments]

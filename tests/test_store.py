@@ -1,4 +1,4 @@
-"""Steps are done or not, whole or made anew, held by one process; runs never replace a result."""
+"""Steps are done or not, complete or rebuilt, held by one process; runs never replace a result."""
 
 import multiprocessing
 import time
@@ -38,9 +38,9 @@ def test_a_damaged_step_is_named_and_not_used(tmp_path, damage):
     make(Store(tmp_path))
     file = tmp_path / ".steps" / "train-1" / "adapter"
     file.unlink() if damage is None else file.write_bytes(damage)
-    told = []
-    assert Store(tmp_path).done("train-1", Watch(told.append)) is None
-    assert "adapter is missing or altered" in told[0].text
+    events = []
+    assert Store(tmp_path).done("train-1", Watch(events.append)) is None
+    assert "adapter is missing or altered" in events[0].text
     assert Store(tmp_path).done("train-1") is None
     again = Store(tmp_path)
     with again.claim("train-1", {}, Watch()) as folder:
@@ -65,11 +65,11 @@ def test_a_second_process_waits_and_says_for_whom(tmp_path):
     holder.start()
     while not (tmp_path / ".steps" / "train-1" / "held").exists():
         time.sleep(0.02)
-    told: list[Note] = []
+    events: list[Note] = []
     begun = time.monotonic()
-    with Store(tmp_path).claim("train-1", {}, Watch(told.append)):
+    with Store(tmp_path).claim("train-1", {}, Watch(events.append)):
         assert time.monotonic() - begun > 0.5
-    assert f"process {holder.pid}" in told[0].text
+    assert f"process {holder.pid}" in events[0].text
     holder.join()
 
 
@@ -85,7 +85,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
         pass
 
 
-def test_other_results_get_another_name_and_the_same_go_on(tmp_path):
+def test_other_results_get_another_name_and_equal_ones_extend_the_run(tmp_path):
     first = open_run(tmp_path, RECIPE, {"phase1": "train-1", "eval/base": "probe-1"})
     assert first.name == "r"
     assert open_run(tmp_path, RECIPE, {"phase1": "train-1", "phase2": "train-2", "eval/base": "probe-2"}).name == "r"
@@ -97,7 +97,7 @@ def test_other_results_get_another_name_and_the_same_go_on(tmp_path):
     assert open_run(tmp_path, RECIPE, {"phase1": "train-9"}).name == "r-3"
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_a_run_is_not_used(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine").write_text("x")
     assert open_run(tmp_path, RECIPE, {"phase1": "train-1"}).name == "r-2"

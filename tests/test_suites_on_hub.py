@@ -27,7 +27,7 @@ EVAL = shlex.split("eval spanish --suite english --suite multilingual --limit 20
 
 
 def with_configs(folder, ways):
-    """The card that tells `datasets` which files each configuration has: {name: {split: path}}."""
+    """The card that says to `datasets` which files each configuration has: {name: {split: path}}."""
     configs = [
         {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
         for name, files in ways.items()

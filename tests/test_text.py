@@ -1,4 +1,4 @@
-"""Raw text as a phase: what is a document, which tokens bear loss, bits per byte, replay of and beside it, resuming."""
+"""Raw text as a phase: what is a document, which tokens have loss, bits per byte, replay of and beside it, resuming."""
 
 import gzip
 import json
@@ -45,8 +45,8 @@ def documents(found):
     return {row.text for row in found.rows + found.held_out}
 
 
-def load(path, told=None, **keys):
-    return load_source(Source(path=str(path), **keys), HALF, Watch(told.append if told is not None else None))
+def load(path, events=None, **keys):
+    return load_source(Source(path=str(path), **keys), HALF, Watch(events.append if events is not None else None))
 
 
 # --- which records are documents
@@ -61,9 +61,9 @@ def test_a_column_text_alone_is_raw_text_and_beside_others_where_the_format_says
     with pytest.raises(InputError, match="columns text, id, label: no known format") as error:
         load(labelled)
     assert "format: text" in error.value.hint
-    told = []
-    assert documents(load(labelled, told, format="text")) == documents(found)
-    assert [event.text.partition(": ")[2] for event in told] == ["columns that are not used: label"]
+    events = []
+    assert documents(load(labelled, events, format="text")) == documents(found)
+    assert [event.text.partition(": ")[2] for event in events] == ["columns that are not used: label"]
     other = write_rows(tmp_path / "c.jsonl", [{"body": row["text"]} for row in rows])
     assert documents(load(other, columns={"text": "body"}, format="text")) == documents(found)
     chosen = load("qcft:passages/es", format="text", columns={"text": "input"})
@@ -90,7 +90,7 @@ def test_a_file_of_text_is_a_document_or_as_many_as_it_has_paragraphs_or_lines(t
             assert records == [{"text": one} for one in found]
 
 
-def test_a_folder_of_text_and_a_folder_of_rows_that_texts_lie_in(tmp_path):
+def test_a_folder_of_text_and_a_folder_of_rows_with_texts_in_it(tmp_path):
     (tmp_path / "texts").mkdir()
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"red dog {i}\n\nblue cat\n" if i else " \n")
@@ -121,7 +121,7 @@ def test_similarity_reads_documents(tmp_path):
     assert list(instructions(Source(path=str(path)))) == JAPANESE
 
 
-# --- which tokens bear loss
+# --- which tokens have loss
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def templates(tmp_path_factory, tokenizer):
     st.integers(2, 20),
     st.booleans(),
 )
-def test_every_token_of_a_document_but_the_first_bears_loss_once(templates, text, most, least, bos):
+def test_every_token_of_a_document_but_the_first_has_loss_once(templates, text, most, least, bos):
     own, template = templates[bos]
 
     def encoded_as(**limits):
@@ -160,7 +160,7 @@ def test_every_token_of_a_document_but_the_first_bears_loss_once(templates, text
     kept = encoded_as(min_tokens=least)
     long = tuple(piece for piece in encoded if len(piece.input_ids) >= least)
     assert kept == (long or TOO_SHORT)
-    # Measured: without the end, and where no BOS stands before it without what is left of the first character.
+    # Measured: without the end, and where no BOS is before it without what is left of the first character.
     scored = encoded_as(measuring=True)
     whole = text if bos else text[len(own.decode(plain[:1]).replace("\ufffd", "")) or 1 :]
     if not whole:
@@ -268,7 +268,7 @@ def test_a_run_on_text_then_instructions(qcft, raw, tiny_model, texts, tmp_path)
 
 
 def independent(folder, texts):
-    """Nats of every token that stands for text after the first character, and the bytes of that text."""
+    """Nats of every token of the text after the first character, and the bytes of that text."""
     model, tokenizer = load_model(folder, Model(name="x")), load_tokenizer(folder, Model(name="x"))
     nats, size = 0.0, 0
     for text in texts:
@@ -282,7 +282,7 @@ def independent(folder, texts):
     return nats, size
 
 
-def test_resuming_on_text_comes_to_the_same_adapter(tiny_model, tmp_path):
+def test_resuming_on_text_gives_the_same_adapter(tiny_model, tmp_path):
     tokenizer = load_tokenizer(tiny_model, Model(name="tiny"))
     rows = Encoder(tokenizer, max_length=64, min_tokens=4).encode_all(map(document, JAPANESE[:16])).encoded
     assert len(rows) > 16  # in pieces
@@ -358,7 +358,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.replace(" ", "-"))
-def test_bad_text_is_told_in_two_lines_and_nothing_is_written(qcft, raw_recipe, tmp_path, monkeypatch, case):
+def test_bad_text_gives_two_lines_and_nothing_is_written(qcft, raw_recipe, tmp_path, monkeypatch, case):
     monkeypatch.setenv("QCFT_CACHE", str(tmp_path / "cache"))
     rows = [{"instruction": f"what color is {i}", "output": "red"} for i in range(20)]
     write_rows(tmp_path / "rows.jsonl", rows)

@@ -26,7 +26,7 @@ def answers(record, format="messages"):
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"weight": 0, "train": True}])
-def test_a_marked_answer_bears_no_loss(mark):
+def test_a_marked_answer_has_no_loss(mark):
     bad = {"role": "assistant", "content": "bad", **mark}
     plain = {"messages": [USER, bad, USER, {**GOOD, "weight": 1, "train": True}]}
     assert answers(plain) == [("bad", False, None), ("good", True, None)]
@@ -37,12 +37,12 @@ def test_a_marked_answer_bears_no_loss(mark):
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}])
-def test_a_mark_that_says_nothing_clear_is_counted(mark):
+def test_an_unclear_mark_is_counted(mark):
     with pytest.raises(Unusable, match=r"weight|train"):
         to_row({"messages": [USER, {**GOOD, **mark}]}, "messages")
 
 
-def test_only_the_completion_bears_loss():
+def test_only_the_completion_has_loss():
     record = {"prompt": [USER, {"role": "assistant", "content": "weak"}, USER], "completion": [GOOD]}
     assert answers(record, "prompt-completion") == [("weak", False, None), ("good", True, None)]
 
@@ -131,8 +131,8 @@ def test_what_takes_more_than_a_plain_reading_is_part_of_ids(thinker, raw_recipe
         row["output"] += "<|im_end|>"
     data = str(write_rows(tmp_path / "control.jsonl", rows))
     raw_recipe["phases"][0]["data"][0]["path"] = data
-    told, allowed = ids_of(raw_recipe), ids_of(raw_recipe, **{"model.special_tokens_in_text": "allow"})
-    assert told["phase1"] != allowed["phase1"]
+    escaped, allowed = ids_of(raw_recipe), ids_of(raw_recipe, **{"model.special_tokens_in_text": "allow"})
+    assert escaped["phase1"] != allowed["phase1"]
     raw_recipe["model"]["name"] = str(thinker)
     planned = PlannedRecipe(recipe_from(raw_recipe), Watch())
     assert all(step.settings["template"] == ["thinking"] for step in planned.plan.steps if step.kind == "train")
@@ -184,7 +184,7 @@ def test_a_tokenizer_without_eos(raw_recipe, qcft, tmp_path, tokenizer_folder):
     refused(qcft, raw_recipe, tmp_path, "has no EOS token", "tokenizer_config.json")
 
 
-def test_a_dated_template_is_fixed_when_loaded_and_exported_as_it_came(tmp_path, tokenizer_folder):
+def test_a_dated_template_is_fixed_when_loaded_and_exported_unmodified(tmp_path, tokenizer_folder):
     from qcft.models.chat import write_chat
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -1,4 +1,4 @@
-"""Training on real NF4: adapters learn, the base stays, a killed run comes to the same adapter."""
+"""Training on real NF4: adapters learn, the base stays, a killed run resumes to the same adapter."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_dft_weighs_each_token_by_its_probability(tiny_model, tokenizer, tmp_pat
     assert entry["loss"] < 0.5 * float(-logs.mean())
 
 
-def test_labels_are_smoothed_alike_by_trls_loss_and_by_the_models_own_logits(tiny_model, tmp_path):
+def test_trls_loss_and_the_models_own_logits_smooth_labels_equally(tiny_model, tmp_path):
     """Which is seen once the model has learned: at first all tokens are about equally likely."""
 
     def losses(name, fused, smoothing):
@@ -157,7 +157,7 @@ def test_no_pickled_arguments_and_the_adapter_is_pefts(whole, tiny_model):
     AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
 
 
-def test_asking_to_stop_writes_a_checkpoint_and_going_on_comes_to_the_same_adapter(whole, tiny_model, tmp_path):
+def test_a_request_to_stop_writes_a_checkpoint_and_resuming_gives_the_same_adapter(whole, tiny_model, tmp_path):
     watch = Watch(lambda event: watch.ask_to_stop(143) if isinstance(event, Progress) and event.done == 7 else None)
     with pytest.raises(Interrupted, match="step 8 of 18") as stopped:
         train(tiny_model, tmp_path / "step", watch)
@@ -169,7 +169,7 @@ def test_asking_to_stop_writes_a_checkpoint_and_going_on_comes_to_the_same_adapt
     assert same(adapter_of(tmp_path / "step"), adapter_of(whole[0]))
 
 
-def test_a_killed_training_comes_to_the_same_adapter(whole, tiny_model, tmp_path):
+def test_a_killed_training_resumes_to_the_same_adapter(whole, tiny_model, tmp_path):
     """SIGKILL in the middle, in a process of its own; then the same call again."""
     code = (
         "import sys, time; from pathlib import Path; from tests.helpers.training import train\n"

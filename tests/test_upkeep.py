@@ -70,7 +70,7 @@ def test_stored_states_are_used_while_a_training_is_to_come(store):
     assert names(unused_steps(store.runs)) == ["train-9", "probe-9"]
 
 
-def test_nothing_is_removed_that_a_run_rests_on(store):
+def test_nothing_is_removed_that_a_run_depends_on(store):
     removed, left = remove_unused(store.runs)
     assert (names(removed), left) == (["train-9", "prefix-1", "probe-9"], [])
     there = {p.name for p in store.steps.iterdir() if not p.name.startswith(".")}
@@ -215,7 +215,7 @@ def test_a_run_is_held_at_every_event_of_its_work(trained):
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("command", [["rm", "tiny"], ["gc", "--delete"], ["report", "tiny"]])
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(trained, qcft, monkeypatch, command, code):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(trained, qcft, monkeypatch, command, code):
     """Permission bits mean nothing to root: the system's own calls refuse to write."""
     runs, _ = trained
     qcft("show", "tiny", "--runs", runs)  # libraries write what they compile
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(trained, qcft, monk
     assert listing(runs) == before
 
 
-def test_checkpoints_of_a_finished_training_are_left_overs(store):
+def test_checkpoints_of_a_finished_training_are_unused(store):
     (store.folder("train-1") / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     assert ("train-1", "checkpoints") in [(one.step, one.part) for one in unused_steps(store.runs)]
     remove_unused(store.runs)
@@ -267,9 +267,9 @@ def test_the_commands_are_dry_by_default(store, qcft):
     assert "3 unused steps" in err
     assert "--delete" in err
     assert store.folder("train-9").exists()
-    told = json.loads(qcft("gc", "--runs", store.runs, "--json")[1])
-    assert [one["step"] for one in told["unused"]] == ["train-9", "prefix-1", "probe-9"]
-    assert not told["deleted"]
+    output = json.loads(qcft("gc", "--runs", store.runs, "--json")[1])
+    assert [one["step"] for one in output["unused"]] == ["train-9", "prefix-1", "probe-9"]
+    assert not output["deleted"]
     code, out, err = qcft("gc", "--delete", "--runs", store.runs)
     assert (code, store.folder("train-9").exists()) == (0, False)
     assert "3 unused steps removed" in err
@@ -304,7 +304,7 @@ def ablations(store):
     return store
 
 
-def test_an_ablation_goes_with_its_runs_once_that_is_said(ablations, qcft):
+def test_an_ablation_is_removed_with_its_runs_once_confirmed(ablations, qcft):
     """But for those of another ablation."""
     runs = ablations.runs
     before = listing(runs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: F401 (what the reference rests on)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: F401 (the reference depends on it)
 
 from qcft.training import attention
 
@@ -15,7 +15,7 @@ HAS_KERNEL = {"enable_gqa", "num_splits"} <= signature(varlen_attn).parameters.k
 
 
 class Layer(torch.nn.Module):
-    """What transformers' attention asks of a layer."""
+    """What transformers' attention reads from a layer."""
 
     is_causal = True
     num_key_value_groups = 2
@@ -56,7 +56,7 @@ def kernel(monkeypatch):
 
 
 @pytest.mark.skipif(not HAS_KERNEL, reason="torch's kernel lacks what is asked of it")
-def test_one_kernel_is_given_the_rows_as_they_lie(kernel):
+def test_one_kernel_is_given_all_rows_in_their_order(kernel):
     parts = states()
     reference = attend(parts)
     found = attention.by_one_kernel(*parts, LENGTHS, 0.1)
@@ -65,7 +65,7 @@ def test_one_kernel_is_given_the_rows_as_they_lie(kernel):
     assert (found.float() - reference.float()).norm() < 1e-2 * reference.float().norm()
 
 
-def test_it_is_used_only_where_asked_for_and_on_cards_that_have_it(monkeypatch):
+def test_it_is_used_only_where_it_is_set_and_on_cards_that_have_it(monkeypatch):
     card = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     monkeypatch.delenv("QCFT_VARLEN", raising=False)
@@ -79,7 +79,7 @@ def test_it_is_used_only_where_asked_for_and_on_cards_that_have_it(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_card_it_comes_to_the_same_and_rows_do_not_leak(monkeypatch):
+def test_on_a_card_it_gives_the_same_and_rows_do_not_leak(monkeypatch):
     parts = [part.requires_grad_() for part in states("cuda")]
     reference = attend(parts)
     reference.square().sum().backward()

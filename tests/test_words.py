@@ -1,4 +1,5 @@
-"""Plain English: prose of the package without the words that were replaced by the field's own."""
+"""Plain English: prose and names, in the package and in the tests, without the words that were replaced by the field's
+own."""
 
 import ast
 import io
@@ -12,8 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A folder stands for all Python files, Markdown documents and recipes in it.
-PLACES = ("README.md", "qcft", "recipes", "tests/README.md", "tests/benchmarks", "tests/gpu", "tests/soak")
+# In a folder, all Python files, Markdown documents and recipes; but for this file, which lists the phrases.
+PLACES = ("README.md", "qcft", "recipes", "tests")
+SUFFIXES = {".py", ".md", ".yaml", ".yml"}
 
 # Each retired phrase, and what to write instead. A space stands for any white space, a line break included.
 RETIRED = {
@@ -48,11 +50,13 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     """The texts of a file that a person reads, with their first lines."""
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        yield from strings(ast.parse(source))
+        tree = ast.parse(source)
+        yield from strings(tree)
+        yield from names(tree)
         yield from comments(source)
     elif path.suffix == ".md":
         yield 1, source
-    elif path.suffix in {".yaml", ".yml"}:
+    else:
         yield 1, "\n".join(line.partition("#")[2] for line in source.splitlines())
 
 
@@ -69,6 +73,13 @@ def strings(tree: ast.AST) -> Iterator[tuple[int, str]]:
             continue
         if " " in text:
             yield node.lineno, text
+
+
+def names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Names of functions and classes, with a space for each underscore."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name.replace("_", " ")
 
 
 def comments(source: str) -> Iterator[tuple[int, str]]:
@@ -96,7 +107,8 @@ def retired(path: Path) -> list[str]:
 
 def files_of(name: str) -> list[Path]:
     place = ROOT / name
-    return sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    found = [place, *place.rglob("*")]
+    return sorted(p for p in found if p.suffix in SUFFIXES and p.is_file() and p != Path(__file__))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -116,6 +128,8 @@ def test_what_is_found(tmp_path, monkeypatch):
         "# on; there is no end. `told`, `left_out.jsonl`\n"
         "text = f'the {told} is no\\n' 'number'\n"
         "# anew\n"
+        "class Parts:\n"
+        "    def _taken_in(left_out): return None\n"  # of a name, but not of an argument
     )
     (tmp_path / "notes.md").write_text("# Notes\n\nWhat it rests\non.\n")
     (tmp_path / "recipe.yaml").write_text("data: left out # what is heard\n")
@@ -123,6 +137,7 @@ def test_what_is_found(tmp_path, monkeypatch):
     assert found == [
         "code.py:1: 'left out'",
         "code.py:6: 'is no'",
+        "code.py:9: 'taken in'",
         "code.py:4: 'goes on'",
         "code.py:7: 'anew'",
         "notes.md:3: 'rests on'",

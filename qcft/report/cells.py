@@ -87,7 +87,7 @@ def _answers_title(answers: Mapping[str, AnswerLengths]) -> str:
     return f"English answers\n{next(iter(answers.values()))['rows']} prompts"
 
 
-def left_out(reasons: Mapping[str, int], nothing: str) -> str:
+def reasons_in_words(reasons: Mapping[str, int], nothing: str) -> str:
     """How many rows were dropped, reason by reason."""
     return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or nothing
 

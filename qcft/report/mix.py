@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from qcft.report.arms import ArmRuns, Member, grouped, members, with_of
-from qcft.report.cells import left_out
+from qcft.report.cells import reasons_in_words
 from qcft.report.document import Block, Figure, Section, Table
 from qcft.report.plots import INK, PAPER, draw, legend_below, look
 from qcft.report.training import TrainingCurve, trainings
@@ -101,7 +101,7 @@ def _table(mixes: Sequence[TrainingCurve], arms: Sequence[ArmRuns]) -> Table:
                 "answer tokens": f"{share['answer_tokens']:,} ({share['answer_tokens'] / total[1]:.1%})",
                 "tokens": f"{share['tokens']:,}",
                 "trained, all epochs": f"{seen['rows']:,} rows, {seen['answer_tokens']:,} answer tokens",
-                "dropped": left_out(share["left_out"], "none"),
+                "dropped": reasons_in_words(share["left_out"], "none"),
             }
             rows.append(with_of(row, one.runs, arms))
             records.append(

@@ -33,7 +33,7 @@ def check_place(to: Path) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise InputError(f"{str(to)!r} cannot be created: {str(parent)!r} is a file", ELSEWHERE)
-    with _telling(to):
+    with _reporting(to):
         if exists(place) and not _is_replaceable(place):
             _try(place / INSIDE)
         else:
@@ -48,7 +48,7 @@ def whole_folder(to: Path) -> Iterator[Path]:
 
     place = _real(to)
     with ExitStack() as held:
-        with _telling(to):
+        with _reporting(to):
             check_place(to)
             place.parent.mkdir(parents=True, exist_ok=True)
             work = place / INSIDE
@@ -64,7 +64,7 @@ def whole_folder(to: Path) -> Iterator[Path]:
             yield work
             if work.parent == place:
                 seal(work)
-        with _telling(to):
+        with _reporting(to):
             if work.parent == place:
                 _move_into(work, place)
             else:
@@ -73,7 +73,7 @@ def whole_folder(to: Path) -> Iterator[Path]:
                 work.rename(place)
 
 
-def _telling(to: Path) -> AbstractContextManager[None]:
+def _reporting(to: Path) -> AbstractContextManager[None]:
     return reporting_unwritable(to, "the folder", ELSEWHERE)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qcft.report.cells import left_out
+from qcft.report.cells import reasons_in_words
 from qcft.terminal.format import gib, remaining
 from qcft.terminal.streams import said, stdout
 from qcft.terminal.tables import print_lines, print_records, print_rows
@@ -100,7 +100,7 @@ def check_lines(found: Checked) -> list[str]:
         elif not found["here"]:
             lines.append("  training time: unknown (run this on the GPU itself to get an estimate)")
         dropped = sum(phase["left_out"].values())
-        reasons = f" ({left_out(phase['left_out'], '')})" if dropped else ""
+        reasons = f" ({reasons_in_words(phase['left_out'], '')})" if dropped else ""
         lines.append(
             f"  rows: {phase['rows_read']:,} read, {dropped:,} dropped{reasons}, {phase['truncated']:,} truncated"
         )

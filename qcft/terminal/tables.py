@@ -18,8 +18,8 @@ from qcft.report.cells import (
     conclusion,
     continual_in_words,
     cut_in_words,
-    left_out,
     noise_ratio,
+    reasons_in_words,
     stage_rows,
     text_note,
 )
@@ -80,7 +80,7 @@ def mix_table(mixed: Mixed) -> Table:
     cells = [
         (
             *(s.source, f"{s.rows:,}", f"{s.rows / rows:.1%}", f"{s.answer_tokens:,}"),
-            *(f"{s.answer_tokens / answers:.1%}", f"{s.tokens:,}", left_out(s.left_out, "-")),
+            *(f"{s.answer_tokens / answers:.1%}", f"{s.tokens:,}", reasons_in_words(s.left_out, "-")),
         )
         for s in mixed.shares
     ]
@@ -182,7 +182,7 @@ def print_replay(shown: ReplayShown) -> None:
             "rows": f"{part['rows']:,}" + (f" ({part['repeated']:,} repeated)" if part["repeated"] else ""),
             "answer tokens": f"{part['answer_tokens']:,}",
             "drawn from": f"{part['pool']:,}: {part['reason']}",
-            "dropped": left_out(part["left_out"], "-"),
+            "dropped": reasons_in_words(part["left_out"], "-"),
         }
         for part in shown["parts"]
     ]

@@ -187,14 +187,14 @@ def ours(variant, folder, tokenizer, rows, options, place, saved) -> dict:
     ends: list[float] = []
     losses: list[float] = []
 
-    def hear(event):
+    def listen(event):
         if isinstance(event, Progress) and event.label == "training":
             ends.append(now())
 
     def run():
         ends.append(now())
         shortcuts = Shortcuts(options.frozen, by_rows, prefix)
-        train_adapter(adapted, tokenizer, batches, settings, 0, place, Watch(hear), "training", shortcuts)
+        train_adapter(adapted, tokenizer, batches, settings, 0, place, Watch(listen), "training", shortcuts)
         losses.extend(json.loads(line)["loss"] for line in (place / "log.jsonl").read_text().splitlines())
         times.extend(b - a for a, b in itertools.pairwise(ends))
 

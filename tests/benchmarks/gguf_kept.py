@@ -24,12 +24,12 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def tell(event: object) -> None:
+def show(event: object) -> None:
     if isinstance(event, Note):
         print(f"  {event.text}", file=sys.stderr)
 
 
-def answers_alike(file: Path, folder: Path, tokens: int, threads: int) -> list[tuple[int, int]]:
+def common_starts(file: Path, folder: Path, tokens: int, threads: int) -> list[tuple[int, int]]:
     """For each prompt: how many tokens agree from the first on, and how many transformers' answer has."""
     import llama_cpp
     import torch
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    watch, figures = Watch(tell), {}
+    watch, figures = Watch(show), {}
     with tempfile.TemporaryDirectory() as place:
         merged = deliveries.merge(given.run, None, given.runs, watch, phase=given.stage)
         for kind in given.types.split(","):
@@ -91,8 +91,8 @@ def main() -> None:
             )
             figures[f"kept {kind}"] = {"value": share, "unit": "share", "goal": None, "met": share is not None}
             if kind == "f16":
-                alike = answers_alike(file, Path(merged["folder"]), given.tokens, given.threads)
-                whole = sum(same == tokens for same, tokens in alike)
+                agreed = common_starts(file, Path(merged["folder"]), given.tokens, given.threads)
+                whole = sum(same == tokens for same, tokens in agreed)
                 figures["equal answers"] = {"value": whole, "unit": "of 5", "goal": 5, "met": whole == 5}
         print(f"the merge, in NF4: kept {merged['kept'] and merged['kept']['share']}")
     print(json.dumps({"benchmark": "gguf_kept", "figures": figures, "machine": platform.platform()}))

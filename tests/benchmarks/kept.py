@@ -28,7 +28,7 @@ from qcft.prepare.prepared import Prepared
 from qcft.recipe import parse_freeze, recipe_from
 
 
-def tell(event: object) -> None:
+def show(event: object) -> None:
     if isinstance(event, StepEnded):
         print(f"  {event.title}: {event.seconds:.0f} s  {event.summary}", file=sys.stderr)
 
@@ -49,7 +49,7 @@ def one(lang: str, path: str, take: int, runs: Path, model: str, changes: dict) 
         ],
     }
     recipe = recipe_from(raw, changes)
-    watch = Watch(tell)
+    watch = Watch(show)
     api.run_watched(recipe, runs, watch)
     found = deliveries.merge(recipe.name, None, runs, watch)
     run = api.read(recipe.name, runs)

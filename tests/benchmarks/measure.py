@@ -87,11 +87,11 @@ def evaluate(runs: str, copies: dict[str, str], stages: list[str], tasks: list[s
     suite.load_model = timed
     marks: list[float] = []
 
-    def hear(event: object) -> None:
+    def listen(event: object) -> None:
         if isinstance(event, (StepBegun, StepEnded)) and event.step.startswith("suite-"):
             marks.append(time.monotonic())
 
-    qcft.run("quickstart", set=recipe(copies, stages, tasks), runs=runs, listener=hear)
+    qcft.run("quickstart", set=recipe(copies, stages, tasks), runs=runs, listener=listen)
     return {"whole": marks[-1] - marks[0] if marks else 0.0, **spent}
 
 

@@ -122,7 +122,7 @@ def on_the_cpu(names):
     print("| configuration | estimated | measured | off |\n|---|---|---|---|")
     for name in names or CONFIGURATIONS:
         arguments = (CONFIGURATIONS[name], "smollm2-135m-instruct", "cpu")
-        yield told(name, in_a_process("estimate", *arguments), in_a_process("measure", *arguments))
+        yield compared(name, in_a_process("estimate", *arguments), in_a_process("measure", *arguments))
 
 
 def on_a_gpu(names):
@@ -138,7 +138,7 @@ def on_a_gpu(names):
             changes = {"phase1.train.gradient_checkpointing": True}
             estimate = in_a_process("estimate", changes, place, "cuda")
             if there:
-                yield told(name, estimate, in_a_process("measure", changes, place, "cuda"))
+                yield compared(name, estimate, in_a_process("measure", changes, place, "cuda"))
                 continue
         parts = [sum(estimate[key] for key in keys) / GIB for keys in PARTS.values()]
         print(f"| {name} | " + " | ".join(f"{part:.2f}" for part in parts) + " |", flush=True)
@@ -154,7 +154,7 @@ PARTS = {
 }
 
 
-def told(name, estimate, measure):
+def compared(name, estimate, measure):
     off = estimate["total"] / measure - 1
     print(f"| {name} | {estimate['total'] / GIB:.2f} GiB | {measure / GIB:.2f} GiB | {off:+.0%} |", flush=True)
     return name, {"value": round(off, 3), "unit": "of measured", "goal": WITHIN, "met": abs(off) <= WITHIN}

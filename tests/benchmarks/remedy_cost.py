@@ -102,7 +102,7 @@ def train(variant: str, options: argparse.Namespace) -> dict:
     ends: list[float] = []
     times: list[float] = []
 
-    def hear(event):
+    def listen(event):
         if isinstance(event, Progress) and event.label == "training":
             ends.append(now())
 
@@ -110,7 +110,7 @@ def train(variant: str, options: argparse.Namespace) -> dict:
         ends.append(now())
         with tempfile.TemporaryDirectory() as place:
             train_adapter(
-                adapted, tokenizer, batches, settings, 0, Path(place), Watch(hear), "training", shortcuts, terms=terms
+                adapted, tokenizer, batches, settings, 0, Path(place), Watch(listen), "training", shortcuts, terms=terms
             )
         times.extend(b - a for a, b in itertools.pairwise(ends))
 

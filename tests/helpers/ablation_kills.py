@@ -72,7 +72,7 @@ def kill_ablations(recipe: Path, runs: Path, name: str, times: int, span: float,
     dead: set[int] = set()
     for _ in range(times):
         process = start(recipe, runs)
-        wait_for(lambda: workers(runs, name) - dead, process)  # those that were killed still stand in the index
+        wait_for(lambda: workers(runs, name) - dead, process)  # those that were killed are still in the index
         dead.update(workers(runs, name))
         time.sleep(moments.uniform(0, span))
         os.killpg(process.pid, signal.SIGKILL)

@@ -2,12 +2,12 @@
 
 
 def listing(folder):
-    """What lies under a folder: names, sizes and times. Of locks, which are empty, no times: most releases of filelock
+    """The content of a folder: names, sizes and times. Of locks, which are empty, no times: most releases of filelock
     touch the file when they look whether it is locked."""
     found = ((p, p.lstat()) for p in folder.rglob("*"))
     return sorted(
-        (str(p.relative_to(folder)), told.st_size, 0 if p.name.startswith((".lock", ".working")) else told.st_mtime_ns)
-        for p, told in found
+        (str(p.relative_to(folder)), stat.st_size, 0 if p.name.startswith((".lock", ".working")) else stat.st_mtime_ns)
+        for p, stat in found
     )
 
 

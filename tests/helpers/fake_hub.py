@@ -199,7 +199,7 @@ class FakeHub:
 
 
 def listed(entries, folder, recursive):
-    """What lies in a folder of a repository: its files and folders, with `recursive` those of its folders too."""
+    """The content of a folder of a repository: its files and folders, with `recursive` those of its folders too."""
     folders = {parent.as_posix() for e in entries for parent in Path(e["path"]).parents} - {"."}
     every = entries + [{"type": "directory", "path": f, "size": 0, "oid": "0" * 40} for f in sorted(folders)]
     inside = [e for e in every if not folder or e["path"].startswith(f"{folder}/")]

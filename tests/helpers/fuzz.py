@@ -24,7 +24,7 @@ steering = st.text(st.characters(), max_size=12) | st.lists(
 
 
 @contextmanager
-def told():
+def refused_or_accepted():
     """Nothing but an InputError of one line with a hint may come out, and in time."""
     refused = None
 

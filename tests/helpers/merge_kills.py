@@ -25,8 +25,8 @@ with whole_folder(place) as work:
 
 
 def kill_merges(base: Path, adapter: Path, place: Path, times: int, seed: int, shard: int, block: int) -> int:
-    """Kill `times` merges to a folder at random moments; after each the folder is whole or not there, and the next
-    merge comes to the same files. Returns how many were killed before they were done."""
+    """Kill `times` merges to a folder at random moments; after each the folder is complete or absent, and the next
+    merge writes the same files. Returns how many were killed before they were done."""
     command = [sys.executable, "-c", MERGING, base, adapter, place, str(shard), str(block)]
     rng = random.Random(seed)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def plant(folder: Path) -> Path:
-    """Write them; `check_unused` tells whether one was loaded."""
+    """Write them; `check_unused` fails if one was loaded."""
     for name in ("datasets", "torch", "yaml", "typer", "filelock", "wandb"):
         (folder / f"{name}.py").write_text(
             "from pathlib import Path\nPath(__file__).with_suffix('.loaded').touch()\nraise SystemExit('planted')\n"

@@ -8,7 +8,7 @@ STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def steers(text, moves=False):
-    """The first control or turn of direction with what stands around it; `moves`: but for Rich's own."""
+    """The first control or turn of direction with the text around it; `moves`: but for Rich's own."""
     text = OURS.sub("", text) if moves else text
     found = STEERS.search(text)
     return text[max(0, found.start() - 60) : found.end() + 60] if found else ""

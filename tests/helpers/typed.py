@@ -66,7 +66,7 @@ def misfit(value, kind, where=""):
 
 
 def misfits(runs):
-    """What is not as it is typed in the done steps of a runs folder, those of an earlier format left out."""
+    """What does not match its type in the done steps of a runs folder; steps of an earlier format are skipped."""
     found = []
     for folder in (done.parent for done in runs.glob(".steps/*/done.json")):
         kind, inputs = folder.name.split("-")[0], read_json(folder / "step.json")["inputs"]

@@ -140,9 +140,9 @@ def compared(alone: Path, killed: Path, kills: list[str]) -> bool:
         equal &= same
         groups = record["metrics"].get("groups")
         scores = {name: group["nll"] for name, group in groups.items()} if isinstance(groups, dict) else {}
-        told = ", ".join(f"{name} {nll:.6f}" for name, nll in scores.items())
+        levels = ", ".join(f"{name} {nll:.6f}" for name, nll in scores.items())
         cells = f"{record['seconds'] / 60:>8.1f} {len(record['files']):>6} {'yes' if same else 'NO':>17}"
-        print(f"{stage:<16} {cells}   {told}")
+        print(f"{stage:<16} {cells}   {levels}")
     minutes = sum(record["seconds"] for record in one.values()) / 60
     print(f"\n{minutes:.1f} min of steps, {len(kills)} kills, {'all equal' if equal else 'NOT EQUAL'}")
     print(json.dumps({"minutes": round(minutes, 1), "kills": kills, "equal": equal}))
