@@ -23,7 +23,7 @@ ELSEWHERE = {
     "dial spanish --by auto": "eight measurements: test_dial.py has them",
     "ablate quick-ablation-cpu": "40 minutes: the line before it is its plan",
     "phase2 japanese --model smollm2-135m-instruct --data ja=ja.txt --set phase2.data.0.sample_by=line --replay 0.2": (
-        "real weights: a test of its own"
+        "a model and text of its own: the next test"
     ),
 }
 LINES = [words for document in ("README.md", "recipes/README.md") for words in shell_lines(document)]
@@ -97,9 +97,10 @@ def redirected(words):
     return words[:end], files["<"], files[">"]
 
 
-@pytest.mark.real
-def test_a_phase_on_text_as_the_documents_have_it(qcft, tmp_path):
+def test_a_phase_on_text_as_the_documents_have_it(files, qcft, tmp_path):
+    """A folder with the name of the embedded model is used in its place."""
     words = next(words for words in LINES if words[:2] == ["phase2", "japanese"])
+    (tmp_path / "smollm2-135m-instruct").symlink_to(files / "HuggingFaceTB" / "SmolLM2-1.7B-Instruct")
     (tmp_path / "ja.txt").write_text("".join(f"猫は{i}回、庭で眠ります。犬は外を走ります。\n" for i in range(40)))
     code, out, err = qcft(*words)
     assert code == 0, err

@@ -252,13 +252,18 @@ def _expected(step: Step, prepared: PlannedRecipe, store: Store, known: Sequence
 
 def _from_shapes(step: Step, prepared: PlannedRecipe, bench: Bench) -> Expected:
     """The cost of a training, and the bytes of a merge, as `qcft check` estimates them."""
+    from qcft.layers import adapted_in
     from qcft.models.load import device, free_bytes
 
     if step.kind == "merge":
         return {"seconds": None, "bytes": step.work.written(step, bench, None)}
     if step.kind != "train" or step.phase is None:
         return {"seconds": None, "bytes": None}
-    planned, batches = plan_phase(prepared, prepared.recipe.phase(step.phase), device(), free_bytes())
+    phase = prepared.recipe.phase(step.phase)
+    # Once for all seeds, which change the order of the rows and, in some freeze specs, the layers.
+    seedless = prepared.recipe.model_copy(update={"seed": 0, "name": ""}).model_dump_json()
+    key = ("planned", seedless, phase.name, tuple(adapted_in(prepared.meta_model, prepared.recipe, phase)))
+    planned, batches = prepared.once(key, partial(plan_phase, prepared, phase, device(), free_bytes()))
     tokens = batches.tokens_until(batches.steps)
     known = planned.unknown is None
     return {
