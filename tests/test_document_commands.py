@@ -27,6 +27,7 @@ ELSEWHERE = {
     ),
 }
 LINES = [words for document in ("README.md", "recipes/README.md") for words in shell_lines(document)]
+LINES = [words for number, words in enumerate(LINES) if words not in LINES[:number]]  # each once
 
 
 @pytest.fixture(scope="module")

@@ -258,11 +258,14 @@ def test_a_folder_is_uploaded_private_once_it_is_complete(hub, runs, tmp_path):
 
 UPLOAD = """
 import os
+import time
 from pathlib import Path
 from qcft import QcftError, hub
 from qcft.events import Watch
 from qcft.runner.upload import check_upload, upload
 hub.WAIT = 0.01
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the hub's client waits up to 8 s before it tries again
 for repo, public in (("me/new", True), ("me/new", False), ("me/more", False), ("me/more", True), ("me/none", False)):
     if repo == "me/none":
         os.environ.pop("HF_TOKEN")
