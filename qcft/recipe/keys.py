@@ -49,7 +49,7 @@ MEANINGS = {
     "merge.min_agreement": "stop below this share of equal greedy tokens",
     "merge.dtype": "of the merged weights; null: the base's",
     "forgetting": "the live probe of English while a phase trains; null: none",
-    "forgetting.every": "optimizer steps between probes; auto: at most 5% of the time",
+    "forgetting.every": "optimizer steps between probes; auto: about 5% of the time at most",
     "forgetting.rows": "held-out English rows of a probe",
     "forgetting.warn": "warn at this relative rise of the NLL; null: never",
     "forgetting.stop": "stop training at this rise and keep the last adapter below it",

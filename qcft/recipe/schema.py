@@ -232,9 +232,9 @@ class MergeLimits(Part):
 
 class Forgetting(Part):
     """The live probe: English NLL on at most `rows` held-out rows, measured every `every` optimizer steps of a phase
-    and compared with the model the phase starts from. `auto`: as often as possible within 5% of the training time. A
-    relative rise of `warn` is reported once; at a rise of `stop` training ends and the adapter of the last probe below
-    it is kept.
+    and compared with the model the phase starts from. `auto`: as often as possible within 5% of the work, counted in
+    tokens. A relative rise of `warn` is reported once; at a rise of `stop` training ends and the adapter of the last
+    probe below it is kept.
     """
 
     every: Annotated[Count, Field(ge=1)] | Literal["auto"] = "auto"

@@ -10,7 +10,7 @@ from qcft.files import read_sealed
 from qcft.measure.shifts import read_drift
 from qcft.report.arms import ArmRuns, members
 from qcft.report.document import Block, Figure, Prose, Section, Table
-from qcft.report.plots import FAINT, draw, legend_below, look
+from qcft.report.plots import FAINT, draw, label_layers, legend_below, look
 from qcft.store.metrics import DriftFile, DriftFound, Pair, SeedFloor, StateShift
 from qcft.store.opened import DoneStep
 
@@ -154,7 +154,8 @@ def _plot(found: DriftFile, name: str, what: str) -> Figure:
                         layer["layer"] - 0.5, layer["layer"] + 0.5, facecolor="none", edgecolor=FAINT, hatch="////",
                         linewidth=0, alpha=0.5, zorder=0,
                     )  # fmt: skip
-        panels[-1].set_xlabel("decoder layer (hatched: frozen)")
+        label_layers(panels[-1], "decoder layer (hatched: frozen)")
+        panels[-1].figure.align_ylabels()
         legend_below(panels[-1], columns=4)
 
     return draw(

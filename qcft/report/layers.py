@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qcft.report.arms import ArmRuns, Evidence
 from qcft.report.cells import noise_ratio
 from qcft.report.document import Block, Figure, Section, Table
-from qcft.report.plots import FAINT, INK, PAPER, draw, label, look
+from qcft.report.plots import FAINT, INK, PAPER, draw, label_layers, legend_below, look
 from qcft.store.metrics import LayersFile, LayersMetrics
 
 if TYPE_CHECKING:
@@ -73,8 +73,6 @@ def change_bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, li
     """How much each phase changed each layer, as bars; a mark under a bar: the layer was frozen."""
 
     def body(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         wide = 0.8 / len(columns)
         for i, (name, changes) in enumerate(columns.items()):
             places = [layer - 0.4 + wide * (i + 0.5) for layer in range(count)]
@@ -89,8 +87,9 @@ def change_bars(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, li
                     clip_on=False, label=f"frozen in {name}", zorder=4,
                 )  # fmt: skip
         axes.set_xlim(-0.7, count - 0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        label(axes, "decoder layer", "norm of change")
+        label_layers(axes)
+        axes.set_ylabel("norm of change")
+        legend_below(axes)
 
     return draw(
         "layers",
@@ -121,12 +120,11 @@ def _map(columns: Mapping[str, dict[int, float]], frozen: Mapping[str, list[int]
                     look = {"edgecolor": PAPER, "facecolor": colours[layer]}
                 axes.add_patch(Rectangle((layer - 0.5, row - 0.4), 1, 0.8, linewidth=0.4, **look))
         axes.set_xlim(-0.5, count - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(len(columns) - 0.5, -0.5)
         axes.set_yticks(range(len(columns)), list(columns))
         axes.tick_params(left=False, labelcolor=INK)
         axes.grid(visible=False)
-        axes.set_xlabel("decoder layer (white, hatched: frozen)")
+        label_layers(axes, "decoder layer (white, hatched: frozen)")
         bar = axes.figure.colorbar(shades, ax=axes, location="bottom", aspect=40, pad=0.02, label="norm of change")
         bar.outline.set_visible(False)
 

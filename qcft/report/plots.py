@@ -208,6 +208,14 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
     figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
+def label_layers(axes: Axes, title: str = "decoder layer") -> None:
+    """Set the title of an x-axis of decoder layers, and its ticks to whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def better_up_and_right(axes: Axes) -> None:
     """Set the axes of EA against MA: inverted, as a lower NLL is better."""
     axes.margins(0.12)

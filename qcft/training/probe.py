@@ -64,7 +64,7 @@ class Probing:
 
 
 def lay_out(settings: Forgetting, rows: Sequence[EncodedRow], batches: Batches, frozen: float) -> Probing | None:
-    """Plan the probes of a training; None if even a few of them would cost over 5% of it.
+    """Plan the probes of a training; None if even a few of them would cost over 5% of it, counted in tokens.
 
     A trained token costs a forward pass and, through the share of layers above the `frozen` ones, a backward pass of
     at least the same work; a probed token costs a forward pass. Within 5% by this count: all rows, as often as
