@@ -311,7 +311,7 @@ def run_one(qcft, raw, tmp_path, setting):
         (["TINY", "--freeze", "most-changd:0.5"], "not a freeze spec", "did you mean 'most-changed'"),
         (["TINY", "--freeze", "first:9"], "asks for 9 layers, but the model has 3", "up to 2"),
         (["TINY", "--freeze", "snr:1.0"], "nothing is left to train", "fewer"),
-        (["TINY", "--freeze", "snr:4"], "asks for 4 modules", "up to 2"),
+        (["TINY", "--freeze", "snr:4"], "asks for 4 self_attn.q_proj modules", "up to 2"),
         (["TINY", "--freeze", "most-changed:0.5"], "depends on what an earlier phase changed", "model.base"),
         (["no-such-run"], "not an embedded model, a file or a folder", "embedded"),
         (["TINY", "--set", "lora.targets=[q_prj]"], "no linear module 'q_prj'", "q_proj"),
