@@ -299,7 +299,9 @@ def test_the_public_names_are_shown():
 def test_an_error_shows_its_hint(place):
     with pytest.raises(InputError) as caught:
         package.open("tony")
-    assert str(caught.value) == "there is no run 'tony' in 'runs'\nhint: did you mean 'tiny'? existing runs: tiny, other"
+    assert (
+        str(caught.value) == "there is no run 'tony' in 'runs'\nhint: did you mean 'tiny'? existing runs: tiny, other"
+    )
 
 
 def test_a_run_in_python(place, tmp_path):
