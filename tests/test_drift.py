@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from qcft import QcftError
 from qcft.events import Watch
+from qcft.inspect.apart import recipe_apart
 from qcft.layers.change import squared_norm
 from qcft.measure.shifts import Moments, layer_outputs, layer_shifts
 from qcft.models.load import load_model
-from qcft.recipe import Model
+from qcft.recipe import Model, recipe_from
 
 # Against the definitions
 
@@ -308,6 +309,14 @@ def test_mpd_is_beside_its_floor_and_the_papers_form_is_one_command(done, qcft):
     assert "training" not in error
     floor = f"Its floor, the MPD of two seeds of phase1's training, is {found['floor']['mpd']:.3f}"
     assert floor in " ".join(out.split())
+
+
+def test_a_phase_apart_is_not_evaluated_at_stages_it_lacks(raw_recipe):
+    evaluate = {"tasks": ["fidelity"], "stages": ["base", "phase1", "phase2"]}
+    alone = recipe_apart("two", recipe_from({**raw_recipe, "evaluate": evaluate}))
+    assert [phase.name for phase in alone.phases] == ["phase2"]
+    assert not alone.evaluate.tasks
+    assert not alone.evaluate.stages
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,15 @@ def test_the_headline_of_english(value, low, high, words):
     assert second == words.replace(":", " (test en, unlike anything trained on):", 1)
 
 
+def test_a_gain_that_is_large_but_not_clear_is_not_called_small():
+    gain = asdict(Difference(0.3, -0.1, 0.7, clusters=4, method="bootstrap-t", rows=4))
+    change = {"from": "eval/base", "from_name": "base", "to": "eval/phase1", "to_name": "phase1", "groups": {}}
+    kept = {"merged": {"share": None, "gain": gain}}
+    table = {"groups": [], "stages": [], "changes": [change], "kept": kept}
+    (sentence,) = conclusion(table)
+    assert "0.300 nats per token [-0.100, +0.700] is below 0.05 or its interval includes zero" in sentence
+
+
 def test_languages_have_names_and_unknown_codes_are_unmodified():
     assert [language_name(code) for code in ("es", "pt-BR", "xx")] == ["Spanish", "Portuguese (pt-BR)", "xx"]
 
