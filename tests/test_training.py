@@ -42,6 +42,7 @@ def test_lora_trains_in_fp32_on_a_4_bit_base(whole):
     assert len(log) == trained.steps == 18
     assert trained.rows == 72
     assert log[-1]["loss"] < 0.6 * log[0]["loss"]
+    assert not list(folder.rglob("README.md"))  # PEFT's blank card
     factors = adapter_of(folder)
     assert {f.dtype for f in factors.values()} == {torch.float32}
     assert all(f.abs().max() > 0 for name, f in factors.items() if "lora_B" in name)

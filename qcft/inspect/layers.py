@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from qcft.errors import InputError
 from qcft.events import Watch
+from qcft.inspect.versions import is_plain
 from qcft.layers import LinearModule, adapted_in, decoder_layers, linear_modules, lowest_adapted
 from qcft.layers.change import change_since, summed_changes
 from qcft.layers.snr import snr_of
@@ -98,11 +99,8 @@ def describe_layers(recipe: Recipe, weights: Weights, with_snr: bool, watch: Wat
     adapted_in(model, recipe, phase)  # a spec that doesn't fit raises before measuring
     change = None
     if weights.adapters:
-        try:
+        if spec.measure == "change" or all(map(is_plain, weights.adapters)):  # otherwise it is not measured
             change = summed_changes(weights.adapters)
-        except InputError:  # an adapter of more than plain LoRA
-            if spec.measure == "change":
-                raise
     elif recipe.model.base and len(recipe.phases) == 1:
         base = weights_folder(resolve(Model(name=recipe.model.base)), watch)
         change = change_since(base, weights.folder, model, watch)

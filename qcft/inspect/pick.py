@@ -90,7 +90,7 @@ def _sentences(found: Pick, amount: Amount | None, share: float, since: str) -> 
         f"pick: {name}. Of {found.points} points, {found.enough} keep at least {share:.0%} of the other languages' "
         f"gain, and of these it has the lowest English loss. It was chosen on {chosen.english.rows} English and "
         f"{chosen.others.rows} other held-out rows.",
-        f"On the {on.english.rows} English and {on.others.rows} other rows that were not used to choose it, English "
+        f"On the {on.english.rows} English and {on.others.rows} other rows not used to choose it, the English "
         f"loss {_moved(on.english)} since {since}, the loss of the other languages {_moved(on.others)} since the base.",
     ]
     if amount is None:
@@ -109,14 +109,15 @@ def _sentences(found: Pick, amount: Amount | None, share: float, since: str) -> 
     return [
         *sentences,
         f"With the full delta, on the same rows, the English loss {_moved(on.full_english)}, so with the pick it is "
-        f"{value:.3f} nats {interval} {than}; the loss of the other languages {_moved(on.full_others)}, {kept}.",
+        f"{value:.3f} nats per token {interval} {than}; the loss of the other languages {_moved(on.full_others)}, "
+        f"{kept}.",
     ]
 
 
 def _moved(change: Difference) -> str:
     """How an NLL changed, with the 95% interval in the same direction."""
     word, sign = ("rose by", 1) if change.value > 0 else ("fell by", -1)
-    return f"{word} {abs(change.value):.3f} nats {_interval(change, sign)}"
+    return f"{word} {abs(change.value):.3f} nats per token {_interval(change, sign)}"
 
 
 def _interval(change: Difference, sign: int) -> str:

@@ -57,7 +57,7 @@ class StageLoader:
         set_environment()
         quiet_libraries()
         if card := choose_gpu():
-            watch.note(f"running on {card}; to use another, set QCFT_DEVICE, e.g. QCFT_DEVICE=cuda:1")
+            watch.note(f"running on {card}; to use another, set QCFT_DEVICE=cuda:N")
         self.store, self.watch = store, watch
         self.loads = 0
         self._key: Hashable = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qcft.errors import InputError, QcftError, short
 from qcft.files import read_json, write_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
-from qcft.models.deltas import Scale, check_factors, read_adapter, scale_of
+from qcft.models.deltas import UNMEASURED, Scale, check_factors, read_adapter, scale_of
 from qcft.private import of, private
 from qcft.recipe import Lora
 from qcft.recipe.goal import METHODS
@@ -256,14 +256,16 @@ class AsBegun:
                 layer._active_adapter = names
 
 
-def lora_factors(folder: Path, scale: Scale = 1.0) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+def lora_factors(
+    folder: Path, scale: Scale = 1.0, hint: str = UNMEASURED
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     """Each weight an adapter changes: its name, the factors A (r, in) and B (out, r), and the scale s of s B A: `scale`
     times the scale it was trained with.
 
-    Raises InputError for an adapter that holds anything except plain LoRA on linear layers.
+    Raises InputError, with `hint`, for an adapter that holds anything except plain LoRA on linear layers.
     """
     adapter = read_adapter(folder, scale)
-    check_factors(adapter)
+    check_factors(adapter, hint)
     for weight, change in adapter.changes.items():
         assert change.a is not None
         assert change.b is not None

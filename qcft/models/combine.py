@@ -9,7 +9,7 @@ from qcft.errors import InputError
 from qcft.files import read_json, write_json
 from qcft.models.adapter_config import CONFIG, PREFIX, WEIGHTS
 from qcft.models.adapters import lora_factors
-from qcft.models.deltas import Scale, check_factors, check_stack, read_adapter
+from qcft.models.deltas import Scale, check_stack, read_adapter
 
 
 def write_adapter(stack: Sequence[Path], to: Path, base: str, scale: Scale = 1.0) -> None:
@@ -26,13 +26,11 @@ def write_adapter(stack: Sequence[Path], to: Path, base: str, scale: Scale = 1.0
     import torch
     from safetensors.torch import save_file
 
-    hint, adapters = "export the whole model: omit --adapter-only", [read_adapter(folder) for folder in stack]
-    check_stack(adapters, hint)
-    for adapter in adapters:
-        check_factors(adapter, hint)
+    hint = "export the whole model: omit --adapter-only"
+    check_stack([read_adapter(folder) for folder in stack], hint)
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for folder in stack:
-        for weight, a, b, factor in lora_factors(folder, scale if folder == stack[-1] else 1.0):
+        for weight, a, b, factor in lora_factors(folder, scale if folder == stack[-1] else 1.0, hint):
             parts.setdefault(weight.removesuffix(".weight"), []).append((a.float(), factor * b.float()))
     if not parts:
         raise InputError("adapter: the stack is empty", "export the whole model")

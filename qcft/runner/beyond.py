@@ -102,6 +102,6 @@ def _prepare(
 def _bench(prepared: PreparedModel, plan: Beyond, store: Store, watch: Watch) -> Bench:
     quiet()
     if card := choose_gpu():
-        watch.note(f"running on {card}; to use another, set QCFT_DEVICE, e.g. QCFT_DEVICE=cuda:1")
+        watch.note(f"running on {card}; to use another, set QCFT_DEVICE=cuda:N")
     rows = prepared.for_steps if isinstance(prepared, Prepared) else Rows(prepared)
     return Bench(rows.model, rows, prepared.inputs, plan.known, store, watch)

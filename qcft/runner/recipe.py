@@ -130,7 +130,7 @@ def run_prepared(
     if finished < len(steps):
         quiet()
         if world() == 1 and (card := choose_gpu()):
-            watch.note(f"running on {card}; to use another, set QCFT_DEVICE, e.g. QCFT_DEVICE=cuda:1")
+            watch.note(f"running on {card}; to use another, set QCFT_DEVICE=cuda:N")
         missing = [step for step in steps if not records[step.id]]
         _check(missing, prepared)
         estimated = forecast(prepared, missing, store, watch)

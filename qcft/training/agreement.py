@@ -39,9 +39,8 @@ LONG, SHORT = 72, 41  # tokens of the two rows
 CLOSE = 0.02  # nats, the mean over a row's tokens; rounding in 16 bits is about a thousandth
 APART = 0.002  # nats, the change of any token if another row is packed before it; 0 if rows are independent
 
-RunRows = Callable[
-    [Sequence[EncodedRow], bool], "torch.Tensor"
-]  # rows, packed or padded -> log probabilities of answers
+# Rows, packed or padded -> log probabilities of answers.
+RunRows = Callable[[Sequence[EncodedRow], bool], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
